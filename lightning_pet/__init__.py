@@ -1,0 +1,70 @@
+"""Parameter-efficient tuning for PyTorch Lightning: every method a Callback, every checkpoint a delta.
+
+Importing this package makes every callback known to LightningCLI by its short name. That needs
+Lightning, which takes seconds to import; the verbs of the command line that only read files do
+without it, so for them the names below are imported on first use.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_pet.callbacks.base import PETCallback as PETCallback
+    from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.core.adapted import Adapted as Adapted
+    from lightning_pet.engine.adapt import apply as apply
+    from lightning_pet.engine.delta import inspect_delta as inspect_delta
+    from lightning_pet.engine.delta import load_delta as load_delta
+    from lightning_pet.engine.delta import load_from_checkpoint as load_from_checkpoint
+    from lightning_pet.engine.delta import save_delta as save_delta
+    from lightning_pet.errors import ArgumentError as ArgumentError
+    from lightning_pet.errors import BaseMismatchError as BaseMismatchError
+    from lightning_pet.errors import DeadSiteError as DeadSiteError
+    from lightning_pet.errors import DeltaFileError as DeltaFileError
+    from lightning_pet.errors import NotMergeableError as NotMergeableError
+    from lightning_pet.errors import OptimizerMismatchError as OptimizerMismatchError
+    from lightning_pet.errors import PETError as PETError
+    from lightning_pet.errors import TargetError as TargetError
+    from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
+
+_WHERE = {
+    "PETCallback": "callbacks.base",
+    "LoRACallback": "callbacks.lora",
+    "Adapted": "core.adapted",
+    "apply": "engine.adapt",
+    "inspect_delta": "engine.delta",
+    "load_delta": "engine.delta",
+    "load_from_checkpoint": "engine.delta",
+    "save_delta": "engine.delta",
+    "ArgumentError": "errors",
+    "BaseMismatchError": "errors",
+    "DeadSiteError": "errors",
+    "DeltaFileError": "errors",
+    "NotMergeableError": "errors",
+    "OptimizerMismatchError": "errors",
+    "PETError": "errors",
+    "TargetError": "errors",
+    "UnsupportedStrategyError": "errors",
+}
+__all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
+_FILE_VERBS = ("inspect", "merge")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def _runs_file_verb(argv: list[str]) -> bool:
+    """Whether this process is our own command line, called for a verb that only reads files."""
+    return bool(argv) and Path(argv[0]).stem == "lightning-pet" and (not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help"))
+
+
+if not _runs_file_verb(sys.argv):
+    for _name in __all__:
+        __getattr__(_name)

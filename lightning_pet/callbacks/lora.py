@@ -1,0 +1,267 @@
+"""LoRA and its variants (Hu et al. 2021)."""
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, cast, get_args
+
+import torch
+from torch import nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.insertion import host_kind, reader_of
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.naming import canonical, named_modules
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.targets import resolve_targets
+from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
+from lightning_pet.layers.low_rank_hosts import DoraConv, DoraEmbedding, LowRankConv, LowRankEmbedding
+
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Bias = Literal["none", "lora_only", "all"]
+
+
+class LoRACallback(PETCallback):
+    r"""Low-rank adaptation: :math:`y = W x + s\,B A x`, with :math:`s = \alpha / r`.
+
+    The base weight W stays as it is; A (r × in) and B (out × r) train. B starts at zero, so the model
+    starts as the base, bit for bit. Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA),
+    Liu et al. 2024 (DoRA), Meng et al. 2024 (PiSSA), Büyükakyüz 2024 (OLoRA), Hayou et al. 2024 (LoRA+).
+
+    Args:
+        r: rank; at most min(in, out) of every target.
+        alpha: numerator of the scale.
+        dropout: probability of dropping an input of the low-rank branch (not of the base).
+        target_modules: roles (``"attention.q"``, ``"ffn.up"``, ``"all-linear"``), suffixes
+            (``"q_proj"``), globs (``"encoder.layer.*.output.dense"``), or ``"re:…"``. Every one must hit.
+            A fused projection is split: ``"attention.v"`` adapts only v on GPT-2.
+        exclude_modules: patterns of the same kinds, taken out again.
+        layers_to_transform: only these layer indices.
+        use_rslora: scale by alpha/√r instead of alpha/r.
+        use_dora: also train the magnitude of every output feature.
+        init: how A and B start. ``"pissa"`` (principal singular vectors) and ``"olora"`` (QR) subtract
+            the start values in the delta, so the base weight still stays as it is.
+        rank_pattern: rank for some targets, by suffix or glob, e.g. ``{"attention.self.query": 16}``.
+        alpha_pattern: alpha for some targets, likewise.
+        lora_plus_ratio: learning rate of B over that of A.
+        bias: biases that train as well: ``"none"``, those of the targets, or all.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if a number is out of range, or two options exclude each other.
+
+    Example:
+        >>> from lightning_pet import LoRACallback
+        >>> LoRACallback(r=0)
+        Traceback (most recent call last):
+        lightning_pet.errors.ArgumentError: r=0: the rank must be a positive integer, e.g. r=8.
+    """
+
+    method: ClassVar[str] = "lora"
+    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
+        "dropout", "lora_plus_ratio", "target_modules", "exclude_modules", "layers_to_transform",
+    }
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        target_modules: list[str] | str = ["attention.q", "attention.v"],  # noqa: B006  # never mutated; the CLI shows it
+        exclude_modules: list[str] | None = None,
+        layers_to_transform: list[int] | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init: Init = "kaiming",
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        lora_plus_ratio: float = 1.0,
+        bias: Bias = "none",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        self.exclude_modules = exclude_modules
+        self.layers_to_transform = layers_to_transform
+        self.use_rslora = use_rslora
+        self.use_dora = use_dora
+        self.init = init
+        self.rank_pattern = rank_pattern
+        self.alpha_pattern = alpha_pattern
+        self.lora_plus_ratio = lora_plus_ratio
+        self.bias = bias
+        self._validate()
+
+    def _validate(self) -> None:
+        for label, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items())]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ArgumentError(f"{label}={rank}: the rank must be a positive integer, e.g. r=8.")
+        alphas = [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in (self.alpha_pattern or {}).items())]
+        for label, alpha in alphas:
+            if not math.isfinite(alpha) or alpha <= 0:
+                raise ArgumentError(f"{label}={alpha}: must be a positive number; 2·r is a usual choice.")
+        if not 0 <= self.dropout < 1:
+            raise ArgumentError(f"dropout={self.dropout}: a probability in [0, 1), e.g. 0.05.")
+        if not self.target_modules:
+            raise ArgumentError("target_modules is empty: name at least one role, suffix or pattern, e.g. 'attention.q'.")
+        if not math.isfinite(self.lora_plus_ratio) or self.lora_plus_ratio <= 0:
+            raise ArgumentError(f"lora_plus_ratio={self.lora_plus_ratio}: must be positive; the paper suggests 16.")
+        for label, value, allowed in (("init", self.init, get_args(Init)), ("bias", self.bias, get_args(Bias))):
+            if value not in allowed:
+                raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
+        if self.use_dora and self.init in ("pissa", "olora"):
+            raise ArgumentError(f"use_dora with init={self.init!r}: both replace the start of the weight; choose one.")
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
+        return resolve_targets(
+            root,
+            self.target_modules,
+            structure,
+            exclude=self.exclude_modules or (),
+            layers=self.layers_to_transform,
+            hosts=lambda module, parameter: host_kind(module, parameter) is not None,
+        )
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build one low-rank delta per target.
+
+        Raises:
+            ArgumentError: if a pattern of ranks or alphas hits no target.
+            TargetError: if the rank is larger than a target allows.
+        """
+        for label, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key in pattern or {}:
+                if not any(_matches(key, target.module) for target in targets):
+                    raise ArgumentError(
+                        f"{label}: {key!r} hits none of the {len(targets)} targets, the first of which is "
+                        f"{targets[0].module!r}. Use a suffix or a glob of a target's path."
+                    )
+        return super().insertions(root, targets)
+
+    def build(self, root: nn.Module, target: Target) -> Delta:
+        """Build the delta that fits the host's class."""
+        host = named_modules(root)[target.module]
+        weight = host._parameters[target.parameter]
+        assert weight is not None  # resolve_targets returned it
+        rank = _lookup(self.rank_pattern, target.module, self.r)
+        alpha = _lookup(self.alpha_pattern, target.module, self.alpha)
+        self._check_rank(rank, target, weight)
+        scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        delta = self._delta(root, host, target, weight, rank, scale)
+        if not weight.is_meta:
+            delta.initialize_from(weight.detach())
+        elif self.init in ("pissa", "olora") or self.use_dora:
+            raise ArgumentError(
+                f"{target.path} is on the meta device, but init={self.init!r}, use_dora={self.use_dora} need its values."
+            )
+        return delta
+
+    def _check_rank(self, rank: int, target: Target, weight: nn.Parameter) -> None:
+        shape = tuple(weight.shape[-2:]) if weight.ndim == 3 else (weight.shape[0], weight[0].numel())
+        if rank > min(shape):
+            raise TargetError(
+                f"{target.path} is {'×'.join(map(str, weight.shape))}: the rank can be at most {min(shape)}, not {rank}. "
+                "Lower r, set a lower rank_pattern for it, or exclude it."
+            )
+
+    def _delta(
+        self, root: nn.Module, host: nn.Module, target: Target, weight: nn.Parameter, rank: int, scale: float
+    ) -> Delta:
+        kind = host_kind(host, target.parameter)
+        # Full precision even on a half-precision base: updates are far smaller than the values.
+        common: dict[str, Any] = {
+            "scale": scale,
+            "device": weight.device,
+            "dtype": weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
+        }
+        dense: dict[str, Any] = {"dropout": self.dropout, "init": self.init}
+        rows = target.rows
+        if kind in ("linear", "conv1d_hf") and reader_of(root, target, None) is None:
+            transposed = kind == "conv1d_hf"
+            sizes = (weight.shape[0], weight.shape[1]) if transposed else _linear_sizes(host, weight)
+            options = {"use_dora": self.use_dora, "transposed": transposed, "rows": rows}
+            return LowRankLinear(*sizes, rank, **dense, **common, **options)
+        if kind == "embedding":
+            embedding = cast(nn.Embedding, host)
+            factor = float(getattr(host, "scalar_embed_scale", getattr(host, "embed_scale", 1.0)))
+            cls = DoraEmbedding if self.use_dora else LowRankEmbedding
+            self._refuse_dropout(target)
+            sizes = (embedding.num_embeddings, embedding.embedding_dim)
+            return cls(*sizes, rank, **common, padding_idx=embedding.padding_idx, embed_scale=factor)
+        if kind == "conv":
+            return self._convolution(host, target, rank, dense, common)
+        self._refuse_dropout(target)
+        options = {"use_dora": self.use_dora, "init": self.init, "rows": rows}
+        return LowRankParameter(tuple(weight.shape), rank, **common, **options)
+
+    def _convolution(
+        self, host: nn.Module, target: Target, rank: int, dense: dict[str, Any], common: dict[str, Any]
+    ) -> Delta:
+        conv = cast(nn.Conv2d, host)
+        if self.use_dora:
+            self._refuse_dropout(target)
+            dense = {"init": self.init}
+        return (DoraConv if self.use_dora else LowRankConv)(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            rank,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            **dense,
+            **common,
+        )
+
+    def _refuse_dropout(self, target: Target) -> None:
+        if self.dropout:
+            raise TargetError(
+                f"{target.path}: dropout={self.dropout} needs the input of a linear or convolution, but this weight is "
+                "read, not called (or looked up). Exclude it with exclude_modules, or set dropout=0."
+            )
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of base parameters that train as they are: heads, and biases by option."""
+        heads = super().trained(root, targets)
+        return tuple(dict.fromkeys((*heads, *self._biases(root, targets))))
+
+    def _biases(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        hosts = {target.module for target in targets}
+        names = [canonical(name) for name, _ in root.named_parameters() if ".pet." not in f".{name}"]
+        biases = [name for name in names if "bias" in name.rpartition(".")[2]]
+        if self.bias == "none":
+            return ()
+        chosen = biases if self.bias == "all" else [name for name in biases if name.rpartition(".")[0] in hosts]
+        if not chosen:
+            raise TargetError(
+                f"bias={self.bias!r}: {'the model has' if self.bias == 'all' else 'the targets have'} no biases; use bias='none'."
+            )
+        return tuple(chosen)
+
+    def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
+        """LoRA+: B learns ``lora_plus_ratio`` times as fast as A."""
+        if self.lora_plus_ratio == 1:
+            return {}
+        own = f".pet.{self.method}_{self.name}"
+        return {n: self.lora_plus_ratio for n in delta_names if own in f".{n}" and n.endswith(".b")}
+
+
+def _linear_sizes(host: nn.Module, weight: nn.Parameter) -> tuple[int, int]:
+    # A quantised layer's weight may be packed; its declared sizes are right.
+    return int(getattr(host, "in_features", weight.shape[1])), int(getattr(host, "out_features", weight.shape[0]))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return fnmatchcase(path, pattern) or path == pattern or path.endswith(f".{pattern}")
+
+
+def _lookup(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    return next((value for key, value in (patterns or {}).items() if _matches(key, path)), default)

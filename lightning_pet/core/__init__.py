@@ -1,0 +1,1 @@
+"""Plain torch: finding the places in a model, and putting deltas there."""

@@ -1,0 +1,200 @@
+"""The handle on an adapted model: switch off, merge, take out, read, write."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.core.adaptation import (
+    _RECORD,
+    Adaptation,
+    changed_buffers,
+    commit,
+    prepare,
+    record_of,
+    restore_flags,
+)
+from lightning_pet.core.insertion import detach
+from lightning_pet.core.method import Method
+from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.plan import Plan, plan_of
+from lightning_pet.core.structure import Structure
+from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
+
+
+class Adapted:
+    """A model with its deltas.
+
+    Attributes:
+        root: the adapted root; the same object as before, with deltas as children of its layers.
+
+    >>> import torch
+    >>> from lightning_pet import LoRACallback, apply
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> adapted = apply(net, [LoRACallback(r=2, target_modules=["0"])])
+    >>> sorted(adapted.state_dict())
+    ['0.pet.lora_default.a', '0.pet.lora_default.b']
+    >>> with adapted.disabled():
+    ...     _ = net(torch.ones(1, 4))  # the base model's output
+    >>> adapted.remove()
+    >>> sorted(net.state_dict())
+    ['0.bias', '0.weight', '2.bias', '2.weight']
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        if record_of(root) is None:
+            raise PETError(f"nothing was applied to this {type(root).__name__}; call lightning_pet.apply first.")
+        self.root = root
+
+    @property
+    def record(self) -> Adaptation:
+        """What was applied, and under which names."""
+        record = record_of(self.root)
+        if record is None:
+            raise PETError("the deltas of this model were merged or removed; apply or load them again.")
+        return record
+
+    def plan(self) -> Plan:
+        """Every delta with its place and size; ``str(plan)`` is a table."""
+        return plan_of(self.root, self.record)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The delta: its tensors, the trained base tensors (heads, biases), and changed buffers.
+
+        Returns:
+            References (not copies) by canonical name relative to the root.
+        """
+        tensors = dict(named_tensors(self.root))
+        names = (*self.record.delta_names, *self.record.trained_names)
+        return {name: tensors[name].detach() for name in names} | {
+            name: tensor.detach() for name, tensor in changed_buffers(self.root).items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a delta in. The key set and every shape must fit exactly; otherwise nothing is changed.
+
+        Raises:
+            DeltaFileError: (``mismatch``) naming missing, extra and misshapen tensors.
+        """
+        own = dict(named_tensors(self.root))
+        required = {*self.record.delta_names, *self.record.trained_names}
+        optional = {n for n, t in own.items() if not isinstance(t, nn.Parameter)} - required
+        problems = [f"missing {name}" for name in sorted(required - set(tensors))]
+        problems += [f"unexpected {name}" for name in sorted(set(tensors) - required - optional)]
+        problems += [
+            f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+            for name, tensor in tensors.items()
+            if name in own and own[name].shape != tensor.shape
+        ]
+        if problems:
+            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise DeltaFileError(
+                f"the delta does not fit the model: {shown}. Apply the same methods with the same "
+                "arguments that the delta was trained with, to the same kind of model.",
+                "mismatch",
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model computes what the base computed, bit for bit."""
+        record = self.record
+        if record.muted:
+            yield
+            return
+        self._refuse_lost_originals("switched off")
+        trained = self._swap_originals()
+        self._mute(True)
+        try:
+            yield
+        finally:
+            self._mute(False)
+            self._copy_in(trained)
+
+    def remove(self) -> None:
+        """Take everything out: the model is bit for bit what it was, with its own parameter names."""
+        self._refuse_lost_originals("removed")
+        self._swap_originals()
+        self._detach_all()
+
+    def merge_(self) -> None:
+        """Add every delta into its base weight and take it out; trained heads keep their trained values.
+
+        Raises:
+            NotMergeableError: if any delta cannot be merged exactly; nothing is changed then.
+        """
+        merged = self._merged_weights()
+        with torch.no_grad():
+            for parameter, weight in merged:
+                parameter.copy_(weight)
+        self._detach_all()
+
+    def _merged_weights(self) -> list[tuple[nn.Parameter, Tensor]]:
+        modules = named_modules(self.root)
+        owners: dict[int, set[str]] = {}
+        for name, parameter in self.root.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), set()).add(name)
+        merged: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for _, target, path, key in self.record.hosts():
+            parameter = modules[path]._parameters[target.parameter]
+            assert parameter is not None  # resolved when the delta was inserted
+            shared = {n for n in owners[id(parameter)]}
+            holders = {id(m) for m in modules.values() if any(p is parameter for p in m._parameters.values())}
+            if len(holders) > 1:
+                raise NotMergeableError(
+                    f"{target.path} is tied ({', '.join(sorted(shared))}): merging would change every one of them. "
+                    "Keep the delta attached, or untie the weights first."
+                )
+            if not parameter.is_floating_point():
+                raise NotMergeableError(
+                    f"{target.path} is stored as {parameter.dtype}: a delta cannot be added to a quantised weight "
+                    "without loss. Keep the delta attached, or load the base in floating point."
+                )
+            weight = merged[id(parameter)][1] if id(parameter) in merged else parameter.detach()
+            delta = modules[join(path, "pet", key)]
+            merged[id(parameter)] = (parameter, delta.merged(weight))  # type: ignore[operator]
+        return list(merged.values())
+
+    def _mute(self, on: bool) -> None:
+        modules = named_modules(self.root)
+        for path in {path for _, _, path, _ in self.record.hosts()}:
+            pet = modules[join(path, "pet")]
+            pet.muted = frozenset(pet._modules) if on else frozenset()  # type: ignore[assignment]
+        self.record.muted = on
+
+    def _swap_originals(self) -> dict[str, Tensor]:
+        """Put the original values in, and return the trained ones."""
+        changed = {*self.record.trained_names, *changed_buffers(self.root)}
+        tensors = {name: tensor for name, tensor in named_tensors(self.root) if name in changed}
+        trained = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._copy_in({name: self.record.originals[name] for name in tensors})
+        return trained
+
+    def _copy_in(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in named_tensors(self.root):
+                if name in values:
+                    tensor.copy_(values[name])
+
+    def _detach_all(self) -> None:
+        for _, _, path, key in list(self.record.hosts()):
+            detach(self.root, path, key)
+        restore_flags(self.root, self.record.flags)
+        del self.root.__dict__[_RECORD]
+
+    def _refuse_lost_originals(self, verb: str) -> None:
+        lost = [n for n in self.record.trained_names if self.record.originals[n].is_meta]
+        if lost:
+            raise PETError(
+                f"the delta cannot be {verb}: the original values of {lost[0]} were never in memory, because the "
+                "model was on the meta device when the delta was inserted. Load the base model again."
+            )
+
+
+def adapt(root: nn.Module, methods: Sequence[Method], structure: Structure | None = None) -> Adapted:
+    """Apply methods to a root whose structure is known. Plan, build, then mutate."""
+    commit(root, prepare(root, methods, structure))
+    return Adapted(root)

@@ -1,0 +1,272 @@
+"""The autograd graph of one forward, read as data flow.
+
+A :class:`Graph` numbers the nodes in the order in which they were created, so "later" is an integer
+comparison, and classifies those that matter here: views, weights, and *gemms* (a weight of two or
+more dimensions applied to data). It knows nothing about attention or residuals.
+
+Names of torch that are not public but that this file relies on: ``Node._sequence_nr``,
+``Node._input_metadata``, ``torch._C._autograd._get_sequence_nr`` and the ``_saved_*`` attributes of
+convolutions. ``tests/core/test_graph.py`` pins them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+_GEMM = re.compile(r"^(?:Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|MkldnnLinear|.*Convolution|.*grouped_?mm)", re.I)
+_LEAF = "torch::autograd::AccumulateGrad"
+# Same numbers, other shape or type: the tensor behind such a node *is* the tensor before it.
+_VIEW = re.compile(
+    r"^(?:View|UnsafeView|Reshape|ReshapeAlias|Transpose|Permute|T|Mt|Squeeze|Unsqueeze|Alias|Clone|ToCopy|Unflatten"
+    r"|AsStrided|Contiguous|ViewAs|MovedimBackward|LiftFresh|Numpy_?T)(?:Backward)?\d*$"
+)
+# A part, a repetition or a rearrangement of the numbers.
+_PART = re.compile(r"^(?:Slice|Select|Split|SplitWithSizes|Narrow|Unbind|Index|IndexSelect|Gather|Expand|Repeat"
+                   r"|Roll|ConstantPadNd|Chunk|Cat|Stack|Flip)(?:Backward)?\d*$")  # fmt: skip
+_SCALE = re.compile(r"^(?:Mul|Div)Backward\d*$")
+_MAX_WEIGHT_CHAIN = 12
+
+
+def sequence_number() -> int:
+    """Number that the next node created in this thread will carry at least."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One output of one node: the index of the node, and which of its outputs."""
+
+    node: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A weight applied to data.
+
+    Attributes:
+        node: index of the node.
+        weight: ``id()`` of the parameter, or the path of an opaque (quantised) module.
+        data: nodes of the data operand (empty where the input is outside the graph).
+        groups: groups of a convolution, else 1.
+        kernel: spatial kernel sizes of a convolution, else ``()``.
+    """
+
+    node: int
+    weight: int | str
+    data: tuple[int, ...]
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def pointwise(self) -> bool:
+        """The weight mixes features only, never positions."""
+        return all(size == 1 for size in self.kernel)
+
+
+class Graph:
+    """Nodes between some outputs and the leaves, in order of creation.
+
+    Args:
+        roots: nodes to start from (``grad_fn`` of the outputs).
+        parameters: ``id(parameter) -> number of dimensions`` of all parameters of the model.
+    """
+
+    def __init__(self, roots: Iterable[Node], parameters: Mapping[int, int]) -> None:
+        nodes = _reachable(roots)
+        nodes.sort(key=lambda node: -1 if node.name().startswith(_LEAF) else node._sequence_nr())
+        self.nodes: list[Node] = nodes
+        self.index: dict[Node, int] = {node: i for i, node in enumerate(nodes)}
+        self.names: list[str] = [node.name() for node in nodes]
+        self.sequence: list[int] = [
+            -1 if name.startswith(_LEAF) else node._sequence_nr() for node, name in zip(nodes, self.names, strict=True)
+        ]
+        self.operands: list[tuple[Edge, ...]] = [
+            tuple(Edge(self.index[prev], slot) for prev, slot in node.next_functions if prev is not None)
+            for node in nodes
+        ]
+        self._parameters = parameters
+        self.weights: list[int | None] = [self._weight(i) for i in range(len(nodes))]
+        self.constant: list[bool] = self._constants()
+        self.data: list[tuple[int, ...]] = [
+            tuple(dict.fromkeys(edge.node for edge in edges if not self.constant[edge.node])) for edges in self.operands
+        ]
+        self.successors: list[list[int]] = [[] for _ in nodes]
+        for i, before in enumerate(self.data):
+            for j in before:
+                self.successors[j].append(i)
+        self.gemms: dict[int, Gemm] = {}
+        for i in range(len(nodes)):
+            if (gemm := self._gemm(i)) is not None:
+                self.gemms[i] = gemm
+
+    # -- classification ---------------------------------------------------------------------------
+
+    def _weight(self, i: int) -> int | None:
+        """``id()`` of the parameter of which this node is a view, else ``None``."""
+        for _ in range(_MAX_WEIGHT_CHAIN):
+            name = self.names[i]
+            if name.startswith(_LEAF):
+                key = id(self.nodes[i].variable)
+                return key if key in self._parameters else None
+            if len(self.operands[i]) != 1 or not (_VIEW.match(name) or _PART.match(name)):
+                return None
+            i = self.operands[i][0].node
+        return None
+
+    def _constants(self) -> list[bool]:
+        """Nodes computed from parameters alone (a relative-position table, a scaled weight)."""
+        constant: list[bool] = []
+        for i, edges in enumerate(self.operands):
+            if self.names[i].startswith(_LEAF):
+                constant.append(self.weights[i] is not None)
+            elif self.names[i].startswith("Embedding") or self.is_product(i):
+                constant.append(False)
+            else:
+                constant.append(bool(edges) and all(constant[edge.node] for edge in edges))
+        return constant
+
+    def is_product(self, i: int) -> bool:
+        """The node multiplies matrices or convolves."""
+        return bool(_GEMM.match(self.names[i]))
+
+    def _gemm(self, i: int) -> Gemm | None:
+        if not self.is_product(i):
+            return None
+        weights = [
+            key
+            for edge in self.operands[i]
+            if (key := self.weights[edge.node]) is not None and self._parameters[key] >= 2
+        ]
+        if not weights or len(self.data[i]) > 1:
+            return None
+        node: Any = self.nodes[i]
+        if "Convolution" not in self.names[i]:
+            return Gemm(i, weights[-1], self.data[i])
+        return Gemm(i, weights[-1], self.data[i], int(node._saved_groups), tuple(node._saved_weight.shape[2:]))
+
+    def add_opaque(self, node: int, path: str, data: int) -> None:
+        """Register the output of a module whose weight the graph does not show (a quantised linear)."""
+        self.gemms.setdefault(node, Gemm(node, path, (data,)))
+
+    def is_view(self, i: int) -> bool:
+        """The node holds the same numbers as its one operand."""
+        return len(self.data[i]) == 1 and bool(_VIEW.match(self.names[i])) and i not in self.gemms
+
+    def is_thin(self, i: int) -> bool:
+        """The node is a view, a part or a scaled copy of one data operand."""
+        name = self.names[i]
+        one = len(self.data[i]) == 1 and i not in self.gemms
+        return one and bool(_VIEW.match(name) or _PART.match(name) or _SCALE.match(name))
+
+    def is_add(self, i: int) -> bool:
+        """The node adds two data tensors."""
+        return self.names[i].startswith("AddBackward") and len(self.data[i]) == 2
+
+    def depthwise(self, i: int) -> bool:
+        """A convolution that keeps channels apart."""
+        gemm = self.gemms.get(i)
+        return gemm is not None and gemm.groups > 1 and gemm.groups == self.shape(Edge(i, 0))[1]
+
+    # -- geometry ---------------------------------------------------------------------------------
+
+    def shape(self, edge: Edge) -> tuple[int, ...]:
+        """Shape of the tensor on an edge."""
+        return tuple(int(size) for size in self.nodes[edge.node]._input_metadata[edge.output].shape)
+
+    def canonical(self, i: int) -> int:
+        """The node behind all views: two tensors are the same data if this is the same number."""
+        while self.is_view(i):
+            i = self.data[i][0]
+        return i
+
+    def of(self, tensor_node: Node | None) -> int | None:
+        """Canonical index of a recorded ``grad_fn``, ``None`` where it is not in this graph."""
+        i = None if tensor_node is None else self.index.get(tensor_node)
+        return None if i is None else self.canonical(i)
+
+    def ancestors(self, start: Iterable[int], floor: int = -1, stop: frozenset[int] = frozenset()) -> set[int]:
+        """``start`` and all data nodes above it; nodes before ``floor`` and those above ``stop`` are left out."""
+        seen: set[int] = set()
+        todo = [i for i in start if i >= floor]
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            if i not in stop:
+                todo.extend(j for j in self.data[i] if j >= floor and j not in seen)
+        return seen
+
+    def gemms_above(self, start: Iterable[int], stop: frozenset[int] = frozenset()) -> list[int]:
+        """The nearest gemms at or above ``start``, in order; nodes in ``stop`` are not crossed.
+
+        Depthwise convolutions are walked through: they refine a projection, they are not one.
+        Where one of the gemms lies above another, only the lower one is kept.
+        """
+        found: set[int] = set()
+        seen: set[int] = set()
+        todo = list(start)
+        while todo:
+            i = todo.pop()
+            if i in seen or i in stop:
+                continue
+            seen.add(i)
+            if i in self.gemms and not self.depthwise(i):
+                found.add(i)
+            else:
+                todo.extend(self.data[i])
+        lower = {j for i in found for j in self.ancestors(self.data[i], min(found)) if j != i}
+        return sorted(found - lower)
+
+    def gemms_below(self, start: int, stop: frozenset[int] = frozenset()) -> list[int]:
+        """The nearest gemms below ``start``; nodes in ``stop`` and products without a weight are not crossed."""
+        found: set[int] = set()
+        seen: set[int] = set()
+        todo = list(self.successors[start])
+        while todo:
+            i = todo.pop()
+            if i in seen or i in stop:
+                continue
+            seen.add(i)
+            if i in self.gemms and not self.depthwise(i):
+                found.add(i)
+            elif not self.is_product(i) or self.depthwise(i):
+                todo.extend(self.successors[i])
+        return sorted(found)
+
+    def gradient_edge(self, edge: Edge) -> GradientEdge:
+        """The edge in the form that :func:`torch.autograd.grad` takes."""
+        return GradientEdge(self.nodes[edge.node], edge.output)
+
+
+def _reachable(roots: Iterable[Node]) -> list[Node]:
+    seen: dict[Node, None] = {}
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen[node] = None
+        todo.extend(prev for prev, _ in node.next_functions if prev is not None and prev not in seen)
+    return list(seen)
+
+
+def tensors(nest: Any) -> Iterator[Tensor]:
+    """All tensors in a nest of mappings, sequences and dataclass-like outputs, in order."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, Mapping):
+        for value in nest.values():
+            yield from tensors(value)
+    elif isinstance(nest, list | tuple | set | frozenset):
+        for value in nest:
+            yield from tensors(value)
+    elif hasattr(nest, "__dataclass_fields__"):
+        for name in nest.__dataclass_fields__:
+            yield from tensors(getattr(nest, name))

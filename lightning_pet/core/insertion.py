@@ -1,0 +1,283 @@
+"""How a delta gets into a module, and out again.
+
+A host keeps its name, identity, parameters and ties. Its deltas become its child ``pet`` and its
+class is swapped for a subclass of itself that runs them. Why a class swap and not forward hooks:
+a hook sees the output only after the base product is done, so it cannot share one autograd node
+with it, and it costs more per call; and the weight path needs the swap anyway. Unlike a patched
+``forward``, a swapped class pickles, deep-copies and compiles.
+
+Two paths (see :class:`~lightning_pet.layers.delta.Delta`): *activation* deltas change what a call
+returns; *weight* deltas change what is read from a parameter while its reader's forward runs.
+Outside that scope the parameter is the base's, so sharding engines never see an effective weight.
+"""
+
+import copyreg
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.structure import Target
+from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.delta import Delta
+
+CHILD = "pet"
+_SCOPE = "_pet_scope"  # this module's weight deltas are visible now
+_READS = "_pet_reads"  # modules whose weights this one reads without calling them
+
+
+class Deltas(nn.ModuleDict):
+    """The deltas of one host, in the order in which they apply; ``muted`` ones are passed over."""
+
+    muted: frozenset[str] = frozenset()
+
+    def active(self, path: str) -> list[Delta]:
+        """Deltas of one path that are not muted."""
+        return [d for key, d in self._modules.items() if key not in self.muted and d.path == path]  # type: ignore[union-attr,misc]
+
+
+class _Host(nn.Module):
+    """Mixed in before the host's own class."""
+
+    pet: Deltas
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        deltas = self.pet.active("activation")
+        if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
+            return deltas[0](args[0], None, self.weight, self.bias)
+        output = self._pet_base_forward(*args, **kwargs)
+        if not deltas:
+            return output
+        value = args[0] if args else next(iter(kwargs.values()))
+        tensor = output[0] if isinstance(output, tuple) else output
+        for delta in deltas:
+            tensor = delta(value, tensor)
+        return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+    def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The swapped class cannot be imported by name: rebuild it from the host's own.
+        _, _, *rest = super().__reduce_ex__(protocol)
+        cls = type(self)
+        return (_rebuild, (cls.__pet_base__, cls.__pet_mixin__, cls.__pet_parameters__), *rest)  # type: ignore[attr-defined]
+
+
+class _WeightHost(_Host):
+    """A host some of whose parameters are read through weight deltas, or that reads such a host's."""
+
+    def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        readable = [self, *self.__dict__.get(_READS, ())]
+        for module in readable:
+            module.__dict__[_SCOPE] = True
+        try:
+            return super()._pet_base_forward(*args, **kwargs)
+        finally:
+            for module in readable:
+                module.__dict__[_SCOPE] = False
+
+    def _pet_weight(self, name: str) -> Tensor | None:
+        weight = self._parameters[name]
+        if weight is None or not self.__dict__.get(_SCOPE):
+            return weight
+        effective: Tensor = weight
+        for key, delta in self.pet._modules.items():
+            if key not in self.pet.muted and delta.path == "weight" and delta.parameter == name:  # type: ignore[union-attr]
+                effective = delta(effective)  # type: ignore[misc]
+        return effective
+
+
+class _RecurrentHost(_WeightHost):
+    """LSTM, GRU and RNN read their weights from a list of their own."""
+
+    def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[_SCOPE] = True
+        flat = self.__dict__["_flat_weights"]
+        self.__dict__["_flat_weights"] = [getattr(self, name) for name in self._flat_weights_names]  # type: ignore[union-attr]
+        try:
+            return super()._pet_base_forward(*args, **kwargs)
+        finally:
+            self.__dict__["_flat_weights"] = flat
+
+
+@cache
+def _swapped(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> type[nn.Module]:
+    members: dict[str, Any] = {
+        name: property(lambda self, name=name: self._pet_weight(name)) for name in parameters
+    }
+    # The host's own name: code that prints or compares class names must not notice.
+    members |= {
+        "__pet_base__": base,
+        "__pet_mixin__": mixin,
+        "__pet_parameters__": parameters,
+        "__pet_fusable__": _has_plain_forward(base),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (mixin, base), members)
+
+
+def _has_plain_forward(cls: type[nn.Module]) -> bool:
+    """Whether forward is exactly ``x W + b``, so that a delta may compute it (quantised layers: no)."""
+    owner = next(c for c in cls.__mro__ if "forward" in vars(c))
+    return owner is nn.Linear or (is_conv1d(owner) and owner.__name__ == "Conv1D")
+
+
+def _rebuild(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> nn.Module:
+    return copyreg.__newobj__(_swapped(base, mixin, parameters))  # type: ignore[attr-defined,no-any-return]
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without deltas."""
+    return getattr(type(module), "__pet_base__", type(module))
+
+
+def is_conv1d(cls: type[nn.Module]) -> bool:
+    """Whether this is transformers' ``Conv1D`` (a linear layer with a transposed weight)."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)
+
+
+def host_kind(module: nn.Module, parameter: str = "weight") -> str | None:
+    """What a module is to a delta: the table of all that can host one.
+
+    Returns:
+        ``"linear"``, ``"conv1d_hf"`` (transposed linear), ``"embedding"``, ``"conv"``,
+        ``"weight"`` (a parameter that is read without calling its module, or one of three
+        dimensions), or ``None`` if it cannot host a delta.
+    """
+    tensor = module._parameters.get(parameter)
+    if tensor is None:
+        return None
+    cls = base_class(module)
+    if parameter != "weight" or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return "weight" if tensor.ndim >= 2 else None
+    if is_conv1d(cls):
+        return "conv1d_hf"
+    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return "conv"
+    return "weight" if tensor.ndim in (2, 3) else None
+
+
+def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) -> str | None:
+    """The module whose forward reads the target's weight, if it is not the host itself.
+
+    ``nn.MultiheadAttention`` reads ``out_proj.weight`` and never calls ``out_proj``; some models do
+    the same with ordinary linears, which only a forward can tell (``called``).
+    """
+    parent = target.module.rpartition(".")[0]
+    modules = named_modules(root)
+    if isinstance(modules.get(parent), nn.MultiheadAttention):
+        return parent
+    if called is not None and target.module not in called and parent in called:
+        return parent
+    return None
+
+
+def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str | None = None) -> None:
+    """Insert a delta into its host.
+
+    Args:
+        root: the adapted root, from which ``target.module`` and ``reader`` are named.
+        target: where.
+        key: name of the delta among those of the host.
+        delta: what.
+        reader: path of the module that reads the weight, if it is not the host.
+
+    Raises:
+        ArgumentError: if the host has a delta of this key already.
+        TargetError: if the host's ``forward`` was replaced on the instance, so that a delta would never run.
+    """
+    modules = named_modules(root)
+    host = modules[target.module]
+    check_attachable(host, target, key)
+    delta.parameter = target.parameter
+    if delta.path == "weight":
+        _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
+        if reader is not None:
+            _swap(modules[reader], _WeightHost)
+            modules[reader].__dict__.setdefault(_READS, []).append(host)
+    else:
+        _swap(host, _Host)
+    host.pet[key] = delta  # type: ignore[operator,index]
+    for path, module in modules.items():
+        if f"{target.module}.".startswith(f"{path}." if path else ""):
+            _forbid_fast_path(module)
+
+
+def check_attachable(host: nn.Module, target: Target, key: str) -> None:
+    """Raise what :func:`attach` would raise, without touching the host."""
+    if "forward" in vars(host):
+        raise TargetError(
+            f"{target.module!r}: its forward was replaced on the instance (by accelerate's device_map, for example), "
+            "so a delta inserted there would never run. Load the model without device_map."
+        )
+    pet = getattr(host, CHILD, None)
+    if pet is not None and not isinstance(pet, Deltas):
+        raise TargetError(f"{target.module!r} has an attribute {CHILD!r} of its own ({type(pet).__name__}).")
+    if pet is not None and key in pet:
+        raise ArgumentError(
+            f"{target.module!r} has a delta {key!r} already. Give the second callback another name, e.g. name='second'."
+        )
+
+
+def detach(root: nn.Module, path: str, key: str) -> None:
+    """Take a delta out; the last one to leave gives the host its own class back."""
+    modules = named_modules(root)
+    host = modules[path]
+    del host.pet[key]  # type: ignore[operator,union-attr]
+    if not host.pet:  # type: ignore[truthy-bool]
+        for module in modules.values():
+            if host in module.__dict__.get(_READS, ()):
+                module.__dict__[_READS].remove(host)
+                _restore(module)
+        _restore(host)
+    for module in modules.values():
+        _allow_fast_path(module)
+
+
+def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:
+    cls = type(module)
+    present: type[_Host] = getattr(cls, "__pet_mixin__", _Host)
+    parameters = {*getattr(cls, "__pet_parameters__", ()), *([parameter] if parameter else [])}
+    widest = mixin if issubclass(mixin, present) else present
+    if not hasattr(module, CHILD):
+        module.add_module(CHILD, Deltas())
+    module.__class__ = _swapped(base_class(module), widest, tuple(sorted(parameters)))
+
+
+def _restore(module: nn.Module) -> None:
+    if module.__dict__.get(_READS) or module.pet:  # type: ignore[truthy-bool]
+        return
+    for name in (_READS, _SCOPE):
+        module.__dict__.pop(name, None)
+    del module._modules[CHILD]
+    module.__class__ = base_class(module)
+
+
+# In eval mode the fast path hands a layer's raw weights to one fused operator, past every delta, and the
+# encoder packs its input into a nested tensor for it. These flags are conditions of the two, and nothing else.
+_FAST_PATH: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+
+
+def _forbid_fast_path(module: nn.Module) -> None:
+    for cls, flag, off in _FAST_PATH:
+        if isinstance(module, cls) and hasattr(module, flag):
+            module.__dict__.setdefault("_pet_fast_path", getattr(module, flag))
+            setattr(module, flag, off)
+
+
+def _allow_fast_path(module: nn.Module) -> None:
+    if "_pet_fast_path" in module.__dict__ and not any(isinstance(m, Deltas) for m in module.modules()):
+        for cls, flag, _ in _FAST_PATH:
+            if isinstance(module, cls):
+                setattr(module, flag, module.__dict__.pop("_pet_fast_path"))

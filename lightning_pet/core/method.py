@@ -1,0 +1,63 @@
+"""What the machinery asks of a method, and the table of known methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import nn
+
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.layers.delta import Delta
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One delta and its place.
+
+    Attributes:
+        target: the host's parameter.
+        delta: the module to insert.
+        suffix: tells several deltas of one method on one host apart (``"q"`` and ``"v"`` of a fused projection).
+    """
+
+    target: Target
+    delta: Delta
+    suffix: str = ""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A parameter-efficient tuning method, as data and three questions. No Trainer is involved."""
+
+    method: ClassVar[str]
+    """Short name that is unique among methods: part of parameter names and files."""
+
+    name: str
+    """The user's name for this instance; tells two instances of one method apart."""
+
+    module: str | None
+    """Submodule that the method is confined to, relative to what it was applied to."""
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this instance; JSON types only."""
+        ...
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the places in this model.
+
+        Raises:
+            TargetError: if a requested place does not exist.
+        """
+        ...
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build the deltas for these places, without touching the model."""
+        ...
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of base parameters that train as they are (heads, biases)."""
+        ...
+
+
+METHODS: dict[str, type[Any]] = {}
+"""Known methods by short name: a file names its method, and nothing in a file is ever imported."""

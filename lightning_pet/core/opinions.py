@@ -1,0 +1,171 @@
+"""One structure out of three opinions: the probe, the names, and the tensor-parallel plan."""
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_pet.core.names import (
+    NamedRoles,
+    is_conv1d,
+    is_cross,
+    is_linear,
+    features,
+    layer_index,
+    multihead_targets,
+    named_places,
+    roles_by_name,
+    tensor_parallel_plan,
+    without_numbers,
+)
+from lightning_pet.core.structure import Role, Structure, Target
+
+Host = tuple[str, str]
+_COLUMNWISE: frozenset[Role] = frozenset(("attention.q", "attention.k", "attention.v", "ffn.up", "ffn.gate"))
+
+
+def merge(model: nn.Module, seen: Structure | None) -> Structure:
+    """Complete what a probe saw by what the names say; ``None`` for names alone.
+
+    A role comes from the probe where it found one, else from names. Places that did not run (an
+    expert without tokens) take the roles of the same place in other layers.
+    """
+    base = seen if seen is not None else Structure()
+    found = _by_host(target for target in base.targets if target.role != "embedding")
+    unresolved = _by_host(base.unresolved)
+    notes: list[str] = []
+    _use_multihead(model, base, found, unresolved)
+    _use_siblings(model, base, found)
+    for named in roles_by_name(model):
+        notes.extend(_use_name(model, base, named, found, unresolved))
+    notes.extend(_check_plan(model, found))
+    embeddings = [target for target in base.targets if target.role == "embedding"]
+    return replace(
+        base,
+        targets=(*embeddings, *(target for targets in found.values() for target in targets)),
+        unresolved=tuple(target for targets in unresolved.values() for target in targets),
+        disagreements=(*base.disagreements, *notes),
+    )
+
+
+def _by_host(targets: Iterable[Target]) -> dict[Host, list[Target]]:
+    hosts: dict[Host, list[Target]] = defaultdict(list)
+    for target in targets:
+        hosts[target.module, target.parameter].append(target)
+    return hosts
+
+
+def _use_multihead(
+    model: nn.Module, base: Structure, found: dict[Host, list[Target]], unresolved: dict[Host, list[Target]]
+) -> None:
+    """torch's own attention is known by its class, whatever the graph says."""
+    seen_cross = {core.owner: core.cross for core in base.attention}
+    modules = named_places(model)
+    for path, module in modules.items():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        for table in (found, unresolved):
+            for host in [host for host in table if host[0] in (path, f"{path}.out_proj".lstrip("."))]:
+                del table[host]
+        for target in multihead_targets(path, module, seen_cross.get(path, is_cross(modules, path))):
+            found[target.module, target.parameter].append(target)
+
+
+def _use_siblings(model: nn.Module, base: Structure, found: dict[Host, list[Target]]) -> None:
+    """Give a place that never ran the roles of the same place in the layers that did run."""
+    if base.called is None:
+        return
+    patterns: dict[Host, set[tuple[Target, ...]]] = defaultdict(set)
+    for (module, parameter), targets in found.items():
+        anonymous = tuple(replace(target, module="") for target in targets)
+        patterns[without_numbers(module), parameter].add(anonymous)
+    for path, module in named_places(model).items():
+        if path in base.called or not is_linear(module) or (path, "weight") in found:
+            continue
+        known = patterns.get((without_numbers(path), "weight"), set())
+        if len(known) == 1:
+            found[path, "weight"] = [replace(target, module=path) for target in next(iter(known))]
+
+
+def _use_name(
+    model: nn.Module,
+    base: Structure,
+    named: NamedRoles,
+    found: dict[Host, list[Target]],
+    unresolved: dict[Host, list[Target]],
+) -> list[str]:
+    host = (named.module, named.parameter)
+    known = [*found.get(host, ()), *unresolved.get(host, ())]
+    if known:
+        roles = {target.role for target in known}
+        thirds = _thirds(model, named) if host in unresolved else None
+        if thirds is not None:
+            known = unresolved.pop(host)
+            found[host] = _split(known, named, thirds)
+        if roles == set(named.roles):
+            return []
+        return [f"{named.module}: the forward shows {_list(roles)}, its name suggests {_list(named.roles)}"]
+    rival = _rival(base, named)
+    if rival is not None:
+        return [f"{named.module}: its name suggests {_list(named.roles)}, but the forward shows that in {rival}"]
+    if len(named.roles) == 1:
+        found[host].append(Target(*host, role=named.roles[0], cross=named.cross))
+        return []
+    targets = [Target(*host, role=role, cross=named.cross) for role in named.roles]
+    thirds = _thirds(model, named)
+    if thirds is None:
+        unresolved[host] = targets
+    else:
+        found[host] = _split(targets, named, thirds)
+    return []
+
+
+def _split(targets: Sequence[Target], named: NamedRoles, width: int) -> list[Target]:
+    places = {role: i * width for i, role in enumerate(named.roles)}
+    return [replace(t, rows=((places[t.role], places[t.role] + width),)) for t in targets if t.role in places]
+
+
+def _rival(base: Structure, named: NamedRoles) -> str | None:
+    """Another module of the same layer in which the forward showed one of these roles."""
+    layer, place = layer_index(named.module), _layer_path(named.module)
+    for target in base.targets:
+        same = target.role in named.roles and target.cross == named.cross and layer is not None
+        if same and _layer_path(target.module) == place:
+            return target.module
+    return None
+
+
+def _layer_path(path: str) -> str:
+    """The path up to its first index."""
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: first + 1])
+
+
+def _thirds(model: nn.Module, named: NamedRoles) -> int | None:
+    """Width of q, k and v where only contiguous thirds are possible (GPT-2's ``c_attn``), else ``None``."""
+    module = named_places(model)[named.module]
+    if named.module.rpartition(".")[2] != "c_attn" or not is_conv1d(module) or len(named.roles) != 3:
+        return None
+    inputs, outputs = features(module)
+    return inputs if outputs == 3 * inputs else None
+
+
+def _check_plan(model: nn.Module, found: Mapping[Host, Sequence[Target]]) -> list[str]:
+    """Projections whose role contradicts the direction in which the model's own plan shards them."""
+    plan = tensor_parallel_plan(model)
+    notes: list[str] = []
+    for (module, parameter), targets in found.items():
+        name = module if parameter == "weight" else f"{module}.{parameter}"
+        style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), "")
+        for target in targets:
+            wide = target.role in _COLUMNWISE
+            if (wide and style.startswith("rowwise")) or (not wide and style.startswith("colwise")):
+                notes.append(f"{name}: found to be {target.role}, but the model's plan shards it {style}")
+    return notes
+
+
+def _list(roles: Iterable[Role | None]) -> str:
+    return " and ".join(sorted(str(role) for role in roles))

@@ -1,0 +1,78 @@
+"""What a method does to a model, as a table that people read before they train."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_pet.core.adaptation import Adaptation
+from lightning_pet.core.naming import canonical, join
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One delta, or one base tensor that trains as it is.
+
+    Attributes:
+        method: short name of the method, with the user's name if it is not ``default``.
+        place: path of the host parameter.
+        role: what the host does in the model, if known.
+        detail: shape of what was inserted.
+        parameters: trained numbers.
+    """
+
+    method: str
+    place: str
+    role: str
+    detail: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rows of an adapted model.
+
+    Attributes:
+        rows: in the order of insertion.
+        base: numbers in the base model (tied tensors once).
+    """
+
+    rows: tuple[PlanRow, ...]
+    base: int
+
+    @property
+    def trainable(self) -> int:
+        """Trained numbers in total."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Trained numbers as a share of the base."""
+        return self.trainable / self.base if self.base else 0.0
+
+    def __str__(self) -> str:
+        width = max((len(row.place) for row in self.rows), default=5)
+        lines = [f"{'method':<16}{'place':<{width + 2}}{'role':<14}{'shape':<22}{'parameters':>10}"]
+        lines += [
+            f"{row.method:<16}{row.place:<{width + 2}}{row.role:<14}{row.detail:<22}{row.parameters:>10,}"
+            for row in self.rows
+        ]
+        lines.append(f"trainable {self.trainable:,} of {self.base:,} ({self.share:.3%})")
+        return "\n".join(lines)
+
+
+def plan_of(root: nn.Module, record: Adaptation) -> Plan:
+    """Read the plan off an adapted model."""
+    parameters = {canonical(n): p for n, p in root.named_parameters(remove_duplicate=False)}
+    rows = []
+    for applied, target, path, key in record.hosts():
+        own = {n: p for n, p in parameters.items() if n.startswith(join(path, "pet", key) + ".")}
+        trained = [p for n, p in own.items() if n in record.trainable_names]
+        label = applied.method if applied.name == "default" else f"{applied.method}:{applied.name}"
+        detail = " ".join("×".join(map(str, p.shape)) for p in trained)
+        rows.append(PlanRow(label, target.path, target.role or "", detail, sum(p.numel() for p in trained)))
+    for name in record.trained_names:
+        parameter = parameters[name]
+        rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
+    delta = set(record.delta_names)
+    base = sum(p.numel() for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
+    return Plan(tuple(rows), base)

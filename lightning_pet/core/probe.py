@@ -1,0 +1,278 @@
+"""What a model is made of: :func:`probe` reads one forward, :func:`analyse` adds what names tell.
+
+The probe needs no table of architectures. It runs a forward in evaluation mode, reads the autograd
+graph, finds softmax attention and residual sums in it, and maps both back to modules.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_pet.core.cores import Core, find_cores
+from lightning_pet.core.fused import Rows, count, rows_feeding
+from lightning_pet.core.graph import Edge, Graph, tensors
+from lightning_pet.core.inputs import candidate_forwards
+from lightning_pet.core.names import named_places
+from lightning_pet.core.opinions import merge
+from lightning_pet.core.record import Record, Recorder, accepts_mask, undisturbed
+from lightning_pet.core.residual import Addition, find_additions
+from lightning_pet.core.roles import Use, Uses, attention_uses, ffn_uses
+from lightning_pet.core.sites import Taps, build_sites
+from lightning_pet.core.structure import AttentionCore, Role, Site, Structure, Target
+from lightning_pet.errors import TargetError
+
+_ORDER: tuple[Role, ...] = (
+    "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down", "embedding"
+)  # fmt: skip
+
+
+def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
+    """Find out the structure of ``model`` by running ``forward`` once.
+
+    The model is left exactly as it was (parameters, gradients, buffers, modes, hooks, random states),
+    also when ``forward`` raises.
+
+    Args:
+        model: the model; paths in the result are relative to it.
+        forward: runs ``model`` on a small batch and returns any nest of tensors (outputs or a loss).
+
+    Returns:
+        The structure as this one forward shows it.
+
+    Raises:
+        TargetError: the forward raised, or returned nothing that depends on the model's parameters.
+    """
+    with undisturbed(model):
+        recorder = Recorder(model)
+        with recorder.attached() as record:
+            try:
+                result = forward()
+            except Exception as error:
+                raise TargetError(
+                    f"the probing forward of {type(model).__name__} failed: {type(error).__name__}: {error}. It runs "
+                    "in evaluation mode with gradients enabled; pass a batch that the model accepts in that mode."
+                ) from error
+        record.outputs = [x.grad_fn for x in tensors(result) if x.grad_fn is not None]
+        del result
+        if not record.outputs:
+            raise TargetError(
+                f"the probing forward of {type(model).__name__} returned no tensor that depends on its parameters. "
+                "Return the outputs or the loss, and do not run the model under torch.no_grad()."
+            )
+        return _Reading(model, record).structure()
+
+
+def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Structure:
+    """Structure of ``model`` from a forward, its names and its tensor-parallel plan, whichever are available.
+
+    Args:
+        model: the model; paths in the result are relative to it.
+        forward: as in :func:`probe`. Without one, a model that describes its inputs (Hugging Face) is
+            run on eight tokens, one image or a short sound, also on the meta device.
+
+    Returns:
+        The merged structure. ``source`` is ``"names"`` if no forward could be run; the reason is then
+        the first of ``disagreements``.
+    """
+    seen, failure = None, None
+    for candidate in ([forward] if forward is not None else []) + list(candidate_forwards(model)):
+        try:
+            seen = probe(model, candidate)
+            break
+        except TargetError as error:
+            failure = failure or str(error)
+    structure = merge(model, seen)
+    if seen is None:
+        embedding = input_embedding(model) or only_embedding(model)
+        targets = structure.targets if embedding is None else (Target(embedding, role="embedding"), *structure.targets)
+        structure = replace(
+            structure,
+            targets=targets,
+            embedding=embedding,
+            consumer=static_consumer(model, embedding),
+            disagreements=((failure,) if failure else ()) + structure.disagreements,
+        )
+    return replace(
+        structure,
+        targets=in_module_order(model, structure.targets),
+        unresolved=in_module_order(model, structure.unresolved),
+    )
+
+
+class _Reading:
+    """The graph of one recorded forward, and what follows from it."""
+
+    def __init__(self, model: nn.Module, record: Record) -> None:
+        self.model = model
+        self.record = record
+        self.owners = _owners(model)
+        parameters = {id(p): p.dim() for p in model.parameters()}
+        self.graph = Graph(record.outputs, parameters)
+        self._add_opaque()
+        self.taps = Taps(model, self.graph, record)
+        self.additions: list[Addition] = find_additions(self.graph, frozenset(self.taps.outputs))
+        self.cores: list[Core] = find_cores(self.graph)
+        self.uses: Uses = attention_uses(self.graph, self.cores, self.additions)
+        ffn, self.downs = ffn_uses(self.graph, self.cores, self.additions, self.uses)
+        self.uses.update(ffn)
+
+    def structure(self) -> Structure:
+        targets, unresolved = self._targets()
+        embedding = input_embedding(self.model) or self.record.embedding
+        if embedding is not None:
+            targets.append(Target(embedding, role="embedding"))
+        return Structure(
+            targets=in_module_order(self.model, targets),
+            sites=self._sites(),
+            attention=self._attention(),
+            embedding=embedding,
+            consumer=self.record.consumer or static_consumer(self.model, embedding),
+            called=frozenset(call.path for call in self.record.calls),
+            source="probe",
+            unresolved=in_module_order(self.model, unresolved),
+        )
+
+    def _add_opaque(self) -> None:
+        """Quantised linears hide their weight: take their outputs from the record instead."""
+        seen = {path for gemm in self.graph.gemms.values() for path, _ in self.owners.get(gemm.weight, ())}
+        modules = named_places(self.model)
+        for call in self.record.calls:
+            module = modules[call.path]
+            if call.path in seen or not hasattr(module, "in_features") or any(True for _ in module.children()):
+                continue
+            node, data = self.graph.of(call.output), self.graph.of(call.input)
+            if node is not None and data is not None and node != data:
+                self.graph.add_opaque(node, call.path, data)
+
+    # -- targets ----------------------------------------------------------------------------------
+
+    def host(self, gemm: int) -> tuple[str, str] | None:
+        """Module and parameter of a gemm; of tied ones the module that ran it."""
+        weight = self.graph.gemms[gemm].weight
+        if isinstance(weight, str):
+            return weight, "weight"
+        owners = self.owners.get(weight, [])
+        if len(owners) > 1:
+            number = self.graph.sequence[gemm]
+            running = {call.path for call in self.record.calls if call.start <= number < call.end}
+            owners = [owner for owner in owners if owner[0] in running] or owners
+        return owners[0] if owners else None
+
+    def _targets(self) -> tuple[list[Target], list[Target]]:
+        targets: list[Target] = []
+        unresolved: list[Target] = []
+        for use in self.uses.values():
+            host = self.host(next(iter(use.roles.values()))[0])
+            if host is None:
+                continue
+            rows = self._rows(use)
+            for role in use.roles:
+                target = Target(*host, role=role, cross=use.cross, rows=None if rows is None else rows[role])
+                (unresolved if rows is None else targets).append(target)
+        return targets, unresolved
+
+    def _rows(self, use: Use) -> dict[Role, Rows | None] | None:
+        """Rows of every role; ``None`` for all of them, and for the whole dictionary if they are unknown."""
+        if len(use.roles) == 1:
+            return dict.fromkeys(use.roles)
+        found: dict[Role, Rows | None] = {}
+        for role, (gemm, edge) in use.roles.items():
+            rows = rows_feeding(self.graph, edge, gemm) if edge is not None else use.rows.get(role)
+            if not rows:
+                return None
+            found[role] = rows
+        features = max(stop for rows in found.values() for _, stop in rows or ())
+        whole = all(rows == ((0, features),) for rows in found.values())
+        return dict.fromkeys(found) if whole else found
+
+    # -- sites and attention ----------------------------------------------------------------------
+
+    def _sites(self) -> tuple[Site, ...]:
+        pairs = build_sites(self.graph, self.taps, self.additions, self.cores, self.downs)
+        return tuple(dict.fromkeys(site for _, site in pairs))
+
+    def _attention(self) -> tuple[AttentionCore, ...]:
+        found: dict[tuple[str, bool], AttentionCore] = {}
+        sequence = self.graph.sequence
+        for core in self.cores:
+            owner = self.taps.owner(sequence[core.first], sequence[core.last])
+            found.setdefault((owner, core.cross), self._core(owner, core))
+        return tuple(found.values())
+
+    def _core(self, owner: str, core: Core) -> AttentionCore:
+        key_dim = self.graph.shape(core.q)[-1]
+        value_dim = self.graph.shape(core.v)[-1]
+        heads = self._fed(core.k, "attention.k") // max(key_dim, 1)
+        shape = self.graph.shape(core.k)
+        if heads * key_dim != self._fed(core.k, "attention.k") or not heads:
+            heads = shape[1] if len(shape) == 4 else 0
+        return AttentionCore(owner, core.cross, heads, key_dim, value_dim)
+
+    def _fed(self, edge: Edge, role: Role) -> int:
+        """Number of features that feed an operand, 0 if several projections do."""
+        stop = frozenset(addition.add for addition in self.additions)
+        gemms = self.graph.gemms_above([edge.node], stop)
+        if len(gemms) != 1:
+            return 0
+        rows = rows_feeding(self.graph, edge, gemms[0])
+        return 0 if rows is None else count(rows)
+
+
+def _owners(model: nn.Module) -> dict[int | str, list[tuple[str, str]]]:
+    """``id(parameter)`` -> the modules (first names) and the names under which they hold it."""
+    owners: dict[int | str, list[tuple[str, str]]] = {}
+    for path, module in named_places(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((path, name))
+    return owners
+
+
+def in_module_order(model: nn.Module, targets: Sequence[Target]) -> tuple[Target, ...]:
+    """Targets without repetition, ordered by module, parameter and role."""
+    place: dict[tuple[str, str], int] = {}
+    for path, module in named_places(model).items():
+        for name in (*module._parameters, *module._buffers, "weight"):
+            place.setdefault((path, name), len(place))
+    last = len(place)
+
+    def key(target: Target) -> tuple[int, int]:
+        role = _ORDER.index(target.role) if target.role is not None else -1
+        return place.get((target.module, target.parameter), last), role
+
+    return tuple(sorted(dict.fromkeys(targets), key=key))
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """Path of the module that ``get_input_embeddings`` of the model or of its first part that has it returns."""
+    paths = {module: path for path, module in named_places(model).items()}
+    for module in model.modules():
+        getter = getattr(module, "get_input_embeddings", None)
+        if callable(getter):
+            try:
+                found = paths.get(getter())
+            except Exception:  # models without ids raise all kinds of errors here
+                found = None
+            if found is not None and isinstance(named_places(model)[found], nn.Embedding):
+                return found
+    return None
+
+
+def only_embedding(model: nn.Module) -> str | None:
+    """Path of the ``nn.Embedding`` of a model that has exactly one."""
+    paths = [path for path, module in named_places(model).items() if isinstance(module, nn.Embedding)]
+    return paths[0] if len(paths) == 1 else None
+
+
+def static_consumer(model: nn.Module, embedding: str | None) -> str | None:
+    """Innermost module around ``embedding`` whose forward has ``input_ids`` and ``attention_mask``."""
+    if embedding is None:
+        return None
+    parts, modules = embedding.split("."), named_places(model)
+    for length in range(len(parts) - 1, -1, -1):
+        path = ".".join(parts[:length])
+        if path in modules and accepts_mask(modules[path]):
+            return path
+    return None

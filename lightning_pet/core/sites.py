@@ -1,0 +1,170 @@
+"""From residual additions to the modules at which a method can sit."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_pet.core.cores import Core
+from lightning_pet.core.fused import mixes_positions
+from lightning_pet.core.graph import Edge, Graph
+from lightning_pet.core.names import named_places
+from lightning_pet.core.record import Call, Record
+from lightning_pet.core.residual import Addition
+from lightning_pet.core.structure import Site, SiteKind
+
+_ATTENTION_CLASS = re.compile(r"attention|attn", re.I)
+_MAX_BRANCH = 16
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module call, seen from a graph node."""
+
+    order: int
+    call: Call
+
+
+class Taps:
+    """Which calls take or return the tensor behind a node."""
+
+    def __init__(self, model: nn.Module, graph: Graph, record: Record) -> None:
+        self._modules = named_places(model)
+        self.inputs: dict[int, list[Tap]] = defaultdict(list)
+        self.outputs: dict[int, list[Tap]] = defaultdict(list)
+        self.calls = record.calls
+        for order, call in enumerate(record.calls):
+            for node, table in ((graph.of(call.input), self.inputs), (graph.of(call.output), self.outputs)):
+                if node is not None:
+                    table[node].append(Tap(order, call))
+
+    def module(self, path: str) -> nn.Module:
+        """The module of that name."""
+        return self._modules[path]
+
+    def transparent(self, path: str) -> bool:
+        """No projection inside: a norm, a dropout, an activation."""
+        module = self._modules[path]
+        return all(parameter.dim() <= 1 for parameter in module.parameters())
+
+    def owner(self, first: int, last: int) -> str:
+        """Innermost module whose call contains both sequence numbers."""
+        around = [c for c in self.calls if c.start <= first and last < c.end]
+        return max(around, key=lambda call: call.depth).path if around else ""
+
+
+def build_sites(
+    graph: Graph, taps: Taps, additions: Sequence[Addition], cores: Sequence[Core], ffn: Iterable[int]
+) -> list[tuple[Addition, Site]]:
+    """A :class:`Site` for every addition that has a branch module.
+
+    Args:
+        graph: the graph.
+        taps: calls by node.
+        additions: what :func:`find_additions` returned.
+        cores: all attentions.
+        ffn: nodes of gemms known to be a feed-forward's down-projection.
+    """
+    down = frozenset(ffn)
+    pairs = []
+    for addition in additions:
+        branch = _branch(graph, taps, addition)
+        if branch:
+            pairs.append((addition, _site(graph, taps, addition, branch, cores, down)))
+    return _outermost(pairs)
+
+
+def _site(
+    graph: Graph,
+    taps: Taps,
+    addition: Addition,
+    branch: Sequence[Tap],
+    cores: Sequence[Core],
+    ffn: frozenset[int],
+) -> Site:
+    start, end = graph.sequence[addition.x], graph.sequence[addition.add]
+    inputs = [
+        tap.call.path
+        for tap in taps.inputs[addition.x]
+        if start < tap.call.start and 0 <= tap.call.end <= end and graph.of(tap.call.output) in addition.region
+    ]
+    total = graph.canonical(addition.stream)
+    readers = [tap.call.path for tap in taps.inputs[total]]
+    norms = [p for p in readers if taps.transparent(p) and any(True for _ in taps.module(p).parameters())]
+    blocks = sorted(taps.outputs[total], key=lambda tap: (-tap.call.depth, tap.order))
+    return Site(
+        kind=_kind(graph, taps, addition, branch, cores, ffn),
+        branch=_unique(tap.call.path for tap in branch),
+        inputs=_unique(inputs),
+        after_norm=_unique(norms),
+        after_out=_unique(tap.call.path for tap in blocks),
+        width=_width(taps, branch[-1]),
+    )
+
+
+def _unique(paths: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(paths))
+
+
+def _width(taps: Taps, tap: Tap) -> int:
+    module, shape = taps.module(tap.call.path), tap.call.output_shape
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.BatchNorm2d)
+    return shape[1] if convolution and len(shape) > 2 else shape[-1] if shape else 0
+
+
+def _branch(graph: Graph, taps: Taps, addition: Addition) -> list[Tap]:
+    """Calls whose output is f(x), farthest from the sum first; stops at the first that holds a projection."""
+    groups: list[list[Tap]] = []
+    node, region = graph.canonical(addition.branch), addition.region
+    end = graph.sequence[addition.add]
+    for _ in range(_MAX_BRANCH):
+        found = [tap for tap in taps.outputs.get(node, ()) if 0 <= tap.call.end <= end]
+        found.sort(key=lambda tap: (-tap.call.depth, tap.order))
+        groups.append(found)
+        if node in graph.gemms or any(not taps.transparent(tap.call.path) for tap in found):
+            break
+        above = graph.of(found[0].call.input) if found else None
+        if above is None or above == node:
+            if not graph.is_thin(node):
+                break
+            above = graph.canonical(graph.data[node][0])
+        if above not in region:
+            break
+        node = above
+    taps_found = [tap for group in reversed(groups) for tap in group]
+    return taps_found if any(not taps.transparent(tap.call.path) for tap in taps_found) else []
+
+
+def _kind(
+    graph: Graph, taps: Taps, addition: Addition, branch: Sequence[Tap], cores: Sequence[Core], ffn: frozenset[int]
+) -> SiteKind:
+    core = addition.core(cores)
+    if core is not None:
+        return "cross" if core.cross else "attention"
+    if addition.region & ffn:
+        return "ffn"
+    if any(_ATTENTION_CLASS.search(type(taps.module(tap.call.path)).__name__) for tap in branch):
+        return "attention"
+    return "mixer" if mixes_positions(graph, Edge(addition.branch, 0), addition.x) else "ffn"
+
+
+def _outermost(pairs: list[tuple[Addition, Site]]) -> list[tuple[Addition, Site]]:
+    """Without the sums inside another site's sub-layer (a shared expert), and without wrappers of whole blocks."""
+    wrappers = set()
+    for i, (addition, site) in enumerate(pairs):
+        inner = [j for j, (other, s) in enumerate(pairs) if j != i and other.add in addition.region and _within(s, site)]
+        if len(inner) > 1:
+            wrappers.add(i)
+    kept = []
+    for i, (_, site) in enumerate(pairs):
+        inside = any(j != i and j not in wrappers and _within(site, outer) for j, (_, outer) in enumerate(pairs))
+        if i not in wrappers and not inside:
+            kept.append(pairs[i])
+    return kept
+
+
+def _within(inner: Site, outer: Site) -> bool:
+    """All branch modules of ``inner`` lie strictly inside a branch module of ``outer``."""
+    return any(all(path.startswith(f"{whole}.") for path in inner.branch) for whole in outer.branch)

@@ -1,0 +1,139 @@
+"""What is known about a model: which projection plays which role, and where the residual stream is.
+
+Plain frozen data, JSON-able through :func:`dataclasses.asdict`. :mod:`lightning_pet.core.probe`
+and :mod:`lightning_pet.core.names` produce it; target resolution and the methods read it.
+Paths are dotted module names from the adapted root; the root itself is ``""``.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Role = Literal[
+    "attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.gate", "ffn.down", "embedding"
+]
+SiteKind = Literal["attention", "cross", "ffn", "mixer"]
+
+
+@dataclass(frozen=True, order=True)
+class Target:
+    """One parameter of one module, or some of its output rows.
+
+    Attributes:
+        module: path of the host module.
+        parameter: name of the parameter inside the host.
+        role: what the projection does; ``None`` where unknown or irrelevant.
+        cross: the projection belongs to cross-attention.
+        rows: half-open ranges of *output features* in a fused projection (``((0, 768),)`` for q in
+            GPT-2's ``c_attn``); ``None`` means all of them.
+    """
+
+    module: str
+    parameter: str = "weight"
+    role: Role | None = None
+    cross: bool = False
+    rows: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def path(self) -> str:
+        """Full dotted name of the parameter."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+
+@dataclass(frozen=True)
+class Site:
+    """One residual addition ``s = x + f(x)``.
+
+    Attributes:
+        kind: which sub-layer ``f`` is; ``mixer`` mixes positions without softmax (Mamba, convolution).
+        branch: modules whose output is f(x), innermost first; the last is nearest the addition.
+        inputs: modules whose input is x (in a pre-norm model: the norm).
+        after_norm: norms that read s (post-norm models).
+        after_out: modules whose output is s (pre-norm models: the block).
+        width: features of the residual stream at this site.
+    """
+
+    kind: SiteKind
+    branch: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    after_norm: tuple[str, ...] = ()
+    after_out: tuple[str, ...] = ()
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionCore:
+    """One softmax attention: its owner module and the shapes of its keys and values.
+
+    Attributes:
+        owner: the module whose forward computes softmax(q kᵀ) v.
+        cross: keys and values come from another sequence than the queries.
+        kv_heads: key/value heads (may be fewer than query heads).
+        key_dim: features of one key head.
+        value_dim: features of one value head.
+    """
+
+    owner: str
+    cross: bool = False
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All that was found out about one model.
+
+    Attributes:
+        targets: every projection with a role, in module order; fused projections appear once per
+            role with their ``rows``.
+        sites: residual additions, in execution order.
+        attention: attention cores, in execution order.
+        embedding: path of the token embedding, if any.
+        consumer: innermost module above the embedding that takes ids and an attention mask.
+        called: modules that ran in the probing forward; ``None`` if no forward was run.
+        source: ``"probe"`` if a forward was read, ``"names"`` if only module names were.
+        disagreements: human-readable differences between probe and names.
+        unresolved: fused projections of which it is known that they hold a role, but not in which rows.
+    """
+
+    targets: tuple[Target, ...] = ()
+    sites: tuple[Site, ...] = ()
+    attention: tuple[AttentionCore, ...] = ()
+    embedding: str | None = None
+    consumer: str | None = None
+    called: frozenset[str] | None = None
+    source: Literal["probe", "names"] = "names"
+    disagreements: tuple[str, ...] = field(default=())
+    unresolved: tuple[Target, ...] = ()
+
+    def within(self, scope: str) -> "Structure":
+        """The part of the model below one submodule, with paths from that submodule."""
+        if not scope:
+            return self
+        prefix = f"{scope}."
+
+        def strip(path: str) -> str:
+            return path.removeprefix(prefix)
+
+        def strips(paths: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(strip(p) for p in paths if p.startswith(prefix))
+
+        return replace(
+            self,
+            targets=tuple(replace(t, module=strip(t.module)) for t in self.targets if t.module.startswith(prefix)),
+            sites=tuple(
+                replace(
+                    site,
+                    branch=strips(site.branch),
+                    inputs=strips(site.inputs),
+                    after_norm=strips(site.after_norm),
+                    after_out=strips(site.after_out),
+                )
+                for site in self.sites
+                if any(p.startswith(prefix) for p in site.branch)
+            ),
+            attention=tuple(replace(a, owner=strip(a.owner)) for a in self.attention if a.owner.startswith(prefix)),
+            embedding=strip(self.embedding) if self.embedding and self.embedding.startswith(prefix) else None,
+            consumer=strip(self.consumer) if self.consumer and self.consumer.startswith(prefix) else None,
+            called=frozenset(strips(tuple(self.called))) if self.called is not None else None,
+        )

@@ -1,0 +1,359 @@
+"""From what a user writes to the parameters that are meant.
+
+A pattern is one of
+
+===================================  ==============================================================
+``attention.q``, ``ffn.up`` ...      a role; ``attention`` and ``ffn`` stand for all of theirs
+``attention.self.q``, ``...cross.v`` a role in self- or in cross-attention only
+``embedding``                        the token embedding
+``all-linear``                       every projection except output embedding, task head and routers
+``q_proj``, ``self.query``           whole components at the end of a module's name
+``encoder.layer.*.output.dense``     a glob over module names (``*`` also crosses dots)
+``re:.*\\.(q|v)_proj``                a regular expression that matches the whole name
+``mlp.experts.gate_up_proj``         a parameter, in any of these forms
+===================================  ==============================================================
+
+Every pattern must hit something, otherwise :class:`~lightning_pet.errors.TargetError`.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+from torch import nn
+
+from lightning_pet.core.fused import overlap
+from lightning_pet.core.names import is_linear, is_router, layer_index, named_places
+from lightning_pet.core.naming import canonical
+from lightning_pet.core.structure import Role, Structure, Target
+from lightning_pet.errors import TargetError
+
+__all__ = ["layer_index", "output_heads", "resolve_targets", "role_names", "suggest"]
+
+Hosts = Callable[[nn.Module, str], bool]
+
+_GROUPS: dict[str, tuple[Role, ...]] = {
+    "attention": ("attention.q", "attention.k", "attention.v", "attention.o"),
+    "ffn": ("ffn.gate", "ffn.up", "ffn.down"),
+    "embedding": ("embedding",),
+}
+_ROLE = re.compile(r"(attention)(?:\.(self|cross))?(?:\.([qkvo]))?|ffn(?:\.(up|gate|down))?|embedding")
+_HEAD_NAMES = frozenset(
+    "lm_head score classifier classification_head qa_outputs cls head heads embed_out output_projection "
+    "start_logits end_logits".split()
+)
+_SHOWN = 8
+
+
+def resolve_targets(
+    model: nn.Module,
+    patterns: Sequence[str] | str,
+    structure: Structure,
+    *,
+    exclude: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    hosts: Hosts | None = None,
+) -> tuple[Target, ...]:
+    """Find the parameters that ``patterns`` name.
+
+    Args:
+        model: the model that ``structure`` describes.
+        patterns: one pattern or several; see the top of this file.
+        structure: roles of the model, from :func:`lightning_pet.core.probe.analyse`.
+        exclude: patterns of places to leave out; each must hit as well.
+        layers: keep only places in the layers of these indices (the first number in the module's name).
+        hosts: ``(module, parameter name) -> bool``: what the method can sit on. Default: any weight with two
+            or more dimensions.
+
+    Returns:
+        Targets in module order, each parameter (or part of a fused one) once.
+
+    Raises:
+        TargetError: a pattern hits nothing or nothing that can host, a role is missing or its rows in a
+            fused projection are unknown, a layer does not exist, a whole projection and a part of it are
+            both targeted, or nothing is left.
+    """
+    wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    unwanted = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if not wanted:
+        raise TargetError("no target pattern given; name at least one, for example 'attention.q' or 'all-linear'.")
+    scope = _Scope(model, structure, hosts or _is_matrix)
+    found = [target for pattern in wanted for target in scope.match(pattern)]
+    dropped = [target for pattern in unwanted for target in scope.match(pattern)]
+    kept = [target for target in dict.fromkeys(found) if not any(_same_place(target, other) for other in dropped)]
+    if layers is not None:
+        indices = scope.check_layers(layers)
+        kept = [target for target in kept if layer_index(target.module) in indices]
+    if not kept:
+        raise TargetError(
+            f"nothing is left of target_modules={list(wanted)} after exclude={list(unwanted)}"
+            f"{'' if layers is None else f' and layers={list(layers)}'}. Relax one of them."
+        )
+    result = scope.ordered(kept)
+    _check_overlap(result)
+    return result
+
+
+def role_names(structure: Structure) -> tuple[str, ...]:
+    """Role patterns that hit in this model."""
+    found = dict.fromkeys(target.role for target in structure.targets if target.role is not None)
+    return tuple(found)
+
+
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """A sentence with the nearest of ``candidates``, or an empty string.
+
+    >>> suggest("q_prj", ["q_proj", "mlp"])
+    " Did you mean 'q_proj'?"
+    """
+    near = difflib.get_close_matches(name, list(dict.fromkeys(candidates)), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def output_heads(model: nn.Module) -> frozenset[str]:
+    """Paths of modules that turn features into predictions: the output embedding and task heads.
+
+    In a model that knows its own base (``base_model_prefix``) these are all other children; elsewhere
+    direct children with one of the usual names (``lm_head``, ``classifier``, ``score`` ...).
+    """
+    heads = {name for name, _ in model.named_children() if name in _HEAD_NAMES}
+    prefix = getattr(model, "base_model_prefix", "")
+    if isinstance(prefix, str) and prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        heads.update(name for name, _ in model.named_children() if name != prefix)
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter):
+        try:
+            output = getter()
+        except Exception:  # models without one raise all kinds of errors here
+            output = None
+        heads.update(path for path, module in model.named_modules() if module is output)
+    return frozenset(heads)
+
+
+class _Scope:
+    """All places of one model that can host, and the ways to name them."""
+
+    def __init__(self, model: nn.Module, structure: Structure, hosts: Hosts) -> None:
+        self.model = model
+        self.structure = structure
+        self.hosts = hosts
+        self.modules = named_places(model)
+        self.first = {module: path for path, module in self.modules.items()}
+        self.names: dict[str, list[str]] = {path: [] for path in self.modules}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if module in self.first:
+                self.names[self.first[module]].append(canonical(name))
+        places = [(path, name) for module, path in self.first.items() for name in _parameters(module)]
+        self.place = {place: i for i, place in enumerate(places)}
+        self.roles: dict[tuple[str, str], list[Target]] = {}
+        for target in structure.targets:
+            self.roles.setdefault((target.module, target.parameter), []).append(target)
+
+    # -- one pattern ------------------------------------------------------------------------------
+
+    def match(self, pattern: str) -> list[Target]:
+        """Targets of one pattern; raises if there are none."""
+        if not isinstance(pattern, str) or not pattern:
+            raise TargetError(f"a target pattern must be a non-empty string, got {pattern!r}.")
+        if pattern == "all-linear":
+            return self._all_linear()
+        if _ROLE.fullmatch(pattern):
+            targets = self._by_role(pattern)
+            if targets:
+                return targets
+        paths = self._by_name(pattern)
+        if paths:
+            return paths
+        raise TargetError(self._missing_role(pattern) if _ROLE.fullmatch(pattern) else self._missing(pattern))
+
+    def _by_role(self, pattern: str) -> list[Target]:
+        unknown = [target for target in self.structure.unresolved if _has_role(target, pattern)]
+        if unknown:
+            first = unknown[0]
+            raise TargetError(
+                f"{first.module!r} computes {first.role} together with others in one projection, and which of its "
+                f"rows those are could not be found out. Pass a batch for the structure probe, or name the whole "
+                f"projection: {first.module.rpartition('.')[2]!r}."
+            )
+        hits = [target for target in self.structure.targets if _has_role(target, pattern)]
+        return [target for target in hits if self._hosts(target.module, target.parameter)]
+
+    def _all_linear(self) -> list[Target]:
+        heads = output_heads(self.model)
+        targets = []
+        for module, path in self.first.items():
+            if any(_inside(name, heads) for name in self.names[path]) or is_router(module):
+                continue
+            if not (is_linear(module) or isinstance(module, nn.MultiheadAttention) or _is_experts(module)):
+                continue
+            targets.extend(self._target(path, name) for name in _weights(module) if self._hosts(path, name))
+        if not targets:
+            raise TargetError(
+                "'all-linear' hits nothing: the model has no linear layer that can host this method outside its "
+                f"output head ({', '.join(sorted(heads)) or 'none'}). Name the modules instead."
+            )
+        return targets
+
+    def _by_name(self, pattern: str) -> list[Target]:
+        matches = _matcher(pattern)
+        targets: list[Target] = []
+        for module, path in self.first.items():
+            own = _weights(module)
+            if any(matches(name) for name in self.names[path]):
+                targets.extend(self._target(path, name) for name in own if self._hosts(path, name))
+                continue
+            for name in _parameters(module):
+                full = [f"{alias}.{name}".lstrip(".") for alias in self.names[path]]
+                if any(matches(alias) for alias in full) and self._hosts(path, name):
+                    targets.append(self._target(path, name))
+        return targets
+
+    def _hosts(self, path: str, parameter: str) -> bool:
+        return self.hosts(self.modules[path], parameter)
+
+    def _target(self, path: str, parameter: str) -> Target:
+        """The whole parameter, with its role where it has just one."""
+        known = self.roles.get((path, parameter), [])
+        role = known[0].role if len({target.role for target in known}) == 1 else None
+        return Target(path, parameter, role, any(target.cross for target in known))
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def _missing_role(self, pattern: str) -> str:
+        found = role_names(self.structure)
+        listed = ", ".join(found) if found else "none"
+        how = "" if self.structure.source == "probe" else " (by names only: no forward was run; a batch finds more)"
+        blocked = [target for target in self.structure.targets if _has_role(target, pattern)]
+        if blocked:
+            module = self.modules[blocked[0].module]
+            return (
+                f"target pattern {pattern!r} hits {blocked[0].path!r} ({type(module).__name__}), which this method "
+                "cannot adapt. Choose another role or method."
+            )
+        return (
+            f"target pattern {pattern!r}: no such role was found in {type(self.model).__name__}. Roles found{how}: "
+            f"{listed}. Name the modules instead, for example {self._examples()}; "
+            "all names: [n for n, _ in model.named_modules()]."
+        )
+
+    def _missing(self, pattern: str) -> str:
+        containers = [p for m, p in self.first.items() if any(map(_matcher(pattern), self.names[p])) and p]
+        if containers:
+            inside = [path for path, _ in self._hostable() if path.startswith(f"{containers[0]}.")]
+            hint = f"name a part of it, for example {inside[0]!r}" if inside else "choose another module"
+            kind = type(self.modules[containers[0]]).__name__
+            return (
+                f"target pattern {pattern!r} hits {containers[0]!r} ({kind}), which has no weight that this method "
+                f"can adapt; {hint}."
+            )
+        names = [*role_names(self.structure), *_GROUPS, "all-linear", *self._suffixes()]
+        tail = pattern.rpartition(":")[2]
+        return (
+            f"target pattern {pattern!r} hits no module of {type(self.model).__name__}."
+            f"{suggest(tail, names)} Names that exist: {self._examples()}; "
+            "all of them: [n for n, _ in model.named_modules()]."
+        )
+
+    def _hostable(self) -> Iterator[tuple[str, str]]:
+        return (place for place in self.place if self._hosts(*place))
+
+    def _suffixes(self) -> list[str]:
+        names: dict[str, None] = {}
+        for path, parameter in self._hostable():
+            parts = path.split(".")
+            full = path if parameter == "weight" else f"{path}.{parameter}"
+            names.update(dict.fromkeys((full, ".".join(parts[-2:]), parts[-1])))
+        return [name for name in names if name and not name.isdigit()]
+
+    def _examples(self) -> str:
+        leaves = dict.fromkeys(path.rpartition(".")[2] for path, _ in self._hostable())
+        shown = [repr(leaf) for leaf in leaves if leaf and not leaf.isdigit()][:_SHOWN]
+        return ", ".join(shown) or "none that can host this method"
+
+    # -- selection --------------------------------------------------------------------------------
+
+    def check_layers(self, layers: Sequence[int]) -> frozenset[int]:
+        """The indices as a set; raises if the model has no such layer."""
+        present = {index for path in self.first.values() if (index := layer_index(path)) is not None}
+        unknown = sorted(set(layers) - present)
+        if unknown:
+            found = f"0 to {max(present)}" if present else "no numbered layers"
+            raise TargetError(f"layers={list(layers)}: the model has no layer {unknown[0]}; it has {found}.")
+        return frozenset(layers)
+
+    def ordered(self, targets: Collection[Target]) -> tuple[Target, ...]:
+        """The same targets in module order."""
+        last = len(self.place)
+        return tuple(sorted(targets, key=lambda t: (self.place.get((t.module, t.parameter), last), t.rows or ())))
+
+
+# -- pieces -----------------------------------------------------------------------------------------
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise TargetError(f"target pattern {pattern!r} is not a regular expression: {error}.") from error
+        return lambda name: expression.fullmatch(name) is not None
+    if any(sign in pattern for sign in "*?["):
+        return lambda name: fnmatch.fnmatchcase(name, pattern)
+    return lambda name: name == pattern or name.endswith(f".{pattern}")
+
+
+def _has_role(target: Target, pattern: str) -> bool:
+    parts = pattern.split(".")
+    if len(parts) > 1 and parts[1] in ("self", "cross"):
+        if target.cross is not (parts[1] == "cross"):
+            return False
+        del parts[1]
+    return target.role == ".".join(parts) or (len(parts) == 1 and target.role in _GROUPS.get(parts[0], ()))
+
+
+def _is_matrix(module: nn.Module, parameter: str) -> bool:
+    weight = getattr(module, parameter, None)
+    return weight is not None and getattr(weight, "ndim", 0) >= 2
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values()) and not (
+        isinstance(module, nn.modules.conv._ConvNd)
+    )
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if "weight" not in names and is_linear(module):
+        names.append("weight")  # a quantised weight is a buffer
+    return names
+
+
+def _weights(module: nn.Module) -> list[str]:
+    """What a module's name stands for: its ``weight``, else all its parameters of two or more dimensions."""
+    names = _parameters(module)
+    return ["weight"] if "weight" in names else [name for name in names if _is_matrix(module, name)]
+
+
+def _inside(path: str, heads: Collection[str]) -> bool:
+    return any(path == head or path.startswith(f"{head}.") for head in heads)
+
+
+def _same_place(target: Target, other: Target) -> bool:
+    if (target.module, target.parameter) != (other.module, other.parameter):
+        return False
+    return target.rows is None or other.rows is None or overlap(target.rows, other.rows)
+
+
+def _check_overlap(targets: Sequence[Target]) -> None:
+    by_place: dict[tuple[str, str], list[Target]] = {}
+    for target in targets:
+        others = by_place.setdefault((target.module, target.parameter), [])
+        for other in others:
+            if _same_place(target, other) and target.rows != other.rows:
+                raise TargetError(
+                    f"{target.path!r} is targeted twice: as a whole and as {target.role or other.role}, which is a "
+                    "part of it. Keep one of the two patterns."
+                )
+        others.append(target)

@@ -1,0 +1,106 @@
+"""Pairs of source and target texts, from files or the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_pet.data.base import Example, TableDataModule, check_columns, split_off
+from lightning_pet.data.tables import Table, read_splits, read_table
+from lightning_pet.errors import ArgumentError
+
+_ALIASES = {"source": ("source", "input", "document"), "target": ("target", "output", "summary")}
+
+
+class Seq2SeqData(TableDataModule):
+    """Source texts with a target text each, for :class:`~lightning_pet.modules.seq2seq.Seq2SeqModule`.
+
+    Columns are ``source`` (or ``input``, ``document``) and ``target`` (or ``output``, ``summary``).
+
+    Args:
+        train: a CSV, TSV, JSON, JSON lines or Parquet file; a folder with files named by split; or a hub
+            repository ``owner/name`` or ``owner/name:config``.
+        val: file with the validation split; ``None`` takes that of the folder or repository, else cuts
+            ``val_fraction`` off the training split.
+        test: file with the test split.
+        predict: file with source texts to predict.
+        columns: which columns hold the texts, such as ``{"source": "article", "target": "title"}``.
+        prefix: text put before every source, such as ``"summarize: "``.
+        tokenizer: name of a tokenizer; ``None`` takes the LightningModule's.
+        max_length: longest source in tokens; longer ones are cut, and how many is reported.
+        max_target_length: longest target in tokens; longer ones are cut.
+        batch_size: examples per batch and process.
+        val_fraction: share of the training rows for validation when there is no validation split.
+        seed: decides which rows these are.
+        similar_lengths: form training batches of sources of similar length (less padding).
+        num_workers: processes that form batches.
+
+    Raises:
+        ArgumentError: a file or column is missing or wrong; the message says which and what to do.
+
+    Example:
+        >>> Seq2SeqData("pairs.jsonl", columns={"target": "title"}, prefix="summarize: ").max_target_length
+        128
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        columns: dict[str, str] | None = None,
+        prefix: str = "",
+        tokenizer: str | None = None,
+        max_length: int = 512,
+        max_target_length: int = 128,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        similar_lengths: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(tokenizer, max_length, batch_size, similar_lengths, num_workers)
+        if max_target_length < 1:
+            raise ArgumentError(f"max_target_length={max_target_length}: expected at least 1")
+        self.columns = check_columns(columns, tuple(_ALIASES))
+        self.train, self.val, self.test, self.predict = train, val, test, predict
+        self.prefix = prefix
+        self.max_target_length = max_target_length
+        self.val_fraction = val_fraction
+        self.seed = seed
+
+    def read(self) -> dict[str, Table]:
+        """Read all splits; cut a validation split off if there is none."""
+        tables = read_splits(self.train, self.val, self.test)
+        if "val" not in tables:
+            tables["train"], tables["val"] = split_off(tables["train"], self.val_fraction, self.seed)
+            rank_zero_info(
+                f"{self.train}: no validation split, so {len(tables['val'])} of its rows (seed {self.seed}) validate"
+            )
+        if self.predict is not None:
+            tables["predict"] = read_table(Path(self.predict).expanduser())
+        return tables
+
+    def _texts(self, table: Table, name: str) -> list[str]:
+        names = [self.columns[name]] if name in self.columns else _ALIASES[name]
+        return table.texts(table.find(names))
+
+    def encode(self, table: Table, tokenizer: Any, targets: bool) -> list[Example]:
+        """Turn rows into token ids of the source, and of the target as labels."""
+        sources = [self.prefix + text for text in self._texts(table, "source")]
+        encoded = tokenizer(sources, truncation=True, max_length=self.max_length)
+        examples = [{name: values[row] for name, values in encoded.items()} for row in range(len(sources))]
+        if targets:
+            labels = tokenizer(
+                text_target=self._texts(table, "target"), truncation=True, max_length=self.max_target_length
+            )
+            for example, ids in zip(examples, labels["input_ids"], strict=True):
+                example["labels"] = ids
+        return examples
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Pad sources to the longest of the batch, and targets with -100."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(tokenizer)

@@ -1,0 +1,1 @@
+"""Lightning glue: controller, optimizer groups, checkpoints, strategies."""

@@ -1,0 +1,282 @@
+"""Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.core.adaptation import Adaptation, Prepared, adapted_root, commit, delta_key, prepare
+from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.method import METHODS, Method
+from lightning_pet.core.naming import join, named_tensors
+from lightning_pet.core.structure import Target
+from lightning_pet.engine import entry as entries
+from lightning_pet.engine.roots import default_root
+from lightning_pet.errors import DeltaFileError, PETError
+from lightning_pet.store.delta_file import read_delta, read_manifest, write_delta
+from lightning_pet.store.fingerprint import Fingerprint
+from lightning_pet.store.manifest import Manifest, MethodRecord
+
+PathLike = str | os.PathLike[str]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A delta as it was read, from a delta file or from a training checkpoint.
+
+    Attributes:
+        path: the file.
+        methods: short name, user's name, options and places of every method.
+        tensors: by name from the adapted root.
+        base: fingerprint of the base it was trained on.
+    """
+
+    path: Path
+    methods: tuple[MethodRecord, ...]
+    tensors: dict[str, Tensor]
+    base: Fingerprint | None
+
+
+def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | None = None) -> int:
+    """Write the delta of a model into one safetensors file, durably.
+
+    Args:
+        model: the adapted model, or anything that contains it.
+        path: usually ends in ``.pet.safetensors``.
+        notes: free text for people, at most 4 KB; never interpreted.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        PETError: if nothing was applied to the model.
+        DeltaFileError: ``nonfinite`` if a tensor holds NaN or infinity; ``io`` if the disk refuses. A
+            file that was there before is untouched then.
+    """
+    found = adapted_root(model)
+    if found is None:
+        raise PETError(f"nothing was applied to this {type(model).__name__}: there is no delta to save.")
+    root_path, root = found
+    adapted = Adapted(root)
+    manifest = Manifest(
+        methods=tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in adapted.record.applied),
+        base=entries.base_fingerprint(root, adapted.record),
+        root=root_path,
+        notes=dict(notes or {}),
+        written_by=entries.written_by(),
+    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapted.state_dict().items()}
+    return write_delta(path, tensors, manifest)
+
+
+def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -> Adapted:
+    """Insert a delta from a file into a model and load its values.
+
+    Args:
+        model: the base that the delta was trained on: the bare model or a LightningModule around it.
+        path: a file of :func:`save_delta`, or a training checkpoint.
+        base_check: what to do if the base is another one: ``"error"``, ``"warn"`` or ``"off"``.
+
+    Returns:
+        The handle on the adapted model.
+
+    Raises:
+        DeltaFileError: if the file is damaged or does not fit the model.
+        BaseMismatchError: if the base is another one. In all cases the model is untouched.
+    """
+    return insert(model, read(path), base_check)
+
+
+def load_from_checkpoint(module: Module | type[Module], path: PathLike, *, base_check: str = "error", **kwargs: Any) -> Module:
+    """Build a LightningModule, insert the delta of a checkpoint and load it.
+
+    Args:
+        module: an instance with its base weights, or a class; a class is built from the hyper-parameters
+            in the checkpoint and ``kwargs``.
+        path: a training checkpoint or delta file.
+        base_check: what to do if the base is another one: ``"error"``, ``"warn"`` or ``"off"``.
+        **kwargs: constructor arguments that override the stored hyper-parameters.
+
+    Returns:
+        The module, adapted and loaded.
+
+    Raises:
+        DeltaFileError: if the file is damaged or does not fit.
+    """
+    if isinstance(module, type):
+        saved = {} if _is_delta_file(path) else _read_checkpoint(Path(path)).get("hyper_parameters", {})
+        module = module(**{k: v for k, v in saved.items() if not k.startswith("_")} | kwargs)
+    if isinstance(module, pl.LightningModule) and not any(True for _ in module.parameters()):
+        module.configure_model()
+    load_delta(module, path, base_check=base_check)
+    return module
+
+
+def inspect_delta(path: PathLike) -> Manifest:
+    """Read what a delta file says of itself, without its tensors and without a model.
+
+    Raises:
+        DeltaFileError: if the file is not a sound delta file.
+    """
+    return read_manifest(path)
+
+
+def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str) -> None:
+    """Copy the values of one method from a file into the same method of an adapted model.
+
+    Raises:
+        DeltaFileError: if the file has no such method, or its tensors do not fit.
+    """
+    stored = read(path)
+    if stored.base is not None:
+        entries.check_base(stored.base, adapted.root, adapted.record, path, base_check)
+    own = dict(named_tensors(adapted.root))
+    key = f"{method.method}_{method.name}"
+    wanted = {name for name in adapted.record.delta_names if f".{key}" in name.partition("pet")[2]}
+    trained = {name for name in adapted.record.trained_names if name in stored.tensors}
+    missing = sorted(wanted - set(stored.tensors))
+    shapes = [n for n in wanted & set(stored.tensors) if own[n].shape != stored.tensors[n].shape]
+    if missing or shapes:
+        name = (missing or shapes)[0]
+        found = "missing" if missing else f"of shape {tuple(stored.tensors[name].shape)}, not {tuple(own[name].shape)}"
+        raise DeltaFileError(
+            f"start_from={str(path)!r}: {name} is {found}. It holds "
+            f"{', '.join(f'{m.method}:{m.name}' for m in stored.methods)}; give the options it was trained with.",
+            "mismatch",
+        )
+    with torch.no_grad():
+        for name in sorted(wanted | trained):
+            own[name].copy_(stored.tensors[name])
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read(path: PathLike) -> Stored:
+    """Read and verify a delta file or a training checkpoint.
+
+    Raises:
+        DeltaFileError: if it is damaged or not ours.
+    """
+    if _is_delta_file(path):
+        found = read_delta(path)
+        return Stored(Path(path), found.manifest.methods, dict(found.tensors), found.manifest.base)
+    checkpoint = _read_checkpoint(Path(path))
+    entry = entries.read_entry(checkpoint, path)
+    entries.check_tensors(checkpoint, entry, path)
+    prefix = f"{entry['root']}." if entry["root"] else ""
+    state = checkpoint["state_dict"]
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    methods = tuple(
+        MethodRecord(m["method"], m["name"], m["config"], tuple(_target(t) for t in m["targets"])) for m in entry["methods"]
+    )
+    return Stored(Path(path), methods, tensors, entries.saved_fingerprint(entry, path))
+
+
+def _is_delta_file(path: PathLike) -> bool:
+    # A .ckpt is a zip archive; everything else is for the strict reader to accept or refuse.
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) != b"PK" if Path(path).is_file() else True
+    except OSError as error:
+        raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DeltaFileError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or holds objects that are not "
+            "plain data. Copy it again, or use an earlier save.",
+            "corrupt",
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise DeltaFileError(f"{path} is not a Lightning checkpoint: it has no state_dict.", "schema")
+    return checkpoint
+
+
+def _target(plain: Mapping[str, Any]) -> Target:
+    rows = plain["rows"]
+    return Target(**{**plain, "rows": None if rows is None else tuple((int(a), int(b)) for a, b in rows)})
+
+
+# --- inserting -----------------------------------------------------------------------------------
+
+
+def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapted:
+    """Check a stored delta against a model, then insert and load it."""
+    root = default_root(model)[1]
+    methods = [_rebuild(record, stored.path) for record in stored.methods]
+    missing = [t.path for m in stored.methods for t in m.targets if not _has(root, t)]
+    if missing:
+        raise DeltaFileError(
+            f"{stored.path} was trained on a model with {missing[0]}, which this {type(root).__name__} does not have "
+            f"({len(missing)} places are missing). Load it into the kind of model it was trained on.",
+            "mismatch",
+        )
+    prepared = prepare(root, methods, None, resolved=[record.targets for record in stored.methods])
+    _check_fit(root, prepared, stored)
+    if stored.base is not None:
+        trained = tuple(name for item in prepared for name in item.trained)
+        record = adapted_root(root)
+        names = Adapted(record[1]).record.delta_names if record else ()
+        probe = Adaptation(delta_names=names, trainable_names=trained)
+        entries.check_base(stored.base, root, probe, stored.path, base_check)
+    commit(root, prepared)
+    own = dict(named_tensors(root))
+    with torch.no_grad():
+        for name, tensor in stored.tensors.items():
+            own[name].copy_(tensor)
+    return Adapted(root)
+
+
+def _rebuild(record: MethodRecord, path: Path) -> Method:
+    cls = METHODS.get(record.method)
+    if cls is None:
+        raise DeltaFileError(
+            f"{path} holds a delta of method {record.method!r}; this release knows {', '.join(sorted(METHODS))}.", "version"
+        )
+    try:
+        method: Method = cls(**record.config)
+    except (TypeError, ValueError) as error:
+        raise DeltaFileError(f"{path}: the options of {record.method}:{record.name} are not valid: {error}", "schema") from error
+    return method
+
+
+def _has(root: nn.Module, target: Target) -> bool:
+    try:
+        return target.parameter in root.get_submodule(target.module)._parameters
+    except AttributeError:
+        return False
+
+
+def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored) -> None:
+    """Exactly the tensors of these methods on this model: nothing missing, and no base weight that a file could overwrite."""
+    own = dict(named_tensors(root))
+    expected: dict[str, Tensor] = {name: own[name] for item in prepared for name in item.trained}
+    for item in prepared:
+        for insertion in item.insertions:
+            prefix = join(insertion.target.module, "pet", delta_key(item.method, insertion))
+            expected |= {join(prefix, name): tensor for name, tensor in named_tensors(insertion.delta)}
+    optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)}
+    problems = [f"{name} is missing" for name in sorted(set(expected) - set(stored.tensors))]
+    problems += [f"{name} is unexpected" for name in sorted(set(stored.tensors) - set(expected) - optional)]
+    problems += [
+        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(reference.shape)}"
+        for name, tensor in stored.tensors.items()
+        if (reference := expected.get(name, own.get(name))) is not None and reference.shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise DeltaFileError(
+            f"{stored.path} does not fit this {type(root).__name__}: {'; '.join(problems[:4])}{more}. Load it into the kind "
+            "of model it was trained on.",
+            "mismatch",
+        )

@@ -1,0 +1,139 @@
+"""Training checkpoints that survive a kill, a full disk and a power loss.
+
+Lightning writes a checkpoint to the system's temporary folder and moves it. Where that folder is another
+file system the move is a copy: a kill tears it, and a full disk costs the last good file. This writer
+goes through :func:`lightning_pet.store.writer.atomic_write` instead.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH as Path
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_pet.engine import private
+from lightning_pet.errors import DeltaFileError
+from lightning_pet.store.writer import DISK, atomic_write, reap_stale
+
+_told: WeakSet[Strategy] = WeakSet()
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes ``.ckpt`` files durably; reads them, and serves remote paths (``s3://`` …), as Lightning does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reaped: set[str] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; when this returns, it survives a power loss.
+
+        Args:
+            checkpoint: anything that ``torch.save`` takes.
+            path: destination. A local file of that name is replaced in one step.
+            storage_options: not supported, as in Lightning's own writer.
+
+        Raises:
+            DeltaFileError: code ``io``, if the operating system refuses. The file that was there before
+                is untouched and nothing temporary is left.
+            TypeError: if ``storage_options`` are given.
+        """
+        local = _local(path)
+        if local is None or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        self._reap(os.path.dirname(local))
+        # Serialised first: torch turns a write error in the middle of a file into one without its cause.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        atomic_write(local, lambda file: file.write(buffer.getbuffer()))
+
+    def remove_checkpoint(self, path: Path) -> None:
+        """Remove a checkpoint file (or folder) durably; one that does not exist is no error.
+
+        Raises:
+            DeltaFileError: code ``io``, if the operating system refuses.
+        """
+        local = _local(path)
+        if local is None:
+            super().remove_checkpoint(path)
+            return
+        try:
+            # A link goes, not what it points to.
+            if os.path.isfile(local) or os.path.islink(local):
+                os.unlink(local)
+            else:
+                super().remove_checkpoint(local)
+            if os.path.isdir(folder := os.path.dirname(local)):
+                DISK.sync_folder(folder)
+        except OSError as error:
+            raise DeltaFileError(
+                f"{local}: removing failed with errno {error.errno} ({error.strerror}). Fix the folder's permissions.",
+                "io",
+            ) from error
+
+    def _reap(self, folder: str) -> None:
+        if folder not in self._reaped:
+            self._reaped.add(folder)
+            reap_stale(folder)
+
+
+def install(strategy: Strategy) -> None:
+    """Let a strategy write its checkpoints durably, unless the user chose a writer.
+
+    Replaced is exactly Lightning's default, :class:`TorchCheckpointIO`, also inside wrappers such as
+    :class:`AsyncCheckpointIO`; there, old checkpoints are removed only after the new one is on the disk.
+    May be called any number of times.
+    """
+    outer = strategy.checkpoint_io
+    wrapper = private.innermost_wrapper(outer)
+    current: CheckpointIO | None = outer if wrapper is None else wrapper.checkpoint_io
+    if isinstance(current, DurableCheckpointIO):
+        return
+    if type(current) is not TorchCheckpointIO:
+        if strategy not in _told:
+            _told.add(strategy)
+            rank_zero_info(
+                f"Checkpoints are written by {type(current).__name__}, which was chosen for this Trainer; they are as "
+                "durable as that writer makes them."
+            )
+        return
+    if wrapper is None:
+        strategy.checkpoint_io = DurableCheckpointIO()
+        return
+    private.replace_wrapped(wrapper, DurableCheckpointIO())
+    for layer in private.wrappers(outer):
+        if isinstance(layer, AsyncCheckpointIO):
+            private.replace_method(layer, "remove_checkpoint", _after_saves(layer))
+
+
+def _after_saves(io: AsyncCheckpointIO) -> Callable[..., None]:
+    """Queue removals behind the saves that they make room for, and drop them if a save failed."""
+
+    def remove(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        def now() -> None:
+            if not private.async_failed(io):
+                original(*args, **kwargs)
+
+        queue = private.async_queue(io)
+        if queue is None:
+            now()
+        else:
+            queue.submit(now)
+
+    return remove
+
+
+def _local(path: Path) -> str | None:
+    """Return the plain path of a local file; ``None`` for a remote one."""
+    system, plain = url_to_fs(str(path))
+    return str(plain) if isinstance(system, LocalFileSystem) else None

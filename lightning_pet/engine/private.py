@@ -1,0 +1,181 @@
+"""Every private name of Lightning and torch in use, each behind one small function.
+
+An upgrade that renames one of them breaks here, in a test that names it, and nowhere else.
+
+========================================================  ==========================================================
+name                                                      used for
+========================================================  ==========================================================
+``trainer.fit_loop.reset``,                               the two points of a run at which the loader's iterator is
+``trainer.fit_loop.epoch_loop.on_run_start``              about to be made, and has just been made
+``fit_loop.epoch_progress``, ``epoch_loop.batch_progress``  what had been done when a checkpoint was written
+``_FitLoop._restarting``, ``_Loop.on_iteration_done``     telling the loops that nothing is left to be restarted
+``_TrainingEpochLoop._skip_next_val``                     a checkpoint written at the end of a validation
+``_FitLoop._load_combined_loader_states``,                stateful loaders that were set up before the checkpoint
+``_FitLoop._combined_loader_states_to_load``              was read
+``CombinedLoader._mode``                                  finding loaders that start again within an epoch
+``_DataLoaderIterDataFetcher``                            ``training_step(dataloader_iter)``
+``_WrappingCheckpointIO``, ``._checkpoint_io``            reaching the file writer inside a wrapper
+``AsyncCheckpointIO._executor``, ``._error``              removing an old file only after the new one is there
+``LRScheduler._last_lr``, ``._schedulers``                extending schedulers by a parameter group
+``LBFGS._params``                                         optimizers that use their first group only
+========================================================  ==========================================================
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, Final
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.utilities import CombinedLoader
+
+LAST_LR: Final = "_last_lr"
+"""Attribute in which a scheduler keeps one learning rate per parameter group."""
+
+
+def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``owner.name(...)`` call ``method(original, ...)``, on this instance only.
+
+    Returns:
+        A function that undoes the replacement.
+    """
+    original = getattr(owner, name)
+    before = vars(owner).get(name)
+    setattr(owner, name, partial(method, original))
+
+    def undo() -> None:
+        if before is None:
+            vars(owner).pop(name, None)
+        else:
+            setattr(owner, name, before)
+
+    return undo
+
+
+def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
+    """Call ``method(original)`` in place of the reset that follows the making of the loader."""
+    return replace_method(fit_loop, "reset", method)
+
+
+def at_epoch_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
+    """Call ``method(original, fetcher)`` in place of the step that makes an epoch's iterator."""
+    return replace_method(fit_loop.epoch_loop, "on_run_start", method)
+
+
+def epoch_counts(trainer: Any) -> Any:
+    """Return ``ready``, ``started``, ``processed``, ``completed`` of the epochs of this run."""
+    return trainer.fit_loop.epoch_progress.current
+
+
+def batch_counts(trainer: Any) -> Any:
+    """Return ``ready``, ``started``, ``processed``, ``completed`` of the batches of this epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current
+
+
+def is_last_batch(trainer: Any) -> bool:
+    """Whether the batch that was last taken ends the epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(progress.is_last_batch or progress.current.ready >= trainer.num_training_batches)
+
+
+def complete_batch(trainer: Any) -> None:
+    """Count the last batch as complete."""
+    trainer.fit_loop.epoch_loop.batch_progress.increment_completed()
+
+
+def validation_is_over(trainer: Any) -> bool:
+    """Whether every batch of the validation that is running has been processed."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    return bool(progress.is_last_batch and progress.current.completed == progress.current.ready > 0)
+
+
+def creates_iterator(trainer: Any) -> bool:
+    """Whether the epoch that begins makes an iterator; otherwise it uses the one made with the loader."""
+    loop = trainer.fit_loop
+    return bool(trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting)
+
+
+def forget_restart(trainer: Any) -> None:
+    """Let the fit loop begin with a new epoch, though it was loaded from a checkpoint."""
+    trainer.fit_loop._restarting = False  # its property setter turns True again under max_steps
+    trainer.fit_loop.epoch_loop.restarting = False
+
+
+def end_restart(loop: Any) -> None:
+    """Tell one loop that it has caught up with its checkpoint."""
+    loop.on_iteration_done()
+
+
+def end_batch(trainer: Any, fetcher: Any, validate: bool) -> None:
+    """Do what follows the batch-end hooks: validation where it is due, schedulers, counters."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._skip_next_val = not validate
+    loop.on_advance_end(fetcher)
+
+
+def load_waiting_loader_states(trainer: Any) -> bool:
+    """Load the states of stateful loaders that Lightning has not loaded; return whether there were any."""
+    loop = trainer.fit_loop
+    if not loop._combined_loader_states_to_load:
+        return False
+    restarting, loop._restarting = loop._restarting, True  # Lightning loads them in the middle of an epoch only
+    loop._load_combined_loader_states()
+    loop._restarting = restarting
+    return True
+
+
+def gives_iterator(fetcher: object) -> bool:
+    """Whether ``training_step`` takes the batches itself, from an iterator."""
+    return isinstance(fetcher, _DataLoaderIterDataFetcher)
+
+
+def restarts_short_loaders(loader: CombinedLoader) -> bool:
+    """Whether a loader that is exhausted starts again while a longer one goes on."""
+    return loader._mode == "max_size_cycle" and len(loader.flattened) > 1
+
+
+def innermost_wrapper(io: CheckpointIO) -> _WrappingCheckpointIO | None:
+    """Return the wrapper that holds the actual writer; ``None`` if ``io`` is not wrapped."""
+    if not isinstance(io, _WrappingCheckpointIO):
+        return None
+    while isinstance(io._checkpoint_io, _WrappingCheckpointIO):
+        io = io._checkpoint_io
+    return io
+
+
+def replace_wrapped(wrapper: _WrappingCheckpointIO, io: CheckpointIO) -> None:
+    """Put another writer into a wrapper (its property accepts a first one only)."""
+    wrapper._checkpoint_io = io
+
+
+def wrappers(io: CheckpointIO | None) -> Iterator[_WrappingCheckpointIO]:
+    """Iterate over nested wrappers, outermost first."""
+    while isinstance(io, _WrappingCheckpointIO):
+        yield io
+        io = io._checkpoint_io
+
+
+def async_queue(io: AsyncCheckpointIO) -> Executor | None:
+    """Return the one-thread queue in which an asynchronous writer saves; ``None`` before the first save."""
+    return io._executor
+
+
+def async_failed(io: AsyncCheckpointIO) -> bool:
+    """Whether a queued save has raised."""
+    return io._error is not None
+
+
+def nested_schedulers(scheduler: Any) -> Iterator[Any]:
+    """Iterate over a scheduler and those that it is composed of (sequential, chained)."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from nested_schedulers(inner)
+
+
+def uses_first_group_only(optimizer: Any) -> bool:
+    """Whether an optimizer steps the parameters of its first group only, as LBFGS does."""
+    params = getattr(optimizer, "_params", None)
+    return params is not None and params is optimizer.param_groups[0]["params"]

@@ -1,0 +1,97 @@
+"""Which module of what the user hands over is adapted, and how it is fed for a look at its structure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lightning_pet.core.naming import canonical, named_modules
+from lightning_pet.core.targets import suggest
+from lightning_pet.errors import TargetError
+
+
+def default_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the adapted root.
+
+    A LightningModule that holds its parameters in one child is a shell around that child, and the
+    child is the root; so a delta trained in one LightningModule loads into another, or into the
+    bare model. Everything else is its own root.
+    """
+    if not isinstance(model, pl.LightningModule) or any(True for _ in model.parameters(recurse=False)):
+        return "", unwrapped(model)
+    children = [(n, c) for n, c in model.named_children() if any(True for _ in c.parameters())]
+    if len(children) != 1:
+        return "", model
+    return canonical(children[0][0]), unwrapped(children[0][1])
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper."""
+    inner = module._modules.get("_orig_mod")
+    return inner if inner is not None else module
+
+
+def scope_in(model: nn.Module, prefix: str, module: str | None) -> str:
+    """Path from the root of a submodule that the user named from the LightningModule.
+
+    Raises:
+        TargetError: if there is no such submodule, or it is outside of the root.
+    """
+    if module is None:
+        return ""
+    paths = named_modules(model)
+    if module not in paths:
+        raise TargetError(f"module={module!r}: there is no such submodule. {suggest(module, paths)}")
+    if not prefix:
+        return module
+    if module == prefix:
+        return ""
+    return module.removeprefix(f"{prefix}.")
+
+
+def example_forward(model: nn.Module) -> Callable[[], Any] | None:
+    """A forward on the LightningModule's ``example_input_array``, if it has one."""
+    example = getattr(model, "example_input_array", None)
+    if not isinstance(model, pl.LightningModule) or example is None:
+        return None
+    if isinstance(example, dict):
+        return lambda: model(**example)
+    if isinstance(example, tuple):
+        return lambda: model(*example)
+    return lambda: model(example)
+
+
+def batch_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], Any] | None:
+    """A silent ``training_step`` on a few rows of the first training batch, if a data module can give one.
+
+    The last resort, for models that have neither dummy inputs nor familiar names: it calls user code.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        return None
+
+    def forward() -> Any:
+        batch = _first_rows(next(iter(datamodule.train_dataloader())), 2)
+        logs = {name: getattr(module, name) for name in ("log", "log_dict") if name in module.__dict__}
+        module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
+        try:
+            return module.training_step(batch, 0)
+        finally:
+            for name in ("log", "log_dict"):
+                module.__dict__.pop(name)
+            module.__dict__.update(logs)
+
+    return forward
+
+
+def _first_rows(batch: Any, rows: int) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch[:rows]
+    if isinstance(batch, dict):
+        return {key: _first_rows(value, rows) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        values = [_first_rows(value, rows) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch

@@ -1,0 +1,1 @@
+"""Plain torch modules with the mathematics of the methods."""

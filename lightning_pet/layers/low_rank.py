@@ -1,0 +1,232 @@
+"""Low-rank deltas for linear layers and for bare parameters."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_pet.errors import ArgumentError, NotMergeableError
+from lightning_pet.layers.delta import Path
+from lightning_pet.layers.low_rank_base import Init, LowRank, Rows, check_rank, precise
+from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, merged_linear, prefers_merged
+
+
+class LowRankLinear(LowRank):
+    """LoRA or DoRA on a linear layer: ``y = x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ``.
+
+    Args:
+        in_features: input features of the host.
+        out_features: output features of the host.
+        r: rank, at least 1.
+        scale: factor s of the delta, alpha / r or alpha / sqrt(r).
+        dropout: probability of zeroing an input feature on the way to A; active in training only.
+        init: ``"kaiming"`` (A uniform within ±1/√in, B zero), ``"gaussian"`` (A normal with standard
+            deviation 1/r, B zero), ``"pissa"`` (r principal components of W) or ``"olora"`` (QR of W).
+        use_dora: train a magnitude per output feature beside the direction. Needs the base weight in
+            the forward, so the host must be a plain linear layer with no other delta.
+        transposed: the host's weight is [in, out] (transformers' ``Conv1D``).
+        rows: half-open ranges of output features of a fused projection. B has one row per output
+            feature in them, and all others stay as they are.
+        bias: also train a bias, added as ``s · bias``. Such a delta cannot be merged.
+        device: where the parameters live.
+        dtype: dtype of the parameters; products run in the input's (or autocast's).
+
+    Raises:
+        ArgumentError: if an argument is out of range, or ``use_dora`` meets ``bias``.
+    """
+
+    fuses_linear: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        use_dora: bool = False,
+        transposed: bool = False,
+        rows: Rows | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if use_dora and bias:
+            raise ArgumentError("use_dora=True has no place for a bias of B. Set bias=False, or use_dora=False.")
+        check_rank(r)
+        self.transposed = transposed
+        super().__init__(
+            (r, in_features),
+            (out_features, r),
+            out_features=out_features,
+            scale=scale,
+            dropout=dropout,
+            init=init,
+            use_dora=use_dora,
+            rows=rows,
+            device=device,
+            dtype=dtype,
+        )
+        self.bias = nn.Parameter(self.b.new_zeros(self.b.shape[0])) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Draw A, set B (and the bias) to zero; see :meth:`LowRank.reset_parameters`."""
+        super().reset_parameters()
+        bias = getattr(self, "bias", None)  # the first call comes from the constructor, before there is one
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective weight; see :meth:`Delta.merged`."""
+        if self.bias is not None:
+            raise NotMergeableError(
+                "A LowRankLinear with bias=True changes the layer's bias too, which no weight can express. "
+                "Keep it attached, or train with bias=False."
+            )
+        return super().merged(weight)
+
+    def forward(
+        self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """Apply the delta.
+
+        Args:
+            x: input of the host, [..., in].
+            output: output of the host, [..., out]; ``None`` to have it computed here.
+            weight: the host's weight, if ``output`` is ``None``.
+            bias: the host's bias, likewise.
+
+        Returns:
+            [..., out].
+
+        Raises:
+            ArgumentError: if neither output nor weight is given, or DoRA does not get the weight.
+        """
+        if weight is None and (output is None or self.use_dora):
+            raise ArgumentError(
+                "DoRA needs the weight of a plain linear layer and must be the only delta on it. "
+                "Set use_dora=False, or take the other delta off."
+                if self.use_dora
+                else "LowRankLinear needs the host's output, or its weight to compute it."
+            )
+        dtype = compute_dtype(x)
+        x = x.to(dtype)
+        a, b = self.a.to(dtype), self._spread(self.b).to(dtype)
+        if weight is None:
+            return self._add(output, x, self._drop(x), a, b)  # type: ignore[arg-type]
+        matrix = self._matrix(weight)
+        if self.use_dora:
+            return self._dora(x, matrix, bias, a, b)
+        if not self._drops() and self.bias is None and self.rows is None and prefers_merged(x, weight):
+            return merged_linear(x, matrix, bias, a, b, self.scale, self._origin(dtype))
+        return self._add(F.linear(x, matrix, bias), x, self._drop(x), a, b)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.transposed else weight
+
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self._drops() else x
+
+    def _origin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.a0 is None or self.b0 is None:
+            return None
+        return self.a0.to(dtype), self._spread(self.b0).to(dtype)
+
+    def _add(self, output: Tensor, x: Tensor, dropped: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        origin = self._origin(x.dtype)
+        if origin is None:
+            output = add_low_rank(output, dropped, a, b, self.scale)
+        else:
+            # Both terms first: their difference is exactly zero at the start, their sums with the output are not.
+            change = F.linear(F.linear(dropped, a), b) - F.linear(F.linear(x, origin[0]), origin[1])
+            output = torch.add(output, change.to(output.dtype), alpha=self.scale)
+        if self.bias is not None:
+            output = output + self._spread(self.bias.unsqueeze(-1)).squeeze(-1).to(output.dtype) * self.scale
+        return output
+
+    def _dora(self, x: Tensor, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """Base output plus what rescaling and the low-rank term add: exactly the base output at the start."""
+        assert self.magnitude is not None
+        dropped, origin = self._drop(x), self._origin(x.dtype)
+        output = F.linear(x, matrix, bias)
+        if dropped is not x:
+            product = F.linear(dropped, matrix)
+        else:
+            product = output if bias is None else output - bias.to(output.dtype)
+        change = F.linear(F.linear(dropped, a), b)
+        if origin is not None:
+            change = change - F.linear(F.linear(dropped, origin[0]), origin[1])
+        change = change * self.scale
+        own = self._take(matrix)
+        with torch.autocast(x.device.type, enabled=False):
+            factor = self.magnitude / self._norm(own.to(precise(own))).to(self.magnitude.dtype)
+        excess = self._spread((factor - 1).unsqueeze(-1)).squeeze(-1).to(output.dtype)
+        return output + change + excess * (product + change)
+
+
+class LowRankParameter(LowRank):
+    """LoRA or DoRA on a parameter that is read without calling its module.
+
+    Args:
+        shape: shape of the parameter: [out, in], or [n, out, in] for n experts with their own A and B.
+        r: rank, at least 1.
+        scale: factor s of the delta.
+        init: as in :class:`LowRankLinear`, for every matrix on its own.
+        use_dora: train a magnitude per output feature.
+        transposed: the last two dimensions are [in, out].
+        rows: half-open ranges of output features, as in :class:`LowRankLinear`.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ArgumentError: if an argument is out of range, or the shape has neither 2 nor 3 dimensions.
+    """
+
+    path: ClassVar[Path] = "weight"
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        r: int,
+        *,
+        scale: float,
+        init: Init = "kaiming",
+        use_dora: bool = False,
+        transposed: bool = False,
+        rows: Rows | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(shape) not in (2, 3):
+            raise ArgumentError(
+                f"A low-rank delta needs a parameter of 2 or 3 dimensions, not of shape {tuple(shape)}."
+            )
+        check_rank(r)
+        self.transposed = transposed
+        *experts, first, second = shape
+        inputs, outputs = (first, second) if transposed else (second, first)
+        super().__init__(
+            (*experts, r, inputs),
+            (*experts, outputs, r),
+            out_features=outputs,
+            scale=scale,
+            init=init,
+            use_dora=use_dora,
+            rows=rows,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the shape and dtype of ``weight``; computed in at least float32."""
+        return self._effective(weight)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight

@@ -1,0 +1,260 @@
+"""What all low-rank deltas (LoRA, DoRA, PiSSA, OLoRA) share.
+
+The effective weight is ``W + s · B A`` with A [r, in] and B [out, r]. With ``init="pissa"`` or
+``"olora"`` it is ``W + s · (B A - B0 A0)`` instead, where (A0, B0) is the value at the start: the
+same function and the same training as moving B0 A0 out of the base weight, but the base stays
+untouched, so the delta can be taken off exactly.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.errors import ArgumentError
+from lightning_pet.layers.delta import Delta
+
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Rows = Sequence[Sequence[int]]
+
+
+class LowRank(Delta):
+    """What all low-rank deltas share: parameters, initialisation and the effective weight.
+
+    A subclass says how its host's weight reads as a matrix [..., out, in] (:meth:`_matrix`).
+
+    Attributes:
+        a: [..., r, in], trained.
+        b: [..., out, r], trained; ``out`` counts only the output features in ``rows``.
+        magnitude: [..., out], trained; only with ``use_dora``.
+        a0: start value of ``a``, a buffer; only with ``init="pissa"`` or ``"olora"``.
+        b0: start value of ``b``, likewise.
+        r: rank.
+        scale: factor s (alpha / r, or alpha / sqrt(r) for rsLoRA).
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    a0: Tensor | None
+    b0: Tensor | None
+    magnitude: nn.Parameter | None
+
+    def __init__(
+        self,
+        a_shape: tuple[int, ...],
+        b_shape: tuple[int, ...],
+        *,
+        out_features: int,
+        scale: float,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        use_dora: bool = False,
+        rows: Rows | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check(scale, dropout, init)
+        self.out_features = out_features
+        self.scale = float(scale)
+        self.dropout = float(dropout)
+        self.init: Init = init
+        self.use_dora = use_dora
+        self.rows = _checked_rows(rows, out_features)
+        if self.rows is not None:
+            b_shape = (*b_shape[:-2], sum(stop - start for start, stop in self.rows), b_shape[-1])
+        self.a = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(b_shape, device=device, dtype=dtype))
+        shifts = init in ("pissa", "olora")
+        self.register_buffer("a0", torch.empty_like(self.a) if shifts else None)
+        self.register_buffer("b0", torch.empty_like(self.b) if shifts else None)
+        # B's shape without the rank: [..., out] for a matrix, [out] for a convolution's [out, r, 1, 1].
+        magnitude = torch.empty(self._flat_b().shape[:-1], device=device, dtype=dtype)
+        self.magnitude = nn.Parameter(magnitude) if use_dora else None
+        self.reset_parameters()
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self._flat_b().shape[-1]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A, set B to zero: the delta does nothing, whatever ``init`` is.
+
+        PiSSA, OLoRA and DoRA depend on the base weight: call :meth:`initialize_from` afterwards.
+        """
+        if self.init == "gaussian":
+            nn.init.normal_(self.a, std=1 / self.r)
+        else:
+            bound = 1 / math.sqrt(self._flat_a().shape[-1])
+            nn.init.uniform_(self.a, -bound, bound)
+        nn.init.zeros_(self.b)
+        self._remember_origin()
+        if self.magnitude is not None:
+            nn.init.ones_(self.magnitude)
+
+    @torch.no_grad()
+    def initialize_from(self, weight: Tensor) -> None:
+        """Set what depends on the base weight: A and B of PiSSA and OLoRA, the magnitude of DoRA.
+
+        Args:
+            weight: the host's parameter.
+
+        Raises:
+            ArgumentError: if the weight is not that of the host for which the delta was built, or
+                has a rank below ``r``.
+        """
+        if self.magnitude is None and self.init not in ("pissa", "olora"):
+            return  # a quantised weight is welcome then
+        matrix = self._matrix(weight).to(precise(weight))
+        wanted = (*self._flat_b().shape[:-2], self.out_features, self._flat_a().shape[-1])
+        if matrix.shape != wanted:
+            raise ArgumentError(
+                f"This delta was built for a weight that reads as {wanted} [..., out, in], and got one of "
+                f"shape {tuple(weight.shape)}. Pass the parameter of its own host."
+            )
+        matrix = self._take(matrix)
+        if self.init in ("pissa", "olora"):
+            a, b = _principal(matrix, self.r, self.scale) if self.init == "pissa" else _orthonormal(matrix, self.r)
+            self.a.copy_(a.reshape(self.a.shape))
+            self.b.copy_(b.reshape(self.b.shape))
+            self._remember_origin()
+        if self.magnitude is not None:
+            self.magnitude.copy_(self._norm(matrix))
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective weight as a new tensor; see :meth:`Delta.merged`."""
+        return self._effective(weight).clone()
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """A view of the host's weight as [..., out, in]; its own inverse up to the shape."""
+        return weight
+
+    def _flat_a(self) -> Tensor:
+        return self.a
+
+    def _flat_b(self) -> Tensor:
+        return self.b
+
+    def _remember_origin(self) -> None:
+        if self.a0 is not None and self.b0 is not None:
+            self.a0.copy_(self.a)
+            self.b0.copy_(self.b)
+
+    def _change(self, dtype: torch.dtype) -> Tensor:
+        """``s (B A - B0 A0)``, [..., out, in]."""
+        a, b = self._flat_a().to(dtype), self._flat_b().to(dtype)
+        change = b @ a
+        if self.a0 is not None and self.b0 is not None:
+            change = change - self.b0.view_as(b).to(dtype) @ self.a0.view_as(a).to(dtype)
+        return change * self.scale
+
+    def _norm(self, matrix: Tensor) -> Tensor:
+        """Norm of each output feature's effective weight, before DoRA rescales it; a constant to autograd."""
+        with torch.no_grad():
+            norm: Tensor = torch.linalg.vector_norm(matrix + self._change(matrix.dtype), dim=-1)
+            return norm
+
+    def _effective(self, weight: Tensor) -> Tensor:
+        dtype = precise(weight)
+        # Autocast would round the change before it is added.
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = self._matrix(weight).to(dtype)
+            own = self._take(matrix)
+            changed = own + self._change(dtype)
+            if self.magnitude is not None:
+                # In the magnitude's dtype, so that the factor is exactly 1 at the start.
+                factor = self.magnitude / self._norm(own).to(self.magnitude.dtype)
+                changed = changed * factor.to(dtype).unsqueeze(-1)
+            return self._matrix(self._put(matrix, changed)).to(weight.dtype).reshape(weight.shape)
+
+    def _take(self, matrix: Tensor) -> Tensor:
+        """The rows of [..., out, in] that this delta changes."""
+        if self.rows is None:
+            return matrix
+        return torch.cat([matrix[..., start:stop, :] for start, stop in self.rows], dim=-2)
+
+    def _put(self, matrix: Tensor, own: Tensor) -> Tensor:
+        """``matrix`` with the rows of :meth:`_take` replaced by ``own``."""
+        if self.rows is None:
+            return own
+        pieces, done, used = [], 0, 0
+        for start, stop in self.rows:
+            pieces += [matrix[..., done:start, :], own[..., used : used + stop - start, :]]
+            done, used = stop, used + stop - start
+        return torch.cat([*pieces, matrix[..., done:, :]], dim=-2)
+
+    def _spread(self, own: Tensor) -> Tensor:
+        """[..., rows, n] to [..., out, n], zero elsewhere."""
+        if self.rows is None:
+            return own
+        return self._put(own.new_zeros(*own.shape[:-2], self.out_features, own.shape[-1]), own)
+
+    def extra_repr(self) -> str:
+        """Options that differ from the default."""
+        parts = [f"a={tuple(self.a.shape)}", f"b={tuple(self.b.shape)}", f"scale={self.scale:g}"]
+        parts += [f"dropout={self.dropout:g}"] * bool(self.dropout) + [f"init={self.init!r}"] * (self.init != "kaiming")
+        parts += ["use_dora=True"] * self.use_dora + [f"rows={self.rows}"] * (self.rows is not None)
+        return ", ".join(parts)
+
+
+def check_rank(r: int) -> None:
+    """Raise ArgumentError unless the rank is a positive integer."""
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ArgumentError(f"r is the rank of the delta and must be an integer of at least 1, not {r!r}.")
+
+
+def _check(scale: float, dropout: float, init: str) -> None:
+    if not math.isfinite(scale):
+        raise ArgumentError(f"scale must be finite, not {scale!r}; it is alpha / r, or alpha / sqrt(r) for rsLoRA.")
+    if not 0 <= dropout < 1:
+        raise ArgumentError(f"dropout is a probability and must be in [0, 1), not {dropout!r}.")
+    if init not in ("kaiming", "gaussian", "pissa", "olora"):
+        raise ArgumentError(f"init must be 'kaiming', 'gaussian', 'pissa' or 'olora', not {init!r}.")
+
+
+def _checked_rows(rows: Rows | None, out_features: int) -> tuple[tuple[int, int], ...] | None:
+    if rows is None:
+        return None
+    ranges = tuple((int(start), int(stop)) for start, stop in rows)
+    edges = [0, *(edge for pair in ranges for edge in pair), out_features]
+    if not ranges or edges != sorted(edges) or any(start == stop for start, stop in ranges):
+        raise ArgumentError(
+            f"rows must be non-empty, ascending, disjoint ranges within the {out_features} output features "
+            f"of the host, such as [[0, {out_features}]], not {rows!r}."
+        )
+    return ranges
+
+
+def precise(weight: Tensor) -> torch.dtype:
+    """The dtype in which an effective weight is computed: that of the weight, at least float32."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _principal(matrix: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A, B of the r largest singular components, such that s B A is their sum."""
+    _check_full(matrix, r, "pissa")
+    if scale <= 0:
+        raise ArgumentError(f"init='pissa' divides by the scale, which must be positive, not {scale}.")
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = (s[..., :r] / scale).sqrt()
+    return root.unsqueeze(-1) * vh[..., :r, :], u[..., :r] * root.unsqueeze(-2)
+
+
+def _orthonormal(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A, B of the first r columns of Q and rows of R."""
+    _check_full(matrix, r, "olora")
+    q, upper = torch.linalg.qr(matrix)
+    return upper[..., :r, :], q[..., :r]
+
+
+def _check_full(matrix: Tensor, r: int, init: str) -> None:
+    if r > min(matrix.shape[-2:]):
+        raise ArgumentError(
+            f"init={init!r} needs r of at most {min(matrix.shape[-2:])} for a weight that reads as "
+            f"{tuple(matrix.shape)} [..., out, in], not {r}. Lower r, or use init='kaiming'."
+        )

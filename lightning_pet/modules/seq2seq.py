@@ -1,0 +1,237 @@
+"""A ready LightningModule for encoder-decoder models such as T5 and BART."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
+
+from lightning_pet.errors import ArgumentError
+from lightning_pet.modules.optimization import Schedule, adamw, with_schedule
+from lightning_pet.modules.pretrained import load_model, load_tokenizer
+
+IGNORED = -100
+"""Label of positions without a target (the padding that transformers' collators write)."""
+
+TextMetric = Literal["rouge", "bleu", "chrf"]
+
+
+def token_accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Share of target tokens predicted from the true prefix, and their number.
+
+    Args:
+        logits: (batch, tokens, vocabulary).
+        labels: (batch, tokens), -100 where there is no target.
+    """
+    counted = labels != IGNORED
+    right = (logits.argmax(-1) == labels)[counted]
+    return right.float().mean(), int(counted.sum())
+
+
+class Scores(nn.Module):
+    """Running scores of one evaluation data loader.
+
+    Args:
+        text_metrics: what to measure on generated texts beside exact match.
+    """
+
+    def __init__(self, text_metrics: Sequence[TextMetric] = ()) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.token_accuracy = MeanMetric()
+        self.exact_match = MeanMetric()
+        self.text = nn.ModuleDict({name: _text_metric(name) for name in text_metrics})
+
+    def update(self, loss: Tensor, accuracy: Tensor, tokens: int, texts: list[str], targets: list[str]) -> None:
+        """Add one batch.
+
+        Args:
+            loss: mean over the batch's target tokens.
+            accuracy: share of the target tokens predicted.
+            tokens: number of target tokens.
+            texts: generated texts.
+            targets: reference texts.
+        """
+        self.loss.update(loss, tokens)
+        self.token_accuracy.update(accuracy, tokens)
+        self.exact_match.update(torch.tensor([float(a == b) for a, b in zip(texts, targets, strict=True)]))
+        for name, metric in self.text.items():
+            assert isinstance(metric, Metric)
+            # ROUGE reads a flat list as one target per text; BLEU and chrF read a list of references per text.
+            metric.update(texts, targets if name == "rouge" else [[target] for target in targets])
+
+    def compute(self) -> dict[str, Tensor]:
+        """All scores since the last call, which are then reset."""
+        result: dict[str, Tensor] = {
+            "loss": self.loss.compute(),
+            "token_accuracy": self.token_accuracy.compute(),
+            "exact_match": self.exact_match.compute(),
+        }
+        for name, metric in self.text.items():
+            assert isinstance(metric, Metric)
+            value = metric.compute()
+            result |= {key.removesuffix("_fmeasure"): value[key] for key in value if key.endswith("_fmeasure")} if (
+                isinstance(value, dict)
+            ) else {name: value}
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+        return result
+
+
+def _text_metric(name: TextMetric) -> Metric:
+    if name == "rouge":
+        return ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL"))  # rougeLsum would download a sentence splitter
+    return SacreBLEUScore() if name == "bleu" else CHRFScore()
+
+
+class Seq2SeqModule(L.LightningModule):
+    """Train an encoder-decoder model to turn a source text into a target text.
+
+    Logs ``train/loss`` and, for each validation (or test) data loader, ``val/loss``, ``val/token_accuracy``
+    (from the true prefix) and ``val/exact_match`` of generated texts, plus the chosen ``text_metrics``.
+    When the data module has ``eval_names``, the loaders after the first log under
+    ``val/<name>/exact_match`` and so on. Batches are mappings with ``input_ids``, ``attention_mask`` and
+    ``labels``, (batch, tokens), where -100 marks padding. ``predict_step`` returns generated texts.
+
+    Args:
+        model: folder, ``package:<name>/<subfolder>``, ``builtin:dates`` or hub repository
+            (:mod:`lightning_pet.modules.pretrained`), or a mapping with ``model_type`` and the configuration
+            of a new model.
+        tokenizer: name of the tokenizer; ``None`` means the model's own, ``"bytes"`` UTF-8 bytes.
+        sha256: digest that the ``model.safetensors`` file must have.
+        label_smoothing: share of the target probability spread over the vocabulary, in training.
+        max_new_tokens: limit of a generated text.
+        num_beams: beams of the search; 1 is greedy.
+        text_metrics: scores of generated texts beside exact match: ``"rouge"``, ``"bleu"``, ``"chrf"``.
+        optimizer: makes the optimizer from parameters; AdamW, rate 2e-3, weight decay 0.01 by default.
+        lr_scheduler: ``"cosine"`` or ``"linear"`` decay to zero, ``"constant"``, or a callable that makes a
+            torch scheduler (stepped every epoch).
+        warmup: share of the run in which a built-in schedule rises to the full rate.
+
+    Raises:
+        ArgumentError: an unknown model, weights with another digest, or a number out of range.
+
+    Example:
+        >>> t5 = dict(model_type="t5", vocab_size=259, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        >>> module = Seq2SeqModule(model=t5, tokenizer="bytes", max_new_tokens=3)
+        >>> module.configure_optimizers  # doctest: +ELLIPSIS
+        <bound method ...>
+    """
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        tokenizer: str | None = None,
+        sha256: str | None = None,
+        label_smoothing: float = 0.0,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+        text_metrics: Sequence[TextMetric] = (),
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: Schedule | LRSchedulerCallable = "cosine",
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ArgumentError(f"label_smoothing={label_smoothing}: expected 0 <= label_smoothing < 1")
+        if max_new_tokens < 1 or num_beams < 1:
+            raise ArgumentError(f"max_new_tokens={max_new_tokens} and num_beams={num_beams} must be at least 1")
+        if tokenizer is None and isinstance(model, dict):
+            raise ArgumentError("a model built from a configuration has no tokenizer; set tokenizer, e.g. to 'bytes'")
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.model = load_model("AutoModelForSeq2SeqLM", model, sha256)
+        self.tokenizer = load_tokenizer(tokenizer if tokenizer is not None else str(model))
+        self.label_smoothing = label_smoothing
+        self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+        self.text_metrics = tuple(text_metrics)
+        self.scores = nn.ModuleDict()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup = warmup
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        """The model's output for a batch: ``loss`` and ``logits`` (batch, tokens, vocabulary)."""
+        return self.model(**batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy per target token, smoothed if asked for."""
+        output = self(batch)
+        loss: Tensor = output.loss
+        if self.label_smoothing > 0.0:
+            loss = nn.functional.cross_entropy(
+                output.logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=self.label_smoothing
+            )
+        self.log("train/loss", loss, batch_size=len(batch["labels"]))
+        return loss
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Tensor]) -> list[str]:
+        """Generate one text per source.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask``, (batch, tokens).
+
+        Returns:
+            Texts without special tokens.
+        """
+        tokens = self.model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **self.generation
+        )
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
+
+    def _stage_scores(self, stage: str, loader: int) -> Scores:
+        # One set per data loader; how many there are is known only when they are seen.
+        key = f"{stage}_{loader}"
+        if key not in self.scores:
+            self.scores[key] = Scores(self.text_metrics).to(self.device)
+        scores = self.scores[key]
+        assert isinstance(scores, Scores)
+        return scores
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, loader: int) -> None:
+        output = self(batch)
+        labels = batch["labels"]
+        targets = labels.masked_fill(labels == IGNORED, self.tokenizer.pad_token_id)
+        references = self.tokenizer.batch_decode(targets, skip_special_tokens=True)
+        accuracy, tokens = token_accuracy(output.logits, labels)
+        self._stage_scores(stage, loader).update(output.loss, accuracy, tokens, self.generate(batch), references)
+
+    def _log_scores(self, stage: str) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", ())
+        for key in sorted(key for key in self.scores if key.startswith(stage)):
+            loader = int(key.rpartition("_")[2])
+            name = names[loader] if loader < len(names) else str(loader)
+            prefix = stage if loader == 0 else f"{stage}/{name}"
+            for score, value in self._stage_scores(stage, loader).compute().items():
+                self.log(f"{prefix}/{score}", value, prog_bar=score == "exact_match")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of validation data."""
+        self._evaluate(batch, "val", dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation scores."""
+        self._log_scores("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of test data."""
+        self._evaluate(batch, "test", dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test scores."""
+        self._log_scores("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
+        """Generated texts, one per source."""
+        return self.generate(batch)
+
+    def configure_optimizers(self) -> Any:
+        """One parameter group; frozen parameters stay listed and do not move."""
+        optimizer = self.optimizer(self.model.parameters())
+        return with_schedule(self, optimizer, self.lr_scheduler, self.warmup)

@@ -1,0 +1,1 @@
+"""Reports for people: parameter table, comparisons, plots."""

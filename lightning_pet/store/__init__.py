@@ -1,0 +1,1 @@
+"""Files: manifest, fingerprint, atomic writer, strict reader."""

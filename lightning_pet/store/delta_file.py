@@ -1,0 +1,143 @@
+"""One delta, one file: weights, configuration and provenance can never be of two generations.
+
+The file is a safetensors file that any safetensors reader opens. Its ``__metadata__`` holds the
+manifest and the SHA-256 of the manifest, which in turn holds the SHA-256 of every tensor. The digests
+find damage, not forgery: who wrote a file is for a signature beside it to say.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Final
+
+from torch import Tensor
+
+from lightning_pet.errors import DeltaFileError
+from lightning_pet.store.container import DEFAULT, Header, Limits, encode_header, open_regular, read_header, read_tensor
+from lightning_pet.store.manifest import Manifest, decode_manifest, encode_manifest
+from lightning_pet.store.strict_json import check_name, fault
+from lightning_pet.store.tensors import CODES, TensorSpec, byte_view, describe, digest, require_finite, specs, to_host
+from lightning_pet.store.writer import atomic_write
+
+_MANIFEST: Final = "pet.manifest"
+_SHA256: Final = "pet.sha256"
+
+
+@dataclass(frozen=True)
+class DeltaFile:
+    """A delta as read from its file.
+
+    Attributes:
+        manifest: what it says of itself.
+        tensors: its values in main memory, by name; owned by the reader, no view of the file.
+    """
+
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The dtype and shape of each tensor, for :func:`~lightning_pet.store.tensors.require_exact_keys`."""
+        return specs(self.tensors)
+
+
+def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Manifest) -> int:
+    """Write a delta file durably and atomically.
+
+    Args:
+        path: local destination; missing folders are created, an existing file is replaced.
+        tensors: dense tensors of float64, 32, 16, bfloat16, int64 or int32, on any device, by name.
+        manifest: all but its ``tensors``, which are filled in here.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DeltaFileError: ``nonfinite`` if a tensor holds NaN or infinity; ``schema``, ``limit`` or
+            ``unsafe`` for a name, dtype or manifest field that cannot be stored; ``io``. The previous
+            file is then untouched.
+    """
+    where = os.fspath(path)
+    values = {name: _storable(name, tensor, where) for name, tensor in tensors.items()}
+    text = encode_manifest(replace(manifest, tensors=describe(values)), where=where)
+    metadata = {"format": "pt", _MANIFEST: text, _SHA256: hashlib.sha256(text.encode()).hexdigest()}
+    header, order = encode_header(values, metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(header)
+        for name in order:
+            file.write(byte_view(values[name]))
+
+    return atomic_write(path, write)
+
+
+def read_manifest(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Manifest:
+    """Read what a delta file says of itself, without its values.
+
+    Raises:
+        DeltaFileError: see :func:`read_delta`; damage of the values is not looked for.
+    """
+    where = os.fspath(path)
+    with open_regular(path, limits) as (file, size):
+        return _manifest(read_header(file, size, limits, where), where)
+
+
+def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> DeltaFile:
+    """Read a delta file from an untrusted source, by copy, checking every byte.
+
+    What remains for the caller: that the base is the right one, and that the tensors are exactly the
+    ones that the method builds on it (:func:`~lightning_pet.store.tensors.require_exact_keys`).
+
+    Args:
+        path: the file, or a symbolic link to it.
+        limits: sizes to accept; the file cannot raise them.
+
+    Raises:
+        DeltaFileError: ``io`` (cannot be read), ``unsafe`` (pickle, special file, unsafe name),
+            ``limit``, ``corrupt`` (damaged), ``version`` (newer format), ``schema`` (unknown or
+            ill-typed field, or no delta file), ``nonfinite``.
+    """
+    where = os.fspath(path)
+    with open_regular(path, limits) as (file, size):
+        header = read_header(file, size, limits, where)
+        manifest = _manifest(header, where)
+        digests = {record.name: record.digest for record in manifest.tensors}
+        tensors = {}
+        for entry in header.entries:
+            tensor = read_tensor(file, entry, where)
+            if digest(tensor) != digests[entry.name]:
+                text = "its bytes do not match their SHA-256. Copy the file again, or use an earlier save."
+                raise fault(f"{where}: tensor {entry.name!r}", text, "corrupt")
+            require_finite(entry.name, tensor, where=where)
+            tensors[entry.name] = tensor
+    return DeltaFile(manifest, {name: tensors[name] for name in sorted(tensors)})
+
+
+def _storable(name: str, tensor: Tensor, where: str) -> Tensor:
+    here = f"{where}: tensor {check_name(name, f'{where}: a tensor name')!r}"
+    if tensor.dtype not in CODES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in CODES)
+        raise fault(here, f"found dtype {tensor.dtype}, expected one of {known}. Convert it before saving.")
+    try:
+        value = to_host(tensor)
+    except DeltaFileError as error:
+        raise fault(here, str(error), error.code) from None
+    require_finite(name, value, where=where)
+    return value
+
+
+def _manifest(header: Header, where: str) -> Manifest:
+    metadata = header.metadata
+    if metadata.keys() != {"format", _MANIFEST, _SHA256} or metadata["format"] != "pt":
+        found = ", ".join(sorted(key[:40] for key in metadata)[:5]) or "none"
+        raise fault(
+            where,
+            f"found a safetensors file with the metadata {found!a}, expected 'format', {_MANIFEST!r} and "
+            f"{_SHA256!r}. It was not written by save_delta; a folder of HF PEFT is imported, not loaded.",
+        )
+    text = metadata[_MANIFEST]
+    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != metadata[_SHA256]:
+        raise fault(where, "the manifest does not match its SHA-256. Copy the file again.", "corrupt")
+    layout = [(entry.name, entry.dtype, entry.shape) for entry in header.entries]
+    return decode_manifest(text, layout, where=f"{where}: manifest")

@@ -1,0 +1,274 @@
+"""The manifest: all that a delta says of itself, as one closed JSON object.
+
+Nothing in it is ever imported, evaluated or matched as a pattern: it holds numbers, enumerated words
+and exact names. The bulky parts (targets, digests, the base's sketch) are packed, the rest is readable.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, get_args
+
+from lightning_pet.core.structure import Role, Target
+from lightning_pet.store import fingerprint as fingerprints
+from lightning_pet.store.fingerprint import Fingerprint
+from lightning_pet.store.strict_json import (
+    canonical,
+    check_digest,
+    check_fields,
+    check_int,
+    check_label,
+    check_name,
+    check_plain,
+    check_text,
+    check_type,
+    decode64,
+    encode64,
+    fault,
+    pack,
+    parse,
+    parse_packed,
+)
+from lightning_pet.store.tensors import DIGEST_BYTES, TensorRecord
+
+FORMAT: Final = 1
+MAX_METHODS: Final = 64
+MAX_TARGETS: Final = 20_000
+MAX_ROW_RANGES: Final = 256  # an interleaved projection has one per head
+MAX_NOTES: Final = 4096
+_ROLES: Final = (None, *get_args(Role))
+_NONE: Final = type(None)
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """One method of a delta.
+
+    Attributes:
+        method: the method's key, e.g. ``"lora"``: 1 to 64 of ``A-Z a-z 0-9 _ -``.
+        name: the delta's name, e.g. ``"default"``, of the same characters.
+        config: the method's arguments as plain JSON values. Ranges are the method's to check.
+        targets: where it was inserted, resolved, as paths from the adapted root.
+    """
+
+    method: str
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a delta except its values.
+
+    Attributes:
+        methods: the methods, in the order in which they were inserted.
+        tensors: the stored tensors sorted by name; the writer fills them in.
+        base: fingerprint of the base that the delta was trained on.
+        root: path of the adapted module inside the LightningModule; for information.
+        step: optimizer steps taken.
+        notes: free text, at most 4 KB in all, never interpreted.
+        written_by: the writing program and version; for information.
+        format: major version of the format.
+    """
+
+    methods: tuple[MethodRecord, ...]
+    tensors: tuple[TensorRecord, ...] = ()
+    base: Fingerprint | None = None
+    root: str = ""
+    step: int | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    written_by: str = "lightning_pet"
+    format: int = FORMAT
+
+
+def encode_manifest(manifest: Manifest, *, where: str = "the manifest") -> str:
+    """The canonical JSON text of a manifest; whatever it returns, :func:`decode_manifest` accepts.
+
+    Raises:
+        DeltaFileError: ``schema``, ``limit`` or ``unsafe``, naming the field that cannot be stored.
+    """
+    records = sorted(manifest.tensors)
+    layout = [(record.name, record.dtype, record.shape) for record in records]
+    plain = {
+        "format": manifest.format,
+        "written_by": manifest.written_by,
+        "root": manifest.root,
+        "step": manifest.step,
+        "notes": check_plain(manifest.notes, f"{where}.notes"),
+        "methods": [_method_to_plain(record, f"{where}.methods.{record.name}") for record in manifest.methods],
+        "tensors": {
+            "count": len(records),
+            "layout": _layout_digest(layout),
+            "digests": encode64(b"".join(bytes.fromhex(record.digest) for record in records)),
+        },
+        "base": None if manifest.base is None else fingerprints.to_plain(manifest.base),
+    }
+    _from_plain(plain, layout, where)
+    return canonical(plain)
+
+
+def decode_manifest(
+    text: str, layout: Iterable[tuple[str, str, tuple[int, ...]]] = (), *, where: str = "the manifest"
+) -> Manifest:
+    """Read a manifest from untrusted text.
+
+    Args:
+        text: what :func:`encode_manifest` returned.
+        layout: name, dtype code and shape of every tensor that the manifest came with; they are not
+            repeated in it, but it holds their digest.
+        where: what is being read, for errors.
+
+    Raises:
+        DeltaFileError: ``version`` if a newer release wrote it; ``corrupt`` if the tensors are not the
+            ones it was written with; ``schema``, ``limit`` or ``unsafe`` for a field, which is named.
+    """
+    plain = check_type(parse(text, where), where, (dict,))
+    found = plain.get("format")
+    if type(found) is int and found > FORMAT:
+        writer = ascii(plain.get("written_by"))[:80]
+        raise fault(
+            where,
+            f"found format {found if found < 2**63 else 'beyond 64 bits'} (written by {writer}), expected at most "
+            f"{FORMAT}. Upgrade lightning-pet to the release that wrote it.",
+            "version",
+        )
+    return _from_plain(plain, sorted(layout), where)
+
+
+def _from_plain(plain: object, layout: list[tuple[str, str, tuple[int, ...]]], where: str) -> Manifest:
+    schema = {"format": (int,), "written_by": (str,), "root": (str,), "step": (int, _NONE), "notes": (dict,)}
+    fields = check_fields(plain, where, {**schema, "methods": (list,), "tensors": (dict,), "base": (dict, _NONE)})
+    check_int(fields["format"], f"{where}.format", FORMAT, FORMAT)
+    if fields["root"]:
+        check_name(fields["root"], f"{where}.root")
+    if fields["step"] is not None:
+        check_int(fields["step"], f"{where}.step")
+    methods = _methods_from_plain(fields["methods"], f"{where}.methods")
+    return Manifest(
+        methods=methods,
+        tensors=_records(fields["tensors"], layout, f"{where}.tensors"),
+        base=None if fields["base"] is None else fingerprints.from_plain(fields["base"], f"{where}.base"),
+        root=fields["root"],
+        step=fields["step"],
+        notes=_notes(fields["notes"], f"{where}.notes"),
+        written_by=check_text(fields["written_by"], f"{where}.written_by", 256),
+    )
+
+
+def _methods_from_plain(items: list[object], where: str) -> tuple[MethodRecord, ...]:
+    if not 0 < len(items) <= MAX_METHODS:
+        raise fault(where, f"found {len(items)} methods, expected 1 to {MAX_METHODS}.", "limit")
+    methods: list[MethodRecord] = []
+    room = MAX_TARGETS
+    for index, item in enumerate(items):
+        methods.append(_method_from_plain(item, f"{where}[{index}]", room))
+        room -= len(methods[-1].targets)
+    (method, name), count = Counter((record.method, record.name) for record in methods).most_common(1)[0]
+    if count > 1:
+        raise fault(where, f"found {method!r} named {name!r} twice, expected each name once per method.")
+    return tuple(methods)
+
+
+def _method_to_plain(record: MethodRecord, where: str) -> dict[str, Any]:
+    rows = [
+        [
+            target.module,
+            target.parameter,
+            target.role,
+            target.cross,
+            target.rows and [list(pair) for pair in target.rows],
+        ]
+        for target in record.targets
+    ]
+    return {
+        "method": record.method,
+        "name": record.name,
+        "config": check_plain(record.config, f"{where}.config", depth=4),
+        "targets": pack(canonical(check_plain(rows, f"{where}.targets")).encode()),
+    }
+
+
+def _method_from_plain(value: object, where: str, room: int) -> MethodRecord:
+    fields = check_fields(value, where, {"method": (str,), "name": (str,), "config": (dict,), "targets": (str,)})
+    rows = check_type(parse_packed(fields["targets"], f"{where}.targets"), f"{where}.targets", (list,))
+    if len(rows) > room:
+        text = f"found {len(rows)} targets, expected at most {room} of {MAX_TARGETS} for all methods."
+        raise fault(f"{where}.targets", text, "limit")
+    return MethodRecord(
+        method=check_label(fields["method"], f"{where}.method"),
+        name=check_label(fields["name"], f"{where}.name"),
+        config=check_plain(fields["config"], f"{where}.config", depth=4),
+        targets=tuple(_target(row, f"{where}.targets[{index}]") for index, row in enumerate(rows)),
+    )
+
+
+def _target(row: object, where: str) -> Target:
+    fields = check_type(row, where, (list,))
+    if len(fields) != 5:
+        raise fault(where, f"found {len(fields)} fields, expected module, parameter, role, cross and rows.")
+    module, parameter, role, cross, rows = fields
+    if type(role) not in (str, _NONE) or role not in _ROLES:
+        known = ", ".join(str(known) for known in _ROLES)
+        raise fault(where, f"found the role {ascii(role)[:80]}, expected one of {known}.")
+    return Target(
+        module=check_name(module, f"{where}.module") if module != "" else "",
+        parameter=check_name(parameter, f"{where}.parameter"),
+        role=role,
+        cross=check_type(cross, f"{where}.cross", (bool,)),
+        rows=None if rows is None else tuple(_row_range(pair, f"{where}.rows") for pair in _bounded(rows, where)),
+    )
+
+
+def _bounded(rows: object, where: str) -> list[object]:
+    ranges: list[object] = check_type(rows, f"{where}.rows", (list,))
+    if not 0 < len(ranges) <= MAX_ROW_RANGES:
+        raise fault(f"{where}.rows", f"found {len(ranges)} ranges, expected 1 to {MAX_ROW_RANGES}.", "limit")
+    return ranges
+
+
+def _row_range(pair: object, where: str) -> tuple[int, int]:
+    if len(check_type(pair, where, (list,))) != 2:
+        raise fault(where, "found a range that is no pair of first row and end.")
+    first, end = (check_int(bound, where) for bound in pair)  # type: ignore[attr-defined]
+    if first >= end:
+        raise fault(where, f"found the range {first} to {end}, expected first < end.")
+    return first, end
+
+
+def _notes(value: Mapping[str, object], where: str) -> dict[str, str]:
+    notes = {
+        check_text(key, f"a key of {where}", 256): check_text(text, where, MAX_NOTES) for key, text in value.items()
+    }
+    size = sum(len(part.encode()) for item in notes.items() for part in item)
+    if size > MAX_NOTES:
+        raise fault(where, f"found {size} bytes, expected at most {MAX_NOTES}.", "limit")
+    return notes
+
+
+def _layout_digest(layout: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    rows = [[name, dtype, list(shape)] for name, dtype, shape in layout]
+    return hashlib.sha256(canonical(rows).encode()).hexdigest()
+
+
+def _records(value: object, layout: list[tuple[str, str, tuple[int, ...]]], where: str) -> tuple[TensorRecord, ...]:
+    """Join the digests with the names, dtypes and shapes of the tensors that came with them."""
+    fields = check_fields(value, where, {"count": (int,), "layout": (str,), "digests": (str,)})
+    stated, digests = check_digest(fields["layout"], f"{where}.layout"), decode64(fields["digests"], f"{where}.digests")
+    if fields["count"] != len(layout) or stated != _layout_digest(layout):
+        raise fault(
+            where,
+            f"found {len(layout)} tensors that are not the {fields['count']} the manifest was written with "
+            "(a name, dtype or shape differs). Copy the file again.",
+            "corrupt",
+        )
+    if len(digests) != DIGEST_BYTES * len(layout):
+        raise fault(
+            f"{where}.digests", f"found {len(digests)} bytes, expected {DIGEST_BYTES} for each of {len(layout)}."
+        )
+    hashes = (digests[start : start + DIGEST_BYTES].hex() for start in range(0, len(digests), DIGEST_BYTES))
+    return tuple(
+        TensorRecord(check_name(name, f"{where}: a name"), dtype, shape, digest)
+        for (name, dtype, shape), digest in zip(layout, hashes, strict=True)
+    )
