@@ -10,7 +10,6 @@ weights, and analysed once by the probe and once by names alone.
 
 import argparse
 import contextlib
-import inspect
 import io
 import json
 import logging
@@ -19,7 +18,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +35,39 @@ ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "
 ATTENTION = ROLES[:4]
 SECONDS = 60
 
-# (pattern of a configuration attribute, value). The first match wins; attributes that hold lists are set item-wise.
-SHRINK: tuple[tuple[str, Any], ...] = (
+# (pattern of a configuration attribute, value). The first match wins.
+SHRINK: tuple[tuple[str, int], ...] = (
     (r"(vocab_size|vocabulary_size)$", 120),
     (r"(num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts)$", 2),
     (r"(n_routed_experts|num_local_experts|num_experts|moe_num_experts|n_experts)$", 4),
     (r"(n_group|topk_group|n_groups|num_groups)$", 1),
     (r"(q_lora_rank|kv_lora_rank)$", 16),
     (r"(qk_rope_head_dim|qk_nope_head_dim|v_head_dim|head_dim|d_kv|attention_head_dim|kv_channels|qk_head_dim)$", 8),
+    (r"(rotary_dim|d_head)$", 8),
     (r"(num_key_value_heads|num_kv_heads|multi_query_group_num|n_head_kv)$", 2),
     (r"(head|heads|n_head|num_attention_heads|num_heads)$", 4),
-    (r"(num_(hidden_)?layers|n_layers?|num_encoder_layers|num_decoder_layers|(encoder|decoder)_layers|depth|num_blocks)$", 2),
+    (r"(num_(hidden_)?layers|n_layers?|num_(en|de)coder_layers|(en|de)coder_layers|depth|num_blocks)$", 2),
     (r"(num_.*_layers|.*_depth|n_.*layers)$", 2),
-    (r"(intermediate_size|ffn_dim|d_ff|n_inner|(encoder|decoder)_ffn_dim|ffn_hidden_size|mlp_dim|moe_intermediate_size)$", 48),
+    (r"(intermediate_size|ffn_dim|d_ff|n_inner|(en|de)coder_ffn_dim|ffn_hidden_size|mlp_dim)$", 48),
     (r"(.*_intermediate_size|.*feedforward_dim|dim_feedforward|hidden_dim|d_inner|hidden_mlp_dim)$", 48),
-    (r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|emb_dim|d_embed|projection_dim|word_embed_proj_dim)$", 32),
-    (r"(.*_hidden_size|.*_hidden_dim|encoder_width|hidden_channels|width)$", 32),
+    (r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|emb_dim|d_embed|projection_dim)$", 32),
+    (r"(word_embed_proj_dim|.*_hidden_size|.*_hidden_dim|encoder_width|hidden_channels|width)$", 32),
     (r"(image_size|img_size|input_size)$", 32),
     (r"patch_size$", 8),
     (r"(max_position_embeddings|max_source_positions|max_target_positions|n_positions|n_ctx|max_seq_len)$", 64),
 )
+LAYERS = r"(num_(hidden_)?layers|n_layers?|num_(en|de)coder_layers|(en|de)coder_layers)$"
+# Configurations whose sizes depend on each other need another choice: tried in this order until a forward runs.
+CHOICES: tuple[dict[str, int | None], ...] = (
+    {},
+    {r"num_key_value_heads$": 4},
+    {r"(head_dim|num_key_value_heads|num_kv_heads)$": None, r"(hidden_size|d_model|n_embd)$": 64},
+    {r"(hidden_size|d_model|embed_dim|.*_hidden_size|dim|projection_dim)$": None, r"(image_size|patch_size)$": None},
+    {LAYERS: None},
+    {"layers only": 0},
+)
+DEEP: dict[str, int | None] = {LAYERS: 8}
+LARGEST = 120_000_000
 
 
 def main() -> None:
@@ -88,13 +100,13 @@ def study(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         with deadline(SECONDS), contextlib.redirect_stderr(io.StringIO()):
-            result["status"] = "does not build"
-            model = build(name)
-            result["attention"] = any(re.search("attention|attn", type(m).__name__, re.I) for m in model.modules())
-            result["status"] = "does not run"
-            forward = working_forward(model)
-            result["status"] = "probe failed"
+            model, forward = running(name, result, CHOICES)
             seen = probe(model, forward)
+            if not seen.attention:  # perhaps a hybrid with its attention further up
+                with contextlib.suppress(Exception):
+                    model, forward = running(name, result, ({**DEEP}, {**DEEP, r"num_key_value_heads$": 4}))
+                    seen = probe(model, forward)
+            result["attention"] = has_attention(model)
             result["seconds"] = round(time.perf_counter() - start, 2)
             result |= describe(seen, merge(model, None), analyse(model, forward))
             result["status"] = "ok"
@@ -111,9 +123,7 @@ def describe(seen: Structure, named: Structure, both: Structure) -> dict[str, An
         "either": roles(both),
         "sites": dict(Counter(site.kind for site in seen.sites)),
         "cores": len(seen.attention),
-        "fused": {
-            f"{target.module}.{target.role}": target.rows for target in seen.targets if target.rows is not None
-        },
+        "fused": {f"{target.module}.{target.role}": target.rows for target in seen.targets if target.rows is not None},
         "unresolved": [f"{target.path} {target.role}" for target in both.unresolved],
         "disagreements": list(both.disagreements),
         "missed": sorted(missed(seen, named)),
@@ -131,54 +141,77 @@ def roles(structure: Structure) -> list[str]:
     return sorted({str(target.role) for target in (*structure.targets, *structure.unresolved)})
 
 
-def build(name: str) -> nn.Module:
+def has_attention(model: nn.Module) -> bool:
+    """A class of the model calls itself attention."""
+    return any(re.search("attention|attn", type(module).__name__, re.I) for module in model.modules())
+
+
+def running(
+    name: str, result: dict[str, Any], choices: Sequence[dict[str, int | None]]
+) -> tuple[nn.Module, Callable[[], Any]]:
+    """The first choice of sizes whose model builds and runs, and its forward."""
+    result["status"], first = "does not build", None
+    for choice in choices:
+        try:
+            model = build(name, choice)
+            if result["status"] == "does not build":
+                result["status"], first = "does not run", None
+            forward = working_forward(model)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            first = first or error
+        else:
+            result["status"] = "probe failed"
+            return model, forward
+    raise first or RuntimeError("no choice of sizes")
+
+
+def build(name: str, choice: dict[str, int | None]) -> nn.Module:
     """The architecture with a shrunk default configuration and random weights."""
     from transformers import AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = shrink(CONFIG_MAPPING[name])
+    config = shrink(CONFIG_MAPPING[name], choice)
     with contextlib.suppress(Exception):
         config._attn_implementation = "eager"
+    with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
+        size = sum(p.numel() for p in AutoModel.from_config(config).parameters())
+        if size > LARGEST:
+            raise ValueError(f"{size:,} parameters are too many for this benchmark")
     model = AutoModel.from_config(config)
     model.eval()
     return model
 
 
-def shrink(config_class: type) -> Any:
+def shrink(config_class: type, choice: dict[str, int | None]) -> Any:
     """An instance of the configuration with small sizes, also in nested configurations."""
     default = config_class()
     values: dict[str, Any] = {}
-    accepted = inspect.signature(config_class.__init__).parameters
+    nested_names = getattr(config_class, "sub_configs", {})
     for key, value in default.to_dict().items():
-        if key in getattr(config_class, "sub_configs", {}) or key.startswith("_"):
-            continue
-        if any(part == key for part in accepted) or "kwargs" in accepted:
-            small = smaller(key, value)
+        if key not in nested_names and not key.startswith("_") and type(value) is int:
+            small = smaller(key, value, choice)
             if small is not None:
                 values[key] = small
-    for key in getattr(config_class, "sub_configs", {}):
+    for key in nested_names:
         nested = getattr(default, key, None)
         if nested is not None and hasattr(nested, "to_dict"):
-            values[key] = shrink(type(nested))
+            values[key] = shrink(type(nested), choice)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         value = getattr(default, key, None)
         if isinstance(value, int) and value >= 120:
             values[key] = 1
-    for attempt in (values, {k: v for k, v in values.items() if not isinstance(v, list)}):
-        with contextlib.suppress(Exception):
-            return config_class(**attempt)
     return config_class(**values)
 
 
-def smaller(key: str, value: Any) -> Any:
+def smaller(key: str, value: int, choice: dict[str, int | None]) -> int | None:
     """The small value of one attribute, ``None`` to keep the default."""
-    if isinstance(value, bool) or value is None:
-        return None
-    for pattern, size in SHRINK:
+    if "layers only" in choice:
+        return min(value, 2) if re.search(LAYERS, key) else None
+    for pattern, size in (*choice.items(), *SHRINK):
         if re.match(pattern, key) or re.search(rf"_{pattern}", key):
-            if isinstance(value, int):
-                return min(value, size) if size > 4 else min(value, size)
-            return None
+            return None if size is None else size if pattern in choice else min(value, size)
     return None
 
 

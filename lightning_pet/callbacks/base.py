@@ -86,10 +86,7 @@ class PETCallback(Callback):
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build all deltas, without touching the model."""
-        return [
-            Insertion(target, self.build(root, target), target.role.rpartition(".")[2] if target.role and target.rows else "")
-            for target in targets
-        ]
+        return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: the heads."""
@@ -144,3 +141,10 @@ class PETCallback(Callback):
         """Leave no wrapper behind."""
         if (controller := Controller.get(trainer)).leads(self):
             controller.teardown()
+
+
+def _suffix(target: Target) -> str:
+    """Tells the deltas of one method on one host apart: several parameters, several roles of one parameter."""
+    role = target.role.rpartition(".")[2] if target.role and target.rows else ""
+    parameter = "" if target.parameter == "weight" else target.parameter
+    return "_".join(part for part in (parameter, role) if part)

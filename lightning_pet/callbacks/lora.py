@@ -260,7 +260,7 @@ def _linear_sizes(host: nn.Module, weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    return fnmatchcase(path, pattern) or path == pattern or path.endswith(f".{pattern}")
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
 
 
 def _lookup(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:

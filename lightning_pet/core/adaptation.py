@@ -5,14 +5,14 @@ model. All names in it are canonical and relative to the root, and are fixed whe
 inserted: under sharding engines and compilers they could not be recovered later.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.core.insertion import attach, check_attachable, detach, reader_of
+from lightning_pet.core.insertion import CHILD, attach, check_attachable, detach, reader_of
 from lightning_pet.core.method import Insertion, Method
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.structure import Structure, Target
@@ -210,28 +210,17 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
 
 def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
     modules = named_modules(root)
-    names, trainable = list(record.delta_names), list(record.trainable_names)
-    scopes = {*record.scopes, *(item.scope for item in prepared)}
+    names, trainable = dict.fromkeys(record.delta_names), dict.fromkeys(record.trainable_names)
     for applied in record.applied:
         for path, key in applied.hosts:
-            delta = modules[join(path, "pet", key)]
-            for name, tensor in named_tensors(delta):
-                full = join(path, "pet", key, name)
-                if full not in names:
-                    names.append(full)
-                    if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                        trainable.append(full)
-        trainable += [name for name in applied.trained if name not in trainable]
-    record.delta_names = tuple(names)
-    record.scopes = tuple(sorted(scopes))
-    own = set(names)
-    for name, parameter in root.named_parameters():
-        name = canonical(name)
-        outside = not any(f"{name}.".startswith(f"{scope}.") or not scope for scope in scopes)
-        if outside and parameter.requires_grad and name not in own and name not in trainable:
-            trainable.append(name)
-    record.trainable_names = tuple(trainable)
-    _keep_originals(root, record)
+            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
+                full = join(path, CHILD, key, name)
+                if full not in names and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                    trainable[full] = None
+                names[full] = None
+        trainable |= dict.fromkeys(applied.trained)
+    record.delta_names, record.trainable_names = tuple(names), tuple(trainable)
+    record.scopes = tuple(sorted({*record.scopes, *(item.scope for item in prepared)}))
     freeze(root)
 
 
@@ -243,21 +232,41 @@ def _keep_originals(root: nn.Module, record: Adaptation) -> None:
             record.originals[name] = tensor.detach().clone()
 
 
+def _in_scope(record: Adaptation, name: str) -> bool:
+    return any(not scope or name.startswith(f"{scope}.") for scope in record.scopes)
+
+
 def freeze(root: nn.Module) -> None:
     """Set ``requires_grad`` of every parameter in scope to what the record says.
 
-    It never looks at the flags as they are: a ``LightningModule.setup`` may have reset them all.
+    It never looks at the flags as they are: a ``LightningModule.setup`` may have reset them all. Outside
+    of the scope it is the other way round: what the user lets train is noted, to be saved with the delta.
     """
     record = record_of(root)
     if record is None:
         return
-    trainable = set(record.trainable_names)
+    own = set(record.delta_names)
     # By identity: a tied tensor has several names, of which the record holds one.
-    named = list(root.named_parameters(remove_duplicate=False))
-    wanted = {id(parameter) for name, parameter in named if canonical(name) in trainable}
+    named = [(canonical(name), p) for name, p in root.named_parameters(remove_duplicate=False)]
+    inside = {id(p) for name, p in named if name in own or _in_scope(record, name)}
+    outside = {id(p): name for name, p in reversed(named) if p.requires_grad and id(p) not in inside}
+    record.trainable_names = tuple(dict.fromkeys((*record.trainable_names, *reversed(outside.values()))))
+    _keep_originals(root, record)
+    trainable = set(record.trainable_names)
+    wanted = {id(p) for name, p in named if name in trainable}
     for _, parameter in named:
-        if parameter.is_floating_point() or parameter.is_complex():
+        if id(parameter) in inside and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(id(parameter) in wanted)
+
+
+def outgrown(root: nn.Module) -> bool:
+    """Whether the model is no longer the one that was planned for: parameters came, or hosts were replaced."""
+    record = record_of(root)
+    if record is None:
+        return False
+    tensors, own = dict(named_tensors(root)), set(record.delta_names)
+    parameters = {canonical(name) for name, _ in root.named_parameters()} - own
+    return not own <= tensors.keys() or not parameters <= record.flags.keys()
 
 
 def refresh(root: nn.Module) -> None:
@@ -265,13 +274,65 @@ def refresh(root: nn.Module) -> None:
     record = record_of(root)
     if record is None:
         return
+    own = set(record.delta_names)
+    record.trainable_names = tuple(n for n in record.trainable_names if n in own or _in_scope(record, n))
     record.originals.clear()
-    _keep_originals(root, record)
+    freeze(root)
     modules = named_modules(root)
     for _, target, path, key in record.hosts():
         weight = modules[path]._parameters[target.parameter]
         if weight is not None and not weight.is_meta:
-            modules[join(path, "pet", key)].initialize_from(weight.detach())  # type: ignore[operator]
+            modules[join(path, CHILD, key)].initialize_from(weight.detach())  # type: ignore[operator]
+
+
+def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
+    """Detach methods and forget them; base tensors that they trained keep their values.
+
+    Hosts that user code has replaced meanwhile are passed over.
+
+    Args:
+        root: the adapted root.
+        keys: :attr:`Applied.key` of the methods; default: all.
+    """
+    record = record_of(root)
+    if record is None:
+        return
+    leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
+    gone: set[str] = set()
+    for path, key in (host for applied in leaving for host in applied.hosts):
+        prefix = join(path, CHILD, key)
+        gone |= {name for name in record.delta_names if name.startswith(f"{prefix}.")}
+        if prefix in named_modules(root):
+            detach(root, path, key)
+    record.applied[:] = [applied for applied in record.applied if applied not in leaving]
+    still = {name for applied in record.applied for name in applied.trained}
+    gone |= {name for applied in leaving for name in applied.trained if name not in still}
+    record.delta_names = tuple(name for name in record.delta_names if name not in gone)
+    record.trainable_names = tuple(name for name in record.trainable_names if name not in gone)
+    if record.applied:
+        freeze(root)
+        return
+    restore_flags(root, record.flags)
+    del root.__dict__[_RECORD]
+
+
+def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:
+    """Take methods out and put back what they trained besides, as far as its original was in memory."""
+    record = record_of(root)
+    if record is None:
+        return
+    before = {*record.trained_names, *changed_buffers(root)}
+    take_out(root, keys)
+    after = record_of(root)
+    copy_in(root, {n: record.originals[n] for n in before - set(after.trained_names if after else ())})
+
+
+def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the tensors of these names; what is on the meta device is passed over."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(root):
+            if name in values and not values[name].is_meta:
+                tensor.copy_(values[name])
 
 
 def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:

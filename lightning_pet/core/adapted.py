@@ -15,7 +15,7 @@ from lightning_pet.core.adaptation import (
     record_of,
     restore_flags,
 )
-from lightning_pet.core.insertion import detach
+from lightning_pet.core.insertion import detach, mute
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.plan import Plan, plan_of
@@ -74,9 +74,17 @@ class Adapted:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a delta in. The key set and every shape must fit exactly; otherwise nothing is changed.
 
+        Buffers that are not among ``tensors`` are those of the base.
+
         Raises:
             DeltaFileError: (``mismatch``) naming missing, extra and misshapen tensors.
         """
+        self.check_fit(tensors)
+        copy_in(self.root, {name: self.record.originals[name] for name in changed_buffers(self.root)})
+        copy_in(self.root, tensors)
+
+    def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise what :meth:`load_state_dict` would raise."""
         own = dict(named_tensors(self.root))
         required = {*self.record.delta_names, *self.record.trained_names}
         optional = {n for n, t in own.items() if not isinstance(t, nn.Parameter)} - required
@@ -94,9 +102,6 @@ class Adapted:
                 "arguments that the delta was trained with, to the same kind of model.",
                 "mismatch",
             )
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                own[name].copy_(tensor)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -112,13 +117,12 @@ class Adapted:
             yield
         finally:
             self._mute(False)
-            self._copy_in(trained)
+            copy_in(self.root, trained)
 
     def remove(self) -> None:
         """Take everything out: the model is bit for bit what it was, with its own parameter names."""
         self._refuse_lost_originals("removed")
-        self._swap_originals()
-        self._detach_all()
+        undo(self.root)
 
     def merge_(self) -> None:
         """Add every delta into its base weight and take it out; trained heads keep their trained values.
@@ -130,7 +134,7 @@ class Adapted:
         with torch.no_grad():
             for parameter, weight in merged:
                 parameter.copy_(weight)
-        self._detach_all()
+        take_out(self.root)
 
     def _merged_weights(self) -> list[tuple[nn.Parameter, Tensor]]:
         modules = named_modules(self.root)
@@ -159,10 +163,7 @@ class Adapted:
         return list(merged.values())
 
     def _mute(self, on: bool) -> None:
-        modules = named_modules(self.root)
-        for path in {path for _, _, path, _ in self.record.hosts()}:
-            pet = modules[join(path, "pet")]
-            pet.muted = frozenset(pet._modules) if on else frozenset()  # type: ignore[assignment]
+        mute(self.root, {path for _, _, path, _ in self.record.hosts()}, on)
         self.record.muted = on
 
     def _swap_originals(self) -> dict[str, Tensor]:
@@ -170,20 +171,8 @@ class Adapted:
         changed = {*self.record.trained_names, *changed_buffers(self.root)}
         tensors = {name: tensor for name, tensor in named_tensors(self.root) if name in changed}
         trained = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._copy_in({name: self.record.originals[name] for name in tensors})
+        copy_in(self.root, {name: self.record.originals[name] for name in tensors})
         return trained
-
-    def _copy_in(self, values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in named_tensors(self.root):
-                if name in values:
-                    tensor.copy_(values[name])
-
-    def _detach_all(self) -> None:
-        for _, _, path, key in list(self.record.hosts()):
-            detach(self.root, path, key)
-        restore_flags(self.root, self.record.flags)
-        del self.root.__dict__[_RECORD]
 
     def _refuse_lost_originals(self, verb: str) -> None:
         lost = [n for n in self.record.trained_names if self.record.originals[n].is_meta]

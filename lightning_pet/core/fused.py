@@ -23,19 +23,16 @@ def _gradient(graph: Graph, edge: Edge, source: int, weight: Tensor | None = Non
     if weight is None:
         weight = torch.empty(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device).uniform_(0.5, 1.5)
     try:
-        (gradient,) = torch.autograd.grad(
+        gradient: Tensor | None = torch.autograd.grad(
             graph.gradient_edge(edge),
             [graph.gradient_edge(Edge(source, 0))],
             grad_outputs=weight,
             retain_graph=True,
             allow_unused=True,
-        )
+        )[0]
     except RuntimeError:
         return None
-    if gradient is None:
-        shape = graph.shape(Edge(source, 0))
-        return torch.zeros(shape)
-    return gradient.detach()
+    return torch.zeros(graph.shape(Edge(source, 0))) if gradient is None else gradient.detach()
 
 
 def feature_axis(graph: Graph, source: int) -> int:

@@ -9,6 +9,8 @@ Names of torch that are not public but that this file relies on: ``Node._sequenc
 convolutions. ``tests/core/test_graph.py`` pins them.
 """
 
+import heapq
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,14 +80,11 @@ class Graph:
     """
 
     def __init__(self, roots: Iterable[Node], parameters: Mapping[int, int]) -> None:
-        nodes = _reachable(roots)
-        nodes.sort(key=lambda node: -1 if node.name().startswith(_LEAF) else node._sequence_nr())
+        nodes = _in_order(_reachable(roots))
         self.nodes: list[Node] = nodes
         self.index: dict[Node, int] = {node: i for i, node in enumerate(nodes)}
         self.names: list[str] = [node.name() for node in nodes]
-        self.sequence: list[int] = [
-            -1 if name.startswith(_LEAF) else node._sequence_nr() for node, name in zip(nodes, self.names, strict=True)
-        ]
+        self.sequence: list[int] = [_sequence(node) for node in nodes]
         self.operands: list[tuple[Edge, ...]] = [
             tuple(Edge(self.index[prev], slot) for prev, slot in node.next_functions if prev is not None)
             for node in nodes
@@ -112,7 +111,8 @@ class Graph:
         for _ in range(_MAX_WEIGHT_CHAIN):
             name = self.names[i]
             if name.startswith(_LEAF):
-                key = id(self.nodes[i].variable)
+                leaf: Any = self.nodes[i]
+                key = id(leaf.variable)
                 return key if key in self._parameters else None
             if len(self.operands[i]) != 1 or not (_VIEW.match(name) or _PART.match(name)):
                 return None
@@ -178,6 +178,10 @@ class Graph:
     def shape(self, edge: Edge) -> tuple[int, ...]:
         """Shape of the tensor on an edge."""
         return tuple(int(size) for size in self.nodes[edge.node]._input_metadata[edge.output].shape)
+
+    def features(self, i: int) -> int:
+        """Output features of a gemm."""
+        return self.shape(Edge(i, 0))[1 if "Convolution" in self.names[i] else -1]
 
     def canonical(self, i: int) -> int:
         """The node behind all views: two tensors are the same data if this is the same number."""
@@ -255,6 +259,34 @@ def _reachable(roots: Iterable[Node]) -> list[Node]:
         seen[node] = None
         todo.extend(prev for prev, _ in node.next_functions if prev is not None and prev not in seen)
     return list(seen)
+
+
+def _sequence(node: Node) -> int:
+    """When the node was made; leaves come before everything."""
+    return -1 if node.name().startswith(_LEAF) else node._sequence_nr()
+
+
+def _in_order(nodes: list[Node]) -> list[Node]:
+    """Operands before their users, and otherwise as created (an in-place write changes the order of creation)."""
+    users: dict[Node, list[Node]] = {node: [] for node in nodes}
+    missing: dict[Node, int] = {}
+    for node in nodes:
+        operands = {prev for prev, _ in node.next_functions if prev is not None}
+        missing[node] = len(operands)
+        for prev in operands:
+            users[prev].append(node)
+    ticket = itertools.count()  # nodes themselves cannot be compared
+    ready = [(_sequence(node), next(ticket), node) for node in nodes if not missing[node]]
+    heapq.heapify(ready)
+    ordered: list[Node] = []
+    while ready:
+        *_, node = heapq.heappop(ready)
+        ordered.append(node)
+        for user in users[node]:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, (_sequence(user), next(ticket), user))
+    return ordered
 
 
 def tensors(nest: Any) -> Iterator[Tensor]:

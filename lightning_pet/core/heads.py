@@ -76,7 +76,7 @@ def parameters_below(root: nn.Module, paths: Sequence[str], option: str) -> tupl
         found = [join(p, canonical(n)) for p in hits for n, _ in modules[p].named_parameters() if ".pet." not in f".{n}"]
         if not found:
             raise TargetError(
-                f"{option}: no module with parameters is called {wanted!r}. {suggest(wanted, modules)}"
+                f"{option}: no module with parameters is called {wanted!r}.{suggest(wanted, modules)}"
             )
         names |= dict.fromkeys(found)
     return tuple(names)

@@ -31,9 +31,7 @@ def _bind(model: nn.Module, arguments: dict[str, Any]) -> Callable[[], Any]:
     return lambda: model(**arguments)
 
 
-def _candidates(
-    model: nn.Module, main: str, device: torch.device, dtype: torch.dtype
-) -> Iterator[dict[str, Any]]:
+def _candidates(model: nn.Module, main: str, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     ids = {"input_ids": _ids(model.config, device)}
     decoder = {"decoder_input_ids": _ids(model.config, device)}
     pixels = {"pixel_values": _pixels(model.config, device, dtype)}

@@ -205,10 +205,23 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
             modules[reader].__dict__.setdefault(_READS, []).append(host)
     else:
         _swap(host, _Host)
+    host.pet.train(host.training)  # type: ignore[operator,union-attr]
+    delta.train(host.training)
     host.pet[key] = delta  # type: ignore[operator,index]
     for path, module in modules.items():
         if f"{target.module}.".startswith(f"{path}." if path else ""):
             _forbid_fast_path(module)
+
+
+def mute(root: nn.Module, paths: set[str], on: bool) -> None:
+    """Pass over all deltas of the given hosts, or use them again."""
+    modules = named_modules(root)
+    for path in paths:
+        pet = modules[path].pet
+        pet.muted = frozenset(pet._modules) if on else frozenset()  # type: ignore[union-attr,assignment]
+        for above, module in modules.items():
+            if f"{path}.".startswith(f"{above}." if above else ""):
+                _restore_fast_path(module) if on else _forbid_fast_path(module)
 
 
 def check_attachable(host: nn.Module, target: Target, key: str) -> None:
@@ -277,7 +290,12 @@ def _forbid_fast_path(module: nn.Module) -> None:
 
 
 def _allow_fast_path(module: nn.Module) -> None:
-    if "_pet_fast_path" in module.__dict__ and not any(isinstance(m, Deltas) for m in module.modules()):
+    if not any(isinstance(m, Deltas) for m in module.modules()):
+        _restore_fast_path(module)
+
+
+def _restore_fast_path(module: nn.Module) -> None:
+    if "_pet_fast_path" in module.__dict__:
         for cls, flag, _ in _FAST_PATH:
             if isinstance(module, cls):
                 setattr(module, flag, module.__dict__.pop("_pet_fast_path"))

@@ -7,6 +7,7 @@ can be run. The patterns are the vocabulary of the field, not a table of archite
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,9 +19,9 @@ _FFN = re.compile(r"mlp|ffn|feed_?forward|intermediate|dense(?:relu|gated|act|si
 _FFN_CLASS = re.compile(r"(?<!self)(?<!attention)output$", re.I)  # BertOutput, but not BertSelfOutput
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec|multihead_attn|encoder_decoder_att", re.I)
 
-_Q = r"q|q_proj|query|q_lin|query_proj|wq|Wq|to_q|linear_q|q_b_proj|queries|q_linear|query_layer|q_attn|project_q|in_proj_q|q_net"
-_K = r"k|k_proj|key|k_lin|key_proj|wk|Wk|to_k|linear_k|keys|k_linear|key_layer|project_k|in_proj_k"
-_V = r"v|v_proj|value|v_lin|value_proj|wv|Wv|to_v|linear_v|values|v_linear|value_layer|project_v|in_proj_v"
+_Q = r"q|q_proj|query|q_lin|query_proj|wq|Wq|to_q|linear_q|q_b_proj|queries|q_linear|query_layer|q_attn|project_q|q_net"
+_K = r"k|k_proj|key|k_lin|key_proj|wk|Wk|to_k|linear_k|keys|k_linear|key_layer|project_k"
+_V = r"v|v_proj|value|v_lin|value_proj|wv|Wv|to_v|linear_v|values|v_linear|value_layer|project_v"
 _O = (
     r"o|o_proj|out_proj|out_lin|wo|Wo|to_out|to_out\.0|linear_out|dense|c_proj|output\.dense|out|proj|projection|"
     r"output_proj|o_linear|post_proj|attn_out|output_linear|linear_o|proj_out|output_layer|fc_out|out_linear"
@@ -30,9 +31,15 @@ _QKV = (
     r"W_pack|linear_qkv|query_key_value_proj|qkv_layer"
 )
 _KV = r"kv|kv_proj|kv_b_proj|to_kv|key_value|wkv|kv_linear|c_kv"
-_UP = r"up_proj|fc1|lin1|c_fc|dense_h_to_4h|intermediate\.dense|wi|wi_1|linear1|fc_in|w3|up|ff1|linear_1|layer_1|l1|ffn1|lin_1|wi_up|intermediate_dense|linear_in|ffn|conv1"
+_UP = (
+    r"up_proj|fc1|lin1|c_fc|dense_h_to_4h|intermediate\.dense|wi|wi_1|linear1|fc_in|w3|up|ff1|linear_1|layer_1|l1|"
+    r"ffn1|lin_1|wi_up|dense1|intermediate_dense|linear_in|ffn|conv1"
+)
 _GATE = r"gate_proj|wi_0|w1|gate|linear_gate|wi_gate"
-_DOWN = r"down_proj|fc2|lin2|c_proj|dense_4h_to_h|output\.dense|wo|linear2|fc_out|w2|down|ff2|linear_2|layer_2|ffn2|lin_2|output_dense|linear_out|ffn_output|conv2|dense"
+_DOWN = (
+    r"down_proj|fc2|lin2|c_proj|dense_4h_to_h|output\.dense|wo|Wo|linear2|fc_out|w2|down|ff2|linear_2|layer_2|ffn2|dense2|"
+    r"lin_2|output_dense|linear_out|ffn_output|conv2|dense"
+)
 _GATE_UP = r"gate_up_proj|gate_up|w12|Wi|gate_and_up_proj|input_linear|gate_up_projs"
 
 _ATTENTION_PATTERNS: tuple[tuple[str, tuple[Role, ...]], ...] = (
@@ -93,10 +100,11 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) features of a linear-like module."""
+    linear: Any = module
     if is_conv1d(module):
-        rows, columns = module.weight.shape
+        rows, columns = linear.weight.shape
         return int(rows), int(columns)
-    return int(module.in_features), int(module.out_features)
+    return int(linear.in_features), int(linear.out_features)
 
 
 def is_router(module: nn.Module) -> bool:
@@ -144,7 +152,7 @@ def multihead_targets(path: str, module: nn.MultiheadAttention, cross: bool = Fa
     roles: tuple[Role, ...] = ("attention.q", "attention.k", "attention.v")
     width = module.embed_dim
     for i, role in enumerate(roles):
-        if module.in_proj_weight is not None:
+        if module._parameters.get("in_proj_weight") is not None:
             yield Target(path, "in_proj_weight", role, cross, ((i * width, (i + 1) * width),))
         else:
             yield Target(path, f"{role[-1]}_proj_weight", role, cross)
@@ -183,13 +191,15 @@ def _context(modules: Mapping[str, nn.Module], path: str, include_self: bool) ->
 
 
 def _looks_ffn(leaf: str) -> bool:
-    return re.fullmatch(r"fc1|fc2|linear1|linear2|lin1|lin2|wi|ffn|ffn_output|up_proj|down_proj|gate_proj", leaf) is not None
+    names = r"fc1|fc2|linear1|linear2|lin1|lin2|wi|ffn|ffn_output|up_proj|down_proj|gate_proj"
+    return re.fullmatch(names, leaf) is not None
 
 
 def is_cross(modules: Mapping[str, nn.Module], path: str) -> bool:
     """The path, or the class of an attention around it, speaks of cross-attention."""
     parts = path.split(".")
-    classes = (type(modules[".".join(parts[:i])]).__name__ for i in range(1, len(parts)) if ".".join(parts[:i]) in modules)
+    around = (modules.get(".".join(parts[:i])) for i in range(1, len(parts)))
+    classes = [type(module).__name__ for module in around if module is not None]
     return bool(_CROSS.search(path)) or any(_CROSS.search(name) and "Attention" in name for name in classes)
 
 

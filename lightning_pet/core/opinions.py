@@ -9,11 +9,10 @@ from torch import nn
 
 from lightning_pet.core.names import (
     NamedRoles,
+    features,
     is_conv1d,
     is_cross,
     is_linear,
-    features,
-    layer_index,
     multihead_targets,
     named_places,
     roles_by_name,
@@ -60,7 +59,7 @@ def _by_host(targets: Iterable[Target]) -> dict[Host, list[Target]]:
 def _use_multihead(
     model: nn.Module, base: Structure, found: dict[Host, list[Target]], unresolved: dict[Host, list[Target]]
 ) -> None:
-    """torch's own attention is known by its class, whatever the graph says."""
+    """The attention of torch itself is known by its class, whatever the graph says."""
     seen_cross = {core.owner: core.cross for core in base.attention}
     modules = named_places(model)
     for path, module in modules.items():
@@ -78,9 +77,9 @@ def _use_siblings(model: nn.Module, base: Structure, found: dict[Host, list[Targ
     if base.called is None:
         return
     patterns: dict[Host, set[tuple[Target, ...]]] = defaultdict(set)
-    for (module, parameter), targets in found.items():
+    for (host, parameter), targets in found.items():
         anonymous = tuple(replace(target, module="") for target in targets)
-        patterns[without_numbers(module), parameter].add(anonymous)
+        patterns[without_numbers(host), parameter].add(anonymous)
     for path, module in named_places(model).items():
         if path in base.called or not is_linear(module) or (path, "weight") in found:
             continue
@@ -128,20 +127,19 @@ def _split(targets: Sequence[Target], named: NamedRoles, width: int) -> list[Tar
 
 
 def _rival(base: Structure, named: NamedRoles) -> str | None:
-    """Another module of the same layer in which the forward showed one of these roles."""
-    layer, place = layer_index(named.module), _layer_path(named.module)
+    """Another module of the same block in which the forward showed one of these roles."""
+    place = _block(named.module)
     for target in base.targets:
-        same = target.role in named.roles and target.cross == named.cross and layer is not None
-        if same and _layer_path(target.module) == place:
+        if target.role in named.roles and target.cross == named.cross and place and _block(target.module) == place:
             return target.module
     return None
 
 
-def _layer_path(path: str) -> str:
-    """The path up to its first index."""
-    parts = path.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: first + 1])
+def _block(path: str) -> str:
+    """The path up to the last index above the module itself, empty without one."""
+    parts = path.split(".")[:-1]
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1])
 
 
 def _thirds(model: nn.Module, named: NamedRoles) -> int | None:

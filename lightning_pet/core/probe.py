@@ -76,14 +76,10 @@ def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Struc
         The merged structure. ``source`` is ``"names"`` if no forward could be run; the reason is then
         the first of ``disagreements``.
     """
-    seen, failure = None, None
-    for candidate in ([forward] if forward is not None else []) + list(candidate_forwards(model)):
-        try:
-            seen = probe(model, candidate)
-            break
-        except TargetError as error:
-            failure = failure or str(error)
+    seen, failure = _first_success(model, forward)
     structure = merge(model, seen)
+    if failure is not None:
+        structure = replace(structure, disagreements=(failure, *structure.disagreements))
     if seen is None:
         embedding = input_embedding(model) or only_embedding(model)
         targets = structure.targets if embedding is None else (Target(embedding, role="embedding"), *structure.targets)
@@ -92,13 +88,29 @@ def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Struc
             targets=targets,
             embedding=embedding,
             consumer=static_consumer(model, embedding),
-            disagreements=((failure,) if failure else ()) + structure.disagreements,
         )
     return replace(
         structure,
         targets=in_module_order(model, structure.targets),
         unresolved=in_module_order(model, structure.unresolved),
     )
+
+
+def _first_success(model: nn.Module, forward: Callable[[], Any] | None) -> tuple[Structure | None, str | None]:
+    """Probe by the given forward, else by the model's own inputs; with it what went wrong where that matters."""
+    failure = None
+    if forward is not None:
+        try:
+            return probe(model, forward), None
+        except TargetError as error:
+            failure = str(error)
+    own = None
+    for candidate in candidate_forwards(model):
+        try:
+            return probe(model, candidate), failure
+        except TargetError as error:
+            own = own or str(error)
+    return None, failure or own
 
 
 class _Reading:
@@ -204,20 +216,24 @@ class _Reading:
     def _core(self, owner: str, core: Core) -> AttentionCore:
         key_dim = self.graph.shape(core.q)[-1]
         value_dim = self.graph.shape(core.v)[-1]
-        heads = self._fed(core.k, "attention.k") // max(key_dim, 1)
-        shape = self.graph.shape(core.k)
-        if heads * key_dim != self._fed(core.k, "attention.k") or not heads:
+        fed, shape = self._fed(core.k), self.graph.shape(core.k)
+        heads = fed // max(key_dim, 1)
+        if not heads or heads * key_dim != fed:
             heads = shape[1] if len(shape) == 4 else 0
         return AttentionCore(owner, core.cross, heads, key_dim, value_dim)
 
-    def _fed(self, edge: Edge, role: Role) -> int:
-        """Number of features that feed an operand, 0 if several projections do."""
+    def _fed(self, edge: Edge) -> int:
+        """Number of features that feed an operand, 0 if several projections do or it cannot be told."""
         stop = frozenset(addition.add for addition in self.additions)
         gemms = self.graph.gemms_above([edge.node], stop)
         if len(gemms) != 1:
             return 0
         rows = rows_feeding(self.graph, edge, gemms[0])
-        return 0 if rows is None else count(rows)
+        if rows is not None:
+            return count(rows)
+        use = self.uses.get(self.graph.gemms[gemms[0]].weight)
+        alone = use is not None and len(use.roles) == 1
+        return self.graph.features(gemms[0]) if alone else 0
 
 
 def _owners(model: nn.Module) -> dict[int | str, list[tuple[str, str]]]:

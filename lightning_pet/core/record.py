@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_pet.core.graph import sequence_number, tensors
 from lightning_pet.core.names import named_places
@@ -158,7 +158,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         TargetError: a parameter is not initialised yet (lazy modules).
     """
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise TargetError(
                 f"parameter {name!r} is not initialised yet (a lazy module). Run one batch through the model before "
                 "adapting it, so that its shapes are known."
@@ -207,7 +207,7 @@ def _random_state() -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -50,11 +50,22 @@ def find_additions(graph: Graph, kept: frozenset[int]) -> list[Addition]:
 def _addition(graph: Graph, i: int) -> Addition | None:
     left, right = graph.data[i]
     for x, f in ((left, right), (right, left)):
+        if not _only_used_by(graph, f, i):
+            continue
         for candidate in _behind(graph, x):
             region = _region(graph, candidate, f)
             if region is not None:
                 return Addition(i, candidate, f, region, i)
     return None
+
+
+def _only_used_by(graph: Graph, f: int, user: int) -> bool:
+    """Nothing else reads f: otherwise f is the stream, and x an addend such as position embeddings."""
+    while graph.successors[f] == [user]:
+        if not graph.is_view(f):
+            return True
+        f, user = graph.data[f][0], f
+    return False
 
 
 def _behind(graph: Graph, i: int) -> list[int]:

@@ -42,6 +42,7 @@ def attention_uses(graph: Graph, cores: Sequence[Core], additions: Sequence[Addi
     uses: Uses = defaultdict(Use)
     sums = frozenset(addition.add for addition in additions)
     stop = sums | frozenset(i for core in cores for i in core.inner)
+    inputs: set[int] = set()
     for core in cores:
         operands: tuple[tuple[Role, Edge], ...] = (
             ("attention.q", core.q),
@@ -50,10 +51,12 @@ def attention_uses(graph: Graph, cores: Sequence[Core], additions: Sequence[Addi
         )
         for role, edge in operands:
             for i in graph.gemms_above([edge.node], stop):
+                inputs.add(i)
                 _note(uses[graph.gemms[i].weight], role, i, edge, core.cross)
+    for core in cores:
         around = next((a.region for a in additions if core.node in a.region), None)
         for i in graph.gemms_below(core.last, sums):
-            if around is None or i in around:
+            if i not in inputs and (around is None or i in around):
                 _note(uses[graph.gemms[i].weight], "attention.o", i, None, core.cross)
     return dict(uses)
 
@@ -79,23 +82,18 @@ def ffn_uses(
         around = next((a for a in additions if i in a.region), None)
         if gemm.weight in attention or around is None or not gemm.pointwise:
             continue
-        if _features(graph, i) not in graph.shape(Edge(around.add, 0)):
+        if graph.features(i) not in graph.shape(Edge(around.add, 0)):
             continue
         pair = _gates(graph, i, around.region, stop)
         if pair is None:
             continue
         gates, ups = pair
-        if any(mixes_positions(graph, Edge(i, 0), j) for j in (gates + ups)[:1]):
+        if any(mixes_positions(graph, Edge(i, 0), j) for j in (*gates, *ups)):
             continue
         _note(uses[gemm.weight], "ffn.down", i, None, False)
         downs.append(i)
         _note_ups(graph, uses, i, gates, ups)
     return {weight: use for weight, use in uses.items() if weight not in attention}, downs
-
-
-def _features(graph: Graph, i: int) -> int:
-    shape = graph.shape(Edge(i, 0))
-    return shape[1 if "Convolution" in graph.names[i] else -1]
 
 
 def _note_ups(graph: Graph, uses: Uses, down: int, gates: list[int], ups: list[int]) -> None:
@@ -108,7 +106,7 @@ def _note_ups(graph: Graph, uses: Uses, down: int, gates: list[int], ups: list[i
     for i in gates:
         use = uses[graph.gemms[i].weight]
         _note(use, "ffn.up", i, None, False)
-        if _features(graph, i) > _input_features(graph, down) and "ffn.gate" not in use.roles:
+        if graph.features(i) > _input_features(graph, down) and "ffn.gate" not in use.roles:
             _note(use, "ffn.gate", i, None, False)
             use.rows.update(_gated_rows(graph, down, i))
 

@@ -16,6 +16,7 @@ from lightning_pet.core.residual import Addition
 from lightning_pet.core.structure import Site, SiteKind
 
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.I)
+_FFN_CLASS = re.compile(r"ffn|mlp|feed_?forward", re.I)
 _MAX_BRANCH = 16
 
 
@@ -145,8 +146,11 @@ def _kind(
         return "cross" if core.cross else "attention"
     if addition.region & ffn:
         return "ffn"
-    if any(_ATTENTION_CLASS.search(type(taps.module(tap.call.path)).__name__) for tap in branch):
+    classes = [type(taps.module(tap.call.path)).__name__ for tap in branch]
+    if any(_ATTENTION_CLASS.search(name) for name in classes):
         return "attention"
+    if any(_FFN_CLASS.search(name) for name in classes):  # with a depthwise convolution in it (Mix-FFN)
+        return "ffn"
     return "mixer" if mixes_positions(graph, Edge(addition.branch, 0), addition.x) else "ffn"
 
 
@@ -154,7 +158,7 @@ def _outermost(pairs: list[tuple[Addition, Site]]) -> list[tuple[Addition, Site]
     """Without the sums inside another site's sub-layer (a shared expert), and without wrappers of whole blocks."""
     wrappers = set()
     for i, (addition, site) in enumerate(pairs):
-        inner = [j for j, (other, s) in enumerate(pairs) if j != i and other.add in addition.region and _within(s, site)]
+        inner = [s for other, s in pairs if other.add in addition.region and s is not site and _within(s, site)]
         if len(inner) > 1:
             wrappers.add(i)
     kept = []

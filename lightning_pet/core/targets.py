@@ -1,4 +1,4 @@
-"""From what a user writes to the parameters that are meant.
+r"""From what a user writes to the parameters that are meant.
 
 A pattern is one of
 
@@ -9,7 +9,7 @@ A pattern is one of
 ``all-linear``                       every projection except output embedding, task head and routers
 ``q_proj``, ``self.query``           whole components at the end of a module's name
 ``encoder.layer.*.output.dense``     a glob over module names (``*`` also crosses dots)
-``re:.*\\.(q|v)_proj``                a regular expression that matches the whole name
+``re:.*\.(q|v)_proj``                a regular expression that matches the whole name
 ``mlp.experts.gate_up_proj``         a parameter, in any of these forms
 ===================================  ==============================================================
 
@@ -39,10 +39,7 @@ _GROUPS: dict[str, tuple[Role, ...]] = {
     "embedding": ("embedding",),
 }
 _ROLE = re.compile(r"(attention)(?:\.(self|cross))?(?:\.([qkvo]))?|ffn(?:\.(up|gate|down))?|embedding")
-_HEAD_NAMES = frozenset(
-    "lm_head score classifier classification_head qa_outputs cls head heads embed_out output_projection "
-    "start_logits end_logits".split()
-)
+_HEAD_NAMES = frozenset(("lm_head", "score", "classifier", "classification_head", "qa_outputs", "cls", "head", "heads"))
 _SHOWN = 8
 
 
@@ -79,8 +76,9 @@ def resolve_targets(
     if not wanted:
         raise TargetError("no target pattern given; name at least one, for example 'attention.q' or 'all-linear'.")
     scope = _Scope(model, structure, hosts or _is_matrix)
-    found = [target for pattern in wanted for target in scope.match(pattern)]
     dropped = [target for pattern in unwanted for target in scope.match(pattern)]
+    scope.ignore(dropped)
+    found = [target for pattern in wanted for target in scope.match(pattern)]
     kept = [target for target in dict.fromkeys(found) if not any(_same_place(target, other) for other in dropped)]
     if layers is not None:
         indices = scope.check_layers(layers)
@@ -146,6 +144,7 @@ class _Scope:
                 self.names[self.first[module]].append(canonical(name))
         places = [(path, name) for module, path in self.first.items() for name in _parameters(module)]
         self.place = {place: i for i, place in enumerate(places)}
+        self.unresolved: Sequence[Target] = structure.unresolved
         self.roles: dict[tuple[str, str], list[Target]] = {}
         for target in structure.targets:
             self.roles.setdefault((target.module, target.parameter), []).append(target)
@@ -167,21 +166,29 @@ class _Scope:
             return paths
         raise TargetError(self._missing_role(pattern) if _ROLE.fullmatch(pattern) else self._missing(pattern))
 
+    def ignore(self, dropped: Sequence[Target]) -> None:
+        """Forget the excluded places, so that what is unknown about them no longer matters."""
+        places = {(target.module, target.parameter) for target in dropped}
+        self.unresolved = [t for t in self.structure.unresolved if (t.module, t.parameter) not in places]
+
     def _by_role(self, pattern: str) -> list[Target]:
-        unknown = [target for target in self.structure.unresolved if _has_role(target, pattern)]
+        unknown = [target for target in self.unresolved if _has_role(target, pattern)]
         if unknown:
             first = unknown[0]
+            ran = self.structure.called is None or first.module in self.structure.called
+            why = "" if ran else " (it did not run in the probing forward)"
             raise TargetError(
-                f"{first.module!r} computes {first.role} together with others in one projection, and which of its "
-                f"rows those are could not be found out. Pass a batch for the structure probe, or name the whole "
-                f"projection: {first.module.rpartition('.')[2]!r}."
+                f"target pattern {pattern!r}: {first.module!r} computes {first.role} together with others in one "
+                f"projection, and which of its rows those are could not be found out{why}. Pass a batch "
+                f"that runs it to the structure probe, leave it out (exclude {first.module.rpartition('.')[2]!r} or "
+                "'re:...'), or target the whole projection by its name."
             )
         hits = [target for target in self.structure.targets if _has_role(target, pattern)]
         return [target for target in hits if self._hosts(target.module, target.parameter)]
 
     def _all_linear(self) -> list[Target]:
         heads = output_heads(self.model)
-        targets = []
+        targets: list[Target] = []
         for module, path in self.first.items():
             if any(_inside(name, heads) for name in self.names[path]) or is_router(module):
                 continue
@@ -318,8 +325,10 @@ def _is_matrix(module: nn.Module, parameter: str) -> bool:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values()) and not (
-        isinstance(module, nn.modules.conv._ConvNd)
+    # A class token or a table of positions has three dimensions too, one of them of size 1.
+    return not isinstance(module, nn.modules.conv._ConvNd) and any(
+        parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
+        for parameter in module._parameters.values()
     )
 
 

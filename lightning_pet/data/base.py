@@ -1,7 +1,7 @@
 """What the ready data modules share: encode tables once with the model's tokenizer, serve padded batches."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -66,7 +66,11 @@ class TableDataModule(L.LightningDataModule):
         self, tokenizer: str | None, max_length: int, batch_size: int, similar_lengths: bool, num_workers: int
     ) -> None:
         super().__init__()
-        for name, value, least in (("max_length", max_length, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        for name, value, least in (
+            ("max_length", max_length, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
             if value < least:
                 raise ArgumentError(f"{name}={value}: expected at least {least}")
         self.tokenizer_name = tokenizer
@@ -76,6 +80,7 @@ class TableDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self._tables: dict[str, Table] = {}
         self._tokenizer: Any = None
+        self._key: Hashable = ()
         self._examples: dict[str, list[Example]] = {}
 
     @abstractmethod
@@ -90,8 +95,9 @@ class TableDataModule(L.LightningDataModule):
     def collator(self, tokenizer: Any) -> Any:
         """Make the function that pads a list of examples to a batch."""
 
-    def bind(self, module: Any) -> None:
-        """Note what the LightningModule says about its data, before anything is encoded."""
+    def bind(self, module: Any) -> Hashable:
+        """Note what the LightningModule says about its data; return whatever of it the examples depend on."""
+        return None
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -116,9 +122,11 @@ class TableDataModule(L.LightningDataModule):
         Raises:
             ArgumentError: there is no tokenizer or no such split.
         """
-        if self._tokenizer is None:
-            self._tokenizer = self._find_tokenizer(module)
-            self.bind(module)
+        tokenizer = self._find_tokenizer(module)
+        key = (type(tokenizer), tokenizer.name_or_path, len(tokenizer), self.bind(module))
+        if key != self._key:  # another module than the last one: its token ids or labels may differ
+            self._key, self._tokenizer = key, tokenizer
+            self._examples.clear()
         for split in splits:
             if split not in self._examples:
                 table = self._table(split)
@@ -146,7 +154,9 @@ class TableDataModule(L.LightningDataModule):
         examples = self._examples[split]
         full = sum(len(example["input_ids"]) >= self.max_length for example in examples)
         if full:
-            rank_zero_info(f"{split}: {full} of {len(examples)} texts fill or exceed max_length={self.max_length} tokens")
+            rank_zero_info(
+                f"{split}: {full} of {len(examples)} texts fill or exceed max_length={self.max_length} tokens"
+            )
 
     def loader(self, split: str) -> DataLoader[Example]:
         """Data loader over an encoded split, shuffled if it is the training split."""

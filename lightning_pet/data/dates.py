@@ -38,7 +38,7 @@ class Dates(Seq2SeqData):
         ('us', 'eu', 'long')
     """
 
-    reference_metric = "val/exact_match"
+    metric = "val/exact_match"
 
     def __init__(
         self,
@@ -101,7 +101,9 @@ class Dates(Seq2SeqData):
         self.encode_splits(module, ["val"])
         with untouched(module):
             texts = [
-                text for batch in self.loader(order) for text in module.generate(move_data_to_device(batch, module.device))
+                text
+                for batch in self.loader(order)
+                for text in module.generate(move_data_to_device(batch, module.device))
             ]
         right = sum(a == b for a, b in zip(texts, self.tables[order].columns["target"], strict=True))
         return {"base model": right / len(texts)}

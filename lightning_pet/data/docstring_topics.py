@@ -83,7 +83,7 @@ class DocstringTopics(TextClassificationData):
         ['concurrency', 'data types']
     """
 
-    reference_metric = "val/accuracy"
+    metric = "val/accuracy"
 
     def __init__(
         self,
@@ -93,9 +93,7 @@ class DocstringTopics(TextClassificationData):
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(
-            "", labels=list(TOPICS), max_length=max_length, batch_size=batch_size, num_workers=num_workers
-        )
+        super().__init__("", labels=list(TOPICS), max_length=max_length, batch_size=batch_size, num_workers=num_workers)
         if min(train_size, val_size) < len(TOPICS):
             raise ArgumentError(f"train_size={train_size} and val_size={val_size} must be at least {len(TOPICS)}")
         self.train_size = train_size
@@ -159,9 +157,10 @@ def linear_probe(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
         optimizer = torch.optim.AdamW(probe.parameters(), lr=5e-3, weight_decay=0.05)
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
-            for rows in torch.randperm(len(features), generator=generator).split(64):
+            order = torch.randperm(len(features), generator=generator)
+            for rows in torch.split(order, 64):
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(probe(features[rows]), labels[rows]).backward()
+                torch.autograd.backward(nn.functional.cross_entropy(probe(features[rows]), labels[rows]))
                 optimizer.step()
     return probe
 
@@ -249,9 +248,7 @@ def _documents(library: Path) -> Iterator[_Document]:
 def _source_files(library: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(library):
         top = Path(place) == library
-        folders[:] = sorted(
-            name for name in folders if name not in _SKIPPED_FOLDERS and (not top or name in _TOPIC_OF)
-        )
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS and (not top or name in _TOPIC_OF))
         for name in sorted(files):
             if name.endswith(".py") and (not top or name.removesuffix(".py") in _TOPIC_OF):
                 yield Path(place) / name

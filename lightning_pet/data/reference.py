@@ -7,16 +7,19 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from lightning_pet.core.adaptation import adapted_root
+from lightning_pet.errors import ArgumentError
+
 
 @runtime_checkable
 class ReferencePoints(Protocol):
     """A data module that knows how well its task can be done without tuning.
 
     Attributes:
-        reference_metric: name of the logged metric that the points compare with, such as ``"val/accuracy"``.
+        metric: name of the logged metric that the points compare with, such as ``"val/accuracy"``.
     """
 
-    reference_metric: str
+    metric: str
 
     def reference_points(self, module: Any) -> dict[str, float]:
         """Measure the reference points; call it before tuning.
@@ -27,14 +30,23 @@ class ReferencePoints(Protocol):
             module: the LightningModule as it is before any method changed it.
 
         Returns:
-            Values of ``reference_metric`` by a short description.
+            Values of ``metric`` by a short description.
         """
         ...
 
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Evaluate a module without gradients, then restore the modes of its parts and the global random state."""
+    """Evaluate a module without gradients, then restore the modes of its parts and the global random state.
+
+    Raises:
+        ArgumentError: a method has changed the module already, so it would not be a reference.
+    """
+    if adapted_root(module) is not None:
+        raise ArgumentError(
+            f"{type(module).__name__} is adapted already; reference points describe it before tuning, "
+            f"so call reference_points before fit"
+        )
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

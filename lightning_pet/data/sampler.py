@@ -35,8 +35,9 @@ class SimilarLengths(Sampler[int]):
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self), generator=generator)
-        chunks = order.split(self.CHUNK * self.batch_size)
-        batches = [b for c in chunks for b in c[self.lengths[c].argsort(stable=True)].split(self.batch_size)]
+        chunks = torch.split(order, self.CHUNK * self.batch_size)
+        by_length = (chunk[self.lengths[chunk].argsort(stable=True)] for chunk in chunks)
+        batches = [batch for chunk in by_length for batch in torch.split(chunk, self.batch_size)]
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         rest = [batch for batch in batches if len(batch) < self.batch_size]  # at most one; it must come last
         shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]

@@ -1,6 +1,7 @@
 """Tables of examples from CSV, TSV, JSON and JSON lines (standard library), Parquet and the hub (``datasets``)."""
 
 import csv
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,8 +216,8 @@ def _from_objects(path: Path, rows: list[Any]) -> Table:
 def _read_parquet(path: Path) -> Table:
     _require_datasets(path)
     import datasets
-    from pyarrow import parquet
 
+    parquet = importlib.import_module("pyarrow.parquet")  # comes with datasets, without types
     return _from_dataset(datasets.Dataset(parquet.read_table(path)), str(path))
 
 

@@ -1,6 +1,6 @@
 """Labelled texts, or pairs of texts, from files or the hub."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class TextClassificationData(TableDataModule):
         super().__init__(tokenizer, max_length, batch_size, similar_lengths, num_workers)
         self.columns = check_columns(columns, ("text", "text_pair", "label"))
         self.train, self.val, self.test, self.predict = train, val, test, predict
-        self.labels = labels
+        self.labels = self.given_labels = labels
         self.val_fraction = val_fraction
         self.seed = seed
 
@@ -150,13 +150,13 @@ class TextClassificationData(TableDataModule):
             tables["predict"] = read_table(Path(self.predict).expanduser())
         return tables
 
-    def bind(self, module: Any) -> None:
+    def bind(self, module: Any) -> Hashable:
         """Settle the labels: those given, else the LightningModule's, else those of the training split."""
-        if self.labels is None:
-            self.labels = getattr(module, "labels", None)
+        self.labels = self.given_labels or getattr(module, "labels", None)
         if self.labels is None:
             train = self.tables["train"]
             self.labels = label_names(train, train.find([self.columns.get("label", "label")]))
+        return tuple(self.labels)
 
     def encode(self, table: Table, tokenizer: Any, targets: bool) -> list[Example]:
         """Turn rows into token ids and labels."""

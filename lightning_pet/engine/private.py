@@ -12,6 +12,7 @@ name                                                      used for
 ``_TrainingEpochLoop._skip_next_val``                     a checkpoint written at the end of a validation
 ``_FitLoop._load_combined_loader_states``,                stateful loaders that were set up before the checkpoint
 ``_FitLoop._combined_loader_states_to_load``              was read
+``_FitLoop._combined_loader``                             the training loaders, without their collection
 ``CombinedLoader._mode``                                  finding loaders that start again within an epoch
 ``_DataLoaderIterDataFetcher``                            ``training_step(dataloader_iter)``
 ``_WrappingCheckpointIO``, ``._checkpoint_io``            reaching the file writer inside a wrapper
@@ -125,6 +126,12 @@ def load_waiting_loader_states(trainer: Any) -> bool:
     loop._load_combined_loader_states()
     loop._restarting = restarting
     return True
+
+
+def training_loaders(trainer: Any) -> list[Any]:
+    """Return the loaders of the training; none before they were requested."""
+    loader = trainer.fit_loop._combined_loader
+    return [] if loader is None else list(loader.flattened)
 
 
 def gives_iterator(fetcher: object) -> bool:

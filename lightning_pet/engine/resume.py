@@ -190,9 +190,9 @@ class ExactResume:
     ) -> None:
         self._offset = state["offset"]
         self._before_iter, self._after_iter = (own["before_iter"], own["after_iter"]) if own else (None, None)
-        reasons = _differences(trainer, state, own)
+        reasons = _differences(trainer, state, own) + _layout_reasons(trainer, state)
         if not private.is_last_batch(trainer):
-            reasons += _loader_reasons(trainer, fetcher, state)
+            reasons += _loader_reasons(trainer, fetcher)
         if _stateful(fetcher.combined_loader):
             if private.load_waiting_loader_states(trainer):
                 iter(fetcher)
@@ -270,7 +270,7 @@ def _catch_up(trainer: Trainer, fetcher: Any, position: Position) -> None:
     private.end_restart(loop.epoch_loop.val_loop)
     if position != "between_batches":
         private.end_batch(trainer, fetcher, validate=position == "batch_end")
-    if _plateau_ready(trainer) or not private.is_last_batch(trainer):
+    if not private.is_last_batch(trainer) or _plateau_ready(trainer):
         private.end_restart(loop)
 
 
@@ -302,7 +302,7 @@ def _differences(trainer: Trainer, state: dict[str, Any], own: RandomState | Non
             f"the checkpoint was written with {len(own['now']['cuda'])} CUDA devices per process and is resumed with "
             f"{len(cuda_devices(trainer))}"
         )
-    if trainer.current_epoch > 0 and any(map(_keeps_workers, _loader_of(trainer).flattened)):
+    if trainer.current_epoch > 0 and any(map(_keeps_workers, private.training_loaders(trainer))):
         reasons.append(
             "persistent workers carry random states over from earlier epochs, which cannot be restored; this matters "
             "if the data set draws random numbers, and persistent_workers=False avoids it"
@@ -310,16 +310,20 @@ def _differences(trainer: Trainer, state: dict[str, Any], own: RandomState | Non
     return reasons
 
 
-def _loader_reasons(trainer: Trainer, fetcher: Any, state: dict[str, Any]) -> list[str]:
+def _layout_reasons(trainer: Trainer, state: dict[str, Any]) -> list[str]:
+    layout = _layout(trainer)
+    if layout == state["loader"]:
+        return []
+    return [
+        f"the checkpoint was written with {state['loader'][0]} batches per epoch of sizes {state['loader'][1:]}, "
+        f"now there are {layout[0]} of sizes {layout[1:]}: within this epoch some samples are seen twice or never"
+    ]
+
+
+def _loader_reasons(trainer: Trainer, fetcher: Any) -> list[str]:
     """Return what keeps the loader from being rewound to the middle of the epoch exactly."""
     loader: CombinedLoader = fetcher.combined_loader
     reasons = []
-    layout = _layout(trainer)
-    if layout != state["loader"]:
-        reasons.append(
-            f"the checkpoint was written with {state['loader'][0]} batches per epoch of sizes {state['loader'][1:]}, "
-            f"now there are {layout[0]} of sizes {layout[1:]}: within this epoch some samples are seen twice or never"
-        )
     if private.gives_iterator(fetcher):
         reasons.append("training_step(dataloader_iter) takes batches itself: the epoch starts again at its first")
     stateful = [_is_stateful(part) for part in loader.flattened]
@@ -371,14 +375,9 @@ def _stateful(loader: CombinedLoader) -> bool:
     return any(_is_stateful(part) for part in loader.flattened)
 
 
-def _loader_of(trainer: Trainer) -> CombinedLoader:
-    return CombinedLoader(trainer.train_dataloader, "max_size")
-
-
 def _seeded_samplers(trainer: Trainer) -> list[Any]:
     """Return the sampler of each loader if it shuffles by a seed of its own (distributed ones do), else ``None``."""
-    loaders = _loader_of(trainer).flattened if trainer.train_dataloader is not None else []
-    samplers = [getattr(loader, "sampler", None) for loader in loaders]
+    samplers = [getattr(loader, "sampler", None) for loader in private.training_loaders(trainer)]
     return [sampler if isinstance(getattr(sampler, "seed", None), int) else None for sampler in samplers]
 
 
@@ -391,8 +390,7 @@ def _set_seeds(trainer: Trainer, seeds: list[int]) -> None:
 def _layout(trainer: Trainer) -> list[int]:
     """Return batches per epoch, then the batch size of each loader; -1 where unknown."""
     batches = trainer.num_training_batches
-    loaders = _loader_of(trainer).flattened if trainer.train_dataloader is not None else []
-    sizes = [getattr(loader, "batch_size", None) for loader in loaders]
+    sizes = [getattr(loader, "batch_size", None) for loader in private.training_loaders(trainer)]
     return [int(batches) if batches != float("inf") else -1, *(s if isinstance(s, int) else -1 for s in sizes)]
 
 

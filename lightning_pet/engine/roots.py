@@ -43,7 +43,7 @@ def scope_in(model: nn.Module, prefix: str, module: str | None) -> str:
         return ""
     paths = named_modules(model)
     if module not in paths:
-        raise TargetError(f"module={module!r}: there is no such submodule. {suggest(module, paths)}")
+        raise TargetError(f"module={module!r}: there is no such submodule.{suggest(module, paths)}")
     if not prefix:
         return module
     if module == prefix:

@@ -18,6 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_pet.modules.cache import cached_folder
+from lightning_pet.modules.quiet import quiet_transformers
 
 DateKind = Literal["us", "eu", "long"]
 
@@ -107,8 +108,9 @@ def _build(folder: Path) -> None:
         model = T5ForConditionalGeneration(T5Config(**_CONFIG))
     with torch.inference_mode(False), torch.enable_grad():
         _pretrain(model, tokenizer)
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _batches(tokenizer: Any) -> Iterator[dict[str, Tensor]]:
@@ -129,9 +131,7 @@ def _pretrain(model: nn.Module, tokenizer: Any) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _RECIPE["lr"], total_steps=_RECIPE["steps"] + 5, pct_start=_RECIPE["warmup"]
     )
-    steps = track(
-        _batches(tokenizer), "Training the date model (once)", _RECIPE["steps"], console=Console(stderr=True)
-    )
+    steps = track(_batches(tokenizer), "Training the date model (once)", _RECIPE["steps"], console=Console(stderr=True))
     for batch in steps:
         model(**batch).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

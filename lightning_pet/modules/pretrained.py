@@ -14,13 +14,13 @@ Weights are read from safetensors files only, and no code that comes with a mode
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.modules.date_model import date_model_folder
+from lightning_pet.modules.quiet import quiet_transformers
 
 _BUILTIN: Mapping[str, Callable[[], Path]] = {"dates": date_model_folder}
 _WEIGHTS = "model.safetensors"
@@ -129,7 +129,7 @@ def load_model(auto_class: str, model: str | dict[str, Any], sha256: str | None 
     if sha256 is not None:
         check_digest(source, sha256)
     local = isinstance(source, Path)
-    with _quiet():
+    with quiet_transformers():  # its load report says nothing that _check_complete does not check
         loaded, info = factory.from_pretrained(
             str(source),
             use_safetensors=True,
@@ -164,22 +164,6 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.pad_token is None:  # GPT-like: padding is masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # The progress bar and the load report say nothing that _check_complete does not check.
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _check_complete(model: Any, missing: Iterable[str], source: Path | str, body: str) -> None:

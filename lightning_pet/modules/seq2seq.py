@@ -74,9 +74,11 @@ class Scores(nn.Module):
         for name, metric in self.text.items():
             assert isinstance(metric, Metric)
             value = metric.compute()
-            result |= {key.removesuffix("_fmeasure"): value[key] for key in value if key.endswith("_fmeasure")} if (
-                isinstance(value, dict)
-            ) else {name: value}
+            result |= (
+                {key.removesuffix("_fmeasure"): value[key] for key in value if key.endswith("_fmeasure")}
+                if (isinstance(value, dict))
+                else {name: value}
+            )
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()

@@ -1,10 +1,10 @@
 """A ready LightningModule for the classification of texts and pairs of texts."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -42,8 +42,9 @@ class MeanPoolingClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, labels: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.config: Any = encoder.config
-        self.classifier = nn.Linear(self.config.hidden_size, labels)
+        config: Any = encoder.config
+        self.config = config
+        self.classifier = nn.Linear(config.hidden_size, labels)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """Vectors that the classifier sees: (batch, tokens) to (batch, width)."""
@@ -109,6 +110,7 @@ class TextClassifier(L.LightningModule):
         ArgumentError: fewer than two labels, an unknown model, or weights with another digest.
 
     Example:
+        >>> import torch
         >>> bert = dict(model_type="bert", vocab_size=99, hidden_size=8, num_hidden_layers=1,
         ...             num_attention_heads=2, intermediate_size=16)
         >>> classifier = TextClassifier(model=bert, labels=["no", "yes"])
@@ -146,9 +148,9 @@ class TextClassifier(L.LightningModule):
         self.model = build_classifier(self.source, labels, self.pooling, self.sha256)
         self.metrics = nn.ModuleDict({stage: _metrics(stage, len(labels)) for stage in ("val", "test")})
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        """The pretrained model's own tokenizer (loaded at each access)."""
+        """The pretrained model's own tokenizer."""
         if isinstance(self.source, dict):
             raise ArgumentError("a model built from a configuration has no tokenizer; set data.tokenizer")
         return load_tokenizer(self.source)
@@ -160,10 +162,14 @@ class TextClassifier(L.LightningModule):
         labels: list[str] | None = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
         if not hasattr(self, "model"):
             if labels is None:
-                raise ArgumentError("labels=None needs a data module with `labels`; else pass TextClassifier(labels=...)")
+                raise ArgumentError(
+                    "labels=None needs a data module with `labels`; else pass TextClassifier(labels=...)"
+                )
             self._build(labels)
         elif labels is not None and len(labels) != self.hparams["labels"]:
-            raise ArgumentError(f"TextClassifier(labels={self.hparams['labels']}), but the data has the labels {labels}")
+            raise ArgumentError(
+                f"TextClassifier(labels={self.hparams['labels']}), but the data has the labels {labels}"
+            )
         if labels is not None:
             self.labels = labels
             self.hparams["labels"] = labels  # a checkpoint must know them without the data

@@ -114,7 +114,7 @@ def read_header(file: BinaryIO, size: int, limits: Limits, where: str) -> Header
     """
     start = read_exact(file, min(size, 9), where)
     length = int.from_bytes(start[:8], "little")
-    if size < 9 or length > size - 8 or start[8:] != b"{":
+    if size < 10 or not 2 <= length <= size - 8 or start[8:] != b"{":
         raise _foreign(start, size, length, where)
     if length > limits.header_bytes:
         text = f"found a header of {length} bytes, expected at most {limits.header_bytes}. Raise Limits.header_bytes."

@@ -258,16 +258,17 @@ def _sample(seen: Mapping[str, _Facts]) -> str:
 
 def _pack_sketch(values: Tensor) -> str:
     """Sign and exponent bytes first, then mantissa bytes: apart they compress, mixed they do not."""
-    planes = values.view(torch.uint8).reshape(-1, 2)
-    return pack(planes[:, 1].numpy().tobytes() + planes[:, 0].numpy().tobytes())
+    mixed = bytes(facts.byte_view(values))
+    return pack(mixed[1::2] + mixed[::2])
 
 
 def _unpack_sketch(text: str, where: str) -> Tensor:
     data = unpack(text, where)
     if len(data) % 2:
         raise fault(where, f"found {len(data)} bytes, expected an even number.")
-    planes = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(2, -1) if data else torch.empty(2, 0).byte()
-    return planes.flip(0).t().contiguous().view(torch.bfloat16).reshape(-1)
+    mixed = bytearray(len(data))
+    mixed[1::2], mixed[::2] = data[: len(data) // 2], data[len(data) // 2 :]
+    return torch.frombuffer(mixed, dtype=torch.bfloat16) if mixed else torch.empty(0, dtype=torch.bfloat16)
 
 
 def to_plain(found: Fingerprint) -> dict[str, Any]:

@@ -238,9 +238,7 @@ def _row_range(pair: object, where: str) -> tuple[int, int]:
 
 
 def _notes(value: Mapping[str, object], where: str) -> dict[str, str]:
-    notes = {
-        check_text(key, f"a key of {where}", 256): check_text(text, where, MAX_NOTES) for key, text in value.items()
-    }
+    notes = {check_text(key, f"{where}: a key", 256): check_text(text, where, MAX_NOTES) for key, text in value.items()}
     size = sum(len(part.encode()) for item in notes.items() for part in item)
     if size > MAX_NOTES:
         raise fault(where, f"found {size} bytes, expected at most {MAX_NOTES}.", "limit")

@@ -20,6 +20,7 @@ MAX_DEPTH: Final = 8
 MAX_NAME: Final = 256
 MAX_TEXT: Final = 65_536
 MAX_ITEMS: Final = 20_000
+MAX_CONTAINERS: Final = 150_000
 MAX_UNPACKED: Final = 8 << 20
 _MAX_INT: Final = 2**63 - 1
 _LABEL: Final = frozenset(string.ascii_letters + string.digits + "_-")
@@ -37,11 +38,15 @@ def canonical(value: object) -> str:
 
 
 def parse(text: str, where: str) -> object:
-    """Parse JSON, refusing duplicate keys, NaN and infinities, and nesting that exhausts the parser.
+    """Parse JSON, refusing duplicate keys, NaN, infinities, and nesting or masses that exhaust the parser.
 
     Raises:
-        DeltaFileError: ``corrupt`` if it is no JSON, ``limit`` if too deep, else ``schema``.
+        DeltaFileError: ``corrupt`` if it is no JSON, ``limit`` if too deep or too full, else ``schema``.
     """
+    # Each list and object costs memory and the collector's time, a hundred times that of its two characters.
+    containers = text.count("[") + text.count("{")
+    if containers > MAX_CONTAINERS:
+        raise fault(where, f"found {containers} lists and objects, expected at most {MAX_CONTAINERS}.", "limit")
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
@@ -164,7 +169,7 @@ def _check_nested(value: Sequence[object] | Mapping[Any, object], where: str, de
     if not isinstance(value, Mapping):
         return [check_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     return {
-        check_text(key, f"a key of {where}", MAX_NAME): check_plain(item, f"{where}.{_show(key)}", depth + 1)
+        check_text(key, f"{where}: a key", MAX_NAME): check_plain(item, f"{where}.{_show(key)}", depth + 1)
         for key, item in value.items()
     }
 

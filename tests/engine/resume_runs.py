@@ -216,8 +216,9 @@ class Run:
             callbacks=[Resume(), saver, *(extra or [])],
             **limits,
         )
-        # Two validation loaders, one shuffled: their draws come from the generators of the training.
-        val = [DataLoader(Noisy(4), batch_size=2), DataLoader(Noisy(4), batch_size=2, shuffle=True)]
+        # Two validation loaders, one shuffled: their draws come from the generators of the training. (Distributed
+        # samplers draw from the process's seed, which differs here on purpose.)
+        val = [DataLoader(Noisy(8), batch_size=2), DataLoader(Noisy(8), batch_size=2, shuffle=self.devices == 1)]
         trainer.fit(module, self.train_loader(), val if self.val else None, ckpt_path=ckpt and str(ckpt))
         return Result(module.events, module.digest(), saver.saved, trainer.global_step)
 
@@ -240,20 +241,25 @@ def same(resumed: Result, reference: Result, place: int) -> bool:
     )
 
 
-def single_interruptions(run: Run, folder: Path, last: bool = True) -> tuple[int, int]:
-    """Resume from every checkpoint of one run, or all but the last; return how many were identical, of how many."""
+def single_interruptions(run: Run, folder: Path, only: int | None = None, last: bool = True) -> tuple[int, int]:
+    """Resume from the checkpoints of one run: all, about ``only`` of them, or all but the last.
+
+    Returns:
+        How many of the resumed runs were identical to the uninterrupted one, and how many there were.
+    """
     reference = run.fit(folder / "reference")
     places = list(reference.saved.items())[: None if last else -1]
-    good = [same(run.fit(folder / f"{i}", path), reference, place) for i, (path, place) in enumerate(places)]
+    chosen = places if only is None else places[:: max(1, len(places) // only)]
+    good = [same(run.fit(folder / f"{i}", path), reference, place) for i, (path, place) in enumerate(chosen)]
     return sum(good), len(good)
 
 
-def double_interruptions(run: Run, folder: Path, only: int | None = None) -> tuple[int, int]:
-    """Resume from every checkpoint of every resumed run, or from about ``only`` of them evenly spread."""
+def double_interruptions(run: Run, folder: Path, only: int | None = None, last: bool = True) -> tuple[int, int]:
+    """Resume from the checkpoints of resumed runs: all pairs, or about ``only`` of them evenly spread."""
     reference = run.fit(folder / "reference")
-    pairs = [(i, j) for i in range(len(reference.saved)) for j in range(i + 1, len(reference.saved))]
+    places = list(reference.saved.items())[: None if last else -1]
+    pairs = [(i, j) for i in range(len(places)) for j in range(i + 1, len(places))]
     chosen = pairs if only is None else pairs[:: max(1, len(pairs) // only)]
-    places = list(reference.saved.items())
     firsts = {i: run.fit(folder / f"{i}", places[i][0]) for i in sorted({i for i, _ in chosen})}
     good = []
     for i, j in chosen:
@@ -270,10 +276,10 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
-if __name__ == "__main__":  # one process of a distributed run: folder, then how many pairs of interruptions
+if __name__ == "__main__":  # one process of a distributed run; arguments: folder, single and double interruptions
     quiet()
-    folder, pairs = Path(sys.argv[1]), int(sys.argv[2])
-    distributed = Run(devices=2, val=True, workers=0)
-    single = single_interruptions(distributed, folder / "single")
-    double = double_interruptions(distributed, folder / "double", pairs)
+    folder, singles, doubles = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    distributed = Run(devices=2, val=True)
+    single = single_interruptions(distributed, folder / "single", singles)
+    double = double_interruptions(distributed, folder / "double", doubles, last=False)
     print("IDENTICAL", *single, *double, flush=True)

@@ -1,0 +1,279 @@
+"""What every method must hold, checked in the same way for all of them.
+
+A method's test file gives a list of :class:`Case` and, where a formula exists, a reference; the
+checks are here.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_pet import Adapted, LoRACallback, PETCallback, apply, load_delta, save_delta
+from lightning_pet.core.naming import canonical
+
+from . import zoo
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with its options on one model.
+
+    Attributes:
+        model: name of a builder in :mod:`tests.methods.zoo`.
+        method: builds the callback.
+        options: its arguments.
+        exact_identity: whether the fresh delta leaves the output bit-equal.
+        identity_tolerance: else, how far it may be (``None``: the method does not start as the base).
+        mergeable: whether it can be merged.
+        merge_tolerance: largest difference between merged and attached in float64.
+        parameters: closed form of the number of trained parameters of the delta, if given.
+    """
+
+    model: str
+    method: Callable[..., PETCallback] = LoRACallback
+    options: dict[str, Any] = field(default_factory=dict)
+    exact_identity: bool = True
+    identity_tolerance: float | None = 0.0
+    mergeable: bool = True
+    merge_tolerance: float = 1e-10
+    parameters: int | None = None
+
+    @property
+    def id(self) -> str:
+        """For pytest."""
+        parts = [f"{key}={value}" for key, value in self.options.items() if key not in ("r", "target_modules")]
+        return "-".join([self.model, *parts])
+
+    def build(self) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+        """The base model and its forward."""
+        return getattr(zoo, self.model)()
+
+    def callback(self) -> PETCallback:
+        """A new callback."""
+        return self.method(**self.options)
+
+    def adapt(self, model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Adapted:
+        """Apply it."""
+        return apply(model, [self.callback()], forward=lambda: run(model))
+
+
+def perturb(adapted: Adapted, scale: float = 0.3) -> None:
+    """Move the delta away from its start, by a fixed random step."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = adapted.state_dict()
+    own = dict(adapted.root.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in sorted(tensors):
+            if name in adapted.record.trainable_names:
+                own[name].add_(torch.randn(own[name].shape, generator=generator, dtype=torch.float32) * scale)
+
+
+def base_digest(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all tensors that are not a delta's."""
+    return {n: t.detach().clone() for n, t in model.state_dict().items() if ".pet." not in f".{n}"}
+
+
+def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bitwise equality of two state dicts."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def frozen_output(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
+    """The output without autograd: torch chooses other kernels for weights that require grad."""
+    with torch.no_grad():
+        return run(model)
+
+
+class Battery:
+    """Subclass it, name the class ``Test…``, and set ``cases``."""
+
+    cases: list[Case] = []
+
+    @pytest.fixture
+    def built(self, case: Case) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+        return case.build()
+
+    def test_identity_at_init(self, case: Case, built: Any) -> None:
+        model, run = built
+        before = frozen_output(model, run)
+        case.adapt(model, run)
+        after = frozen_output(model, run)
+        if case.exact_identity:
+            assert torch.equal(before, after)
+        elif case.identity_tolerance is not None:
+            assert (after - before).abs().max() <= case.identity_tolerance
+
+    def test_has_an_effect_and_restores_bit_exactly(self, case: Case, built: Any) -> None:
+        model, run = built
+        state, before = base_digest(model), frozen_output(model, run)
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        kinds = [type(module) for module in model.modules()]
+        adapted = case.adapt(model, run)
+        perturb(adapted)
+        changed = frozen_output(model, run)
+        assert not torch.allclose(changed, before)
+        with adapted.disabled():
+            assert torch.equal(frozen_output(model, run), before)
+        assert torch.equal(frozen_output(model, run), changed)
+        adapted.remove()
+        assert equal_states(dict(model.state_dict()), state)
+        assert [type(module) for module in model.modules()] == kinds
+        assert torch.equal(frozen_output(model, run), before)
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+    def test_names_and_ties_are_kept(self, case: Case, built: Any) -> None:
+        model, run = built
+        names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        case.adapt(model, run)
+        after = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False) if ".pet." not in f".{n}"}
+        assert after == names
+
+    def test_only_the_plan_trains_and_moves(self, case: Case, built: Any) -> None:
+        model, run = built
+        before = base_digest(model)
+        adapted = case.adapt(model, run)
+        plan = adapted.plan()
+        trainable = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+        assert set(trainable) == set(adapted.record.trainable_names)
+        assert plan.trainable == sum(p.numel() for p in trainable.values())
+        if case.parameters is not None:
+            delta = set(adapted.record.delta_names)
+            assert sum(p.numel() for n, p in trainable.items() if n in delta) == case.parameters
+        start = {name: p.detach().clone() for name, p in trainable.items()}
+        optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = run(model)
+            (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+            assert all(p.grad is not None for p in trainable.values())
+            optimizer.step()
+        trained = set(adapted.record.trained_names)
+        after = base_digest(model)
+        assert all(torch.equal(before[n], after[n]) for n in before if canonical(n) not in trained)
+        assert all(not torch.equal(start[n], p.detach()) for n, p in trainable.items() if p.grad.abs().max() > 1e-4)
+
+    def test_merged_equals_attached(self, case: Case, built: Any) -> None:
+        model, run = built
+        model.double()
+        adapted = case.adapt(model, run)
+        perturb(adapted)
+        attached = run(model)
+        if not case.mergeable:
+            with pytest.raises(ValueError, match="merg"):
+                adapted.merge_()
+            assert torch.equal(run(model), attached)
+            return
+        names = set(base_digest(model))
+        adapted.merge_()
+        assert set(model.state_dict()) == names
+        assert (run(model) - attached).abs().max() <= case.merge_tolerance
+
+    def test_deepcopy_and_pickle(self, case: Case, built: Any) -> None:
+        model, run = built
+        adapted = case.adapt(model, run)
+        perturb(adapted)
+        expected = run(model)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(run(twin), expected)
+            with torch.no_grad():  # a twin owns its tensors
+                for _, parameter in twin.named_parameters():
+                    parameter.zero_()
+            assert torch.equal(run(model), expected)
+        Adapted(copy.deepcopy(model)).remove()
+        assert torch.equal(run(model), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_dtypes(self, case: Case, built: Any, dtype: torch.dtype) -> None:
+        model, run = built
+        model.to(dtype)
+        adapted = case.adapt(model, run)
+        perturb(adapted, 0.05)
+        out = run(model)
+        assert out.dtype == dtype
+        assert torch.isfinite(out).all()
+        out.float().square().mean().backward()
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        for name, parameter in model.named_parameters():
+            if name in adapted.record.delta_names and parameter.requires_grad:
+                assert parameter.dtype == wanted
+                assert parameter.grad.dtype == wanted
+
+    def test_autocast(self, case: Case, built: Any) -> None:
+        model, run = built
+        perturb(case.adapt(model, run), 0.05)
+        full = run(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(model)
+        out.float().square().mean().backward()
+        assert (out.float() - full).abs().max() <= 0.1 * full.abs().max() + 0.1
+
+    def test_compiles_in_one_graph(self, case: Case, built: Any) -> None:
+        model, run = built
+        perturb(case.adapt(model, run))
+        expected = run(model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.allclose(run(compiled), expected, atol=1e-6)
+
+    def test_save_and_load_into_a_fresh_base(self, case: Case, built: Any, tmp_path: Path) -> None:
+        model, run = built
+        adapted = case.adapt(model, run)
+        perturb(adapted)
+        expected = run(model)
+        path = tmp_path / "delta.pet.safetensors"
+        written = save_delta(model, path)
+        stored = sum(t.numel() * t.element_size() for t in adapted.state_dict().values())
+        assert stored <= written == path.stat().st_size <= stored + 32 * 1024
+        fresh, _ = case.build()
+        load_delta(fresh, path)
+        assert torch.equal(run(fresh), expected)
+        again = tmp_path / "again.pet.safetensors"
+        save_delta(fresh, again)
+        assert again.read_bytes() == path.read_bytes()
+
+    def test_meta_device(self, case: Case, built: Any) -> None:
+        model, run = built
+        if case.options.get("init", "kaiming") in ("pissa", "olora") or case.options.get("use_dora"):
+            with pytest.raises(ValueError, match="meta"):
+                apply(model.to("meta"), [case.callback()], forward=None)
+            return
+        expected = case.adapt(model, run).plan()
+        twin, _ = case.build()
+        targets = [row.place for row in expected.rows if row.method != "trained"]
+        twin.to("meta")
+        options = {**case.options, "target_modules": sorted({t.removesuffix(".weight") for t in targets})}
+        if not any(role in str(case.options.get("target_modules", "attention")) for role in ("attention", "ffn", "all-linear")):
+            planned = apply(twin, [case.method(**options)]).plan()
+            assert planned.trainable == expected.trainable
+            twin.to_empty(device="cpu")
+            for module in twin.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            assert torch.isfinite(run(twin)).all()
+
+
+LOAD_IN_A_NEW_PROCESS = """
+import sys, torch
+from tests.methods import zoo
+from lightning_pet import load_delta
+model, run = getattr(zoo, sys.argv[1])()
+load_delta(model, sys.argv[2])
+torch.save(run(model).detach(), sys.argv[3])
+"""
+
+
+def output_in_a_new_process(model: str, delta: Path, out: Path) -> Tensor:
+    """What a fresh interpreter computes with the base and the delta file."""
+    root = Path(__file__).parents[2]
+    arguments = [sys.executable, "-c", LOAD_IN_A_NEW_PROCESS, model, str(delta), str(out)]
+    subprocess.run(arguments, check=True, cwd=root, capture_output=True, text=True)
+    return torch.load(out, weights_only=True)

@@ -1,0 +1,235 @@
+"""LoRA and its variants: the battery, golden properties, and its own errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_pet import ArgumentError, LoRACallback, NotMergeableError, TargetError, apply, save_delta
+
+from . import zoo
+from .battery import Battery, Case, output_in_a_new_process, perturb
+
+QV = {"r": 2, "target_modules": ["attention.q", "attention.v"]}
+ALL = {"r": 2, "target_modules": "all-linear"}
+FIRST = {"r": 2, "target_modules": "0"}
+INEXACT = {"exact_identity": False, "identity_tolerance": 1e-5}
+
+
+class TestLoRA(Battery):
+    cases = [
+        Case("mlp", options=FIRST, parameters=2 * (6 + 8)),
+        Case("mlp", options={**FIRST, "use_rslora": True, "alpha": 4}),
+        Case("mlp", options={**FIRST, "use_dora": True}, parameters=2 * (6 + 8) + 8, **INEXACT),
+        Case("mlp", options={**FIRST, "init": "gaussian"}),
+        Case("mlp", options={**FIRST, "init": "pissa"}, parameters=2 * (6 + 8), **INEXACT),
+        Case("mlp", options={**FIRST, "init": "olora"}, parameters=2 * (6 + 8), **INEXACT),
+        Case("mlp", options={**FIRST, "bias": "lora_only"}),
+        Case("mlp", options={**FIRST, "bias": "all", "modules_to_save": ["2"]}),
+        Case("embedding", options={"r": 2, "target_modules": "table", "modules_to_save": []}, parameters=2 * (12 + 6)),
+        Case("conv1d", options=FIRST, parameters=2 * 4 * 3 + 6 * 2),
+        Case("conv2d", options=FIRST, parameters=2 * 3 * 9 + 6 * 2),
+        Case("transformer_encoder", options=QV, parameters=2 * 2 * 2 * (16 + 16)),
+        Case("transformer_encoder", options=ALL),
+        Case("bert", options=QV, parameters=2 * 2 * 2 * (16 + 16)),
+        Case("bert", options={**ALL, "use_dora": True}, **INEXACT),
+        Case("gpt2", options={"r": 2, "target_modules": "attention.v"}, parameters=2 * 2 * (16 + 16)),
+        Case("gpt2", options=ALL),
+        Case("llama", options=QV, parameters=2 * 2 * (16 + 16 + 16 + 8)),
+        Case("llama", options=ALL),
+        Case("t5", options=QV),
+        Case("mixtral", options={"r": 2, "target_modules": ["attention.q", "ffn"]}),
+        Case("vit", options=QV),
+        Case("whisper", options=QV),
+    ]
+
+
+# --- golden properties ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "scale"), [({"alpha": 6}, 3.0), ({"alpha": 6, "use_rslora": True}, 6 / 2**0.5)])
+def test_formula_in_float64(options: dict[str, object], scale: float) -> None:
+    model, run = zoo.mlp()
+    model.double()
+    adapted = apply(model, [LoRACallback(r=2, target_modules="0", **options)])
+    perturb(adapted)
+    delta = model[0].pet["lora_default"]
+    x = torch.randn(7, 6, dtype=torch.float64)
+    expected = x @ model[0].weight.T + model[0].bias + scale * (x @ delta.a.T) @ delta.b.T
+    assert (model[0](x) - expected).abs().max() < 1e-14
+    assert torch.linalg.matrix_rank(delta.b @ delta.a) <= 2
+
+
+def test_only_v_changes_on_a_fused_projection() -> None:
+    model, run = zoo.gpt2()
+    adapted = apply(model, [LoRACallback(r=2, target_modules="attention.v")])
+    host = model.transformer.h[0].attn.c_attn
+    x = torch.randn(3, 16)
+    before = host(x)
+    perturb(adapted)
+    changed = (host(x) - before).abs().sum(0) > 0
+    assert not changed[:32].any()
+    assert changed[32:].all()
+
+
+def test_rank_and_alpha_patterns() -> None:
+    model, _ = zoo.bert()
+    callback = LoRACallback(r=2, rank_pattern={"attention.self.query": 4}, alpha_pattern={"encoder.layer.0.*": 1.0, "*": 3.0})
+    apply(model, [callback])
+    layer = model.bert.encoder.layer
+    assert layer[0].attention.self.query.pet["lora_default"].a.shape == (4, 16)
+    assert layer[0].attention.self.value.pet["lora_default"].a.shape == (2, 16)
+    assert layer[1].attention.self.value.pet["lora_default"].scale == pytest.approx(3.0 / 2)
+
+
+def test_layers_and_exclusion() -> None:
+    model, _ = zoo.bert()
+    adapted = apply(model, [LoRACallback(r=2, layers_to_transform=[1], exclude_modules=["value"])])
+    places = {row.place for row in adapted.plan().rows if row.method == "lora"}
+    assert places == {"bert.encoder.layer.1.attention.self.query.weight"}
+
+
+def test_heads_are_found_and_language_model_heads_are_not() -> None:
+    classifier, _ = zoo.bert()
+    assert apply(classifier, [LoRACallback(r=2)]).record.trained_names == ("classifier.weight", "classifier.bias")
+    for build in (zoo.gpt2, zoo.llama, zoo.t5):
+        model, _ = build()
+        assert apply(model, [LoRACallback(r=2)]).record.trained_names == ()
+
+
+def test_biases() -> None:
+    model, _ = zoo.bert()
+    names = apply(model, [LoRACallback(r=2, bias="lora_only", modules_to_save=[])]).record.trained_names
+    assert len(names) == 4
+    assert all(name.endswith(("query.bias", "value.bias")) for name in names)
+
+
+def test_two_named_deltas_add_up() -> None:
+    model, run = zoo.mlp()
+    model.double()
+    base = run(model)
+    both = apply(model, [LoRACallback(r=2, target_modules="2"), LoRACallback(r=1, name="second", target_modules="2")])
+    perturb(both)
+    first, second = (model[2].pet[key] for key in ("lora_default", "lora_second"))
+    weight = first.merged(second.merged(model[2].weight))
+    hidden = model[1](model[0](torch.ones(1, 6, dtype=torch.float64)))
+    assert torch.allclose(model(torch.ones(1, 6, dtype=torch.float64)), hidden @ weight.T + model[2].bias, atol=1e-12)
+    both.remove()
+    assert torch.equal(run(model), base)
+
+
+def test_merging_a_tied_weight_is_refused() -> None:
+    model, run = zoo.gpt2()
+    adapted = apply(model, [LoRACallback(r=2, target_modules="wte")])
+    perturb(adapted)
+    before = run(model)
+    with pytest.raises(NotMergeableError, match="tied"):
+        adapted.merge_()
+    assert torch.equal(run(model), before)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, run = zoo.mlp()
+    perturb(apply(model, [LoRACallback(r=2, dropout=0.5, target_modules="0")]))
+    assert torch.equal(run(model), run(model))
+    model.train()
+    assert not torch.equal(run(model), run(model))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model, run = zoo.llama()
+        perturb(apply(model, [LoRACallback(r=2, target_modules="all-linear")]))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run(model).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_encoder_fast_path_with_padding() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    with torch.no_grad():
+        base = model(x, src_key_padding_mask=padding)
+    adapted = apply(model, [LoRACallback(r=2, target_modules="all-linear")])
+    perturb(adapted)
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padding)
+    slow = model.train()(x, src_key_padding_mask=padding)
+    assert (fast - slow)[~padding].abs().max() < 1e-5
+    assert (fast - base)[~padding].abs().max() > 1e-3
+    adapted.remove()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x, src_key_padding_mask=padding), base)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "transformer_encoder", "mixtral"])
+def test_a_new_process_loads_bit_exactly(model: str, tmp_path: Path) -> None:
+    built, run = getattr(zoo, model)()
+    targets = "attention.v" if model == "gpt2" else "all-linear"
+    perturb(apply(built, [LoRACallback(r=2, target_modules=targets)], forward=lambda: run(built)))
+    save_delta(built, tmp_path / "d.pet.safetensors")
+    loaded = output_in_a_new_process(model, tmp_path / "d.pet.safetensors", tmp_path / "out.pt")
+    assert torch.equal(loaded, run(built))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"r": 0}, "r=0"),
+        ({"r": -3}, "r=-3"),
+        ({"r": 1.5}, "r=1.5"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"lora_plus_ratio": 0}, "lora_plus_ratio=0"),
+        ({"init": "zeros"}, "'pissa'"),
+        ({"bias": "some"}, "'lora_only'"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"use_dora": True, "init": "pissa"}, "choose one"),
+        ({"name": "a b"}, "letters, digits"),
+        ({"base_check": "maybe"}, "'warn'"),
+    ],
+)
+def test_arguments_out_of_range(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ArgumentError, match=text):
+        LoRACallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"target_modules": ["query", "valeu"]}, TargetError, "value"),
+        ({"target_modules": "attention.x"}, TargetError, "attention"),
+        ({"r": 17}, TargetError, "at most 16"),
+        ({"exclude_modules": ["nothing"]}, TargetError, "nothing"),
+        ({"layers_to_transform": [7]}, TargetError, "layer"),
+        ({"modules_to_save": ["clasifier"]}, TargetError, "classifier"),
+        ({"rank_pattern": {"nowhere": 2}}, ArgumentError, "nowhere"),
+        ({"module": "encoder"}, TargetError, "encoder"),
+    ],
+)
+def test_bad_places_leave_the_model_untouched(options: dict[str, object], error: type[Exception], text: str) -> None:
+    model, run = zoo.bert()
+    before, kinds = run(model), [type(m) for m in model.modules()]
+    with pytest.raises(error, match=text):
+        apply(model, [LoRACallback(**{"r": 2, **options})])
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(run(model), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_one_name_twice() -> None:
+    model, _ = zoo.bert()
+    with pytest.raises(ArgumentError, match="name='second'"):
+        apply(model, [LoRACallback(r=2), LoRACallback(r=4)])
+    assert not any("pet" in name for name, _ in model.named_modules())

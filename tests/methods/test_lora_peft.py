@@ -1,0 +1,130 @@
+"""LoRA against an independent implementation: HF PEFT with the same weights."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_pet import LoRACallback, apply
+
+from . import zoo
+
+TOLERANCE = 1e-5
+MODELS = {
+    # model: (targets for PEFT, the same places for us)
+    "bert": (["query", "value", "output.dense", "intermediate.dense"], ["query", "value", "output.dense", "intermediate.dense"]),
+    "gpt2": (["c_attn", "c_fc"], ["c_attn", "c_fc"]),
+    "llama": (["q_proj", "v_proj", "gate_proj", "down_proj"], ["attention.q", "attention.v", "ffn.gate", "ffn.down"]),
+    "t5": (["q", "v", "wo"], ["attention.q", "attention.v", "ffn.down"]),
+    "vit": (["q_proj", "v_proj"], ["attention.q", "attention.v"]),
+    "whisper": (["q_proj", "v_proj"], ["attention.q", "attention.v"]),
+    "conv2d": (["0", "2"], ["0", "2"]),
+    "embedding": (["table"], ["table"]),
+}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "rslora": ({"use_rslora": True}, {"use_rslora": True}),
+    "dora": ({"use_dora": True}, {"use_dora": True}),
+}
+
+
+def peft_model(model: nn.Module, targets: list[str], **options: Any) -> nn.Module:
+    """A PEFT model of a copy of the base, its LoRA weights random."""
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, **options)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+    return wrapped
+
+
+def copy_weights(wrapped: nn.Module, model: nn.Module) -> int:
+    """Copy PEFT's LoRA tensors into ours, host by host; returns how many hosts there were."""
+    theirs = dict(wrapped.base_model.model.named_modules())
+    count = 0
+    with torch.no_grad():
+        for path, host in model.named_modules():
+            if not hasattr(host, "pet"):
+                continue
+            (ours,) = host.pet.values()
+            other = theirs[path]
+            embedding = isinstance(host, nn.Embedding)
+            ours.a.copy_(other.lora_embedding_A["default"] if embedding else other.lora_A["default"].weight)
+            ours.b.copy_(other.lora_embedding_B["default"] if embedding else other.lora_B["default"].weight)
+            if ours.magnitude is not None:
+                ours.magnitude.copy_(other.lora_magnitude_vector["default"].weight.view_as(ours.magnitude))
+            count += 1
+    hosts = [m for m in theirs.values() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert count == len(hosts) > 0
+    return count
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_equal_outputs_merged_and_unmerged(model: str, variant: str) -> None:
+    theirs, ours = MODELS[model]
+    their_options, our_options = VARIANTS[variant]
+    base, run = getattr(zoo, model)()
+    if model == "gpt2":
+        their_options = {**their_options, "fan_in_fan_out": True}
+    wrapped = peft_model(base, theirs, **their_options)
+    adapted = apply(base, [LoRACallback(r=3, alpha=6, target_modules=ours, modules_to_save=[], **our_options)])
+    copy_weights(wrapped, base)
+    expected = run(wrapped)
+    before = expected_base(adapted, base, run)
+    assert (run(base) - expected).abs().max() <= TOLERANCE
+    assert (expected - before).abs().max() > 100 * TOLERANCE
+    adapted.merge_()
+    assert (run(base) - expected).abs().max() <= TOLERANCE
+    assert (run(wrapped.merge_and_unload()) - expected).abs().max() <= TOLERANCE
+
+
+def expected_base(adapted: Any, base: nn.Module, run: Any) -> Tensor:
+    with adapted.disabled():
+        return run(base)
+
+
+@pytest.mark.parametrize(("init", "theirs"), [("pissa", "pissa"), ("olora", "olora")])
+def test_decompositions_give_the_same_function_after_training(init: str, theirs: str) -> None:
+    """PEFT subtracts the start from the base weight, we subtract it in the delta: the sum is the same."""
+    base, run = zoo.mlp()
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["0"], init_lora_weights=theirs)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    apply(base, [LoRACallback(r=3, alpha=3, target_modules="0", init=init, modules_to_save=[])])
+    ours, other = base[0].pet["lora_default"], wrapped.base_model.model[0]
+    a, b = other.lora_A["default"].weight, other.lora_B["default"].weight
+    assert torch.allclose(ours.b @ ours.a, b @ a, atol=1e-5)
+    step_a, step_b = torch.randn_like(a) * 0.1, torch.randn_like(b) * 0.1
+    with torch.no_grad():
+        # The factors are unique only up to sign, so bring ours to theirs before the same step.
+        ours.a.copy_(a + step_a)
+        ours.b.copy_(b + step_b)
+        ours.b0.copy_(b)
+        ours.a0.copy_(a)
+        a.add_(step_a)
+        b.add_(step_b)
+    assert (run(base) - run(wrapped)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "theirs"),
+    [
+        ("bert", ["attention.q", "attention.v"], ["query", "value"]),
+        ("bert", ["all-linear"], "all-linear"),
+        ("llama", ["all-linear"], "all-linear"),
+        ("t5", ["attention.q", "attention.v"], ["q", "v"]),
+    ],
+)
+def test_equal_parameter_counts(model: str, targets: list[str], theirs: Any) -> None:
+    base, _ = getattr(zoo, model)()
+    wrapped = peft_model(base, theirs, task_type="SEQ_CLS" if model == "bert" else None)
+    expected = sum(p.numel() for n, p in wrapped.named_parameters() if "lora_" in n)
+    adapted = apply(base, [LoRACallback(r=3, target_modules=targets, modules_to_save=[])])
+    assert adapted.plan().trainable == expected

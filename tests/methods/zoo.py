@@ -1,0 +1,183 @@
+"""Small models of every kind that a method must work on, with an input for each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Build = Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
+
+
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build().eval()
+
+
+def _on(value: Any, **kwargs: Any) -> Callable[[nn.Module], Tensor]:
+    """A forward on a fixed input, cast to the model's floating dtype, returning one tensor."""
+
+    def run(model: nn.Module) -> Tensor:
+        parameter = next(model.parameters())
+
+        def fit(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                item = item.to(parameter.device)
+                return item.to(parameter.dtype) if item.is_floating_point() else item
+            return item
+
+        out = model(*[fit(v) for v in value], **{k: fit(v) for k, v in kwargs.items()})
+        return first_tensor(out)
+
+    return run
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Logits or the first tensor of any output."""
+    if isinstance(out, Tensor):
+        return out
+    if hasattr(out, "logits"):
+        return out.logits
+    return first_tensor(next(iter(out.values())) if isinstance(out, dict) else out[0])
+
+
+def mlp() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    model = _seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
+    return model, _on((torch.randn(5, 6, generator=torch.Generator().manual_seed(1)),))
+
+
+class Embedder(nn.Module):
+    """Embedding, mean, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 6, padding_idx=0)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.table(ids).mean(1))
+
+
+def embedding() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return _seeded(Embedder), _on((torch.tensor([[1, 2, 3, 3], [4, 11, 0, 1]]),))
+
+
+def conv1d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    model = _seeded(lambda: nn.Sequential(nn.Conv1d(4, 6, 3, padding=1, stride=2), nn.Tanh(), nn.Conv1d(6, 4, 1)))
+    return model, _on((torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(1)),))
+
+
+def conv2d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, dilation=1, stride=2), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Flatten())
+
+    return _seeded(build), _on((torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),))
+
+
+def transformer_encoder() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2)
+
+    generator = torch.Generator().manual_seed(1)
+    return _seeded(build), _on((torch.randn(3, 5, 16, generator=generator),))
+
+
+def _ids(rows: int = 2, length: int = 6, vocabulary: int = 50) -> Tensor:
+    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def bert() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3, initializer_range=0.2
+    )
+    return _seeded(lambda: BertForSequenceClassification(config)), _on((), input_ids=_ids())
+
+
+def gpt2() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    return _seeded(lambda: GPT2LMHeadModel(config)), _on((), input_ids=_ids(), use_cache=False)
+
+
+def llama() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _seeded(lambda: LlamaForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
+
+
+def t5() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    run = _on((), input_ids=_ids(), decoder_input_ids=_ids(2, 4), use_cache=False)
+    return _seeded(lambda: T5ForConditionalGeneration(config)), run
+
+
+def mixtral() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        num_local_experts=3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _seeded(lambda: MixtralForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
+
+
+def vit() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+    )
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return _seeded(lambda: ViTForImageClassification(config)), _on((), pixel_values=pixels)
+
+
+def whisper() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=60,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_source_positions=8,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    features = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    run = _on((), input_features=features, decoder_input_ids=_ids(2, 4), use_cache=False)
+    return _seeded(lambda: WhisperForConditionalGeneration(config)), run
