@@ -10,6 +10,7 @@ weights, and analysed once by the probe and once by names alone.
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -33,7 +34,7 @@ from lightning_pet.errors import TargetError
 
 ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.down")
 ATTENTION = ROLES[:4]
-SECONDS = 60
+SECONDS = 90
 
 # (pattern of a configuration attribute, value). The first match wins.
 SHRINK: tuple[tuple[str, int], ...] = (
@@ -67,7 +68,7 @@ CHOICES: tuple[dict[str, int | None], ...] = (
     {"layers only": 0},
 )
 DEEP: dict[str, int | None] = {LAYERS: 8}
-LARGEST = 120_000_000
+LARGEST = 60_000_000
 
 
 def main() -> None:
@@ -86,6 +87,7 @@ def main() -> None:
     results = []
     for name in types:
         result = study(name)
+        gc.collect()
         results.append(result)
         print(line(result), flush=True)
         if options.json:

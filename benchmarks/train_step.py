@@ -213,7 +213,9 @@ def rows_of(scenario: Scenario, turns: int) -> list[Row]:
 
 def show(rows: list[Row]) -> None:
     """Print one table and, below it, the bounds that are not kept."""
-    print(f"{'scenario':<18}{'variant':<8}{'ms':>8}{'/ floor':>9}{'± iqr':>8}{'peak MiB':>10}{'/ PEFT':>8}{'trained':>12}")
+    print(
+        f"{'scenario':<18}{'variant':<8}{'ms':>8}{'/ floor':>9}{'± iqr':>8}{'peak MiB':>10}{'/ PEFT':>8}{'trained':>12}"
+    )
     for row in rows:
         print(
             f"{row.scenario:<18}{row.variant:<8}{row.milliseconds:>8.1f}{row.of_floor:>9.3f}{row.spread:>8.3f}"

@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from jsonargparse import ActionConfigFile
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.method import METHODS
 from lightning_pet.data.reference import ReferencePoints
 from lightning_pet.errors import PETError
 
@@ -44,7 +44,7 @@ class PetCLI(LightningCLI):
         kwargs.setdefault("dump_header", None)
         parser = PetArgumentParser(**kwargs)
         parser.add_argument(
-            "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
+            "-c", "--config", action="config", help="Path to a configuration file in json or yaml format."
         )
         return parser
 
@@ -59,9 +59,20 @@ class PetCLI(LightningCLI):
         settings["callbacks"] = [*methods, *_as_list(settings.get("callbacks"))]
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Measure what the data's task gives without tuning, if the data knows how."""
+        self.reference_points: dict[str, float] = {}
+        data = self.datamodule
+        if isinstance(data, ReferencePoints) and not self._get(self.config_init, "ckpt_path"):
+            rank_zero_info("measuring reference points without tuning …")
+            self.datamodule.prepare_data()
+            self.reference_points = data.reference_points(self.model)
+
     def after_fit(self) -> None:
-        """Show what was reached, beside reference points if the data offers them, and where the delta lies."""
-        show_result(self.trainer, self.model, self.datamodule)
+        """Show what was reached, beside the reference points, and where the delta lies."""
+        data = self.datamodule
+        metric = data.metric if isinstance(data, ReferencePoints) else None
+        show_result(self.trainer, metric, self.reference_points)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -86,8 +97,18 @@ def run(argv: list[str]) -> None:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"default_env": False},
         )
-    except PETError as error:
-        sys.exit(f"lightning-pet {argv[0]}: {type(error).__name__}: {error}")
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        sys.exit(f"lightning-pet {argv[0]}: {type(reason).__name__}: {reason}")
+
+
+def _reason(error: BaseException | None) -> PETError | None:
+    """Our own error behind another one: the parser wraps what a constructor raised."""
+    while error is not None and not isinstance(error, PETError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def default_config() -> Path:
@@ -103,29 +124,44 @@ def config_folder() -> Path:
 
 
 @rank_zero_only
-def show_result(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
-    """Print the reached metric, the reference points and the checkpoint."""
+def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float]) -> None:
+    """Print the reached metric under the reference points, and the checkpoint's path and size.
+
+    Args:
+        trainer: after ``fit``.
+        metric: name of the metric that the points compare with.
+        points: what is reached without tuning, by a short description.
+    """
     console = Console()
     checkpoint = trainer.checkpoint_callback
-    if isinstance(data, ReferencePoints):
-        table = Table(title=data.metric, title_justify="left")
-        table.add_column("model")
-        table.add_column(data.metric, justify="right")
-        for label, value in data.reference_points(module).items():
-            table.add_row(label, f"{value:.3f}")
+    if metric is not None:
         best = checkpoint.best_model_score if isinstance(checkpoint, ModelCheckpoint) else None
-        reached = best if best is not None else trainer.callback_metrics.get(data.metric)
-        if reached is not None:
-            table.add_row("this run", f"{float(reached):.3f}", style="bold")
+        reached = best if best is not None else trainer.callback_metrics.get(metric)
+        rows = points | ({} if reached is None else {"this run": float(reached)})
+        table = Table(title=f"{metric} (best epoch)", title_justify="left", show_header=False)
+        for label, value in rows.items():
+            table.add_row(label, f"{value:.3f}", style="bold" if label == "this run" else "")
         console.print(table)
     path = getattr(checkpoint, "best_model_path", "")
     if path and os.path.isfile(path):
         console.print(f"delta checkpoint: {path} ({os.path.getsize(path) / 1024:,.0f} KiB)", soft_wrap=True)
 
 
+# What users of other libraries write.
+_ALIASES = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "targets": "target_modules",
+    "init_lora_weights": "init",
+    "loraplus_lr_ratio": "lora_plus_ratio",
+}
+
+
 def _suggestion(message: str, argv: list[str]) -> str:
     """The nearest known callback or option to something the message complains about."""
-    methods = {cls.__name__: cls for cls in _leaves(PETCallback)}
+    methods = {cls.__name__: cls for cls in METHODS.values()}
     known: dict[str, str] = {name: f"callback {name}" for name in methods}
     for name, cls in methods.items():
         if any(name in argument for argument in argv):
@@ -135,6 +171,8 @@ def _suggestion(message: str, argv: list[str]) -> str:
     for word in candidates:
         if word in known:
             continue
+        if _ALIASES.get(word) in known:
+            return f"Did you mean the {known[_ALIASES[word]]}?"
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
         if near:
             return f"Did you mean the {known[near[0]]}?"
@@ -143,8 +181,3 @@ def _suggestion(message: str, argv: list[str]) -> str:
 
 def _options(cls: type[PETCallback]) -> Iterable[str]:
     return cls().config()
-
-
-def _leaves(cls: type[PETCallback]) -> list[type[PETCallback]]:
-    below = cls.__subclasses__()
-    return [leaf for sub in below for leaf in _leaves(sub)] if below else [cls]

@@ -185,8 +185,8 @@ class LoRACallback(PETCallback):
         if kind in ("linear", "conv1d_hf") and reader_of(root, target, None) is None:
             transposed = kind == "conv1d_hf"
             sizes = (weight.shape[0], weight.shape[1]) if transposed else _linear_sizes(host, weight)
-            options = {"use_dora": self.use_dora, "transposed": transposed, "rows": rows}
-            return LowRankLinear(*sizes, rank, **dense, **common, **options)
+            options: dict[str, Any] = {"use_dora": self.use_dora, "transposed": transposed, "rows": rows}
+            return LowRankLinear(sizes[0], sizes[1], rank, **dense, **common, **options)
         if kind == "embedding":
             embedding = cast(nn.Embedding, host)
             factor = float(getattr(host, "scalar_embed_scale", getattr(host, "embed_scale", 1.0)))

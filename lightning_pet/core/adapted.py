@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import (
-    _RECORD,
     Adaptation,
     changed_buffers,
     commit,
+    copy_in,
     prepare,
     record_of,
-    restore_flags,
+    take_out,
+    undo,
 )
-from lightning_pet.core.insertion import detach, mute
+from lightning_pet.core.insertion import mute
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.plan import Plan, plan_of

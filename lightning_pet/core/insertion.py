@@ -11,9 +11,7 @@ returns; *weight* deltas change what is read from a parameter while its reader's
 Outside that scope the parameter is the base's, so sharding engines never see an effective weight.
 """
 
-import copyreg
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -34,13 +32,19 @@ class Deltas(nn.ModuleDict):
 
     def active(self, path: str) -> list[Delta]:
         """Deltas of one path that are not muted."""
-        return [d for key, d in self._modules.items() if key not in self.muted and d.path == path]  # type: ignore[union-attr,misc]
+        # Not isinstance: a sharding engine may have wrapped a delta, and passes its attributes through.
+        own = cast(dict[str, Delta], self._modules)
+        return [delta for key, delta in own.items() if key not in self.muted and delta.path == path]
 
 
 class _Host(nn.Module):
     """Mixed in before the host's own class."""
 
     pet: Deltas
+    __pet_base__: ClassVar[type[nn.Module]]
+    __pet_mixin__: ClassVar[type["_Host"]]
+    __pet_parameters__: ClassVar[tuple[str, ...]]
+    __pet_fusable__: ClassVar[bool]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
@@ -60,9 +64,9 @@ class _Host(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class cannot be imported by name: rebuild it from the host's own.
-        _, _, *rest = super().__reduce_ex__(protocol)
+        reduced = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         cls = type(self)
-        return (_rebuild, (cls.__pet_base__, cls.__pet_mixin__, cls.__pet_parameters__), *rest)  # type: ignore[attr-defined]
+        return (_rebuild, (cls.__pet_base__, cls.__pet_mixin__, cls.__pet_parameters__), *reduced[2:])
 
 
 class _WeightHost(_Host):
@@ -83,9 +87,9 @@ class _WeightHost(_Host):
         if weight is None or not self.__dict__.get(_SCOPE):
             return weight
         effective: Tensor = weight
-        for key, delta in self.pet._modules.items():
-            if key not in self.pet.muted and delta.path == "weight" and delta.parameter == name:  # type: ignore[union-attr]
-                effective = delta(effective)  # type: ignore[misc]
+        for delta in self.pet.active("weight"):
+            if delta.parameter == name:
+                effective = delta(effective)
         return effective
 
 
@@ -95,18 +99,26 @@ class _RecurrentHost(_WeightHost):
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__[_SCOPE] = True
         flat = self.__dict__["_flat_weights"]
-        self.__dict__["_flat_weights"] = [getattr(self, name) for name in self._flat_weights_names]  # type: ignore[union-attr]
+        self.__dict__["_flat_weights"] = [getattr(self, n) for n in cast(list[str], self._flat_weights_names)]
         try:
             return super()._pet_base_forward(*args, **kwargs)
         finally:
             self.__dict__["_flat_weights"] = flat
 
 
-@cache
+_SWAPPED: dict[tuple[type[nn.Module], type[_Host], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _swapped(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> type[nn.Module]:
-    members: dict[str, Any] = {
-        name: property(lambda self, name=name: self._pet_weight(name)) for name in parameters
-    }
+    """The subclass of ``base`` that runs deltas; one object per key, so that class comparisons hold."""
+    key = (base, mixin, parameters)
+    if key not in _SWAPPED:
+        _SWAPPED[key] = _make_class(base, mixin, parameters)
+    return _SWAPPED[key]
+
+
+def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> type[nn.Module]:
+    members: dict[str, Any] = {name: _effective(name) for name in parameters}
     # The host's own name: code that prints or compares class names must not notice.
     members |= {
         "__pet_base__": base,
@@ -120,6 +132,13 @@ def _swapped(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, .
     return type(base.__name__, (mixin, base), members)
 
 
+def _effective(name: str) -> property:
+    def read(self: _WeightHost) -> Tensor | None:
+        return self._pet_weight(name)
+
+    return property(read)
+
+
 def _has_plain_forward(cls: type[nn.Module]) -> bool:
     """Whether forward is exactly ``x W + b``, so that a delta may compute it (quantised layers: no)."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
@@ -127,7 +146,13 @@ def _has_plain_forward(cls: type[nn.Module]) -> bool:
 
 
 def _rebuild(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> nn.Module:
-    return copyreg.__newobj__(_swapped(base, mixin, parameters))  # type: ignore[attr-defined,no-any-return]
+    cls = _swapped(base, mixin, parameters)
+    return cls.__new__(cls)
+
+
+def deltas_of(host: nn.Module) -> Deltas:
+    """The deltas of a host."""
+    return cast(Deltas, host._modules[CHILD])
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
@@ -205,9 +230,9 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
             modules[reader].__dict__.setdefault(_READS, []).append(host)
     else:
         _swap(host, _Host)
-    host.pet.train(host.training)  # type: ignore[operator,union-attr]
-    delta.train(host.training)
-    host.pet[key] = delta  # type: ignore[operator,index]
+    pet = deltas_of(host)
+    pet[key] = delta
+    pet.train(host.training)
     for path, module in modules.items():
         if f"{target.module}.".startswith(f"{path}." if path else ""):
             _forbid_fast_path(module)
@@ -217,8 +242,8 @@ def mute(root: nn.Module, paths: set[str], on: bool) -> None:
     """Pass over all deltas of the given hosts, or use them again."""
     modules = named_modules(root)
     for path in paths:
-        pet = modules[path].pet
-        pet.muted = frozenset(pet._modules) if on else frozenset()  # type: ignore[union-attr,assignment]
+        pet = deltas_of(modules[path])
+        pet.muted = frozenset(pet._modules) if on else frozenset()
         for above, module in modules.items():
             if f"{path}.".startswith(f"{above}." if above else ""):
                 _restore_fast_path(module) if on else _forbid_fast_path(module)
@@ -244,8 +269,9 @@ def detach(root: nn.Module, path: str, key: str) -> None:
     """Take a delta out; the last one to leave gives the host its own class back."""
     modules = named_modules(root)
     host = modules[path]
-    del host.pet[key]  # type: ignore[operator,union-attr]
-    if not host.pet:  # type: ignore[truthy-bool]
+    pet = deltas_of(host)
+    del pet[key]
+    if not pet:
         for module in modules.values():
             if host in module.__dict__.get(_READS, ()):
                 module.__dict__[_READS].remove(host)
@@ -266,7 +292,7 @@ def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -
 
 
 def _restore(module: nn.Module) -> None:
-    if module.__dict__.get(_READS) or module.pet:  # type: ignore[truthy-bool]
+    if module.__dict__.get(_READS) or deltas_of(module):
         return
     for name in (_READS, _SCOPE):
         module.__dict__.pop(name, None)

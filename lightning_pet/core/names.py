@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_pet.core.fused import Rows
+from lightning_pet.core.insertion import is_conv1d
 from lightning_pet.core.naming import canonical
 from lightning_pet.core.structure import Role, Target
 
@@ -86,14 +88,9 @@ def named_places(model: nn.Module) -> dict[str, nn.Module]:
     return places
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Transformers' ``Conv1D``: a linear whose weight is stored as ``[in, out]``."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
 def is_linear(module: nn.Module) -> bool:
     """A module that multiplies by a two-dimensional weight, also a quantised one."""
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    if isinstance(module, nn.Linear) or is_conv1d(type(module)):
         return True
     return hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
 
@@ -101,7 +98,7 @@ def is_linear(module: nn.Module) -> bool:
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) features of a linear-like module."""
     linear: Any = module
-    if is_conv1d(module):
+    if is_conv1d(type(module)):
         rows, columns = linear.weight.shape
         return int(rows), int(columns)
     return int(linear.in_features), int(linear.out_features)
@@ -157,6 +154,31 @@ def multihead_targets(path: str, module: nn.MultiheadAttention, cross: bool = Fa
         else:
             yield Target(path, f"{role[-1]}_proj_weight", role, cross)
     yield Target(f"{path}.out_proj".lstrip("."), "weight", "attention.o", cross)
+
+
+def declared_rows(module: nn.Module, named: NamedRoles) -> dict[Role, Rows] | None:
+    """Rows of a fused projection where only one layout is possible or the module states it, else ``None``.
+
+    GPT-2's ``c_attn`` (contiguous thirds), and experts with the attributes ``is_concatenated`` and
+    ``is_transposed``: gate and up one after the other, or alternating.
+    """
+    if named.parameter == "weight":
+        if named.module.rpartition(".")[2] != "c_attn" or not is_conv1d(type(module)) or len(named.roles) != 3:
+            return None
+        width, outputs = features(module)
+        thirds: dict[Role, Rows] = {role: ((i * width, (i + 1) * width),) for i, role in enumerate(named.roles)}
+        return thirds if outputs == 3 * width else None
+    concatenated, transposed = getattr(module, "is_concatenated", None), getattr(module, "is_transposed", None)
+    if named.roles != ("ffn.gate", "ffn.up") or concatenated is None or transposed is None:
+        return None
+    size = int(getattr(module, named.parameter).shape[2 if transposed else 1])
+    half = size // 2
+    if concatenated:
+        return {"ffn.gate": ((0, half),), "ffn.up": ((half, size),)}
+    return {
+        "ffn.gate": tuple((i, i + 1) for i in range(0, size, 2)),
+        "ffn.up": tuple((i, i + 1) for i in range(1, size, 2)),
+    }
 
 
 def _by_name(modules: Mapping[str, nn.Module], path: str, parameter: str) -> Iterator[NamedRoles]:

@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_pet.core.names import (
     NamedRoles,
-    features,
-    is_conv1d,
+    declared_rows,
     is_cross,
     is_linear,
     multihead_targets,
@@ -37,8 +36,9 @@ def merge(model: nn.Module, seen: Structure | None) -> Structure:
     notes: list[str] = []
     _use_multihead(model, base, found, unresolved)
     _use_siblings(model, base, found)
+    places = named_places(model)
     for named in roles_by_name(model):
-        notes.extend(_use_name(model, base, named, found, unresolved))
+        notes.extend(_use_name(places, base, named, found, unresolved))
     notes.extend(_check_plan(model, found))
     embeddings = [target for target in base.targets if target.role == "embedding"]
     return replace(
@@ -89,7 +89,7 @@ def _use_siblings(model: nn.Module, base: Structure, found: dict[Host, list[Targ
 
 
 def _use_name(
-    model: nn.Module,
+    places: Mapping[str, nn.Module],
     base: Structure,
     named: NamedRoles,
     found: dict[Host, list[Target]],
@@ -99,10 +99,9 @@ def _use_name(
     known = [*found.get(host, ()), *unresolved.get(host, ())]
     if known:
         roles = {target.role for target in known}
-        thirds = _thirds(model, named) if host in unresolved else None
-        if thirds is not None:
-            known = unresolved.pop(host)
-            found[host] = _split(known, named, thirds)
+        rows = declared_rows(places[named.module], named) if host in unresolved else None
+        if rows is not None and roles == set(named.roles):
+            found[host] = [replace(target, rows=rows[target.role]) for target in unresolved.pop(host) if target.role]
         if roles == set(named.roles):
             return []
         return [f"{named.module}: the forward shows {_list(roles)}, its name suggests {_list(named.roles)}"]
@@ -112,18 +111,10 @@ def _use_name(
     if len(named.roles) == 1:
         found[host].append(Target(*host, role=named.roles[0], cross=named.cross))
         return []
-    targets = [Target(*host, role=role, cross=named.cross) for role in named.roles]
-    thirds = _thirds(model, named)
-    if thirds is None:
-        unresolved[host] = targets
-    else:
-        found[host] = _split(targets, named, thirds)
+    rows = declared_rows(places[named.module], named)
+    table = unresolved if rows is None else found
+    table[host] = [Target(*host, role=role, cross=named.cross, rows=(rows or {}).get(role)) for role in named.roles]
     return []
-
-
-def _split(targets: Sequence[Target], named: NamedRoles, width: int) -> list[Target]:
-    places = {role: i * width for i, role in enumerate(named.roles)}
-    return [replace(t, rows=((places[t.role], places[t.role] + width),)) for t in targets if t.role in places]
 
 
 def _rival(base: Structure, named: NamedRoles) -> str | None:
@@ -140,15 +131,6 @@ def _block(path: str) -> str:
     parts = path.split(".")[:-1]
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
     return ".".join(parts[: last + 1])
-
-
-def _thirds(model: nn.Module, named: NamedRoles) -> int | None:
-    """Width of q, k and v where only contiguous thirds are possible (GPT-2's ``c_attn``), else ``None``."""
-    module = named_places(model)[named.module]
-    if named.module.rpartition(".")[2] != "c_attn" or not is_conv1d(module) or len(named.roles) != 3:
-        return None
-    inputs, outputs = features(module)
-    return inputs if outputs == 3 * inputs else None
 
 
 def _check_plan(model: nn.Module, found: Mapping[Host, Sequence[Target]]) -> list[str]:

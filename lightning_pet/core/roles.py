@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lightning_pet.core.cores import Core
-from lightning_pet.core.fused import Rows, count, mixes_positions, rows_feeding, without
+from lightning_pet.core.fused import Rows, count, mixes_positions, ranges, rows_feeding, without
 from lightning_pet.core.graph import Edge, Graph
 from lightning_pet.core.residual import Addition
 from lightning_pet.core.structure import Role
@@ -88,12 +88,14 @@ def ffn_uses(
         if pair is None:
             continue
         gates, ups = pair
-        if any(mixes_positions(graph, Edge(i, 0), j) for j in (*gates, *ups)):
+        if any(not graph.gemms[j].pointwise or mixes_positions(graph, Edge(i, 0), j) for j in (*gates, *ups)):
             continue
         _note(uses[gemm.weight], "ffn.down", i, None, False)
         downs.append(i)
         _note_ups(graph, uses, i, gates, ups)
-    return {weight: use for weight, use in uses.items() if weight not in attention}, downs
+    # A chain of gates (squeeze-and-excite) makes one weight both; that is no feed-forward.
+    plain = {w: use for w, use in uses.items() if "ffn.down" not in use.roles or len(use.roles) == 1}
+    return {weight: use for weight, use in plain.items() if weight not in attention}, downs
 
 
 def _note_ups(graph: Graph, uses: Uses, down: int, gates: list[int], ups: list[int]) -> None:
@@ -111,10 +113,14 @@ def _note_ups(graph: Graph, uses: Uses, down: int, gates: list[int], ups: list[i
             use.rows.update(_gated_rows(graph, down, i))
 
 
-def _input_features(graph: Graph, i: int) -> int:
+def _input_edge(graph: Graph, i: int) -> Edge:
+    """The data operand of a gemm (the operand of an opaque one lies further up)."""
     (before,) = graph.gemms[i].data
-    shape = graph.shape(next(edge for edge in graph.operands[i] if edge.node == before))
-    return shape[1 if "Convolution" in graph.names[i] else -1]
+    return next((edge for edge in graph.operands[i] if edge.node == before), Edge(before, 0))
+
+
+def _input_features(graph: Graph, i: int) -> int:
+    return graph.shape(_input_edge(graph, i))[1 if "Convolution" in graph.names[i] else -1]
 
 
 def _gates(graph: Graph, down: int, region: frozenset[int], stop: frozenset[int]) -> tuple[list[int], list[int]] | None:
@@ -155,20 +161,19 @@ def _bends(graph: Graph, i: int, pattern: re.Pattern[str]) -> bool:
 
 
 def _gated_rows(graph: Graph, down: int, fused: int) -> dict[Role, Rows | None]:
-    """Rows of the gate (what enters the non-linearity) and of the linear half of a fused up-projection."""
-    (before,) = graph.gemms[down].data
-    everything = rows_feeding(graph, next(e for e in graph.operands[down] if e.node == before), fused)
-    between = graph.ancestors([before], fused, stop=frozenset((fused,)))
+    """Rows of the gate (what enters the non-linearity) and of the linear half of a fused up-projection.
+
+    The input of the non-linearity is looked at, not its output: behind a ReLU some features may be silent
+    for a whole batch. Both halves must be as wide as the input of ``down``, else the rows count as unknown.
+    """
+    between = graph.ancestors(graph.gemms[down].data, fused, stop=frozenset((fused,)))
     gate: set[int] = set()
     for i in between:
-        if _bends(graph, i, _NONLINEAR):
-            rows = rows_feeding(graph, Edge(i, 0), fused)
+        for edge in graph.operands[i] if _bends(graph, i, _NONLINEAR) else ():
+            rows = None if graph.constant[edge.node] else rows_feeding(graph, edge, fused)
             gate.update(j for start, stop in rows or () for j in range(start, stop))
-    if everything is None or not gate:
-        return {"ffn.gate": None, "ffn.up": None}
-    gate_rows = tuple((j, j + 1) for j in sorted(gate))
-    gate_rows = without(gate_rows, ())
-    up_rows = without(everything, gate_rows)
-    if not count(up_rows):
+    gate_rows = ranges([j in gate for j in range(graph.features(fused))])
+    up_rows = without(((0, graph.features(fused)),), gate_rows)
+    if not count(gate_rows) == count(up_rows) == _input_features(graph, down):
         return {"ffn.gate": None, "ffn.up": None}
     return {"ffn.gate": gate_rows, "ffn.up": up_rows}

@@ -20,12 +20,13 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from lightning_pet.core.fused import overlap
 from lightning_pet.core.names import is_linear, is_router, layer_index, named_places
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.naming import canonical, join
 from lightning_pet.core.structure import Role, Structure, Target
 from lightning_pet.errors import TargetError
 
@@ -39,7 +40,9 @@ _GROUPS: dict[str, tuple[Role, ...]] = {
     "embedding": ("embedding",),
 }
 _ROLE = re.compile(r"(attention)(?:\.(self|cross))?(?:\.([qkvo]))?|ffn(?:\.(up|gate|down))?|embedding")
-_HEAD_NAMES = frozenset(("lm_head", "score", "classifier", "classification_head", "qa_outputs", "cls", "head", "heads"))
+_HEAD_NAMES = frozenset(
+    ("lm_head", "score", "classifier", "classification_head", "qa_outputs", "cls", "head", "heads", "fc", "logits_proj")
+)
 _SHOWN = 8
 
 
@@ -112,21 +115,28 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
 def output_heads(model: nn.Module) -> frozenset[str]:
     """Paths of modules that turn features into predictions: the output embedding and task heads.
 
-    In a model that knows its own base (``base_model_prefix``) these are all other children; elsewhere
-    direct children with one of the usual names (``lm_head``, ``classifier``, ``score`` ...).
+    In a model that knows its own base (``base_model_prefix``, also as a part of ``model``) these are all
+    other children with parameters; elsewhere direct children with one of the usual names (``classifier``,
+    ``score`` ...).
     """
+    places = named_places(model)
     heads = {name for name, _ in model.named_children() if name in _HEAD_NAMES}
-    prefix = getattr(model, "base_model_prefix", "")
-    if isinstance(prefix, str) and prefix and isinstance(getattr(model, prefix, None), nn.Module):
-        heads.update(name for name, _ in model.named_children() if name != prefix)
-    getter = getattr(model, "get_output_embeddings", None)
-    if callable(getter):
-        try:
-            output = getter()
-        except Exception:  # models without one raise all kinds of errors here
-            output = None
-        heads.update(path for path, module in model.named_modules() if module is output)
-    return frozenset(heads)
+    for path, module in places.items():
+        prefix = getattr(module, "base_model_prefix", "")
+        if isinstance(prefix, str) and prefix and isinstance(getattr(module, prefix, None), nn.Module):
+            others = [name for name, _ in module.named_children() if name != prefix]
+            heads.update(join(path, name) for name in others if any(True for _ in getattr(module, name).parameters()))
+        output = _output_embedding(module)
+        heads.update(place for place, other in places.items() if output is not None and other is output)
+    return frozenset(canonical(head) for head in heads)
+
+
+def _output_embedding(module: nn.Module) -> Any:
+    getter = getattr(module, "get_output_embeddings", None)
+    try:
+        return getter() if callable(getter) else None
+    except Exception:  # models without one raise all kinds of errors here
+        return None
 
 
 class _Scope:

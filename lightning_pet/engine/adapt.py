@@ -1,19 +1,38 @@
 """Applying methods to a model, with or without a Trainer: one code path."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from lightning_pet.core.adaptation import commit, prepare, record_of
+from lightning_pet.core.adaptation import commit, prepare, record_of, undo
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.method import Method
 from lightning_pet.core.probe import analyse
-from lightning_pet.engine.roots import default_root, example_forward, scope_in
+from lightning_pet.engine.delta import start_from
+from lightning_pet.engine.roots import example_forward, root_of, scope_in
 from lightning_pet.errors import ArgumentError
 
+M = TypeVar("M", bound=Method)
 
-def apply(model: nn.Module, callbacks: Sequence[Method], *, forward: Callable[[], Any] | None = None) -> Adapted:
+
+class StartingMethod(Method, Protocol):
+    """A method that may start from a file."""
+
+    @property
+    def start_from(self) -> str | None:
+        """Delta file or checkpoint whose values the method starts from."""
+        ...
+
+    @property
+    def base_check(self) -> str:
+        """What to do about another base model: ``"error"``, ``"warn"`` or ``"off"``."""
+        ...
+
+
+def apply(
+    model: nn.Module, callbacks: Sequence[StartingMethod], *, forward: Callable[[], Any] | None = None
+) -> Adapted:
     """Apply methods to any model, without a Trainer.
 
     The model object stays the same; its layers get deltas, and everything else is frozen. Apply
@@ -31,17 +50,43 @@ def apply(model: nn.Module, callbacks: Sequence[Method], *, forward: Callable[[]
 
     Raises:
         ArgumentError: if two methods have one name, or nothing is given.
-        TargetError: if a target does not exist. The model is untouched then.
+        TargetError: if a target does not exist.
+        DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
     if not callbacks:
         raise ArgumentError("no method was given: pass at least one callback, e.g. [LoRACallback()].")
-    prefix, root = default_root(model)
-    pending = [method for method in callbacks if not is_applied(root, method)]
+    new = insert_methods(model, callbacks, forward)
+    root = root_of(model)[1]
+    try:
+        start(model, new)
+    except BaseException:
+        undo(root, [key_of(method) for method in new])
+        raise
+    return Adapted(root)
+
+
+def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None) -> list[M]:
+    """Insert the methods that the model does not have yet, all or none, and return them."""
+    prefix, root = root_of(model)
+    pending = [method for method in methods if not is_applied(root, method)]
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
         structure = analyse(root, forward or example_forward(model))
         commit(root, prepare(root, pending, structure, scopes=scopes))
-    return Adapted(root)
+    return pending
+
+
+def start(model: nn.Module, methods: Sequence[StartingMethod]) -> None:
+    """Load the files that newly inserted methods start from."""
+    adapted = Adapted(root_of(model)[1])
+    for method in methods:
+        if method.start_from is not None:
+            start_from(adapted, method, method.start_from, method.base_check)
+
+
+def key_of(method: Method) -> str:
+    """Name of a method's deltas among those of a host."""
+    return f"{method.method}_{method.name}"
 
 
 def is_applied(root: nn.Module, method: Method) -> bool:

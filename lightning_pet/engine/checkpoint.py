@@ -1,17 +1,22 @@
 """What a run's checkpoints hold, and the checks before one is used: the rules behind the strategy adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 
-from lightning_pet.core.adaptation import changed_buffers
+from lightning_pet.core.adaptation import changed_buffers, copy_in
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import entry as entries
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.resume import ExactResume
+from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.store.fingerprint import Fingerprint
+
+_STATES = ("state_dict", "current_model_state")  # the second is of averaging callbacks
 
 
 class Run(Protocol):
@@ -44,34 +49,50 @@ class Checkpoints:
         self._run = run
         self._base: Fingerprint | None = None
         self._optimizer_names: Any = None
+        self._optimizer_classes: Any = None
 
     # --- saving ---------------------------------------------------------------------------------
 
     def keep(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Only the delta, trained base parameters, and what training changed besides."""
-        wanted = self._names()
-        return {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
+        """Only the delta, trained base parameters, and what training changed besides.
 
-    def _names(self) -> set[str]:
-        run = self._run
-        root, record, prefix = run.adapted.root, run.adapted.record, run.root_path
-        inside = {*record.delta_names, *record.trained_names, *changed_buffers(root)}
-        # Persistent buffers of metrics and losses beside the root are few and small.
-        mine = {id(tensor) for _, tensor in named_tensors(root)}
-        outside = {name for name, tensor in named_tensors(run.module) if id(tensor) not in mine}
-        return {join(prefix, name) for name in inside} | outside
+        Raises:
+            PETError: if a part of the delta is not in ``state``.
+        """
+        required = self._required()
+        wanted = required | {self._full(name) for name in changed_buffers(self._run.adapted.root)} | self._outside()
+        kept = {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
+        if absent := sorted(required - kept.keys()):
+            raise PETError(
+                f"{len(absent)} tensors of the delta are not in the state of {type(self._run.module).__name__} that is to "
+                f"be saved: {', '.join(absent[:4])}. Its state_dict, or a hook on it, leaves them out."
+            )
+        return kept
+
+    def _full(self, name: str) -> str:
+        return join(self._run.root_path, name)
+
+    def _required(self) -> set[str]:
+        record = self._run.adapted.record
+        return {self._full(name) for name in (*record.delta_names, *record.trained_names)}
+
+    def _outside(self) -> set[str]:
+        # Buffers of metrics and losses beside the root are few and small.
+        mine = {id(tensor) for _, tensor in named_tensors(self._run.adapted.root)}
+        return {name for name, tensor in named_tensors(self._run.module) if id(tensor) not in mine}
 
     def before_save(self, checkpoint: dict[str, Any]) -> None:
         """Filter once more (averaging callbacks put full states in), and add the entry. Runs on every rank."""
         run = self._run
-        for key in ("state_dict", "current_model_state"):
+        for key in _STATES:
             if key in checkpoint:
                 checkpoint[key] = self.keep(checkpoint[key])
         record = run.adapted.record
         entry = entries.make_entry(record, run.root_path, self._fingerprint(), checkpoint["state_dict"])
         if "optimizer_states" in checkpoint:
             entry["optimizers"] = optim.parameter_names(run.trainer.optimizers, run.module)
-        if "loops" in checkpoint and run.trainer.training:
+            entry["optimizer_classes"] = _class_names(run.trainer.optimizers)
+        if "loops" in checkpoint and run.trainer.state.fn == TrainerFn.FITTING:
             entry["resume"] = run.resume.state(run.trainer)
         checkpoint[entries.KEY] = entry
 
@@ -82,6 +103,10 @@ class Checkpoints:
             self._base = entries.base_fingerprint(adapted.root, adapted.record)
         return self._base
 
+    def new_run(self) -> None:
+        """Forget what was true of the last run only."""
+        self._base = self._optimizer_names = None
+
     # --- loading --------------------------------------------------------------------------------
 
     def after_load(self, checkpoint: dict[str, Any], path: object) -> None:
@@ -91,22 +116,70 @@ class Checkpoints:
         entry = entries.read_entry(checkpoint, path)
         entries.check_methods(entry, adapted.record, path)
         entries.check_tensors(checkpoint, entry, path)
+        for key in _STATES:
+            if key in checkpoint:
+                self._check_fit(checkpoint[key], path)
         entries.check_base(entries.saved_fingerprint(entry, path), adapted.root, adapted.record, path, run.base_check)
-        if "resume" in entry and run.trainer.state.fn == "fit":
+        if "resume" in entry and run.trainer.state.fn == TrainerFn.FITTING:
             run.resume.load_state(entry["resume"])
-        self._optimizer_names = entry.get("optimizers")
+        self._optimizer_names, self._optimizer_classes = entry.get("optimizers"), entry.get("optimizer_classes")
+        for key in _STATES:
+            if key in checkpoint:
+                checkpoint[key] = self._completed(checkpoint[key])
+
+    def _split(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The part of the adapted root under its own names, and the rest."""
+        prefix = f"{self._run.root_path}." if self._run.root_path else ""
+        named = {canonical(name): value for name, value in state.items()}
+        inside = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+        return inside, {name: value for name, value in named.items() if not name.startswith(prefix)}
+
+    def _check_fit(self, state: Mapping[str, Any], path: object) -> None:
+        inside, outside = self._split(state)
+        own = dict(named_tensors(self._run.module))
+        allowed = self._outside()
+        for name, value in outside.items():
+            if name not in allowed or own[name].shape != value.shape:
+                raise DeltaFileError(
+                    f"{path}: {name} of shape {tuple(value.shape)} is no tensor that {type(self._run.module).__name__} "
+                    "has beside its delta. Resume with the module that wrote it.",
+                    "mismatch",
+                )
+        try:
+            self._run.adapted.check_fit(inside)
+        except DeltaFileError as error:
+            raise DeltaFileError(f"{path}: {error}", error.code) from None
+
+    def _completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict of the whole module: hooks and averaging callbacks load it strictly.
+
+        The base is in it by reference; buffers that the checkpoint lacks are those of the base.
+        """
+        run = self._run
+        saved = {canonical(name): value for name, value in state.items()}
+        originals = {self._full(name): value for name, value in run.adapted.record.originals.items()}
+        buffers = {name for name in map(self._full, changed_buffers(run.adapted.root)) if name not in saved}
+        own = dict(named_tensors(run.module))
+        # By identity: a tied tensor is saved under one of its names.
+        by_identity = {id(own[name]): value for name, value in saved.items()}
+        by_identity |= {id(own[name]): originals[name] for name in buffers}
+        full = run.module.state_dict()
+        return {
+            name: by_identity.get(id(own[canonical(name)]), value) if canonical(name) in own else value
+            for name, value in full.items()
+        }
 
     def load_model(self, checkpoint: Mapping[str, Any]) -> None:
         """Copy the tensors in; the key set must fit exactly."""
         run = self._run
-        prefix = f"{run.root_path}." if run.root_path else ""
-        state = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
-        inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        outside = {n: t for n, t in state.items() if not n.startswith(prefix)}
-        own = dict(named_tensors(run.module))
-        run.adapted.load_state_dict(inside)
-        for name, tensor in outside.items():
-            own[name].detach().copy_(tensor)
+        inside, outside = self._split(checkpoint["state_dict"])
+        record = run.adapted.record
+        root = dict(named_tensors(run.adapted.root))
+        wanted = {*record.delta_names, *record.trained_names}
+        wanted |= {name for name, tensor in root.items() if not isinstance(tensor, nn.Parameter)}
+        run.adapted.load_state_dict({name: value for name, value in inside.items() if name in wanted})
+        allowed = self._outside()
+        copy_in(run.module, {name: value for name, value in outside.items() if name in allowed})
 
     def before_optimizers(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         """Saved optimizer states belong to names, not to positions."""
@@ -114,5 +187,15 @@ class Checkpoints:
             return checkpoint
         run = self._run
         names = optim.parameter_names(run.trainer.optimizers, run.module)
+        classes = _class_names(run.trainer.optimizers)
+        if len(classes) == len(self._optimizer_names) and classes != self._optimizer_classes:
+            raise OptimizerMismatchError(
+                f"The checkpoint was written with {self._optimizer_classes}, this run has {classes}: the state of one is "
+                "no state of the other. Resume with the optimizer of the checkpoint, or start a new run with start_from."
+            )
         states = optim.reorder_state(checkpoint["optimizer_states"], self._optimizer_names, names)
         return {**checkpoint, "optimizer_states": states}
+
+
+def _class_names(optimizers: Sequence[object]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]

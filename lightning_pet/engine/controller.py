@@ -1,39 +1,37 @@
 """What happens around a model during a Trainer's run, for all PET callbacks of that Trainer together."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
-
-from lightning_pet.core.adaptation import freeze, record_of, refresh
+from lightning_pet.core.adaptation import Adaptation, freeze, outgrown, record_of, refresh, take_out, undo
 from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.naming import canonical, join
-from lightning_pet.core.method import Method
+from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import optimizers as optim
-from lightning_pet.engine.adapt import apply
+from lightning_pet.engine import private
+from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, key_of, start
+from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
-from lightning_pet.engine.delta import start_from
 from lightning_pet.engine.durable_io import install as install_durable_io
 from lightning_pet.engine.precision import keep_delta_precision
+from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
-from lightning_pet.engine.roots import batch_forward, default_root
+from lightning_pet.engine.roots import batch_forward, default_root, root_of
 from lightning_pet.engine.strategy import adapter_for
 from lightning_pet.engine.table import show_plan
-from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.errors import DeadSiteError, PETError, TargetError
 
 _ATTRIBUTE = "_pet_controller"
-_MISSING = object()
 
 
-class TrainerMethod(Method, Protocol):
+class TrainerMethod(StartingMethod, Protocol):
     """What the controller asks of a callback, besides what every method answers."""
 
-    start_from: str | None
-    base_check: str
     verbose: bool
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
@@ -55,8 +53,9 @@ class Controller:
         self.methods = list(methods)
         self.resume = ExactResume()
         self.checkpoints = Checkpoints(self)
-        self._replaced: list[tuple[Any, str, Any]] = []
-        self._inserted_now = False
+        self._undo: list[Callable[[], None]] = []
+        self._new: list[TrainerMethod] = []  # inserted in this run
+        self._trained = False  # an optimizer has stepped in this run
         self._checked: set[int] = set()
 
     # --- finding the controller -----------------------------------------------------------------
@@ -85,7 +84,9 @@ class Controller:
         """
         found = cls.find(trainer)
         if found is None:
-            raise PETError("the PET callback was never set up; pass it to Trainer(callbacks=[…]) and do not call its hooks.")
+            raise PETError(
+                "the PET callback was never set up; pass it to Trainer(callbacks=[…]) and do not call its hooks."
+            )
         return found
 
     def leads(self, method: object) -> bool:
@@ -95,7 +96,7 @@ class Controller:
     @property
     def adapted(self) -> Adapted:
         """Handle on the adapted root."""
-        return Adapted(default_root(self.module)[1])
+        return Adapted(root_of(self.module)[1])
 
     @property
     def base_check(self) -> str:
@@ -105,79 +106,99 @@ class Controller:
     @property
     def root_path(self) -> str:
         """Path of the adapted root in the LightningModule."""
-        return default_root(self.module)[0]
+        return root_of(self.module)[0]
 
     # --- set-up ---------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Insert now if the model is complete, else right after the hook that completes it."""
-        _refuse_averaging_first(self.trainer.callbacks, self.methods[0])  # type: ignore[attr-defined]
+        refuse_averaging_first(self.trainer.callbacks, self.methods[0])  # type: ignore[attr-defined]
         adapter = adapter_for(self.trainer)
         self._warn_spawn()
-        self._inserted_now = False
+        self._new, self._trained = [], False
         self._checked.clear()
+        self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
         if builds_later:
             self._after("configure_model", last=True)
         if stage == "fit":
-            self._wrap_configure_optimizers()
+            self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
         install_durable_io(self.trainer.strategy)
         trainer = self.trainer
-        adapter.install(lambda: Controller.get(trainer).checkpoints)
+        adapter.install(lambda: Controller.get(trainer).rules())
+
+    def rules(self) -> Checkpoints | None:
+        """The rules for checkpoints, while there is a delta."""
+        return self.checkpoints if record_of(root_of(self.module)[1]) is not None else None
+
+    def _replace(self, hook: str, method: Callable[..., Any]) -> None:
+        self._undo.append(private.replace_method(self.module, hook, method))
 
     def _after(self, hook: str, *, last: bool) -> None:
-        original = getattr(self.module, hook)
-        may_change = is_overridden(hook, self.module)
+        overridden = is_overridden(hook, self.module)
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self._restore(self.module, hook)
+        def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            if may_change and self._inserted_now:
-                refresh(default_root(self.module)[1])
+            if overridden:
+                self._look_again()
             self._advance(last=last)
             return out
 
-        self._replace(self.module, hook, wrapper)
+        self._replace(hook, run)
+
+    def _look_again(self) -> None:
+        """User code ran since the insertion: it may have loaded other weights, or built more of the model."""
+        root = root_of(self.module)[1]
+        record = record_of(root)
+        if record is None:
+            return
+        if len(self._new) < len(record.applied):
+            self._refuse_lost_hosts(root, record)
+            return
+        if outgrown(root) or root is not default_root(self.module)[1]:
+            take_out(root)
+            self._new = []
+        else:
+            refresh(root)
+
+    def _refuse_lost_hosts(self, root: nn.Module, record: Adaptation) -> None:
+        lost = sorted(set(record.delta_names) - {name for name, _ in named_tensors(root)})
+        if lost:
+            raise PETError(
+                f"{type(self.module).__name__} replaced modules that carry a trained delta: {', '.join(lost[:4])} "
+                "are gone. setup and configure_model run once per fit, validate, test and predict; let them build the "
+                "model only if it is not there yet."
+            )
 
     def _advance(self, *, last: bool) -> None:
-        root = default_root(self.module)[1]
-        if record_of(root) is None or last:
-            try:
-                self._insert()
-            except TargetError:
-                if last:
-                    raise
-                return
-        freeze(root)
-        if last:
-            self._start_from()
+        try:
+            self._insert()
+        except PETError:
+            if last:
+                raise
+            return
+        freeze(root_of(self.module)[1])
+        if last and self._new:
+            start(self.module, self._new)
 
     def _insert(self) -> None:
-        root = default_root(self.module)[1]
-        had = record_of(root) is not None
+        root = root_of(self.module)[1]
+        if all(is_applied(root, method) for method in self.methods):
+            return
         try:
-            apply(self.module, self.methods)
+            self._new += insert_methods(self.module, self.methods)
         except TargetError:
             forward = batch_forward(self.trainer, self.module)
             if forward is None or not any(True for _ in root.parameters()):
                 raise
-            apply(self.module, self.methods, forward=forward)
-        self._inserted_now = self._inserted_now or not had
-
-    def _start_from(self) -> None:
-        if self._inserted_now:
-            for method in self.methods:
-                if method.start_from is not None:
-                    start_from(self.adapted, method, method.start_from, method.base_check)
+            self._new += insert_methods(self.module, self.methods, forward)
 
     def _warn_spawn(self) -> None:
-        launcher = self.trainer.strategy.launcher
-        in_new_process = launcher is not None and type(launcher).__name__ == "_MultiProcessingLauncher"
-        if in_new_process and record_of(default_root(self.module)[1]) is None:
+        if private.starts_processes(self.trainer.strategy.launcher) and self.rules() is None:
             rank_zero_warn(
                 "this strategy trains in new processes and hands only the weights back, so the delta will be missing in "
                 "this process after fit. Call lightning_pet.apply(module, callbacks) before fit, or use strategy='ddp'."
@@ -185,35 +206,33 @@ class Controller:
 
     # --- optimizers -----------------------------------------------------------------------------
 
-    def _wrap_configure_optimizers(self) -> None:
-        original = self.module.configure_optimizers
-
-        def configure_optimizers() -> Any:
-            self._restore(self.module, "configure_optimizers")
-            record = self.adapted.record
-            parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
-            prefix = self.root_path
-            trained = [join(prefix, name) for name in record.trainable_names]
-            hosts = {
-                join(prefix, name): join(prefix, target.path)
-                for _, target, path, key in record.hosts()
-                for name in record.delta_names
-                if name.startswith(join(path, "pet", key) + ".")
-            }
-            ratios = {
-                join(prefix, name): ratio
-                for method in self.methods
-                for name, ratio in method.lr_ratios(record.delta_names).items()
-            }
-            delta = {name: parameters[name] for name in trained}
-            return optim.hold_delta(original(), self.module, delta, hosts, ratios)
-
-        self._replace(self.module, "configure_optimizers", configure_optimizers)
+    def _configure_optimizers(self, original: Callable[[], Any]) -> Any:
+        record, prefix = self.adapted.record, self.root_path
+        freeze(self.adapted.root)
+        parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
+        delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.trainable_names}
+        hosts = {
+            join(prefix, name): join(prefix, target.path)
+            for _, target, path, key in record.hosts()
+            for name in record.delta_names
+            if name.startswith(join(path, "pet", key) + ".")
+        }
+        ratios = {
+            join(prefix, name): ratio
+            for method in self.methods
+            for name, ratio in method.lr_ratios(record.delta_names).items()
+        }
+        return optim.hold_delta(original(), self.module, delta, hosts, ratios)
 
     def on_fit_start(self) -> None:
         """Optimizers exist and the checkpoint, if any, was read: check, and show the table."""
-        freeze(self.adapted.root)
+        self._undo_all()
+        root = self.adapted.root
+        freeze(root)
         optim.check(self.trainer.optimizers, self.module)
+        refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
+        share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
+        self._undo.append(let_inputs_require_grad(root))
         if any(method.verbose for method in self.methods):
             show_plan(self.adapted.plan())
 
@@ -225,7 +244,6 @@ class Controller:
         """
         if id(optimizer) in self._checked:
             return
-        self._checked.add(id(optimizer))
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         delta = {join(self.root_path, name) for name in self.adapted.record.delta_names}
         dead = [
@@ -236,38 +254,27 @@ class Controller:
         if dead:
             shown = ", ".join(dead[:4]) + (f" and {len(dead) - 4} more" if len(dead) > 4 else "")
             raise DeadSiteError(
-                f"{len(dead)} delta parameters received no gradient in the first step: {shown}. Their hosts did not run, or "
-                "the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing without an input that "
+                f"{len(dead)} delta parameters received no gradient in the first step: {shown}. Their hosts did not run, "
+                "or the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing without an input that "
                 "requires grad). Exclude these hosts with exclude_modules, or use use_reentrant=False."
             )
+        self._checked.add(id(optimizer))
+        self._trained = True
 
-    # --- replacing methods on instances, and putting them back ----------------------------------
-
-    def _replace(self, owner: Any, name: str, value: Callable[..., Any]) -> None:
-        self._replaced.append((owner, name, owner.__dict__.get(name, _MISSING)))
-        owner.__dict__[name] = value
-
-    def _restore(self, owner: Any, name: str) -> None:
-        for item in [item for item in self._replaced if item[0] is owner and item[1] == name]:
-            self._replaced.remove(item)
-            if item[2] is _MISSING:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = item[2]
+    # --- the end ----------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        """Take every wrapper off the LightningModule. Those on the strategy stay: ``save_checkpoint`` works after fit."""
-        for owner, name, _ in list(self._replaced):
-            self._restore(owner, name)
+        """Take every wrapper off the LightningModule; after an error before the first step, the delta too.
+
+        What is on the strategy stays: ``save_checkpoint`` works after fit.
+        """
+        self._undo_all()
         self.resume.teardown(self.trainer)
+        if self.trainer.state.status == TrainerStatus.INTERRUPTED and not self._trained and self._new:
+            undo(root_of(self.module)[1], [key_of(method) for method in self._new])
+            self._new = []
 
-
-def _refuse_averaging_first(callbacks: Sequence[pl.Callback], first: object) -> None:
-    for callback in callbacks:
-        if callback is first:
-            return
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-            raise UnsupportedStrategyError(
-                f"{type(callback).__name__} is listed before {type(first).__name__}: it would copy the model before the "
-                "delta is in it. List the PET callbacks first."
-            )
+    def _undo_all(self) -> None:
+        for undone in reversed(self._undo):
+            undone()
+        self._undo = []

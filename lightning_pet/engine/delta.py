@@ -1,5 +1,6 @@
 """Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,16 +9,28 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import Adaptation, Prepared, adapted_root, commit, delta_key, prepare
+from lightning_pet.core.adaptation import (
+    Adaptation,
+    Prepared,
+    adapted_root,
+    commit,
+    copy_in,
+    delta_key,
+    prepare,
+    record_of,
+)
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Method
 from lightning_pet.core.naming import join, named_tensors
 from lightning_pet.core.structure import Target
 from lightning_pet.engine import entry as entries
-from lightning_pet.engine.roots import default_root
-from lightning_pet.errors import DeltaFileError, PETError
+from lightning_pet.engine.archive import read_checkpoint
+from lightning_pet.engine.roots import root_of
+from lightning_pet.errors import DeltaFileError, PETError, TargetError
 from lightning_pet.store.delta_file import read_delta, read_manifest, write_delta
 from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import Manifest, MethodRecord
@@ -93,7 +106,9 @@ def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -
     return insert(model, read(path), base_check)
 
 
-def load_from_checkpoint(module: Module | type[Module], path: PathLike, *, base_check: str = "error", **kwargs: Any) -> Module:
+def load_from_checkpoint(
+    module: Module | type[Module], path: PathLike, *, base_check: str = "error", **kwargs: Any
+) -> Module:
     """Build a LightningModule, insert the delta of a checkpoint and load it.
 
     Args:
@@ -110,12 +125,22 @@ def load_from_checkpoint(module: Module | type[Module], path: PathLike, *, base_
         DeltaFileError: if the file is damaged or does not fit.
     """
     if isinstance(module, type):
-        saved = {} if _is_delta_file(path) else _read_checkpoint(Path(path)).get("hyper_parameters", {})
-        module = module(**{k: v for k, v in saved.items() if not k.startswith("_")} | kwargs)
-    if isinstance(module, pl.LightningModule) and not any(True for _ in module.parameters()):
+        saved = {} if _is_delta_file(path) else _read_checkpoint(path).get("hyper_parameters", {})
+        module = module(**_accepted(module, saved) | kwargs)
+    if isinstance(module, pl.LightningModule):
+        if not any(True for _ in module.parameters()):
+            module.setup("predict")
         module.configure_model()
     load_delta(module, path, base_check=base_check)
     return module
+
+
+def _accepted(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the constructor takes: a module may save more hyper-parameters than it has arguments."""
+    parameters = inspect.signature(cls.__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return {name: value for name, value in options.items() if not name.startswith("_")}
+    return {name: value for name, value in options.items() if name in parameters}
 
 
 def inspect_delta(path: PathLike) -> Manifest:
@@ -135,13 +160,12 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
     """
     stored = read(path)
     if stored.base is not None:
-        entries.check_base(stored.base, adapted.root, adapted.record, path, base_check)
+        trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
+        entries.check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then)
     own = dict(named_tensors(adapted.root))
-    key = f"{method.method}_{method.name}"
-    wanted = {name for name in adapted.record.delta_names if f".{key}" in name.partition("pet")[2]}
-    trained = {name for name in adapted.record.trained_names if name in stored.tensors}
+    wanted = _names_of(adapted.record, method)
     missing = sorted(wanted - set(stored.tensors))
-    shapes = [n for n in wanted & set(stored.tensors) if own[n].shape != stored.tensors[n].shape]
+    shapes = sorted(n for n in wanted & set(stored.tensors) if own[n].shape != stored.tensors[n].shape)
     if missing or shapes:
         name = (missing or shapes)[0]
         found = "missing" if missing else f"of shape {tuple(stored.tensors[name].shape)}, not {tuple(own[name].shape)}"
@@ -150,9 +174,29 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
             f"{', '.join(f'{m.method}:{m.name}' for m in stored.methods)}; give the options it was trained with.",
             "mismatch",
         )
-    with torch.no_grad():
-        for name in sorted(wanted | trained):
-            own[name].copy_(stored.tensors[name])
+    copy_in(adapted.root, {name: stored.tensors[name] for name in wanted | _same_heads(adapted, stored)})
+
+
+def _names_of(record: Adaptation, method: Method) -> set[str]:
+    """The tensors of one method's deltas."""
+    hosts = [join(p, CHILD, k) for a, _, p, k in record.hosts() if (a.method, a.name) == (method.method, method.name)]
+    return {name for name in record.delta_names if name.rpartition(".")[0] in hosts}
+
+
+def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
+    """Trained base parameters that are in the file in the same shape; the others start as they are, with a warning."""
+    own = dict(named_tensors(adapted.root))
+    trained = set(adapted.record.trained_names)
+    there = {n for n in stored.tensors if n in own and isinstance(own[n], nn.Parameter)} - set(
+        adapted.record.delta_names
+    )
+    same = {name for name in there & trained if own[name].shape == stored.tensors[name].shape}
+    if there - same:
+        rank_zero_warn(
+            f"{stored.path}: {', '.join(sorted(there - same)[:4])} are not taken over, because they do not train here or "
+            "have another shape; they keep the values of the model."
+        )
+    return same
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -173,38 +217,22 @@ def read(path: PathLike) -> Stored:
     prefix = f"{entry['root']}." if entry["root"] else ""
     state = checkpoint["state_dict"]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    methods = tuple(
-        MethodRecord(m["method"], m["name"], m["config"], tuple(_target(t) for t in m["targets"])) for m in entry["methods"]
-    )
-    return Stored(Path(path), methods, tensors, entries.saved_fingerprint(entry, path))
+    return Stored(Path(path), entries.methods_of(entry), tensors, entries.saved_fingerprint(entry, path))
 
 
 def _is_delta_file(path: PathLike) -> bool:
-    # A .ckpt is a zip archive; everything else is for the strict reader to accept or refuse.
+    # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
+    if not Path(path).is_file():
+        return True
     try:
         with open(path, "rb") as file:
-            return file.read(2) != b"PK" if Path(path).is_file() else True
+            return file.read(2) != b"PK"
     except OSError as error:
         raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise DeltaFileError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or holds objects that are not "
-            "plain data. Copy it again, or use an earlier save.",
-            "corrupt",
-        ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise DeltaFileError(f"{path} is not a Lightning checkpoint: it has no state_dict.", "schema")
-    return checkpoint
-
-
-def _target(plain: Mapping[str, Any]) -> Target:
-    rows = plain["rows"]
-    return Target(**{**plain, "rows": None if rows is None else tuple((int(a), int(b)) for a, b in rows)})
+def _read_checkpoint(path: PathLike) -> dict[str, Any]:
+    return read_checkpoint(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
 
 
 # --- inserting -----------------------------------------------------------------------------------
@@ -212,7 +240,7 @@ def _target(plain: Mapping[str, Any]) -> Target:
 
 def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapted:
     """Check a stored delta against a model, then insert and load it."""
-    root = default_root(model)[1]
+    root = root_of(model)[1]
     methods = [_rebuild(record, stored.path) for record in stored.methods]
     missing = [t.path for m in stored.methods for t in m.targets if not _has(root, t)]
     if missing:
@@ -221,19 +249,17 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
             f"({len(missing)} places are missing). Load it into the kind of model it was trained on.",
             "mismatch",
         )
-    prepared = prepare(root, methods, None, resolved=[record.targets for record in stored.methods])
+    try:
+        prepared = prepare(root, methods, None, resolved=[record.targets for record in stored.methods])
+    except TargetError as error:
+        raise DeltaFileError(f"{stored.path} does not fit this {type(root).__name__}: {error}", "mismatch") from error
     _check_fit(root, prepared, stored)
     if stored.base is not None:
-        trained = tuple(name for item in prepared for name in item.trained)
-        record = adapted_root(root)
-        names = Adapted(record[1]).record.delta_names if record else ()
-        probe = Adaptation(delta_names=names, trainable_names=trained)
-        entries.check_base(stored.base, root, probe, stored.path, base_check)
+        trained = [name for item in prepared for name in item.trained]
+        record = record_of(root) or Adaptation()
+        entries.check_base(stored.base, root, record, stored.path, base_check, trained)
     commit(root, prepared)
-    own = dict(named_tensors(root))
-    with torch.no_grad():
-        for name, tensor in stored.tensors.items():
-            own[name].copy_(tensor)
+    copy_in(root, stored.tensors)
     return Adapted(root)
 
 
@@ -241,12 +267,15 @@ def _rebuild(record: MethodRecord, path: Path) -> Method:
     cls = METHODS.get(record.method)
     if cls is None:
         raise DeltaFileError(
-            f"{path} holds a delta of method {record.method!r}; this release knows {', '.join(sorted(METHODS))}.", "version"
+            f"{path} holds a delta of method {record.method!r}; this release knows {', '.join(sorted(METHODS))}.",
+            "version",
         )
     try:
         method: Method = cls(**record.config)
     except (TypeError, ValueError) as error:
-        raise DeltaFileError(f"{path}: the options of {record.method}:{record.name} are not valid: {error}", "schema") from error
+        raise DeltaFileError(
+            f"{path}: the options of {record.method}:{record.name} are not valid: {error}", "schema"
+        ) from error
     return method
 
 

@@ -3,7 +3,7 @@
 Plain types only, so that ``torch.load(weights_only=True)`` reads it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,14 +12,25 @@ from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import Adaptation, Applied
 from lightning_pet.core.method import METHODS
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.naming import canonical, named_tensors
+from lightning_pet.core.structure import Target
 from lightning_pet.errors import BaseMismatchError, DeltaFileError
 from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint, from_plain, to_plain
+from lightning_pet.store.manifest import MethodRecord
+from lightning_pet.store.strict_json import check_fields, check_type, fault
 from lightning_pet.store.tensors import digest, require_finite, verify_digests
 from lightning_pet.version import VERSION
 
 KEY = "lightning_pet"
 FORMAT = 1
+
+_TARGET: dict[str, tuple[type, ...]] = {
+    "module": (str,),
+    "parameter": (str,),
+    "role": (str, type(None)),
+    "cross": (bool,),
+    "rows": (list, type(None)),
+}
 
 
 def written_by() -> str:
@@ -27,11 +38,24 @@ def written_by() -> str:
     return f"lightning_pet {VERSION}"
 
 
-def base_parameters(root: nn.Module, record: Adaptation) -> list[tuple[str, Tensor]]:
-    """The frozen base: every parameter that is neither a delta nor trained, each tied tensor once."""
-    other = {*record.delta_names, *record.trained_names}
-    named = ((canonical(name), parameter) for name, parameter in root.named_parameters())
-    return [(name, parameter.detach()) for name, parameter in named if name not in other]
+def base_parameters(
+    root: nn.Module, record: Adaptation, trained: Sequence[str] | None = None
+) -> list[tuple[str, Tensor]]:
+    """The frozen base: every parameter that is neither a delta nor trained, each tied tensor once.
+
+    Args:
+        root: the adapted root.
+        record: what was applied to it.
+        trained: leave out these trained parameters (default: all that the record has); others that it has
+            count with their original values.
+    """
+    names = set(record.trained_names if trained is None else trained)
+    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
+    return [
+        (canonical(name), record.originals.get(canonical(name), parameter).detach())
+        for name, parameter in root.named_parameters()
+        if id(parameter) not in skip
+    ]
 
 
 def base_fingerprint(root: nn.Module, record: Adaptation) -> Fingerprint:
@@ -83,7 +107,45 @@ def read_entry(checkpoint: Mapping[str, Any], path: object) -> dict[str, Any]:
             f"{entry.get('written_by')}; install that release or a newer one.",
             "version",
         )
+    _check_schema(entry, f"{path}: {KEY}")
     return entry
+
+
+def _check_schema(entry: Mapping[str, Any], where: str) -> None:
+    schema: dict[str, tuple[type, ...]] = {"format": (int,), "written_by": (str,), "root": (str,), "base": (dict,)}
+    optional: dict[str, tuple[type, ...]] = {
+        "optimizers": (list,),
+        "optimizer_classes": (list,),
+        "resume": (dict,),
+    }
+    given = {key: types for key, types in optional.items() if key in entry}
+    check_fields(dict(entry), where, {**schema, "methods": (list,), "digests": (dict,), **given})
+    for name, digest_ in entry["digests"].items():
+        check_type(name, f"{where}.digests: a name", (str,))
+        check_type(digest_, f"{where}.digests.{name}", (str,))
+    for index, method in enumerate(entry["methods"]):
+        here = f"{where}.methods[{index}]"
+        check_fields(method, here, {"method": (str,), "name": (str,), "config": (dict,), "targets": (list,)})
+        for target in method["targets"]:
+            check_fields(target, f"{here}.targets", _TARGET)
+            for pair in target["rows"] or ():
+                if len(check_type(pair, f"{here}.targets.rows", (list,))) != 2:
+                    raise fault(f"{here}.targets.rows", "found a range that is no pair of first row and end.")
+                for bound in pair:
+                    check_type(bound, f"{here}.targets.rows", (int,))
+
+
+def methods_of(entry: Mapping[str, Any]) -> tuple[MethodRecord, ...]:
+    """The methods of a checked entry."""
+    return tuple(
+        MethodRecord(m["method"], m["name"], m["config"], tuple(_target(target) for target in m["targets"]))
+        for m in entry["methods"]
+    )
+
+
+def _target(plain: Mapping[str, Any]) -> Target:
+    rows = plain["rows"]
+    return Target(**{**plain, "rows": None if rows is None else tuple((int(a), int(b)) for a, b in rows)})
 
 
 def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) -> None:
@@ -96,7 +158,8 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
     labels = [[f"{m['method']}:{m['name']}" for m in methods] for methods in (saved, here)]
     if labels[0] != labels[1]:
         raise DeltaFileError(
-            f"{path} holds the methods {labels[0]}, this run has {labels[1]}: give the same callbacks in the same order.",
+            f"{path} holds the methods {labels[0]}, this run has {labels[1]}: give the same callbacks in the same "
+            "order.",
             "mismatch",
         )
     for then, now in zip(saved, here, strict=True):
@@ -109,14 +172,17 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
         if differing:
             shown = ", ".join(f"{o}={a!r} there and {b!r} here" for o, (a, b) in differing.items())
             raise DeltaFileError(
-                f"{path}: {now['method']}:{now['name']} was trained with other options: {shown}.", "mismatch"
+                f"{path}: {now['method']}:{now['name']} was trained with other options: {shown}. Give those of the "
+                "checkpoint, or start a new run.",
+                "mismatch",
             )
         if then["targets"] != now["targets"]:
             there, present = ({t["module"] for t in m["targets"]} for m in (then, now))
             only = sorted(there ^ present)[:4] or ["the same modules, but other roles or rows"]
             raise DeltaFileError(
-                f"{path}: {now['method']}:{now['name']} was trained on {len(there)} places, this run has {len(present)}; "
-                f"they differ in {', '.join(only)}.",
+                f"{path}: {now['method']}:{now['name']} was trained on {len(there)} places, this run has "
+                f"{len(present)}; "
+                f"they differ in {', '.join(only)}. Give the target_modules of the checkpoint, or start a new run.",
                 "mismatch",
             )
 
@@ -130,7 +196,14 @@ def check_tensors(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], path:
             require_finite(name, tensor, where=str(path))
 
 
-def check_base(saved: Fingerprint, root: nn.Module, record: Adaptation, path: object, policy: str) -> None:
+def check_base(
+    saved: Fingerprint,
+    root: nn.Module,
+    record: Adaptation,
+    path: object,
+    policy: str,
+    trained: Sequence[str] | None = None,
+) -> None:
     """The base must be the one that the delta was trained on.
 
     Args:
@@ -139,13 +212,14 @@ def check_base(saved: Fingerprint, root: nn.Module, record: Adaptation, path: ob
         record: what was applied to it.
         path: the file, for messages.
         policy: ``"error"``, ``"warn"`` or ``"off"``: the caller's choice, never the file's.
+        trained: base parameters that the stored delta trained (default: those of the record).
 
     Raises:
         BaseMismatchError: if it is another one and the policy is ``"error"``.
     """
     if policy == "off":
         return
-    result = compare(saved, base_parameters(root, record))
+    result = compare(saved, base_parameters(root, record, trained))
     if result.verdict is Verdict.DIFFERENT:
         message = f"{path} was trained on another base model: {result.explanation}"
         if policy == "error":

@@ -9,10 +9,22 @@ from typing import Any
 from lightning_pet.engine.delta import load_delta
 from lightning_pet.errors import ArgumentError
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "spiece.model", "*.tiktoken", "generation_config.json", "preprocessor_config.json", "chat_template*")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "chat_template*",
+)
 
 
-def merge_into_folder(path: Path, base: Path, output: Path, model_class: str = "auto", base_check: str = "error") -> Path:
+def merge_into_folder(
+    path: Path, base: Path, output: Path, model_class: str = "auto", base_check: str = "error"
+) -> Path:
     """Load a base model, add a delta into it, and save the result.
 
     The folder is complete or absent: it is built beside its place and renamed at the end.
@@ -56,9 +68,13 @@ def _model_class(base: Path, name: str) -> Any:
     if name == "auto":
         architectures = transformers.AutoConfig.from_pretrained(base, local_files_only=True).architectures
         if not architectures:
-            raise ArgumentError(f"{base}/config.json names no architecture; pass the class, e.g. --model_class BertModel.")
+            raise ArgumentError(
+                f"{base}/config.json names no architecture; pass the class, e.g. --model_class BertModel."
+            )
         name = architectures[0]
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise ArgumentError(f"model_class={name!r} is not a model class of transformers, e.g. BertForSequenceClassification.")
+        raise ArgumentError(
+            f"model_class={name!r} is not a model class of transformers, e.g. BertForSequenceClassification."
+        )
     return cls

@@ -18,6 +18,10 @@ name                                                      used for
 ``_WrappingCheckpointIO``, ``._checkpoint_io``            reaching the file writer inside a wrapper
 ``AsyncCheckpointIO._executor``, ``._error``              removing an old file only after the new one is there
 ``LRScheduler._last_lr``, ``._schedulers``                extending schedulers by a parameter group
+``WeightAveraging._average_model``,                       averages of what trains only
+``StochasticWeightAveraging._average_model``
+``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
+``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``LBFGS._params``                                         optimizers that use their first group only
 ========================================================  ==========================================================
 """
@@ -31,7 +35,9 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
+from torch.optim.swa_utils import AveragedModel
 
 LAST_LR: Final = "_last_lr"
 """Attribute in which a scheduler keeps one learning rate per parameter group."""
@@ -186,3 +192,29 @@ def uses_first_group_only(optimizer: Any) -> bool:
     """Whether an optimizer steps the parameters of its first group only, as LBFGS does."""
     params = getattr(optimizer, "_params", None)
     return params is not None and params is optimizer.param_groups[0]["params"]
+
+
+def average_of(callback: Any) -> Any:
+    """Return the copy of the LightningModule in which an averaging callback keeps its averages, if there is one."""
+    average = callback._average_model
+    return average.module if isinstance(average, AveragedModel) else average
+
+
+def wrap_average(callback: Any, method: Callable[..., Any]) -> None:
+    """Let an averaging callback's model call ``method(original, average, value, count)`` for every tensor."""
+    average = callback._average_model
+    if getattr(average, "avg_fn", None) is not None and "_pet_wrapped" not in vars(average):
+        average.avg_fn = partial(method, average.avg_fn)
+        vars(average)["_pet_wrapped"] = True
+
+
+def starts_processes(launcher: object) -> bool:
+    """Whether a launcher runs the Trainer in new processes that only hand the weights back."""
+    return isinstance(launcher, _MultiProcessingLauncher)
+
+
+def checkpoints_reentrantly(module: Any) -> bool:
+    """Whether a transformers module runs its layers under reentrant checkpointing (torch's default)."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    keywords = getattr(function, "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False)) and bool(keywords.get("use_reentrant", True))

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_pet.core.adaptation import adapted_root
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.targets import suggest
 from lightning_pet.errors import TargetError
@@ -22,9 +23,14 @@ def default_root(model: nn.Module) -> tuple[str, nn.Module]:
     if not isinstance(model, pl.LightningModule) or any(True for _ in model.parameters(recurse=False)):
         return "", unwrapped(model)
     children = [(n, c) for n, c in model.named_children() if any(True for _ in c.parameters())]
-    if len(children) != 1:
-        return "", model
+    if len(children) != 1 or not any(True for _ in children[0][1].children()):
+        return "", model  # a single layer is no model of its own
     return canonical(children[0][0]), unwrapped(children[0][1])
+
+
+def root_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the root that is adapted already, else of the one that would be."""
+    return adapted_root(model) or default_root(model)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

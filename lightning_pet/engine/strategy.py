@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+from lightning_pet.engine.archive import read_checkpoint
 from lightning_pet.errors import UnsupportedStrategyError
 
 
@@ -45,11 +46,11 @@ class StrategyAdapter:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
 
-    def install(self, rules: Callable[[], CheckpointRules]) -> None:
+    def install(self, rules: Callable[[], CheckpointRules | None]) -> None:
         """Wrap the strategy's methods.
 
         Args:
-            rules: gives the controller in charge at call time.
+            rules: gives the rules in force at call time; ``None`` while no delta is in the model.
         """
         strategy = self.strategy
         if "_pet_adapter" in strategy.__dict__:
@@ -60,25 +61,32 @@ class StrategyAdapter:
             strategy.save_checkpoint,
             strategy.load_checkpoint,
         )
-        load_optimizers = strategy.load_optimizer_state_dict
+        load_model, load_optimizers = strategy.load_model_state_dict, strategy.load_optimizer_state_dict
 
         def lightning_module_state_dict() -> dict[str, Any]:
-            return rules().keep(module_state())
+            active, state = rules(), module_state()
+            return active.keep(state) if active else state
 
         def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            rules().before_save(checkpoint)
+            if active := rules():
+                active.before_save(checkpoint)
             save(checkpoint, filepath, storage_options=storage_options)
 
         def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-            checkpoint = load(checkpoint_path, weights_only=weights_only)
-            rules().after_load(checkpoint, checkpoint_path)
+            checkpoint = read_checkpoint(checkpoint_path, lambda: load(checkpoint_path, weights_only=weights_only))
+            if active := rules():
+                active.after_load(checkpoint, checkpoint_path)
             return checkpoint
 
         def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            rules().load_model(checkpoint)
+            if active := rules():
+                active.load_model(checkpoint)
+            else:
+                load_model(checkpoint, strict=strict)
 
         def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
-            load_optimizers(rules().before_optimizers(checkpoint))
+            active = rules()
+            load_optimizers(active.before_optimizers(checkpoint) if active else checkpoint)
 
         for method in (
             lightning_module_state_dict,

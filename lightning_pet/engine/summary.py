@@ -27,7 +27,11 @@ def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in stored.tensors.values()),
         "methods": [_method(stored, index) for index in range(len(stored.methods))],
         "tensors": {
-            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "norm": _norm(tensor)}
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "norm": _norm(tensor),
+            }
             for name, tensor in sorted(stored.tensors.items())
         },
         "base": None if stored.base is None else {"structure": stored.base.structure, "sample": stored.base.sample},
@@ -59,7 +63,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         table = Table(title=f"{method['method']}:{method['name']}", title_justify="left", show_header=False)
         table.add_column("key")
         table.add_column("value")
-        table.add_row("places", f"{len(method['places'])}, the first {method['places'][0] if method['places'] else '-'}")
+        table.add_row(
+            "places", f"{len(method['places'])}, the first {method['places'][0] if method['places'] else '-'}"
+        )
         table.add_row("parameters", f"{method['parameters']:,}")
         for option, value in method["config"].items():
             if value is not None:

@@ -13,7 +13,13 @@ from lightning_pet.core.plan import Plan
 def show_plan(plan: Plan) -> None:
     """Print one line per method and role: places, shapes and trained numbers."""
     table = Table(title="Trained parameters", title_justify="left")
-    for heading, justify in (("method", "left"), ("where", "left"), ("places", "right"), ("shapes", "left"), ("parameters", "right")):
+    for heading, justify in (
+        ("method", "left"),
+        ("where", "left"),
+        ("places", "right"),
+        ("shapes", "left"),
+        ("parameters", "right"),
+    ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     places: Counter[tuple[str, str, str]] = Counter()
     numbers: Counter[tuple[str, str, str]] = Counter()

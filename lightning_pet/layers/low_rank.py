@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, NotMergeableError
 from lightning_pet.layers.delta import Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, Rows, check_rank, precise
-from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, merged_linear, prefers_merged
+from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, low_rank_linear, prefers_merged
 
 
 class LowRankLinear(LowRank):
@@ -121,9 +121,13 @@ class LowRankLinear(LowRank):
         matrix = self._matrix(weight)
         if self.use_dora:
             return self._dora(x, matrix, bias, a, b)
-        if not self._drops() and self.bias is None and self.rows is None and prefers_merged(x, weight):
-            return merged_linear(x, matrix, bias, a, b, self.scale, self._origin(dtype))
-        return self._add(F.linear(x, matrix, bias), x, self._drop(x), a, b)
+        if self._drops() or self.bias is not None or type(weight) not in (Tensor, nn.Parameter):
+            return self._add(F.linear(x, matrix, bias), x, self._drop(x), a, b)
+        origin, merged = self._origin(dtype), prefers_merged(x, weight)
+        if origin is not None and not merged:
+            return self._add(F.linear(x, matrix, bias), x, x, a, b)
+        matrix, bias = matrix.to(dtype), None if bias is None else bias.to(dtype)
+        return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight

@@ -2,16 +2,21 @@
 
 There are two ways to compute them. The *activation form* adds two skinny products to the base's; it
 is right for any dtype and any number of tokens. The *merged form* forms ``W + s B A`` first, so that
-forward and input gradient cost one product each, as in the base; only the gradients of A and B
-remain skinny. It keeps nothing but its input, and is used where it is exact enough (float32 and
-float64) and cheaper (many tokens).
+forward and input gradient cost one product each, as in the base, and only the gradients of A and B
+remain skinny; it is used where it is exact enough (float32 and float64) and cheaper (many tokens).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_pet.layers.low_rank_source import source_of
+
+Origin = tuple[Tensor, Tensor]
+"""(A0, B0), whose product is subtracted from B A."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -25,17 +30,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def prefers_merged(x: Tensor, weight: Tensor) -> bool:
     """Whether the merged form is exact enough and cheaper than the activation form.
 
-    Adding ``s B A`` costs about one skinny product over the weight, the activation form about three
-    over the tokens; they break even near ``in · out / (in + out)`` tokens.
+    It copies the weight in forward and backward, where the other adds to every token's output and
+    input gradient. Measured on CPU they break even near ``4 · in · out / (in + out)`` tokens.
     """
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64) or compute_dtype(x) != x.dtype:
+    if x.dtype not in (torch.float32, torch.float64):
         return False
     rows, columns = weight.shape
-    return (x.numel() // x.shape[-1]) * (rows + columns) >= rows * columns
+    return (x.numel() // x.shape[-1]) * (rows + columns) >= 4 * rows * columns
 
 
-def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: tuple[Tensor, Tensor] | None) -> Tensor:
-    """``W + s (B A - B0 A0)`` for ``weight`` [out, in], with ``origin`` = (A0, B0) or none of it.
+def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: Origin | None) -> Tensor:
+    """``W + s (B A - B0 A0)`` for ``weight`` [out, in].
 
     The difference is taken before anything else, so that it is exactly zero while A = A0 and B = B0.
     """
@@ -44,8 +49,15 @@ def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: tuple[Te
     return torch.add(weight, b @ a - origin[1] @ origin[0], alpha=scale)
 
 
-class _MergedLinear(torch.autograd.Function):
-    """``F.linear(x, W + s (B A - B0 A0), bias)`` that saves its inputs and no product of theirs."""
+class _LowRankLinear(torch.autograd.Function):
+    """Base product and low-rank term in one node, in either form.
+
+    Beside its parameters it keeps x (or what gives x) and, in the activation form, x Aᵀ, its second
+    output. Skinny products are taken as [r, tokens]: with a short first side they run two to four
+    times as fast as with a short last one.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -57,68 +69,97 @@ class _MergedLinear(torch.autograd.Function):
         a0: Tensor | None,
         b0: Tensor | None,
         scale: float,
-    ) -> Tensor:
-        return F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias)
+        merged: bool,
+        rebuild: Callable[..., Tensor],
+        *sources: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        if merged:
+            return F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias), None
+        inner = a @ x.reshape(-1, x.shape[-1]).t()
+        output = F.linear(x, weight, bias).contiguous()
+        output.view(-1, output.shape[-1]).addmm_(inner.t(), b.t(), alpha=scale)
+        return output, inner
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, a, b, a0, b0, ctx.scale = inputs
-        ctx.save_for_backward(x, weight, a, b, a0, b0)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        _, weight, _, a, b, a0, b0, ctx.scale, ctx.merged, ctx.rebuild, *sources = inputs
+        inner = output[1]
+        if inner is not None:
+            ctx.mark_non_differentiable(inner)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, a, b, a0, b0, inner, *sources)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, a0, b0 = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        g = grad.reshape(-1, grad.shape[-1])
-        flat = x.reshape(-1, x.shape[-1])
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, a, b, a0, b0, inner, *sources = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, *others = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 5
-        if need_x:
-            grads[0] = (g @ shifted(weight, a, b, ctx.scale, _pair(a0, b0))).view(x.shape)
+        if grad is None:
+            return (*grads, *(None for _ in others))
+        g = grad.reshape(-1, grad.shape[-1])
+        gb = b.t() @ g.t()
+        if torch.is_grad_enabled():
+            inner = None  # a second derivative is wanted, which a non-differentiable output would lose
+        if need_weight or need_a or (need_b and inner is None):
+            x = ctx.rebuild(*sources)
+            x = x.reshape(-1, x.shape[-1])
+        if need_b:
+            inner = a @ x.t() if inner is None else inner
+            grads[4] = ((inner @ g) * ctx.scale).t()
+        if need_a:
+            grads[3] = (gb @ x) * ctx.scale
         if need_weight:
-            grads[1] = g.t() @ flat
+            grads[1] = g.t() @ x
         if need_bias:
             grads[2] = g.sum(0)
-        # [r, tokens] and not [tokens, r]: products with a short first side run two to four times as fast.
-        if need_a:
-            grads[3] = ((b.t() @ g.t()) @ flat) * ctx.scale
-        if need_b:
-            grads[4] = (((a @ flat.t()) @ g) * ctx.scale).t()
-        return (*grads, None, None, None)
+        if need_x:
+            if ctx.merged:
+                flat = g @ shifted(weight, a, b, ctx.scale, _pair(a0, b0))
+            else:
+                flat = (g @ weight).addmm_(gb.t(), a, alpha=ctx.scale)
+            grads[0] = flat.view(*grad.shape[:-1], flat.shape[-1])
+        return (*grads, *(None for _ in others))
 
 
-def _pair(a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _pair(a0: Tensor | None, b0: Tensor | None) -> Origin | None:
     return None if a0 is None or b0 is None else (a0, b0)
 
 
-def merged_linear(
+def low_rank_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     scale: float,
-    origin: tuple[Tensor, Tensor] | None = None,
+    *,
+    merged: bool,
+    origin: Origin | None = None,
 ) -> Tensor:
-    """The merged form.
+    """Base product and low-rank term together. All tensors have the dtype of ``x``.
 
     Args:
         x: [..., in].
         weight: [out, in], any layout.
         bias: [out] or ``None``.
-        a: [r, in], in the dtype of ``x``.
-        b: [out, r], in the dtype of ``x``.
+        a: [r, in].
+        b: [out, r].
         scale: factor s of the low-rank term.
-        origin: (A0, B0) whose product is subtracted, in the dtype of ``x``.
+        merged: use the merged form.
+        origin: what is subtracted from B A; only in the merged form.
 
     Returns:
         [..., out], differentiable in all tensors but ``origin``.
     """
     a0, b0 = (None, None) if origin is None else origin
-    return _MergedLinear.apply(x, weight, bias, a, b, a0, b0, scale)  # type: ignore[no-untyped-call,no-any-return]
+    rebuild, sources = source_of(x)
+    output: Tensor
+    output, _ = _LowRankLinear.apply(x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)  # type: ignore[no-untyped-call]
+    return output
 
 
 def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The activation form: ``output + s (x Aᵀ) Bᵀ``.
+    """The activation form for an output that is there already: ``output + s (x Aᵀ) Bᵀ``.
 
     Args:
         output: [..., out]; not written to.
@@ -130,8 +171,6 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
     Returns:
         [..., out] in the dtype of ``output``.
     """
-    inner = F.linear(x, a).to(output.dtype)
-    total = torch.addmm(
-        output.reshape(-1, b.shape[0]), inner.reshape(-1, b.shape[1]), b.to(output.dtype).t(), alpha=scale
-    )
-    return total.view(output.shape)
+    inner = F.linear(x, a).to(output.dtype).reshape(-1, a.shape[0])
+    flat = output.reshape(-1, output.shape[-1])
+    return torch.addmm(flat, inner, b.to(output.dtype).t(), alpha=scale).view(output.shape)

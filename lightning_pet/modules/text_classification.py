@@ -215,15 +215,18 @@ class TextClassifier(L.LightningModule):
         best = self(batch).argmax(-1).tolist()
         return [self.labels[i] if self.labels else str(i) for i in best]
 
-    def configure_optimizers(self) -> Any:
-        """Two parameter groups, the body and the head; frozen parameters stay listed and do not move."""
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Two parameter groups, the body and the head; frozen parameters are listed and do not move."""
         body: Any = self.model.encoder if self.pooling == "mean" else self.model.base_model
         inside = {id(p) for p in body.parameters()}
         head: dict[str, Any] = {"params": [p for p in self.model.parameters() if id(p) not in inside]}
         if self.head_lr is not None:
             head["lr"] = self.head_lr
-        optimizer = self.optimizer([{"params": list(body.parameters())}, head])
-        return with_schedule(self, optimizer, self.lr_scheduler, self.warmup)
+        return [{"params": list(body.parameters())}, head]
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over :meth:`param_groups`, and its schedule."""
+        return with_schedule(self, self.optimizer(self.param_groups()), self.lr_scheduler, self.warmup)
 
 
 def _metrics(stage: str, labels: int) -> MetricCollection:

@@ -76,6 +76,26 @@ def test_quick_gelu_is_not_taken_for_a_gate():
     assert [(t.module, t.role, t.rows) for t in structure.targets] == [("a", "ffn.up", None), ("b", "ffn.down", None)]
 
 
+class Silent(nn.Module):
+    """A gated feed-forward whose ReLU lets nothing through."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down = nn.Linear(8, 32), nn.Linear(16, 8)
+        with torch.no_grad():
+            self.both.bias.fill_(-100.0)
+
+    def forward(self, x):
+        up, gate = self.both(x).chunk(2, -1)
+        return x + self.down(torch.relu(gate) * up)
+
+
+def test_a_gate_that_is_closed_for_the_whole_batch():
+    model = Silent()
+    structure = probe(model, lambda: model(torch.randn(2, 3, 8)))
+    assert rows(structure, "both") == {"gate": ((16, 32),), "up": ((0, 16),)}
+
+
 class Hand(nn.Module):
     """Hand-written attention with v first and the heads inside."""
 

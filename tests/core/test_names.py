@@ -30,6 +30,16 @@ def test_names_agree_with_the_probe(name):
     assert {(t.module, t.parameter, t.role, t.cross) for t in (*named.targets, *named.unresolved)} == expected
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_state_their_layout(name):
+    model = hf(name)
+    seen = analyse(model)
+    by_name = [target for target in merge(model, None).targets if target.parameter == "gate_up_proj"]
+    assert seen.source == "probe"
+    assert by_name == [target for target in seen.targets if target.parameter == "gate_up_proj"]
+    assert len(by_name) == 4
+
+
 def test_a_task_head_has_no_role():
     model = hf("bert", "AutoModelForSequenceClassification")
     assert not [named for named in roles_by_name(model) if "classifier" in named.module or "pooler" in named.module]

@@ -192,6 +192,63 @@ def test_meta_device():
     assert Counter(target.role for target in structure.targets)["attention.v"] == 2
 
 
+class Int8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.float().t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.saved_tensors[0].float(), None
+
+
+class QuantisedLinear(nn.Module):
+    """A linear whose weight the autograd graph does not show."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", (linear.weight.detach() * 100).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        y = Int8.apply(x, self.weight) * 0.01
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_quantised_linears_keep_their_roles(name):
+    model = hf(name)
+    before = analyse(model).targets
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(path, QuantisedLinear(module))
+    structure = analyse(model)
+    assert structure.source == "probe"
+    assert structure.targets == before
+
+
+def test_position_embeddings_are_no_residual():
+    class Positioned(nn.Module):
+        """Adds positions to queries and keys in every layer, as detection transformers do."""
+
+        def __init__(self):
+            super().__init__()
+            self.positions = nn.Embedding(9, 32)
+            self.layers = nn.ModuleList(nn.MultiheadAttention(32, 4, batch_first=True) for _ in range(3))
+
+        def forward(self, x):
+            places = self.positions(torch.arange(x.shape[1]))
+            for layer in self.layers:
+                x = x + layer(x + places, x + places, x, need_weights=False)[0]
+            return x
+
+    model = Positioned()
+    structure = analyse(model, lambda: model(torch.randn(2, 9, 32)))
+    assert [(site.kind, site.branch) for site in structure.sites] == [("attention", (f"layers.{i}",)) for i in range(3)]
+
+
 # -- no trace -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """From patterns to targets."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -158,6 +159,16 @@ def test_excluding_a_fused_projection_excludes_its_parts():
     assert modules(kept) == ["h.1.attn.c_attn"] * 2
 
 
+def test_what_is_excluded_may_stay_unknown():
+    model, structure = known("bert")
+    query = Target("encoder.layer.0.attention.self.query", role="attention.v")
+    uncertain = dataclasses.replace(structure, unresolved=(query,))
+    with pytest.raises(TargetError, match=r"layer\.0\.attention\.self\.query.*exclude"):
+        resolve_targets(model, "attention.v", uncertain)
+    kept = resolve_targets(model, "attention.v", uncertain, exclude=["layer.0.attention.self.query"])
+    assert len(kept) == 2
+
+
 def test_layers():
     assert modules(resolve("bert", "attention.q", layers=[1])) == ["encoder.layer.1.attention.self.query"]
     with pytest.raises(TargetError, match=r"no layer 7; it has 0 to 1"):
@@ -196,7 +207,9 @@ def test_helpers():
     assert suggest("qury", ["query", "key"]) == " Did you mean 'query'?"
     assert suggest("zzz", ["query"]) == ""
     assert "attention.q" in role_names(known("bert")[1])
-    assert output_heads(hf("bert", "AutoModelForSequenceClassification")) == {"classifier", "dropout"}
+    assert output_heads(hf("bert", "AutoModelForSequenceClassification")) == {"classifier"}
+    shell = nn.ModuleDict({"net": hf("gpt2", "AutoModelForCausalLM"), "probe": nn.Linear(2, 2)})
+    assert output_heads(shell) == {"net.lm_head"}
     assert output_heads(hf("gpt2", "AutoModelForCausalLM")) == {"lm_head"}
 
 

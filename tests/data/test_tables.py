@@ -134,7 +134,9 @@ def test_parquet_without_datasets_says_what_to_install(tmp_path: Path, monkeypat
 
 def test_missing_column_names_the_nearest():
     table = Table("data.csv", {"sentense": ["a"], "label": ["b"]})
-    with pytest.raises(ArgumentError, match=r"data.csv has no column 'sentence'.*\['sentense', 'label'\].*'sentense'\?"):
+    with pytest.raises(
+        ArgumentError, match=r"data.csv has no column 'sentence'.*\['sentense', 'label'\].*'sentense'\?"
+    ):
         table.find(["sentence"])
 
 

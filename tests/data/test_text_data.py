@@ -93,7 +93,7 @@ def test_wrong_mapping_names_the_columns(tmp_path: Path, bert: Path):
     with pytest.raises(ArgumentError, match=r"\['txt'\] are not read.*'text'"):
         TextClassificationData("train.csv", columns={"txt": "review"})
     data = TextClassificationData(str(reviews(tmp_path)), columns={"text": "labels"}, tokenizer=str(bert))
-    with pytest.raises(ArgumentError, match="no column 'labels'.*did you mean 'label'"):
+    with pytest.raises(ArgumentError, match=r"no column 'labels'.*did you mean 'label'"):
         encoded(data, "train")
 
 

@@ -110,7 +110,7 @@ class Module(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
         if self.run.plateau:
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
         steps = self.trainer.estimated_stepping_batches if self.run.estimate else 20
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))

@@ -69,6 +69,12 @@ def test_every_interruption_continues_bit_for_bit(name, tmp_path):
     assert single_interruptions(run, tmp_path) == (count, count)
 
 
+def test_the_plateau_is_reached(tmp_path):
+    """Else the runs with a plateau would test nothing: the rate must fall, and by the metric's value."""
+    rates = [event[2] for event in Run(val=True, plateau=True).fit(tmp_path).events if event[0] == "end"]
+    assert rates == [0.05, 0.05, 0.025]
+
+
 BY_STEPS = {
     "batch": (Run(trainer=STEPS), 14),
     "epoch": (Run(at="epoch", trainer=STEPS), 2),
@@ -152,22 +158,33 @@ def test_checkpoints_of_model_checkpoint(options, tmp_path):
         assert (resumed.digest, resumed.steps) == (reference.digest, reference.steps)
 
 
+class Terminate(L.Callback):
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("batch", [2, 3, 5, 10])
 def test_terminated_by_a_signal(batch, tmp_path):
     """Lightning stops between two batches, or after the epoch, and its handler saves."""
-
-    class Terminate(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == batch:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    run = Run(val=True, at="none", trainer=EVERY_2)
+    run = Run(at="none")
     reference = run.fit(tmp_path / "reference")
     with pytest.raises(SIGTERMException):
-        run.fit(tmp_path / "a", extra=[Terminate(), OnExceptionCheckpoint(tmp_path)])
+        run.fit(tmp_path / "a", extra=[Terminate(batch), OnExceptionCheckpoint(tmp_path)])
     resumed = run.fit(tmp_path / "b", tmp_path / "on_exception.ckpt")
     assert same(resumed, reference, len(reference.events) - len(resumed.events))
     assert [event[3] for event in resumed.events if event[0] == "train"] == list(range(batch, BATCHES))
+
+
+def test_terminated_in_a_validation_is_announced(tmp_path):
+    run = Run(val=True, at="none", trainer=EVERY_2)
+    with pytest.raises(SIGTERMException):
+        run.fit(tmp_path / "a", extra=[Terminate(2), OnExceptionCheckpoint(tmp_path)])
+    with pytest.warns(UserWarning, match="written inside a validation"):
+        assert run.fit(tmp_path / "b", tmp_path / "on_exception.ckpt").steps == BATCHES
 
 
 def test_the_state_is_plain_data(tmp_path):

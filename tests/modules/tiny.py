@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-WORDS = "a good bad film very boring great plot and the was is it not".split()
+WORDS = ["a", "good", "bad", "film", "very", "boring", "great", "plot", "and", "the", "was", "is", "it", "not"]
 BERT: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 1,

@@ -175,14 +175,14 @@ HOSTILE = {
 def refuse(path, code):
     """Read ``path`` and check how it is refused; return the message."""
     global _audited
-    start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _audited = []
     try:
         with pytest.raises(DeltaFileError) as caught:
             read_delta(path)
     finally:
         events, _audited = _audited, None
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < MEGABYTES * 1024
     assert events == []
     assert caught.value.code == code, caught.value
@@ -196,6 +196,10 @@ def test_a_hostile_file_is_refused(tmp_path, monkeypatch, good, code, make):
     path = tmp_path / "hostile.pet.safetensors"
     path.write_bytes(make(good))
     assert str(path) in refuse(path, code)
+    if make is not HOSTILE["exchanged digests"][1]:  # the one fault that shows in the values only
+        with pytest.raises(DeltaFileError) as caught:
+            read_manifest(path)
+        assert caught.value.code == code
     assert not (tmp_path / "exploited").exists()
 
 
@@ -244,16 +248,6 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch, good):
     with pytest.raises(DeltaFileError, match="the file ended after") as caught:
         read_delta(path)
     assert caught.value.code == "corrupt"
-
-
-def test_the_manifest_alone_is_read_as_strictly(tmp_path, good):
-    path = tmp_path / "x"
-    for name, (code, make) in HOSTILE.items():
-        path.write_bytes(make(good))
-        if name != "exchanged digests":  # the one fault that shows in the values only
-            with pytest.raises(DeltaFileError) as caught:
-                read_manifest(path)
-            assert caught.value.code == code
 
 
 def test_the_good_file_is_accepted(tmp_path):

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def run(*arguments: object) -> dict:
-    paths = [str(HERE), str(Path(lightning_pet.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE), str(Path(lightning_pet.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "saving_child.py"), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

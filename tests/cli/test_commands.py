@@ -1,0 +1,191 @@
+"""The command line as users call it: as a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TARGETS = "[net.0,net.2]"
+QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+
+def run(arguments: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run Python with the user's code importable, in a folder of its own."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    if check and done.returncode:
+        raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def ours(verb: str, *arguments: str) -> list[str]:
+    """Our own command."""
+    start = "import sys; from lightning_pet.cli import main; main(sys.argv[1:])"
+    return ["-c", start, verb, *arguments]
+
+
+def fit_arguments(*more: str) -> list[str]:
+    """A short fit of the user's module with our command."""
+    model = ["--model=user_code.Net", "--data=user_code.Data", "--trainer.max_epochs=1", *QUIET]
+    pet = ["--pet+=LoRACallback", "--pet.r=4", f"--pet.target_modules={TARGETS}"]
+    return ours("fit", *model, *pet, *more)
+
+
+def delta_keys(path: Path) -> set[str]:
+    return set(torch.load(path, weights_only=True)["state_dict"])
+
+
+EXPECTED = {f"net.{i}.pet.lora_default.{p}" for i in (0, 2) for p in "ab"} | {"head.weight", "head.bias"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run of our command: its checkpoint and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run(fit_arguments(), folder)
+    (checkpoint,) = folder.rglob("*.ckpt")
+    return checkpoint, done.stdout
+
+
+def test_fit_with_the_short_option(trained: tuple[Path, str]) -> None:
+    checkpoint, printed = trained
+    assert delta_keys(checkpoint) == EXPECTED
+    assert "Trained parameters" in printed
+    assert "delta checkpoint: " in printed
+    assert checkpoint.name in printed
+
+
+@pytest.mark.parametrize("name", ["LoRACallback", "lightning_pet.LoRACallback"])
+def test_fit_with_the_users_own_cli(name: str, tmp_path: Path) -> None:
+    callback = [f"--trainer.callbacks+={name}", "--trainer.callbacks.r=4", f"--trainer.callbacks.target_modules={TARGETS}"]
+    eager = ["--optimizer=AdamW", "--optimizer.lr=0.01"] if "." in name else []
+    run([str(HERE / "user_code.py"), "fit", "--trainer.max_epochs=1", *QUIET, *callback, *eager], tmp_path)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert set(saved["state_dict"]) == EXPECTED
+    assert len(saved["optimizer_states"][0]["state"]) == len(EXPECTED)
+    assert saved["state_dict"]["net.0.pet.lora_default.b"].abs().max() > 0
+
+
+def test_dotted_name_needs_no_import(tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "from lightning.pytorch.cli import LightningCLI\n"
+        "from lightning.pytorch.demos.boring_classes import BoringModel, BoringDataModule\n"
+        "LightningCLI(BoringModel, BoringDataModule)\n"
+    )
+    options = ["--trainer.callbacks+=lightning_pet.LoRACallback", "--trainer.callbacks.r=1"]
+    options += ["--trainer.callbacks.target_modules=layer", "--trainer.fast_dev_run=true", *QUIET]
+    assert "lora" in run([str(script), "fit", *options], tmp_path).stdout
+
+
+def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: user_code.Net\ndata: user_code.Data\n"
+        "trainer: {max_epochs: 2, logger: false, enable_progress_bar: false, accelerator: cpu}\n"
+        "pet:\n- class_path: LoRACallback\n  init_args: {r: 4, target_modules: [net.0, net.2]}\n"
+    )
+    script = tmp_path / "verbs.py"
+    script.write_text(
+        "import sys\nfrom lightning_pet.lightning_cli import run\n"
+        "for verb in ('validate', 'test', 'predict', 'fit'):\n"
+        "    print('verb', verb, flush=True)\n    run([verb, '-c', sys.argv[1], '--ckpt_path', sys.argv[2]])\n"
+    )
+    done = run([str(script), str(config), str(trained[0])], tmp_path)
+    for text in ("val/loss", "test/loss", "verb fit", "`Trainer.fit` stopped: `max_epochs=2` reached"):
+        assert text in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--pet+=LoRACalback"], ["LoRACalback", "Did you mean the callback LoRACallback?"]),
+        (["--pet+=LoRACallback", "--pet.rank=4"], ["'rank' is not accepted", "Did you mean the option 'r' of LoRACallback?"]),
+        (["--pet+=LoRACallback", "--pet.drop_out=0.1"], ["Did you mean the option 'dropout' of LoRACallback?"]),
+        (["--pet+=LoRACallback", "--pet.r=0"], ["r=0", "positive integer"]),
+        (["--pet+=LoRACallback", "--pet.init=zero"], ["pissa"]),
+        (["--pet+=LoRACallback", "--pet.target_modules=[net.0,net.9]"], ["TargetError", "net.9"]),
+    ],
+    ids=["callback", "alias", "option", "value", "choice", "target"],
+)
+def test_mistakes_get_a_message_and_no_traceback(arguments: list[str], texts: list[str], tmp_path: Path) -> None:
+    model = ["--model=user_code.Net", "--data=user_code.Data", "--trainer.max_epochs=1", *QUIET]
+    done = run(ours("fit", *model, *arguments), tmp_path, check=False)
+    assert done.returncode != 0
+    for text in texts:
+        assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_wrong_checkpoint_is_refused(tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+
+    base = tmp_path / "base.ckpt"
+    torch.save({"state_dict": {}, "pytorch-lightning_version": pl.__version__, "epoch": 0, "global_step": 0}, base)
+    done = run(fit_arguments(f"--ckpt_path={base}"), tmp_path, check=False)
+    assert done.returncode != 0
+    assert "not a delta checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect(trained: tuple[Path, str], tmp_path: Path) -> None:
+    table = run(ours("inspect", str(trained[0])), tmp_path).stdout
+    assert "lora:default" in table
+    assert "head.weight" in table
+    summary = json.loads(run(ours("inspect", str(trained[0]), "--json_output=true"), tmp_path).stdout)
+    assert summary["methods"][0]["config"]["r"] == 4
+    assert set(summary["tensors"]) == EXPECTED
+
+
+def test_inspect_refuses_damage(trained: tuple[Path, str], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(trained[0].read_bytes()[:-2000])
+    done = run(ours("inspect", str(damaged)), tmp_path, check=False)
+    assert done.returncode != 0
+    assert "damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_merge_writes_an_ordinary_transformers_folder(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    from lightning_pet import LoRACallback, apply, save_delta
+    from tests.methods import zoo
+    from tests.methods.battery import perturb
+
+    model, forward = zoo.bert()
+    model.save_pretrained(tmp_path / "base")
+    perturb(apply(model, [LoRACallback(r=2)]))
+    save_delta(model, tmp_path / "d.pet.safetensors")
+    command = ours("merge", str(tmp_path / "d.pet.safetensors"), str(tmp_path / "base"), str(tmp_path / "merged"))
+    run(command, tmp_path)
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(forward(merged), forward(model), atol=1e-5)
+    again = run(command, tmp_path, check=False)
+    assert again.returncode != 0
+    assert "exists already" in again.stderr
+
+
+def test_help_of_file_verbs_does_not_import_lightning(tmp_path: Path) -> None:
+    probe = (
+        "import sys; sys.argv = ['lightning-pet', *sys.argv[1:]]\n"
+        "import contextlib\nfrom lightning_pet.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n    main()\n"
+        "assert 'lightning' not in sys.modules and 'torch' not in sys.modules, 'imported too much'\n"
+    )
+    for arguments in (["inspect", "--help"], ["merge", "--help"], ["--help"]):
+        assert "usage" in run(["-c", probe, *arguments], tmp_path).stdout
+
+
+def test_unknown_verb(tmp_path: Path) -> None:
+    done = run(ours("inspekt"), tmp_path, check=False)
+    assert done.returncode != 0
+    assert "'inspect'" in done.stderr

@@ -1,0 +1,60 @@
+"""The public surface is a promise: a change to it shows here."""
+
+import inspect
+
+import lightning.pytorch as pl
+
+import lightning_pet
+from lightning_pet.errors import PETError
+
+NAMES = [
+    "Adapted",
+    "ArgumentError",
+    "BaseMismatchError",
+    "DeadSiteError",
+    "DeltaFileError",
+    "LoRACallback",
+    "NotMergeableError",
+    "OptimizerMismatchError",
+    "PETCallback",
+    "PETError",
+    "TargetError",
+    "UnsupportedStrategyError",
+    "apply",
+    "inspect_delta",
+    "load_delta",
+    "load_from_checkpoint",
+    "save_delta",
+]
+
+
+def test_public_names() -> None:
+    assert sorted(lightning_pet.__all__) == NAMES
+
+
+def test_every_name_is_defined_in_this_package() -> None:
+    for name in NAMES:
+        assert getattr(lightning_pet, name).__module__.startswith("lightning_pet."), name
+
+
+def test_callbacks_are_lightning_callbacks_with_defaults_for_everything() -> None:
+    for name in NAMES:
+        cls = getattr(lightning_pet, name)
+        if name.endswith("Callback"):
+            assert issubclass(cls, pl.Callback)
+        if name.endswith("Callback") and not inspect.isabstract(cls):
+            assert cls().config()["name"] == "default"
+
+
+def test_every_error_is_caught_by_the_root() -> None:
+    for name in NAMES:
+        if name.endswith("Error"):
+            assert issubclass(getattr(lightning_pet, name), PETError)
+    assert issubclass(PETError, ValueError)
+
+
+def test_the_command_is_installed_as_documented() -> None:
+    from importlib.metadata import entry_points
+
+    found = [entry.value for entry in entry_points(group="console_scripts") if entry.name == "lightning-pet"]
+    assert found in ([], ["lightning_pet.cli:main"])  # empty in a checkout that is only on the path
