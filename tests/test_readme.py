@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_pet.cli import inspect, merge
-from lightning_pet.lightning_cli import run
+from lightning_pet.lightning_cli import default_config, run
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -117,6 +117,8 @@ def test_ci_takes_the_commands_from_the_readme() -> None:
 @pytest.mark.parametrize("words", [w for verb in ("fit", "validate", "test") for w in commands(f"lightning-pet {verb}")], ids=" ".join)
 @pytest.mark.usefixtures("workplace")
 def test_a_trainer_command_parses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if not {"-c", "--config"} & set(words) and not any(word.startswith("--model") for word in words):
+        words = [*words[:2], "-c", str(default_config()), *words[2:]]  # as run() does, except to print
     with pytest.raises(SystemExit) as end:
         run([*words[1:], "--print_config"])
     assert not end.value.code

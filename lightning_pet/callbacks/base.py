@@ -108,7 +108,7 @@ class PETCallback(Callback):
     @property
     def state_key(self) -> str:
         """Key of this callback in a checkpoint: the class and the user's name, never a hyper-parameter."""
-        return self._generate_state_key(name=self.name)
+        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""

@@ -42,7 +42,8 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
         The structure as this one forward shows it.
 
     Raises:
-        TargetError: the forward raised, or returned nothing that depends on the model's parameters.
+        TargetError: the forward raised, or returned nothing that depends on the model's parameters, or its graph
+            has a form that cannot be read.
     """
     with undisturbed(model):
         recorder = Recorder(model)
@@ -61,7 +62,13 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
                 f"the probing forward of {type(model).__name__} returned no tensor that depends on its parameters. "
                 "Return the outputs or the loss, and do not run the model under torch.no_grad()."
             )
-        return _Reading(model, record).structure()
+        try:
+            return _Reading(model, record).structure()
+        except Exception as error:
+            raise TargetError(
+                f"the autograd graph of {type(model).__name__} could not be read: {type(error).__name__}: {error}. "
+                "Name the target modules instead of their roles, and please report this model."
+            ) from error
 
 
 def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Structure:

@@ -1,9 +1,7 @@
 """Keeps a delta in the precision it was made in, whatever the base is cast to."""
 
-from typing import Any
-
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
 
@@ -21,15 +19,21 @@ def keep_delta_precision(trainer: pl.Trainer) -> None:
     original = plugin.convert_module
 
     def convert_module(module: nn.Module) -> nn.Module:
-        kept = [(p, p.data) for m in module.modules() if isinstance(m, Delta) for p in _tensors(m)]
+        deltas = [part for m in module.modules() if isinstance(m, Delta) for part in m.modules()]
+        parameters = [(p, p.data) for part in deltas for p in part.parameters(recurse=False)]
+        buffers = [(part, name, b) for part in deltas for name, b in part.named_buffers(recurse=False)]
         module = original(module)
-        for parameter, data in kept:
-            if parameter.dtype.itemsize < data.dtype.itemsize:
+        for parameter, data in parameters:
+            if _narrowed(parameter, data):
                 parameter.data = data.to(parameter.device)
+        for part, name, buffer in buffers:
+            # A conversion makes new buffers, where it fills parameters anew.
+            if _narrowed(now := part.get_buffer(name), buffer):
+                part._buffers[name] = buffer.to(now.device)
         return module
 
     plugin.convert_module = convert_module  # type: ignore[method-assign]
 
 
-def _tensors(module: nn.Module) -> list[Any]:
-    return [*module.parameters(), *module.buffers()]
+def _narrowed(now: Tensor, before: Tensor) -> bool:
+    return now.dtype.itemsize < before.dtype.itemsize

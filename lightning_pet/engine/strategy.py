@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 
 from lightning_pet.engine.archive import read_checkpoint
 from lightning_pet.errors import UnsupportedStrategyError
@@ -98,6 +98,9 @@ class StrategyAdapter:
             setattr(strategy, method.__name__, method)
 
 
+# Subclasses of DDPStrategy that keep and write parameters in their own ways.
+_OTHERS = (DeepSpeedStrategy, XLAStrategy)
+
 ADAPTERS: list[tuple[type[Strategy], type[StrategyAdapter]]] = [
     (SingleDeviceStrategy, StrategyAdapter),
     (DDPStrategy, StrategyAdapter),
@@ -112,7 +115,7 @@ def adapter_for(trainer: pl.Trainer) -> StrategyAdapter:
         UnsupportedStrategyError: if there is none.
     """
     for kind, adapter in ADAPTERS:
-        if isinstance(trainer.strategy, kind):
+        if isinstance(trainer.strategy, kind) and not isinstance(trainer.strategy, _OTHERS):
             return adapter(trainer.strategy)
     supported = ", ".join(kind.__name__ for kind, _ in ADAPTERS)
     raise UnsupportedStrategyError(

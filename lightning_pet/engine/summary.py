@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lightning_pet.core.insertion import CHILD
 from lightning_pet.engine.delta import Stored, read
 
 
@@ -44,8 +45,7 @@ def _norm(tensor: Any) -> float:
 
 def _method(stored: Stored, index: int) -> dict[str, Any]:
     record = stored.methods[index]
-    key = f".pet.{record.method}_{record.name}"
-    own = [tensor for name, tensor in stored.tensors.items() if key in f".{name}"]
+    own = [tensor for name, tensor in stored.tensors.items() if _owner(stored, name) == index]
     return {
         "method": record.method,
         "name": record.name,
@@ -53,6 +53,19 @@ def _method(stored: Stored, index: int) -> dict[str, Any]:
         "places": [target.path for target in record.targets],
         "parameters": sum(tensor.numel() for tensor in own),
     }
+
+
+def _owner(stored: Stored, name: str) -> int | None:
+    """Index of the method that a tensor belongs to; ``None`` for trained base tensors."""
+    host, _, rest = f".{name}".rpartition(f".{CHILD}.")
+    key = rest.partition(".")[0]
+    fits = {
+        len(f"{record.method}_{record.name}"): index
+        for index, record in enumerate(stored.methods)
+        if f"{key}_".startswith(f"{record.method}_{record.name}_")  # a suffix tells parts of one projection apart
+        and host.removeprefix(".") in {target.module for target in record.targets}
+    }
+    return fits[max(fits)] if fits else None
 
 
 def print_summary(summary: dict[str, Any]) -> None:

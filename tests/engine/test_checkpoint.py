@@ -149,7 +149,7 @@ def test_best_and_last(tmp_path, save_last):
     score = trainer(lora(), limit_val_batches=1.0).validate(fresh, datamodule=Data(), ckpt_path=best)
     assert score[0]["val_loss"] == best_score.item()
     continued = Module(Net())
-    more = trainer(lora(), ModelCheckpoint(tmp_path, save_last=save_last), max_epochs=5)
+    more = trainer(lora(), ModelCheckpoint(tmp_path, save_last=save_last), max_epochs=5, limit_val_batches=1.0)
     step = torch.load(last, weights_only=True)["global_step"]
     more.fit(continued, datamodule=Data(), ckpt_path="last")
     assert len(continued.losses) == 25 - step

@@ -335,8 +335,7 @@ def test_tuners_that_save_and_restore_in_process(tuner, tmp_path):
 # --- compile and gradient checkpointing -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("what", ["module", "net"])
+@pytest.mark.parametrize(("what", "backend"), [("module", "eager"), ("net", "eager")])
 def test_compiled(what, backend, tmp_path):
     class Quiet(Module):
         def training_step(self, batch, batch_idx):

@@ -1,9 +1,7 @@
 """Finding and reading models: folders, packages, digests, and never the network for a local folder."""
 
 import hashlib
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -113,19 +111,3 @@ def test_new_model_from_a_configuration():
     assert model.config.hidden_size == 16
     with pytest.raises(ArgumentError, match="needs 'model_type'"):
         load_model("AutoModel", {"vocab_size": 3})
-
-
-def test_importing_the_modules_does_not_import_transformers():
-    names = ["modules.text_classification", "modules.seq2seq", "data.text_classification", "data.seq2seq"]
-    names += ["data.docstring_topics", "data.dates"]
-    code = "import sys\n" + "".join(f"import lightning_pet.{name}\n" for name in names)
-    code += "print(sorted({'transformers', 'datasets', 'sklearn'} & set(sys.modules)))"
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-    assert done.stdout.strip() == "[]", done.stderr

@@ -154,6 +154,25 @@ def test_swapped_bytes_of_two_tensors_are_noticed(path):
     assert caught.value.code == "corrupt"
 
 
+@pytest.mark.parametrize(
+    ("offsets", "values", "text"),
+    [
+        (([0, 16], [20, 36]), 36, "'b': starts at byte 20, expected 16"),
+        (([0, 16], [8, 24]), 24, "'b': starts at byte 8, expected 16"),
+        (([0, 20], [20, 36]), 36, r"'a': found 20 bytes, expected 16 for F32 \[4\]"),
+        (([0, 16], [16, 32]), 40, "found 40 bytes of values, expected 32"),
+    ],
+)
+def test_values_cover_the_file_without_hole_overlap_or_tail(path, offsets, values, text):
+    write_delta(path, {"a": torch.zeros(4), "b": torch.zeros(4)}, manifest_of())
+    header, _ = split(path.read_bytes())
+    header["a"]["data_offsets"], header["b"]["data_offsets"] = offsets
+    path.write_bytes(join(header, bytes(values)))
+    with pytest.raises(DeltaFileError, match=text) as caught:
+        read_delta(path)
+    assert caught.value.code == "corrupt"
+
+
 def test_a_foreign_safetensors_file_is_told_apart(path):
     save_file(tensors_of(0), path, metadata={"format": "pt"})
     with pytest.raises(DeltaFileError, match="not written by save_delta") as caught:

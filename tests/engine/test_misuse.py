@@ -1,0 +1,237 @@
+"""Every misuse is a named error before the first step, whose text says what to do, and leaves the model as it was."""
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
+from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, trainer
+from torch import nn
+
+from lightning_pet.callbacks.lora import LoRACallback
+from lightning_pet.engine.adapt import apply
+from lightning_pet.errors import (
+    ArgumentError,
+    DeadSiteError,
+    OptimizerMismatchError,
+    PETError,
+    TargetError,
+    UnsupportedStrategyError,
+)
+
+
+def lbfgs(module):
+    return torch.optim.LBFGS(module.parameters())
+
+
+def nothing(module):
+    return None
+
+
+def two(module):
+    """Neither the hosts nor the deltas are in one of them."""
+    return [torch.optim.SGD([p], 0.1) for p in module.net.head.parameters()]
+
+
+def twice(module):
+    parameters = list(module.parameters())
+    return [torch.optim.SGD(parameters, 0.1), torch.optim.SGD(parameters, 0.1)]
+
+
+class TwoOptimizers(Module):
+    automatic_optimization = False
+
+
+class Skips(Module):
+    """fc2 is there, but no forward runs it."""
+
+    def loss(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net.head(self.net.fc1(x)), y)
+
+
+class Detached(Module):
+    def loss(self, batch):
+        x, y = batch
+        with torch.no_grad():
+            features = self.net.fc1(x)
+        return nn.functional.cross_entropy(self.net.head(self.net.fc2(features)), y)
+
+
+class OwnChild(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc1.pet = nn.Identity()
+
+
+class Patched(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc1.forward = self.fc1.forward
+
+
+class Reentrant(Module):
+    def loss(self, batch):
+        from torch.utils.checkpoint import checkpoint
+
+        x, y = batch
+        return nn.functional.cross_entropy(self.net.head(checkpoint(self.net.fc1, x, use_reentrant=True)), y)
+
+
+CASES = {
+    "unknown target": (lambda: (Module(Net()), [lora(target_modules=["fc9"])]), TargetError, ["'fc9'", "fc1"]),
+    "one of two unknown": (lambda: (Module(Net()), [lora(target_modules=["fc1", "nope"])]), TargetError, ["'nope'"]),
+    "unknown role": (
+        lambda: (Module(Net()), [LoRACallback(target_modules=["attention.qq"], verbose=False)]),
+        TargetError,
+        ["attention.qq"],
+    ),
+    "no such role here": (lambda: (Module(Net()), [LoRACallback(verbose=False)]), TargetError, ["attention.q"]),
+    "everything excluded": (
+        lambda: (Module(Net()), [lora(exclude_modules=["fc1", "fc2"])]),
+        TargetError,
+        ["exclude"],
+    ),
+    "unknown exclusion": (lambda: (Module(Net()), [lora(exclude_modules=["fc7"])]), TargetError, ["fc7"]),
+    "a target that hosts nothing": (lambda: (Module(Net()), [lora(target_modules=["drop"])]), TargetError, ["drop"]),
+    "rank too large": (lambda: (Module(Net()), [lora(r=7)]), TargetError, ["at most 6", "Lower r"]),
+    "unknown submodule": (lambda: (Module(Net()), [lora(module="nett")]), TargetError, ["'nett'", "net"]),
+    "unknown head": (lambda: (Module(Net()), [lora(modules_to_save=["hed"])]), TargetError, ["'hed'", "head"]),
+    "unknown rank pattern": (
+        lambda: (Module(Net()), [lora(rank_pattern={"fc9": 3})]),
+        ArgumentError,
+        ["rank_pattern", "fc9"],
+    ),
+    "one name twice": (lambda: (Module(Net()), [lora(), lora()]), ArgumentError, ["'default'", "name='second'"]),
+    "no biases": (
+        lambda: (Module(nn.Sequential(nn.Linear(6, 3, bias=False))), [lora(target_modules=["0"], bias="all")]),
+        TargetError,
+        ["bias='none'"],
+    ),
+    "a child called pet": (lambda: (Module(OwnChild()), [lora()]), TargetError, ["fc1", "'pet'"]),
+    "a patched forward": (lambda: (Module(Patched()), [lora()]), TargetError, ["fc1", "device_map"]),
+    "no optimizer": (lambda: (Module(Net(), nothing), [lora()]), OptimizerMismatchError, ["returned no optimizer"]),
+    "several without a place": (
+        lambda: (TwoOptimizers(Net(), two), [lora()]),
+        OptimizerMismatchError,
+        ["net.fc1.pet.lora_default.a", "2 optimizers"],
+    ),
+    "in two optimizers": (
+        lambda: (TwoOptimizers(Net(), twice), [lora()]),
+        OptimizerMismatchError,
+        ["more than one group"],
+    ),
+    "LBFGS with a ratio": (
+        lambda: (Module(Net(), lbfgs), [lora(lora_plus_ratio=2.0)]),
+        OptimizerMismatchError,
+        ["LBFGS", "ratio to 1"],
+    ),
+    "a host that never runs": (
+        lambda: (Skips(Net()), [lora()]),
+        DeadSiteError,
+        ["net.fc2.pet.lora_default.a", "exclude_modules"],
+    ),
+    "a cut graph": (lambda: (Detached(Net()), [lora()]), DeadSiteError, ["net.fc1.pet.lora_default.a", "no_grad"]),
+    "reentrant checkpointing": (
+        lambda: (Reentrant(Net()), [lora(target_modules=["fc1"])]),
+        DeadSiteError,
+        ["net.fc1.pet.lora_default.a", "use_reentrant=False"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_misuse(case):
+    build, error, words = CASES[case]
+    module, callbacks = build()
+    before, kinds = digest(module), classes(module)
+    children = {name for name, _ in module.named_modules()}
+    with pytest.raises(error) as caught:
+        fit(module, *callbacks)
+    assert isinstance(caught.value, PETError)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert (digest(module), classes(module)) == (before, kinds)
+    assert {name for name, _ in module.named_modules()} == children
+    assert is_pristine(module) or case == "a child called pet"
+    assert all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"r": 0}, "r=0: the rank must be a positive integer"),
+        ({"r": -3}, "r=-3"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"lora_plus_ratio": -1.0}, "lora_plus_ratio=-1.0"),
+        ({"init": "zero"}, "init='zero'"),
+        ({"bias": "some"}, "bias='some'"),
+        ({"use_dora": True, "init": "pissa"}, "choose one"),
+        ({"name": "a.b"}, "name='a.b'"),
+        ({"name": ""}, "name=''"),
+        ({"base_check": "maybe"}, "base_check='maybe'"),
+    ],
+)
+def test_arguments(options, words):
+    with pytest.raises(ArgumentError) as caught:
+        lora(**options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy])
+def test_unsupported_strategies(kind):
+    """Refused in setup, by name. Without their hardware they cannot be built in full; their class is what counts."""
+    method, module = lora(), Module(Net())
+    run = trainer(method)
+    run._accelerator_connector.strategy = kind.__new__(kind)
+    with pytest.raises(UnsupportedStrategyError) as caught:
+        method.setup(run, module, "fit")
+    assert kind.__name__ in str(caught.value)
+    assert "strategy='auto' or 'ddp'" in str(caught.value)
+    assert is_pristine(module)
+
+
+def test_modules_that_setup_replaces_in_a_later_run():
+    class Rebuilds(Module):
+        def setup(self, stage):
+            if stage == "validate":
+                self.net.fc1 = nn.Linear(6, 8)
+
+    module = Rebuilds(Net())
+    run = fit(module, lora(), max_epochs=1)
+    with pytest.raises(PETError, match=r"net.fc1|fc1.pet.lora_default.a.*only if it is not there yet"):
+        run.validate(module, datamodule=Data(), verbose=False)
+
+
+def test_applied_twice():
+    net = Net()
+    apply(net, [lora()])
+    before = digest(net)
+    with pytest.raises(ArgumentError, match="other options"):
+        apply(net, [lora(r=1)])
+    assert apply(net, [lora()]).record.applied[0].name == "default"
+    assert digest(net) == before
+    with pytest.raises(ArgumentError, match="at least one callback"):
+        apply(Net(), [])
+
+
+def test_a_callback_outside_of_a_trainer():
+    with pytest.raises(PETError, match="never set up"):
+        lora().on_fit_start(trainer(), Module(Net()))
+
+
+def test_nothing_trains_is_impossible():
+    """Whatever the module froze before, the delta trains."""
+    module = Module(Net())
+    module.requires_grad_(False)
+    fit(module, lora(), max_epochs=1)
+    assert not torch.equal(module.net.fc1.pet["lora_default"].b, torch.zeros(8, 2))
+
+
+def test_a_frozen_optimizer_is_filled():
+    module = Module(Net(), lambda m: torch.optim.SGD([m.net.fc1.weight], 0.1))
+    run = fit(module, lora(), max_epochs=1)
+    assert len(run.optimizers[0].param_groups[0]["params"]) == 6
