@@ -106,15 +106,9 @@ def names_of(model: nn.Module, targets: str) -> list[str]:
 
 def with_ours(model: nn.Module, targets: list[str]) -> nn.Module:
     """The model with this library's LoRA on the targets."""
-    from lightning_pet.core.insertion import attach
-    from lightning_pet.core.structure import Target
-    from lightning_pet.layers.low_rank import LowRankLinear
+    from lightning_pet import LoRACallback, apply
 
-    model.requires_grad_(False)
-    for name in targets:
-        host = model.get_submodule(name)
-        delta = LowRankLinear(host.in_features, host.out_features, RANK, scale=ALPHA / RANK)
-        attach(model, Target(name), "lora_default", delta)
+    apply(model, [LoRACallback(r=RANK, alpha=ALPHA, target_modules=targets, modules_to_save=[])])
     return model
 
 

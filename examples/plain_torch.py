@@ -1,7 +1,7 @@
 """One base model, two behaviours: LoRA on a LightningModule around plain torch layers.
 
-A small transformer learns to name the largest of twelve digits. A LoRA delta then teaches the same, frozen model to name
-the smallest. With the delta switched off it still names the largest, bit for bit as before.
+A small transformer learns to name the largest of twelve digits. A LoRA delta then teaches the same, frozen model to
+name the smallest. With the delta switched off it still names the largest, bit for bit as before.
 
     python examples/plain_torch.py            # a few seconds after the imports, no download
 """
@@ -79,7 +79,9 @@ def main() -> None:
     print(f"base:      largest {accuracy(module, largest):.2f}  smallest {accuracy(module, smallest):.2f}")
 
     # 2. The delta. The layers of nn.MultiheadAttention are named like any others; the head trains as it is.
-    lora = LoRACallback(r=8, alpha=16, target_modules=["in_proj_weight", "out_proj", "linear1", "linear2"], modules_to_save=["head"])
+    lora = LoRACallback(
+        r=8, alpha=16, target_modules=["in_proj_weight", "out_proj", "linear1", "linear2"], modules_to_save=["head"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         module.hparams.lr = 5e-3
         fit(module, dataset(3200, seed=50, largest=False), epochs=3, callbacks=[lora], default_root_dir=folder)

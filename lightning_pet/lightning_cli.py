@@ -71,7 +71,8 @@ class PetCLI(LightningCLI):
     def after_fit(self) -> None:
         """Show what was reached, beside the reference points, and where the delta lies."""
         data = self.datamodule
-        metric = data.metric if isinstance(data, ReferencePoints) else None
+        monitor = getattr(self.trainer.checkpoint_callback, "monitor", None)
+        metric = data.metric if isinstance(data, ReferencePoints) else monitor
         show_result(self.trainer, metric, self.reference_points)
 
 

@@ -16,6 +16,11 @@ TASKS = sorted(CONFIGS.glob("*.yaml"))
 PARTS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in TASKS)
 
 
+@pytest.fixture(autouse=True)
+def own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-pet"])  # LightningCLI warns of other arguments than its own
+
+
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
     with pytest.raises(SystemExit) as end:
         run(["fit", *argv, "--print_config"])
@@ -45,7 +50,10 @@ def test_a_part_parses_on_top_of_a_task(path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("path", [*TASKS, *PARTS], ids=lambda path: path.stem)
 def test_a_configuration_opens_with_its_command(path: Path) -> None:
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
-    assert f"lightning-pet fit -c configs/{path.relative_to(CONFIGS)}" in head or f"-c configs/{path.relative_to(CONFIGS)}" in head
+    assert (
+        f"lightning-pet fit -c configs/{path.relative_to(CONFIGS)}" in head
+        or f"-c configs/{path.relative_to(CONFIGS)}" in head
+    )
 
 
 def test_a_method_file_shows_the_defaults_of_its_callback() -> None:

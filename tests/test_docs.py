@@ -38,8 +38,21 @@ def test_examples_in_pages(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", str(tmp_path / "doctrees")]
-    done = subprocess.run([*command, str(DOCS), str(tmp_path / "html")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        "-d",
+        str(tmp_path / "doctrees"),
+    ]
+    done = subprocess.run(
+        [*command, str(DOCS), str(tmp_path / "html")], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     for page in ("index", "quickstart", "concepts", "methods/lora", "checkpoints", "cli", "troubleshooting", "api"):
         assert (tmp_path / "html" / f"{page}.html").is_file()
@@ -61,7 +74,9 @@ def test_every_error_is_in_troubleshooting() -> None:
     import lightning_pet
 
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    assert not [name for name in lightning_pet.__all__ if name.endswith("Error") and name not in ("PETError", *text.split("`"))]
+    assert not [
+        name for name in lightning_pet.__all__ if name.endswith("Error") and name not in ("PETError", *text.split("`"))
+    ]
 
 
 def test_no_table_is_left_open() -> None:

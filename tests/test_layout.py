@@ -200,7 +200,7 @@ def own_attributes() -> set[str]:
 
 
 def test_private_names_of_others_are_listed_in_one_file() -> None:
-    """What Lightning or torch may rename is listed in engine/private.py, so that an upgrade has one place to look at."""
+    """What Lightning or torch may rename is listed in engine/private.py: one place to look at after an upgrade."""
     listed = (PACKAGE / "engine" / "private.py").read_text(encoding="utf-8")
     ours = own_attributes()
     wrong = []
@@ -259,7 +259,9 @@ def test_everything_public_has_a_docstring() -> None:
 
 def test_text_speaks_of_the_project_alone() -> None:
     """No path of a machine, in any file that is shipped."""
-    files = [path for top in ("lightning_pet", "docs", "examples", "configs", "tests") for path in (ROOT / top).rglob("*")]
+    files = [
+        path for top in ("lightning_pet", "docs", "examples", "configs", "tests") for path in (ROOT / top).rglob("*")
+    ]
     for path in [*files, ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "constraints.txt"]:
         if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt") and "_build" not in path.parts:
             found = re.search(r"(?<![\w.])/(?:work|home|root|opt|mnt)/\w+", path.read_text(encoding="utf-8"))

@@ -40,7 +40,12 @@ def blocks(language: str, text: str = TEXT) -> list[str]:
 
 
 def commands(start: str) -> list[list[str]]:
-    lines = [line for path in PAGES for block in blocks("bash", path.read_text(encoding="utf-8")) for line in block.splitlines()]
+    lines = [
+        line
+        for path in PAGES
+        for block in blocks("bash", path.read_text(encoding="utf-8"))
+        for line in block.splitlines()
+    ]
     found = [shlex.split(line, comments=True) for line in dict.fromkeys(lines)]
     return [words for words in found if words[: len(start.split())] == start.split()]
 
@@ -106,7 +111,9 @@ def test_ci_takes_the_commands_from_the_readme() -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
     function = re.search(r"^readme_command\(\) \{.*?^\}", script, flags=re.M | re.S)[0]
     for name in ("main", "tests"):
-        done = subprocess.run(["bash", "-c", f"{function}\nreadme_command {name}"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", f"{function}\nreadme_command {name}"], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.stdout == marked(name) + "\n"
         assert f"run_readme {name}" in script
 
@@ -114,7 +121,9 @@ def test_ci_takes_the_commands_from_the_readme() -> None:
 # -- commands, in the README and in the documentation -----------------------------------------------
 
 
-@pytest.mark.parametrize("words", [w for verb in ("fit", "validate", "test") for w in commands(f"lightning-pet {verb}")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for verb in ("fit", "validate", "test") for w in commands(f"lightning-pet {verb}")], ids=" ".join
+)
 @pytest.mark.usefixtures("workplace")
 def test_a_trainer_command_parses(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if not {"-c", "--config"} & set(words) and not any(word.startswith("--model") for word in words):
@@ -125,7 +134,9 @@ def test_a_trainer_command_parses(words: list[str], capsys: pytest.CaptureFixtur
     assert "trainer:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [w for verb in ("inspect", "merge") for w in commands(f"lightning-pet {verb}")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for verb in ("inspect", "merge") for w in commands(f"lightning-pet {verb}")], ids=" ".join
+)
 def test_a_file_command_parses(words: list[str]) -> None:
     parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli({"inspect": inspect, "merge": merge}, args=[]))
     parsed = parser.parse_args(words[1:])

@@ -144,23 +144,23 @@ class Adapted:
             owners.setdefault(id(parameter), set()).add(name)
         merged: dict[int, tuple[nn.Parameter, Tensor]] = {}
         for _, target, path, key in self.record.hosts():
-            parameter = modules[path]._parameters[target.parameter]
-            assert parameter is not None  # resolved when the delta was inserted
-            shared = {n for n in owners[id(parameter)]}
-            holders = {id(m) for m in modules.values() if any(p is parameter for p in m._parameters.values())}
+            base = modules[path]._parameters[target.parameter]
+            assert base is not None  # resolved when the delta was inserted
+            shared = {n for n in owners[id(base)]}
+            holders = {id(m) for m in modules.values() if any(p is base for p in m._parameters.values())}
             if len(holders) > 1:
                 raise NotMergeableError(
                     f"{target.path} is tied ({', '.join(sorted(shared))}): merging would change every one of them. "
                     "Keep the delta attached, or untie the weights first."
                 )
-            if not parameter.is_floating_point():
+            if not base.is_floating_point():
                 raise NotMergeableError(
-                    f"{target.path} is stored as {parameter.dtype}: a delta cannot be added to a quantised weight "
+                    f"{target.path} is stored as {base.dtype}: a delta cannot be added to a quantised weight "
                     "without loss. Keep the delta attached, or load the base in floating point."
                 )
-            weight = merged[id(parameter)][1] if id(parameter) in merged else parameter.detach()
+            weight = merged[id(base)][1] if id(base) in merged else base.detach()
             delta = modules[join(path, "pet", key)]
-            merged[id(parameter)] = (parameter, delta.merged(weight))  # type: ignore[operator]
+            merged[id(base)] = (base, delta.merged(weight))  # type: ignore[operator]
         return list(merged.values())
 
     def _mute(self, on: bool) -> None:

@@ -94,6 +94,7 @@ class Structure:
         source: ``"probe"`` if a forward was read, ``"names"`` if only module names were.
         disagreements: human-readable differences between probe and names.
         unresolved: fused projections of which it is known that they hold a role, but not in which rows.
+        prefix: path of this model in what the user handed over; names in target patterns may start with it.
     """
 
     targets: tuple[Target, ...] = ()
@@ -105,6 +106,7 @@ class Structure:
     source: Literal["probe", "names"] = "names"
     disagreements: tuple[str, ...] = field(default=())
     unresolved: tuple[Target, ...] = ()
+    prefix: str = ""
 
     def within(self, scope: str) -> "Structure":
         """The part of the model below one submodule, with paths from that submodule."""
@@ -120,7 +122,11 @@ class Structure:
 
         return replace(
             self,
+            prefix=f"{self.prefix}.{scope}".lstrip("."),
             targets=tuple(replace(t, module=strip(t.module)) for t in self.targets if t.module.startswith(prefix)),
+            unresolved=tuple(
+                replace(t, module=strip(t.module)) for t in self.unresolved if t.module.startswith(prefix)
+            ),
             sites=tuple(
                 replace(
                     site,

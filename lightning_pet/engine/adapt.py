@@ -1,8 +1,10 @@
 """Applying methods to a model, with or without a Trainer: one code path."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch import nn
 
 from lightning_pet.core.adaptation import commit, prepare, record_of, undo
@@ -71,7 +73,9 @@ def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[],
     pending = [method for method in methods if not is_applied(root, method)]
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
-        structure = analyse(root, forward or example_forward(model))
+        structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
+        for difference in structure.disagreements:
+            rank_zero_debug(f"structure of {type(root).__name__}: {difference}")
         commit(root, prepare(root, pending, structure, scopes=scopes))
     return pending
 

@@ -48,7 +48,8 @@ def _compare_checksums(path: str | os.PathLike[str]) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise DeltaFileError(
-            f"{path} is damaged: the bytes of {damaged!r} do not match their checksum. Copy it again, or use an earlier save.",
+            f"{path} is damaged: the bytes of {damaged!r} do not match their checksum. Copy it again, or use an "
+            "earlier save.",
             "corrupt",
         )
 

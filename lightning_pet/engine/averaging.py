@@ -24,8 +24,8 @@ def refuse_averaging_first(callbacks: Sequence[pl.Callback], first: object) -> N
             return
         if isinstance(callback, _AVERAGING):
             raise UnsupportedStrategyError(
-                f"{type(callback).__name__} is listed before {type(first).__name__}: it would copy the model before the "
-                "delta is in it. List the PET callbacks first."
+                f"{type(callback).__name__} is listed before {type(first).__name__}: it would copy the model before "
+                "the delta is in it. List the PET callbacks first."
             )
 
 
@@ -40,9 +40,9 @@ def refuse_outdated_averages(callbacks: Iterable[pl.Callback], module: nn.Module
         average = private.average_of(callback) if isinstance(callback, _AVERAGING) else None
         if average is not None and {name for name, _ in average.named_parameters()} != names:
             raise UnsupportedStrategyError(
-                f"{type(callback).__name__} copied {type(module).__name__} before the delta was in it, because the module "
-                "builds or changes its model in setup or configure_model. Build the model in __init__, or leave "
-                f"{type(callback).__name__} out."
+                f"{type(callback).__name__} copied {type(module).__name__} before the delta was in it, because the "
+                "module builds or changes its model in setup or configure_model. Build the model in __init__, or "
+                f"leave {type(callback).__name__} out."
             )
 
 

@@ -64,8 +64,8 @@ class Checkpoints:
         kept = {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
         if absent := sorted(required - kept.keys()):
             raise PETError(
-                f"{len(absent)} tensors of the delta are not in the state of {type(self._run.module).__name__} that is to "
-                f"be saved: {', '.join(absent[:4])}. Its state_dict, or a hook on it, leaves them out."
+                f"{len(absent)} tensors of the delta are not in the state of {type(self._run.module).__name__} that is "
+                f"to be saved: {', '.join(absent[:4])}. Its state_dict, or a hook on it, leaves them out."
             )
         return kept
 
@@ -190,8 +190,8 @@ class Checkpoints:
         classes = _class_names(run.trainer.optimizers)
         if len(classes) == len(self._optimizer_names) and classes != self._optimizer_classes:
             raise OptimizerMismatchError(
-                f"The checkpoint was written with {self._optimizer_classes}, this run has {classes}: the state of one is "
-                "no state of the other. Resume with the optimizer of the checkpoint, or start a new run with start_from."
+                f"The checkpoint was written with {self._optimizer_classes}, this run has {classes}: the state of one "
+                "is none of the other. Resume with the optimizer of the checkpoint, or start a new run with start_from."
             )
         states = optim.reorder_state(checkpoint["optimizer_states"], self._optimizer_names, names)
         return {**checkpoint, "optimizer_states": states}

@@ -192,16 +192,16 @@ class Controller:
         try:
             self._new += insert_methods(self.module, self.methods)
         except TargetError:
-            forward = batch_forward(self.trainer, self.module)
-            if forward is None or not any(True for _ in root.parameters()):
+            if not any(True for _ in root.parameters()):
                 raise
-            self._new += insert_methods(self.module, self.methods, forward)
+            self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
 
     def _warn_spawn(self) -> None:
         if private.starts_processes(self.trainer.strategy.launcher) and self.rules() is None:
             rank_zero_warn(
-                "this strategy trains in new processes and hands only the weights back, so the delta will be missing in "
-                "this process after fit. Call lightning_pet.apply(module, callbacks) before fit, or use strategy='ddp'."
+                "this strategy trains in new processes and hands only the weights back, so the delta will be missing "
+                "in this process after fit. Call lightning_pet.apply(module, callbacks) before fit, or use "
+                "strategy='ddp'."
             )
 
     # --- optimizers -----------------------------------------------------------------------------
@@ -254,9 +254,9 @@ class Controller:
         if dead:
             shown = ", ".join(dead[:4]) + (f" and {len(dead) - 4} more" if len(dead) > 4 else "")
             raise DeadSiteError(
-                f"{len(dead)} delta parameters received no gradient in the first step: {shown}. Their hosts did not run, "
-                "or the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing without an input that "
-                "requires grad). Exclude these hosts with exclude_modules, or use use_reentrant=False."
+                f"{len(dead)} delta parameters received no gradient in the first step: {shown}. Their hosts did not "
+                "run, or the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing without an "
+                "input that requires grad). Exclude these hosts with exclude_modules, or use use_reentrant=False."
             )
         self._checked.add(id(optimizer))
         self._trained = True

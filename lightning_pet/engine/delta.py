@@ -25,7 +25,7 @@ from lightning_pet.core.adaptation import (
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Method
-from lightning_pet.core.naming import join, named_tensors
+from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.structure import Target
 from lightning_pet.engine import entry as entries
 from lightning_pet.engine.archive import read_checkpoint
@@ -187,14 +187,13 @@ def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
     """Trained base parameters that are in the file in the same shape; the others start as they are, with a warning."""
     own = dict(named_tensors(adapted.root))
     trained = set(adapted.record.trained_names)
-    there = {n for n in stored.tensors if n in own and isinstance(own[n], nn.Parameter)} - set(
-        adapted.record.delta_names
-    )
+    base = {name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)} - set(adapted.record.delta_names)
+    there = base & stored.tensors.keys()
     same = {name for name in there & trained if own[name].shape == stored.tensors[name].shape}
     if there - same:
         rank_zero_warn(
-            f"{stored.path}: {', '.join(sorted(there - same)[:4])} are not taken over, because they do not train here or "
-            "have another shape; they keep the values of the model."
+            f"{stored.path}: {', '.join(sorted(there - same)[:4])} are not taken over, because they do not train here "
+            "or have another shape; they keep the values of the model."
         )
     return same
 
@@ -242,7 +241,8 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
     """Check a stored delta against a model, then insert and load it."""
     root = root_of(model)[1]
     methods = [_rebuild(record, stored.path) for record in stored.methods]
-    missing = [t.path for m in stored.methods for t in m.targets if not _has(root, t)]
+    modules = named_modules(root)
+    missing = [t.path for m in stored.methods for t in m.targets if not _has(modules, t)]
     if missing:
         raise DeltaFileError(
             f"{stored.path} was trained on a model with {missing[0]}, which this {type(root).__name__} does not have "
@@ -279,22 +279,22 @@ def _rebuild(record: MethodRecord, path: Path) -> Method:
     return method
 
 
-def _has(root: nn.Module, target: Target) -> bool:
-    try:
-        return target.parameter in root.get_submodule(target.module)._parameters
-    except AttributeError:
-        return False
+def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
+    module = modules.get(target.module)
+    return module is not None and module._parameters.get(target.parameter) is not None
 
 
 def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored) -> None:
-    """Exactly the tensors of these methods on this model: nothing missing, and no base weight that a file could overwrite."""
+    """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
     own = dict(named_tensors(root))
     expected: dict[str, Tensor] = {name: own[name] for item in prepared for name in item.trained}
     for item in prepared:
         for insertion in item.insertions:
             prefix = join(insertion.target.module, "pet", delta_key(item.method, insertion))
             expected |= {join(prefix, name): tensor for name, tensor in named_tensors(insertion.delta)}
-    optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)}
+    record = record_of(root)
+    others = set(record.delta_names if record else ())
+    optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)} - others
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(stored.tensors))]
     problems += [f"{name} is unexpected" for name in sorted(set(stored.tensors) - set(expected) - optional)]
     problems += [
@@ -305,7 +305,7 @@ def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored) ->
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise DeltaFileError(
-            f"{stored.path} does not fit this {type(root).__name__}: {'; '.join(problems[:4])}{more}. Load it into the kind "
-            "of model it was trained on.",
+            f"{stored.path} does not fit this {type(root).__name__}: {'; '.join(problems[:4])}{more}. Load it into the "
+            "kind of model it was trained on.",
             "mismatch",
         )

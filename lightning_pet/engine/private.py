@@ -22,7 +22,11 @@ name                                                      used for
 ``StochasticWeightAveraging._average_model``
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
+``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
+``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``core/graph.py`` and
+``Node._input_metadata``, ``Node._saved_groups``,         ``core/fused.py``; guarded by ``tests/core/test_graph.py``
+``Node._saved_weight``
 ========================================================  ==========================================================
 """
 
@@ -218,3 +222,10 @@ def checkpoints_reentrantly(module: Any) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     keywords = getattr(function, "keywords", {})
     return bool(getattr(module, "gradient_checkpointing", False)) and bool(keywords.get("use_reentrant", True))
+
+
+def loader_of_run(trainer: Any) -> Any:
+    """Make the loader (or loaders) of the run that is being set up, from wherever it comes; ``None`` without one."""
+    loops = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
+    source = getattr(trainer, loops[trainer.state.fn])._data_source
+    return source.dataloader() if source.is_defined() else None

@@ -5,12 +5,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_pet.core.adaptation import adapted_root
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.targets import suggest
+from lightning_pet.engine import private
 from lightning_pet.errors import TargetError
+
+_LOGS = ("log", "log_dict")
 
 
 def default_root(model: nn.Module) -> tuple[str, nn.Module]:
@@ -69,27 +73,32 @@ def example_forward(model: nn.Module) -> Callable[[], Any] | None:
     return lambda: model(example)
 
 
-def batch_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], Any] | None:
-    """A silent ``training_step`` on a few rows of the first training batch, if a data module can give one.
+def batch_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], Any]:
+    """A silent ``training_step`` (or ``predict_step``) on a few rows of the run's first batch.
 
     The last resort, for models that have neither dummy inputs nor familiar names: it calls user code.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is None:
-        return None
 
     def forward() -> Any:
-        batch = _first_rows(next(iter(datamodule.train_dataloader())), 2)
-        logs = {name: getattr(module, name) for name in ("log", "log_dict") if name in module.__dict__}
-        module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
+        batch = _first_batch(private.loader_of_run(trainer))
+        step = module.predict_step if trainer.state.fn == TrainerFn.PREDICTING else module.training_step
+        logs: dict[str, Any] = {name: module.__dict__[name] for name in _LOGS if name in module.__dict__}
+        module.__dict__.update(dict.fromkeys(_LOGS, lambda *args, **kwargs: None))
         try:
-            return module.training_step(batch, 0)
+            return step(_first_rows(batch, 2), 0)
         finally:
-            for name in ("log", "log_dict"):
-                module.__dict__.pop(name)
+            for name in _LOGS:
+                del module.__dict__[name]
             module.__dict__.update(logs)
 
     return forward
+
+
+def _first_batch(loader: Any) -> Any:
+    iterator = iter(loader)
+    if iterator is loader:
+        raise TypeError("the data is an iterator, which cannot give its first batch twice")
+    return next(iterator)
 
 
 def _first_rows(batch: Any, rows: int) -> Any:

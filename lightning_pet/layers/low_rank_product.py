@@ -70,7 +70,7 @@ class _LowRankLinear(torch.autograd.Function):
         b0: Tensor | None,
         scale: float,
         merged: bool,
-        rebuild: Callable[..., Tensor],
+        rebuild: Callable[..., Tensor] | None,
         *sources: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         if merged:
@@ -82,12 +82,12 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        _, weight, _, a, b, a0, b0, ctx.scale, ctx.merged, ctx.rebuild, *sources = inputs
+        x, weight, _, a, b, a0, b0, ctx.scale, ctx.merged, ctx.rebuild, *sources = inputs
         inner = output[1]
         if inner is not None:
             ctx.mark_non_differentiable(inner)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, a, b, a0, b0, inner, *sources)
+        ctx.save_for_backward(weight, a, b, a0, b0, inner, *(sources or (x,)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -101,7 +101,7 @@ class _LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             inner = None  # a second derivative is wanted, which a non-differentiable output would lose
         if need_weight or need_a or (need_b and inner is None):
-            x = ctx.rebuild(*sources)
+            x = ctx.rebuild(*sources) if ctx.rebuild is not None else sources[0]
             x = x.reshape(-1, x.shape[-1])
         if need_b:
             inner = a @ x.t() if inner is None else inner
@@ -152,7 +152,7 @@ def low_rank_linear(
         [..., out], differentiable in all tensors but ``origin``.
     """
     a0, b0 = (None, None) if origin is None else origin
-    rebuild, sources = source_of(x)
+    rebuild, sources = source_of(x) or (None, ())
     output: Tensor
     output, _ = _LowRankLinear.apply(x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)  # type: ignore[no-untyped-call]
     return output

@@ -17,24 +17,23 @@ from torch import Tensor
 Recipe = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
-def source_of(x: Tensor) -> Recipe:
+def source_of(x: Tensor) -> Recipe | None:
     """A function and tensors that give ``x``: the cheapest way to have it again in the backward pass.
 
     Args:
         x: a tensor that is about to be saved for a backward pass.
 
     Returns:
-        The operation that made ``x`` and the inputs that autograd keeps for it anyway; or the
-        identity and ``x`` itself, if there is no such operation, or it is not to be relied upon:
-        while compiling, under saved-tensor hooks (checkpointing, offloading), after ``x`` was
-        changed in place.
+        The operation that made ``x`` and the inputs that autograd keeps for it anyway; ``None`` if
+        there is no such operation, or it is not to be relied upon: while compiling, under
+        saved-tensor hooks (checkpointing, offloading), after ``x`` was changed in place.
     """
-    itself: Recipe = (_same, (x,))
     # Attributes of a node are documented (autograd mechanics, "saved tensors"); the raw form tells of hooks.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.grad_fn is None or x._version != 0:
-        return itself
+        return None
     node: Any = x.grad_fn
     inputs: tuple[Tensor | None, ...]
+    function: Callable[..., Tensor]
     match node.name():
         case "GeluBackward0":
             inputs, function = (_kept(node, "self"),), partial(F.gelu, approximate=node._saved_approximate)
@@ -43,13 +42,9 @@ def source_of(x: Tensor) -> Recipe:
         case "MulBackward0":  # the gate of a gated feed-forward block
             inputs, function = (_kept(node, "self"), _kept(node, "other")), torch.mul
         case _:
-            return itself
+            return None
     usable = tuple(t for t in inputs if t is not None and t.shape == x.shape and t.dtype == x.dtype)
-    return (function, usable) if len(usable) == len(inputs) else itself
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+    return (function, usable) if len(usable) == len(inputs) else None
 
 
 def _kept(node: Any, name: str) -> Tensor | None:

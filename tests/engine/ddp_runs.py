@@ -64,12 +64,11 @@ def main(folder: Path, strategy: str) -> dict[str, object]:
     again, fitted = run(folder / "again", strategy, dropout=0.3, path=folder / "noisy" / "step=3.ckpt", seed=99)
     found["noisy"], found["again"] = noisy.losses, again.losses
     found["noisy_digest"], found["again_digest"] = digest(noisy), digest(again)
-    fitted.validate(again, datamodule=Data(batch_size=2), ckpt_path=folder / "noisy" / "step=3.ckpt", verbose=False)
+    path = folder / "noisy" / "step=3.ckpt"
+    fitted.validate(again, datamodule=Data(batch_size=2), ckpt_path=path, verbose=False)
     found["validated"] = digest(again)
     try:
-        trainer(lora(r=1), strategy=strategy, devices=2).fit(
-            Mean(Net(), cosine), datamodule=Data(), ckpt_path=folder / "noisy" / "step=3.ckpt"
-        )
+        trainer(lora(r=1), strategy=strategy, devices=2).fit(Mean(Net(), cosine), datamodule=Data(), ckpt_path=path)
     except DeltaFileError as error:
         found["refused"] = error.code
     averaged, _ = run(folder / "ema", strategy, EMAWeightAveraging(decay=0.8), dropout=0.0)

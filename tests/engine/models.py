@@ -1,7 +1,6 @@
 """Tiny modules, data and Trainers for the tests of the engine."""
 
 import hashlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +122,9 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     return L.Trainer(callbacks=list(callbacks), **defaults | options)
 
 
-def fit(module: L.LightningModule, *callbacks: L.Callback, data: Any = None, ckpt: Any = None, **options: Any) -> L.Trainer:
+def fit(
+    module: L.LightningModule, *callbacks: L.Callback, data: Any = None, ckpt: Any = None, **options: Any
+) -> L.Trainer:
     """Fit with a fixed seed, unless it is a resume."""
     torch.manual_seed(5)
     run = trainer(*callbacks, **options)
@@ -151,9 +152,3 @@ def is_pristine(module: nn.Module) -> bool:
     records = [child for child in module.modules() if "_pet" in child.__dict__]
     hooks = {"setup", "configure_model", "configure_optimizers"} & module.__dict__.keys()
     return not (names or swapped or records or hooks)
-
-
-def quiet() -> None:
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*(exists and is not empty|LeafSpec|lr_scheduler.step|Experiment logs).*")

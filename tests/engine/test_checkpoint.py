@@ -1,20 +1,17 @@
 """Checkpoints of a run: what is in them, what refuses them, and that a resume continues bit for bit."""
 
-import itertools
 import os
 import resource
 import struct
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from models import Data, Module, Net, adamw, cosine, digest, fit, is_pristine, lora, sgd, trainer
+from models import Data, Module, Net, cosine, digest, fit, is_pristine, lora, sgd, trainer
 from torch import nn
 
-from lightning_pet.core.adapted import Adapted
 from lightning_pet.engine.durable_io import DurableCheckpointIO
 from lightning_pet.errors import BaseMismatchError, DeltaFileError, OptimizerMismatchError, PETError
 
@@ -53,7 +50,7 @@ def resumed(path, *callbacks, **options):
 
 
 def test_only_the_delta_heads_and_changed_buffers(run):
-    folder, module = run
+    folder, _ = run
     saved = torch.load(ckpt(folder, 4), weights_only=True)
     assert set(saved["state_dict"]) == DELTA | HEAD | NORM
     assert {"epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers"} <= set(saved)
@@ -352,7 +349,7 @@ A = "net.fc1.pet.lora_default.a"
     ],
 )
 def test_edited_checkpoints(run, tmp_path, change, code, words):
-    path = edited(run, tmp_path, change, sign="pop(\"lightning_pet\")" not in str(change) and code not in ("version",) and words != "not a delta checkpoint")
+    path = edited(run, tmp_path, change, sign=words != "not a delta checkpoint")
     error = refused(path)
     assert (error.code, words in str(error)) == (code, True), error
 
@@ -372,7 +369,7 @@ def test_other_optimizers(run):
 
     module = Two(Net(norm=True), two)
     before = digest(module)
-    with pytest.raises(OptimizerMismatchError, match="1 optimizers .* this run has 2"):
+    with pytest.raises(OptimizerMismatchError, match=r"1 optimizers .* this run has 2"):
         trainer(lora(dropout=0.2)).fit(module, datamodule=Data(), ckpt_path=ckpt(run[0], 4))
     assert digest(module) == before
     assert is_pristine(module)

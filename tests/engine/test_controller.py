@@ -1,6 +1,6 @@
 """What users do with a Trainer: all verbs, optimizers of all kinds, averaging, tuners, compile, checkpointing."""
 
-import copy
+import signal
 import sys
 import warnings
 
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -21,7 +22,7 @@ from torch import nn
 
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.engine.delta import load_delta, save_delta
-from lightning_pet.errors import PETError, UnsupportedStrategyError
+from lightning_pet.errors import TargetError, UnsupportedStrategyError
 
 DELTA = [f"net.fc{i}.pet.lora_default.{p}" for i in (1, 2) for p in "ab"]
 BASE = [f"net.fc{i}.{p}" for i in (1, 2) for p in ("weight", "bias")]
@@ -117,6 +118,84 @@ def test_the_table_is_shown_once(capsys):
     assert "lora:two" in shown
 
 
+class Mixer(nn.Module):
+    """Attention whose names say nothing: only a forward tells which projection is which."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.w1, self.w2, self.w3, self.w4 = (nn.Linear(8, 8) for _ in range(4))
+            self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = nn.functional.pad(x, (0, 2))[:, None].expand(-1, 5, -1) + torch.arange(5)[:, None]
+        q, k, v = (w(x).unsqueeze(1) for w in (self.w3, self.w1, self.w4))
+        mixed = x + self.w2(nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return self.out(mixed.mean(1))
+
+
+@pytest.mark.parametrize("given", ["data module", "loader", "hook"])
+def test_roles_are_found_on_the_first_batch_of_the_run(given):
+    class Hooked(Module):
+        def train_dataloader(self):
+            return Data().train_dataloader()
+
+    def run(*callbacks):
+        module = Hooked(Mixer())
+        torch.manual_seed(5)
+        data = {"data module": {"datamodule": Data()}, "loader": {"train_dataloaders": Data().train_dataloader()}}
+        trainer(*callbacks, max_epochs=1).fit(module, **data.get(given, {}))
+        return module
+
+    module = run(lora(target_modules=["attention.q", "attention.v"]))
+    assert [t.module for t in Adapted(module.net).record.applied[0].targets] == ["w3", "w4"]
+    assert len(module.losses) == 1 + 5  # the look at the model is one call of training_step
+    assert module.losses[1:] == run(lora(target_modules=["w3", "w4"])).losses, "the look shifted the run"
+
+
+def test_data_that_can_be_read_once_is_left_alone():
+    class Once:
+        def __init__(self):
+            self.rows = iter(list(Data().train_dataloader()))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.rows)
+
+    data = Once()
+    with pytest.raises(TargetError):
+        trainer(lora(target_modules=["attention.q"])).fit(Module(Mixer()), train_dataloaders=data)
+    assert len(list(data)) == 5
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_saving_on_exceptions(at, stop, tmp_path):
+    class Fails(Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == at:
+                raise stop("stop")
+            return super().training_step(batch, batch_idx)
+
+    module = Fails(Net())
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit if stop is KeyboardInterrupt else stop):
+        fit(module, lora(), OnExceptionCheckpoint(tmp_path, "stopped"))
+    signal.signal(signal.SIGINT, handler)
+    saved = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
+    if at == 0:
+        assert is_pristine(module)
+        return
+    assert set(saved["state_dict"]) == {*DELTA, "net.head.weight", "net.head.bias"}
+    again = Module(Net())
+    with pytest.warns(UserWarning, match="not bit for bit"):
+        trainer(lora()).fit(again, datamodule=Data(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert len(again.losses) == 10 - at
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +286,8 @@ def test_eager_optimizer_of_the_cli(monkeypatch, tmp_path):
 
     Model.configure_optimizers = L.LightningModule.configure_optimizers
     arguments = [
-        "fit", "--optimizer=AdamW", "--optimizer.lr=0.05", "--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=5",
+        "fit", "--seed_everything=false", "--optimizer=AdamW", "--optimizer.lr=0.05",
+        "--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=5",
         "--trainer.callbacks+=LoRACallback", "--trainer.callbacks.r=2", "--trainer.callbacks.target_modules=[fc1,fc2]",
         "--trainer.callbacks.lora_plus_ratio=4", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
         "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0",
@@ -373,11 +453,13 @@ def test_compiled(what, backend, tmp_path):
     assert torch.allclose(bare.eval()(x), module.net.eval()(x), atol=1e-6)
 
 
-def bert(**options):
+def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(vocab_size=17, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-                        max_position_embeddings=12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = BertConfig(
+        vocab_size=17, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return BertForSequenceClassification(config)
@@ -386,8 +468,10 @@ def bert(**options):
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=17, n_embd=8, n_layer=2, n_head=2, n_positions=12, resid_pdrop=0.0, embd_pdrop=0.0,
-                        attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=17, n_embd=8, n_layer=2, n_head=2, n_positions=12, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return GPT2LMHeadModel(config)
@@ -396,8 +480,10 @@ def gpt2():
 def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=4,
-                       patch_size=2, num_channels=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=4,
+        patch_size=2, num_channels=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return ViTForImageClassification(config)

@@ -106,7 +106,7 @@ def test_size_of_a_file(trained):
 
 
 def test_inspecting(trained, capsys):
-    module, folder = trained
+    _, folder = trained
     manifest = inspect_delta(folder / "d.pet.safetensors")
     assert [(m.method, m.name) for m in manifest.methods] == [("lora", "default")]
     assert manifest.notes == {"task": "none"}
@@ -177,7 +177,7 @@ def test_load_from_checkpoint(kind, tmp_path):
 
 
 def test_further_training_of_a_loaded_delta(trained):
-    module, folder = trained
+    _, folder = trained
     again = Module(Net(norm=True))
     load_delta(again, folder / "d.pet.safetensors")
     fit(again, lora(), max_epochs=1)
@@ -353,7 +353,7 @@ def test_a_base_checkpoint_is_no_delta(tmp_path):
 
 
 def test_reading_needs_no_model(trained):
-    module, folder = trained
+    _, folder = trained
     stored = {name: read(folder / name) for name in ("d.pet.safetensors", "c.ckpt")}
     assert stored["c.ckpt"].methods == stored["d.pet.safetensors"].methods
     for one, other in zip(sorted(stored["c.ckpt"].tensors), sorted(stored["d.pet.safetensors"].tensors), strict=True):

@@ -80,6 +80,10 @@ BY_STEPS = {
     "epoch": (Run(at="epoch", trainer=STEPS), 2),
     "validation": (Run(val=True, at="validation", trainer=STEPS | EVERY_2), 5),
     "stateful": (Run(loader="stateful", at="epoch", trainer=STEPS), 2),
+    "epoch, loader made before the checkpoint is read": (
+        Run(at="epoch", estimate=True, trainer={"max_steps": BATCHES}),
+        2,
+    ),
 }
 
 

@@ -99,7 +99,8 @@ def test_equal_losses_wherever_the_model_is_completed(kind, reference):
     assert digest(module) == digest(reference)
     assert trainable(module) == sorted(DELTA + HEAD)
     base = Net().state_dict()
-    assert all(torch.equal(module.net.state_dict()[f"fc{i}.{p}"], base[f"fc{i}.{p}"]) for i in (1, 2) for p in ("weight", "bias"))
+    frozen = [f"fc{i}.{p}" for i in (1, 2) for p in ("weight", "bias")]
+    assert all(torch.equal(module.net.state_dict()[name], base[name]) for name in frozen)
     adapted = Adapted(root_of(module)[1])
     adapted.remove()
     assert is_pristine(module)
@@ -148,7 +149,8 @@ def test_every_further_run_freezes_again(kind):
 
 def test_several_callbacks_act_in_the_order_of_the_list():
     module = InSetup()
-    fit(module, lora(name="one", target_modules=["fc1"]), lora(name="two", r=3), lora(name="three", target_modules=["fc2"]))
+    first, last = lora(name="one", target_modules=["fc1"]), lora(name="three", target_modules=["fc2"])
+    fit(module, first, lora(name="two", r=3), last)
     assert list(module.net.fc1.pet) == ["lora_one", "lora_two"]
     assert list(module.net.fc2.pet) == ["lora_two", "lora_three"]
     assert [applied.name for applied in Adapted(module.net).record.applied] == ["one", "two", "three"]
@@ -210,10 +212,9 @@ def test_only_a_submodule_is_adapted_and_the_rest_is_as_the_user_left_it():
         def setup(self, stage):
             self.net.head.bias.requires_grad_(False)
 
-    module = FreezesInSetup(nn.ModuleDict({"body": nn.Sequential(nn.Linear(6, 8), nn.Tanh()), "head": nn.Linear(8, CLASSES)}))
-    module.net.forward = None
+    body = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+    module = FreezesInSetup(nn.ModuleDict({"body": body, "head": nn.Linear(8, CLASSES)}))
     module.loss = lambda batch: nn.functional.cross_entropy(module.net.head(module.net.body(batch[0])), batch[1])
-    module.net.head.bias.data.zero_()
     fit(module, lora(module="net.body", target_modules=["0"]))
     assert trainable(module) == ["net.body.0.pet.lora_default.a", "net.body.0.pet.lora_default.b", "net.head.weight"]
     assert Adapted(module.net).record.trained_names == ("head.weight",)
