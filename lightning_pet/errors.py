@@ -17,9 +17,7 @@ Each message says what was found, what was expected, and what to do about it.
 
 from typing import Literal
 
-FileErrorCode = Literal[
-    "io", "limit", "corrupt", "version", "schema", "mismatch", "base", "nonfinite", "unsafe"
-]
+FileErrorCode = Literal["io", "limit", "corrupt", "version", "schema", "mismatch", "base", "nonfinite", "unsafe"]
 
 
 class PETError(ValueError):

@@ -99,7 +99,12 @@ class PETCallback(Callback):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        names = [p for c in type(self).__mro__ if issubclass(c, PETCallback) for p in inspect.signature(c.__init__).parameters]
+        names = [
+            p
+            for c in type(self).__mro__
+            if issubclass(c, PETCallback)
+            for p in inspect.signature(c.__init__).parameters
+        ]
         kept = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "kwargs")}
         return {name: value for name, value in kept.items() if name not in ("start_from", "base_check", "verbose")}
 
@@ -127,7 +132,9 @@ class PETCallback(Callback):
         if (controller := Controller.get(trainer)).leads(self):
             controller.resume.on_train_epoch_start(trainer)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Before an optimizer's first step: every delta that it holds must have received a gradient."""
         if (controller := Controller.get(trainer)).leads(self):
             controller.check_gradients(optimizer)

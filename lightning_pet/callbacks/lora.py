@@ -61,7 +61,11 @@ class LoRACallback(PETCallback):
 
     method: ClassVar[str] = "lora"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
-        "dropout", "lora_plus_ratio", "target_modules", "exclude_modules", "layers_to_transform",
+        "dropout",
+        "lora_plus_ratio",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
     }
 
     def __init__(
@@ -98,7 +102,10 @@ class LoRACallback(PETCallback):
         self._validate()
 
     def _validate(self) -> None:
-        for label, rank in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items())]:
+        for label, rank in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items()),
+        ]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ArgumentError(f"{label}={rank}: the rank must be a positive integer, e.g. r=8.")
         alphas = [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in (self.alpha_pattern or {}).items())]
@@ -108,7 +115,9 @@ class LoRACallback(PETCallback):
         if not 0 <= self.dropout < 1:
             raise ArgumentError(f"dropout={self.dropout}: a probability in [0, 1), e.g. 0.05.")
         if not self.target_modules:
-            raise ArgumentError("target_modules is empty: name at least one role, suffix or pattern, e.g. 'attention.q'.")
+            raise ArgumentError(
+                "target_modules is empty: name at least one role, suffix or pattern, e.g. 'attention.q'."
+            )
         if not math.isfinite(self.lora_plus_ratio) or self.lora_plus_ratio <= 0:
             raise ArgumentError(f"lora_plus_ratio={self.lora_plus_ratio}: must be positive; the paper suggests 16.")
         for label, value, allowed in (("init", self.init, get_args(Init)), ("bias", self.bias, get_args(Bias))):

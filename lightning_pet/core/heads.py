@@ -21,7 +21,9 @@ _FRESH_HEAD_CLASSES = (
     "ForAudioFrameClassification",
     "ForSemanticSegmentation",
 )
-_HEAD_NAMES = frozenset({"classifier", "classification_head", "score", "head", "heads", "fc", "qa_outputs", "logits_proj"})
+_HEAD_NAMES = frozenset(
+    {"classifier", "classification_head", "score", "head", "heads", "fc", "qa_outputs", "logits_proj"}
+)
 
 
 def find_heads(root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
@@ -73,10 +75,10 @@ def parameters_below(root: nn.Module, paths: Sequence[str], option: str) -> tupl
     names: dict[str, None] = {}
     for wanted in paths:
         hits = [p for p in modules if p == wanted or p.endswith(f".{wanted}")]
-        found = [join(p, canonical(n)) for p in hits for n, _ in modules[p].named_parameters() if ".pet." not in f".{n}"]
+        found = [
+            join(p, canonical(n)) for p in hits for n, _ in modules[p].named_parameters() if ".pet." not in f".{n}"
+        ]
         if not found:
-            raise TargetError(
-                f"{option}: no module with parameters is called {wanted!r}.{suggest(wanted, modules)}"
-            )
+            raise TargetError(f"{option}: no module with parameters is called {wanted!r}.{suggest(wanted, modules)}")
         names |= dict.fromkeys(found)
     return tuple(names)

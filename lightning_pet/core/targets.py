@@ -151,7 +151,9 @@ class _Scope:
         self.names: dict[str, list[str]] = {path: [] for path in self.modules}
         for name, module in model.named_modules(remove_duplicate=False):
             if module in self.first:
-                self.names[self.first[module]] += dict.fromkeys((canonical(name), join(structure.prefix, canonical(name))))
+                self.names[self.first[module]] += dict.fromkeys(
+                    (canonical(name), join(structure.prefix, canonical(name)))
+                )
         places = [(path, name) for module, path in self.first.items() for name in _parameters(module)]
         self.place = {place: i for i, place in enumerate(places)}
         self.unresolved: Sequence[Target] = structure.unresolved

@@ -1,10 +1,10 @@
 """Applying methods to a model, with or without a Trainer: one code path."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch import nn
 
 from lightning_pet.core.adaptation import commit, prepare, record_of, undo
@@ -14,6 +14,8 @@ from lightning_pet.core.probe import analyse
 from lightning_pet.engine.delta import start_from
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
 from lightning_pet.errors import ArgumentError
+
+_log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Method)
 
@@ -75,7 +77,7 @@ def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[],
         scopes = [scope_in(model, prefix, method.module) for method in pending]
         structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
         for difference in structure.disagreements:
-            rank_zero_debug(f"structure of {type(root).__name__}: {difference}")
+            _log.debug("structure of %s: %s", type(root).__name__, difference)
         commit(root, prepare(root, pending, structure, scopes=scopes))
     return pending
 

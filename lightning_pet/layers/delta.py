@@ -68,8 +68,6 @@ class Delta(nn.Module):
         # A base checkpoint holds none of our keys and must load into an adapted model, strictly.
         # One that holds some of them is a damaged delta.
         own: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
         if len(own) < len(self.state_dict()):
             missing_keys.extend(own)

@@ -17,8 +17,15 @@ QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--tra
 
 def run(arguments: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run Python with the user's code importable, in a folder of its own."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=240
+    )
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -63,7 +70,11 @@ def test_fit_with_the_short_option(trained: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("name", ["LoRACallback", "lightning_pet.LoRACallback"])
 def test_fit_with_the_users_own_cli(name: str, tmp_path: Path) -> None:
-    callback = [f"--trainer.callbacks+={name}", "--trainer.callbacks.r=4", f"--trainer.callbacks.target_modules={TARGETS}"]
+    callback = [
+        f"--trainer.callbacks+={name}",
+        "--trainer.callbacks.r=4",
+        f"--trainer.callbacks.target_modules={TARGETS}",
+    ]
     eager = ["--optimizer=AdamW", "--optimizer.lr=0.01"] if "." in name else []
     run([str(HERE / "user_code.py"), "fit", "--trainer.max_epochs=1", *QUIET, *callback, *eager], tmp_path)
     (checkpoint,) = tmp_path.rglob("*.ckpt")
@@ -107,7 +118,10 @@ def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_pa
     ("arguments", "texts"),
     [
         (["--pet+=LoRACalback"], ["LoRACalback", "Did you mean the callback LoRACallback?"]),
-        (["--pet+=LoRACallback", "--pet.rank=4"], ["'rank' is not accepted", "Did you mean the option 'r' of LoRACallback?"]),
+        (
+            ["--pet+=LoRACallback", "--pet.rank=4"],
+            ["'rank' is not accepted", "Did you mean the option 'r' of LoRACallback?"],
+        ),
         (["--pet+=LoRACallback", "--pet.drop_out=0.1"], ["Did you mean the option 'dropout' of LoRACallback?"]),
         (["--pet+=LoRACallback", "--pet.r=0"], ["r=0", "positive integer"]),
         (["--pet+=LoRACallback", "--pet.init=zero"], ["pissa"]),

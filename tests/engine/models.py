@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -152,3 +154,19 @@ def is_pristine(module: nn.Module) -> bool:
     records = [child for child in module.modules() if "_pet" in child.__dict__]
     hooks = {"setup", "configure_model", "configure_optimizers"} & module.__dict__.keys()
     return not (names or swapped or records or hooks)
+
+
+def every_step(folder: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, **options)
+
+
+def ckpt(folder: Path, step: int) -> Path:
+    return folder / f"step={step}.ckpt"
+
+
+def full_run(folder: Path) -> Module:
+    """Ten steps with a checkpoint of each: dropout, shuffling, batch norm, AdamW and a schedule."""
+    module = Module(Net(norm=True), cosine)
+    fit(module, lora(dropout=0.2), every_step(folder))
+    assert len(module.losses) == 10
+    return module

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_models import batches, bert, gpt2, hf_fit
 from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, trainer
-from test_controller import batches, bert, gpt2, hf_fit
 
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.engine.adapt import apply

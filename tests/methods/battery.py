@@ -251,7 +251,9 @@ class Battery:
         targets = [row.place for row in expected.rows if row.method != "trained"]
         twin.to("meta")
         options = {**case.options, "target_modules": sorted({t.removesuffix(".weight") for t in targets})}
-        if not any(role in str(case.options.get("target_modules", "attention")) for role in ("attention", "ffn", "all-linear")):
+        if not any(
+            role in str(case.options.get("target_modules", "attention")) for role in ("attention", "ffn", "all-linear")
+        ):
             planned = apply(twin, [case.method(**options)]).plan()
             assert planned.trainable == expected.trainable
             twin.to_empty(device="cpu")

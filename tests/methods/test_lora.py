@@ -50,7 +50,7 @@ class TestLoRA(Battery):
 
 @pytest.mark.parametrize(("options", "scale"), [({"alpha": 6}, 3.0), ({"alpha": 6, "use_rslora": True}, 6 / 2**0.5)])
 def test_formula_in_float64(options: dict[str, object], scale: float) -> None:
-    model, run = zoo.mlp()
+    model, _run = zoo.mlp()
     model.double()
     adapted = apply(model, [LoRACallback(r=2, target_modules="0", **options)])
     perturb(adapted)
@@ -62,7 +62,7 @@ def test_formula_in_float64(options: dict[str, object], scale: float) -> None:
 
 
 def test_only_v_changes_on_a_fused_projection() -> None:
-    model, run = zoo.gpt2()
+    model, _run = zoo.gpt2()
     adapted = apply(model, [LoRACallback(r=2, target_modules="attention.v")])
     host = model.transformer.h[0].attn.c_attn
     x = torch.randn(3, 16)
@@ -75,7 +75,9 @@ def test_only_v_changes_on_a_fused_projection() -> None:
 
 def test_rank_and_alpha_patterns() -> None:
     model, _ = zoo.bert()
-    callback = LoRACallback(r=2, rank_pattern={"attention.self.query": 4}, alpha_pattern={"encoder.layer.0.*": 1.0, "*": 3.0})
+    callback = LoRACallback(
+        r=2, rank_pattern={"attention.self.query": 4}, alpha_pattern={"encoder.layer.0.*": 1.0, "*": 3.0}
+    )
     apply(model, [callback])
     layer = model.bert.encoder.layer
     assert layer[0].attention.self.query.pet["lora_default"].a.shape == (4, 16)

@@ -15,7 +15,10 @@ from . import zoo
 TOLERANCE = 1e-5
 MODELS = {
     # model: (targets for PEFT, the same places for us)
-    "bert": (["query", "value", "output.dense", "intermediate.dense"], ["query", "value", "output.dense", "intermediate.dense"]),
+    "bert": (
+        ["query", "value", "output.dense", "intermediate.dense"],
+        ["query", "value", "output.dense", "intermediate.dense"],
+    ),
     "gpt2": (["c_attn", "c_fc"], ["c_attn", "c_fc"]),
     "llama": (["q_proj", "v_proj", "gate_proj", "down_proj"], ["attention.q", "attention.v", "ffn.gate", "ffn.down"]),
     "t5": (["q", "v", "wo"], ["attention.q", "attention.v", "ffn.down"]),

@@ -69,7 +69,9 @@ def conv1d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
 def conv2d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     def build() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, dilation=1, stride=2), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Flatten())
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1, dilation=1, stride=2), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Flatten()
+        )
 
     return _seeded(build), _on((torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),))
 
@@ -91,7 +93,13 @@ def bert() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3, initializer_range=0.2
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=3,
+        initializer_range=0.2,
     )
     return _seeded(lambda: BertForSequenceClassification(config)), _on((), input_ids=_ids())
 
