@@ -43,7 +43,7 @@ class PETCallback(Callback):
 
     method: ClassVar[str]
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save"})
-    """Options that may differ between a checkpoint and the run that resumes it; places and tensors are compared anyway."""
+    """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
     def __init__(
         self,

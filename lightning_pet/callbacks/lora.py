@@ -167,7 +167,8 @@ class LoRACallback(PETCallback):
             delta.initialize_from(weight.detach())
         elif self.init in ("pissa", "olora") or self.use_dora:
             raise ArgumentError(
-                f"{target.path} is on the meta device, but init={self.init!r}, use_dora={self.use_dora} need its values."
+                f"{target.path} is on the meta device, but init={self.init!r} and use_dora={self.use_dora} "
+                "need its values. Load the weights first, or use init='kaiming' without DoRA."
             )
         return delta
 
@@ -175,7 +176,8 @@ class LoRACallback(PETCallback):
         shape = tuple(weight.shape[-2:]) if weight.ndim == 3 else (weight.shape[0], weight[0].numel())
         if rank > min(shape):
             raise TargetError(
-                f"{target.path} is {'×'.join(map(str, weight.shape))}: the rank can be at most {min(shape)}, not {rank}. "
+                f"{target.path} is {'×'.join(map(str, weight.shape))}: the rank can be at most {min(shape)}, "
+                f"not {rank}. "
                 "Lower r, set a lower rank_pattern for it, or exclude it."
             )
 
@@ -251,7 +253,8 @@ class LoRACallback(PETCallback):
         chosen = biases if self.bias == "all" else [name for name in biases if name.rpartition(".")[0] in hosts]
         if not chosen:
             raise TargetError(
-                f"bias={self.bias!r}: {'the model has' if self.bias == 'all' else 'the targets have'} no biases; use bias='none'."
+                f"bias={self.bias!r}: there is no bias in {'the model' if self.bias == 'all' else 'the targets'}; "
+                "use bias='none'."
             )
         return tuple(chosen)
 

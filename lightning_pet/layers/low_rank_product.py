@@ -97,7 +97,7 @@ class _LowRankLinear(torch.autograd.Function):
         if grad is None:
             return (*grads, *(None for _ in others))
         g = grad.reshape(-1, grad.shape[-1])
-        gb = b.t() @ g.t()
+        gb = (b * ctx.scale).t() @ g.t()
         if torch.is_grad_enabled():
             inner = None  # a second derivative is wanted, which a non-differentiable output would lose
         if need_weight or need_a or (need_b and inner is None):
@@ -107,7 +107,7 @@ class _LowRankLinear(torch.autograd.Function):
             inner = a @ x.t() if inner is None else inner
             grads[4] = ((inner @ g) * ctx.scale).t()
         if need_a:
-            grads[3] = (gb @ x) * ctx.scale
+            grads[3] = gb @ x
         if need_weight:
             grads[1] = g.t() @ x
         if need_bias:
@@ -116,7 +116,7 @@ class _LowRankLinear(torch.autograd.Function):
             if ctx.merged:
                 flat = g @ shifted(weight, a, b, ctx.scale, _pair(a0, b0))
             else:
-                flat = (g @ weight).addmm_(gb.t(), a, alpha=ctx.scale)
+                flat = (gb.t() @ a).addmm_(g, weight)  # the large product adds to the small one, not the reverse
             grads[0] = flat.view(*grad.shape[:-1], flat.shape[-1])
         return (*grads, *(None for _ in others))
 

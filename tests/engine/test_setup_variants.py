@@ -12,7 +12,7 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.engine.adapt import apply
 from lightning_pet.engine.delta import save_delta
 from lightning_pet.engine.roots import root_of
-from lightning_pet.errors import ArgumentError, DeltaFileError
+from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 
 DELTA = [f"net.fc{i}.pet.lora_default.{p}" for i in (1, 2) for p in "ab"]
 HEAD = ["net.head.bias", "net.head.weight"]
@@ -261,3 +261,56 @@ def test_a_fitted_module_pickles_and_copies(reference):
         x = torch.ones(2, 6)
         assert torch.equal(twin.eval()(x), reference.net.eval()(x))
         assert digest(twin) == digest(reference.net)
+
+
+class Mixer(nn.Module):
+    """Attention whose names say nothing: only a forward tells which projection is which."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.w1, self.w2, self.w3, self.w4 = (nn.Linear(8, 8) for _ in range(4))
+            self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = nn.functional.pad(x, (0, 2))[:, None].expand(-1, 5, -1) + torch.arange(5)[:, None]
+        q, k, v = (w(x).unsqueeze(1) for w in (self.w3, self.w1, self.w4))
+        mixed = x + self.w2(nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return self.out(mixed.mean(1))
+
+
+@pytest.mark.parametrize("given", ["data module", "loader", "hook"])
+def test_roles_are_found_on_the_first_batch_of_the_run(given):
+    class Hooked(Module):
+        def train_dataloader(self):
+            return Data().train_dataloader()
+
+    def run(*callbacks):
+        module = Hooked(Mixer())
+        torch.manual_seed(5)
+        data = {"data module": {"datamodule": Data()}, "loader": {"train_dataloaders": Data().train_dataloader()}}
+        trainer(*callbacks, max_epochs=1).fit(module, **data.get(given, {}))
+        return module
+
+    module = run(lora(target_modules=["attention.q", "attention.v"]))
+    assert [t.module for t in Adapted(module.net).record.applied[0].targets] == ["w3", "w4"]
+    assert len(module.losses) == 1 + 5  # the look at the model is one call of training_step
+    assert module.losses[1:] == run(lora(target_modules=["w3", "w4"])).losses, "the look shifted the run"
+
+
+def test_data_that_can_be_read_once_is_left_alone():
+    class Once:
+        def __init__(self):
+            self.rows = iter(list(Data().train_dataloader()))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.rows)
+
+    data = Once()
+    with pytest.raises(TargetError):
+        trainer(lora(target_modules=["attention.q"])).fit(Module(Mixer()), train_dataloaders=data)
+    assert len(list(data)) == 5

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def frozen_output(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tenso
 class Battery:
     """Subclass it, name the class ``Test…``, and set ``cases``."""
 
-    cases: list[Case] = []
+    cases: ClassVar[list[Case]] = []
 
     @pytest.fixture
     def built(self, case: Case) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:

@@ -1,6 +1,7 @@
 """LoRA and its variants: the battery, golden properties, and its own errors."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ INEXACT = {"exact_identity": False, "identity_tolerance": 1e-5}
 
 
 class TestLoRA(Battery):
-    cases = [
+    cases: ClassVar[list[Case]] = [
         Case("mlp", options=FIRST, parameters=2 * (6 + 8)),
         Case("mlp", options={**FIRST, "use_rslora": True, "alpha": 4}),
         Case("mlp", options={**FIRST, "use_dora": True}, parameters=2 * (6 + 8) + 8, **INEXACT),
