@@ -168,7 +168,8 @@ def measure_memory_here(scenario: Scenario, variant: str) -> tuple[float, int]:
     warm_up = nn.Linear(64, 64)
     warm_up(torch.randn(64, 64)).sum().backward()
     build("bert"), build("llama")  # imports
-    with_peft(nn.Sequential(nn.Linear(8, 8)), ["0"])
+    for adapt in (with_peft, with_ours):
+        adapt(nn.Sequential(nn.Linear(8, 8)), ["0"])
     gc.collect()
     before = resident("VmRSS")
     model, batch = build(scenario.model)

@@ -153,16 +153,13 @@ class Checkpoints:
     def _completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict of the whole module: hooks and averaging callbacks load it strictly.
 
-        The base is in it by reference; buffers that the checkpoint lacks are those of the base.
+        The base is in it by reference.
         """
         run = self._run
         saved = {canonical(name): value for name, value in state.items()}
-        originals = {self._full(name): value for name, value in run.adapted.record.originals.items()}
-        buffers = {name for name in map(self._full, changed_buffers(run.adapted.root)) if name not in saved}
         own = dict(named_tensors(run.module))
         # By identity: a tied tensor is saved under one of its names.
         by_identity = {id(own[name]): value for name, value in saved.items()}
-        by_identity |= {id(own[name]): originals[name] for name in buffers}
         full = run.module.state_dict()
         return {
             name: by_identity.get(id(own[canonical(name)]), value) if canonical(name) in own else value

@@ -26,7 +26,10 @@ name                                                      used for
 ``LBFGS._params``                                         optimizers that use their first group only
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``core/graph.py`` and
 ``Node._input_metadata``, ``Node._saved_groups``,         ``core/fused.py``; guarded by ``tests/core/test_graph.py``
-``Node._saved_weight``
+``Node._saved_weight``, ``torch._C._autograd``
+``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names, in ``core``;
+``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
+``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
 

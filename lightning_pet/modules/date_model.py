@@ -106,8 +106,14 @@ def _build(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RECIPE["seed"])
         model = T5ForConditionalGeneration(T5Config(**_CONFIG))
-    with torch.inference_mode(False), torch.enable_grad():
-        _pretrain(model, tokenizer)
+    threads = torch.get_num_threads()
+    # So small a model gains little from more threads, and waits for them for minutes where cores are shared.
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            _pretrain(model, tokenizer)
+    finally:
+        torch.set_num_threads(threads)
     with quiet_transformers():
         model.eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -206,6 +206,41 @@ def test_two_deltas_from_two_files(trained, tmp_path):
     assert digest(both) == digest(net)
 
 
+def test_a_second_delta_whose_base_had_another_head(trained, tmp_path):
+    """The head that the first delta trained is not the one that the second was trained with; the base's own is."""
+    _, folder = trained
+    other = Net(norm=True)
+    apply(other, [lora(name="second", modules_to_save=[])])
+    save_delta(other, tmp_path / "two.pet.safetensors")
+    net = Net(norm=True)
+    load_delta(net, folder / "d.pet.safetensors")
+    load_delta(net, tmp_path / "two.pet.safetensors")
+    assert list(net.fc2.pet) == ["lora_default", "lora_second"]
+    changed = Net(norm=True)
+    load_delta(changed, folder / "d.pet.safetensors")
+    changed.fc1.weight.data[0, 0] += 1
+    with pytest.raises(BaseMismatchError):
+        load_delta(changed, tmp_path / "two.pet.safetensors")
+
+
+def test_values_in_memory(trained):
+    """``Adapted`` reads and writes the same tensors as a file; buffers that are left out are those of the base."""
+    module, _ = trained
+    values = {name: value.clone() for name, value in Adapted(module.net).state_dict().items()}
+    net = Net(norm=True)
+    adapted = apply(net, [lora()])
+    start = {name: value.clone() for name, value in adapted.state_dict().items()}
+    adapted.load_state_dict(values)
+    assert digest(net) == digest(module.net)
+    adapted.load_state_dict(start)
+    assert torch.equal(net.norm.running_mean, Net(norm=True).norm.running_mean)
+    before = digest(net)
+    for wrong in (values | {"fc1.weight": torch.zeros(8, 6)}, {"head.bias": torch.zeros(3)}):
+        with pytest.raises(DeltaFileError):
+            adapted.load_state_dict(wrong)
+    assert digest(net) == before
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
