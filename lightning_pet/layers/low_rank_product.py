@@ -113,10 +113,9 @@ class _LowRankLinear(torch.autograd.Function):
         if need_bias:
             grads[2] = g.sum(0)
         if need_x:
-            if ctx.merged:
-                flat = g @ shifted(weight, a, b, ctx.scale, _pair(a0, b0))
-            else:
-                flat = (gb.t() @ a).addmm_(g, weight)  # the large product adds to the small one, not the reverse
+            # Unmerged, the large product adds to the small one, not the reverse: one pass less over the result.
+            merged = ctx.merged
+            flat = g @ shifted(weight, a, b, ctx.scale, _pair(a0, b0)) if merged else (gb.t() @ a).addmm_(g, weight)
             grads[0] = flat.view(*grad.shape[:-1], flat.shape[-1])
         return (*grads, *(None for _ in others))
 
