@@ -5,8 +5,8 @@ backward through the frozen base, no parameter gradient, no optimizer. Every var
 model on the same batch in float32 on one thread; the three frozen ones get their gradient from the
 embedding's output on, so they differ by their deltas alone.
 
-Times are CPU seconds of this process, the variants taking turns, as the median over the turns of
-the ratio to the floor. Memory is the peak of a process of its own per variant, above what it held
+Times are CPU seconds of this process on the variants' best turns: they take turns, and what else
+runs on the machine only ever adds. The quartiles of the ratio within a turn tell how quiet it was. Memory is the peak of a process of its own per variant, above what it held
 before the model was built: weights, delta, optimizer state, activations and temporaries.
 
     python benchmarks/train_step.py [--quick] [--json PATH]
@@ -197,12 +197,12 @@ def rows_of(scenario: Scenario, turns: int) -> list[Row]:
     rows = []
     for variant in VARIANTS:
         ratios = [own / floor for own, floor in zip(seconds[variant], seconds["floor"], strict=True)]
-        quarter = len(ratios) // 4
-        spread = sorted(ratios)[-1 - quarter] - sorted(ratios)[quarter]
+        low, _, high = statistics.quantiles(ratios)
         peak, trained = memory[variant]
-        middle = statistics.median(seconds[variant]) * 1e3
-        ratio = statistics.median(ratios)
-        rows.append(Row(scenario.name, variant, middle, ratio, spread, peak, peak / memory["peft"][0], trained))
+        best = min(seconds[variant])
+        ratio = best / min(seconds["floor"])
+        row = Row(scenario.name, variant, best * 1e3, ratio, high - low, peak, peak / memory["peft"][0], trained)
+        rows.append(row)
     return rows
 
 

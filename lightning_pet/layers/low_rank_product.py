@@ -1,9 +1,10 @@
 """The products of a low-rank delta: ``y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ``.
 
-There are two ways to compute them. The *activation form* adds two skinny products to the base's; it
-is right for any dtype and any number of tokens. The *merged form* forms ``W + s B A`` first, so that
-forward and input gradient cost one product each, as in the base, and only the gradients of A and B
-remain skinny; it is used where it is exact enough (float32 and float64) and cheaper (many tokens).
+There are two ways to compute the forward. The *activation form* adds two skinny products to the
+base's; it is right for any dtype and any number of tokens. The *merged form* multiplies with
+``W + s B A``, one product as in the base; it is used where it is exact enough (float32 and float64)
+and cheaper (many tokens). The backward is the same for both: the gradients of A and B are skinny
+products, and the input gradient is the base's, added to the low-rank one in the same product.
 """
 
 from collections.abc import Callable
@@ -30,8 +31,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def prefers_merged(x: Tensor, weight: Tensor) -> bool:
     """Whether the merged form is exact enough and cheaper than the activation form.
 
-    It copies the weight in forward and backward, where the other adds to every token's output and
-    input gradient. Measured on CPU they break even near ``4 · in · out / (in + out)`` tokens.
+    It copies the weight, where the other reads and writes every token's output once more. Measured
+    on CPU they break even between 2 and 4 times ``in · out / (in + out)`` tokens.
     """
     if x.dtype not in (torch.float32, torch.float64):
         return False
@@ -43,7 +44,11 @@ def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: Origin |
     """``W + s (B A - B0 A0)`` for ``weight`` [out, in].
 
     The difference is taken before anything else, so that it is exactly zero while A = A0 and B = B0.
+    The result has the layout of ``weight``: with another one the product would round differently.
     """
+    if not weight.is_contiguous() and weight.t().is_contiguous():
+        swapped = None if origin is None else (origin[1].t(), origin[0].t())
+        return shifted(weight.t(), b.t(), a.t(), scale, swapped).t()
     if origin is None:
         return torch.addmm(weight, b, a, alpha=scale)
     return torch.add(weight, b @ a - origin[1] @ origin[0], alpha=scale)
@@ -82,7 +87,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        x, weight, _, a, b, a0, b0, ctx.scale, ctx.merged, ctx.rebuild, *sources = inputs
+        x, weight, _, a, b, a0, b0, ctx.scale, _, ctx.rebuild, *sources = inputs
         inner = output[1]
         if inner is not None:
             ctx.mark_non_differentiable(inner)
@@ -113,9 +118,11 @@ class _LowRankLinear(torch.autograd.Function):
         if need_bias:
             grads[2] = g.sum(0)
         if need_x:
-            # Unmerged, the large product adds to the small one, not the reverse: one pass less over the result.
-            merged = ctx.merged
-            flat = g @ shifted(weight, a, b, ctx.scale, _pair(a0, b0)) if merged else (gb.t() @ a).addmm_(g, weight)
+            flat = gb.t() @ a
+            if a0 is not None:
+                flat = flat - (g @ (b0 * ctx.scale)) @ a0
+            # The large product adds to the small one, not the reverse: one pass less over the result.
+            flat.addmm_(g, weight)
             grads[0] = flat.view(*grad.shape[:-1], flat.shape[-1])
         return (*grads, *(None for _ in others))
 
