@@ -94,7 +94,7 @@ class PETCallback(Callback):
         return parameters_below(root, heads, "modules_to_save")
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
-        """Learning-rate factor of parameters that do not train at their group's rate."""
+        """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
         return {}
 
     def config(self) -> dict[str, Any]:

@@ -262,8 +262,7 @@ class LoRACallback(PETCallback):
         """LoRA+: B learns ``lora_plus_ratio`` times as fast as A."""
         if self.lora_plus_ratio == 1:
             return {}
-        own = f".pet.{self.method}_{self.name}"
-        return {n: self.lora_plus_ratio for n in delta_names if own in f".{n}" and n.endswith(".b")}
+        return {name: self.lora_plus_ratio for name in delta_names if name.endswith(".b")}
 
 
 def _linear_sizes(host: nn.Module, weight: nn.Parameter) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class TrainerMethod(StartingMethod, Protocol):
     verbose: bool
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
-        """Learning-rate factor of parameters that do not train at their group's rate."""
+        """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
         ...
 
 
@@ -217,11 +217,11 @@ class Controller:
             for name in record.delta_names
             if name.startswith(join(path, "pet", key) + ".")
         }
-        ratios = {
-            join(prefix, name): ratio
-            for method in self.methods
-            for name, ratio in method.lr_ratios(record.delta_names).items()
-        }
+        ratios: dict[str, float] = {}
+        for method in self.methods:
+            places = [join(path, "pet", key) for a, _, path, key in record.hosts() if a.key == key_of(method)]
+            own = [name for name in record.delta_names if any(name.startswith(f"{place}.") for place in places)]
+            ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
         return optim.hold_delta(original(), self.module, delta, hosts, ratios)
 
     def on_fit_start(self) -> None:
