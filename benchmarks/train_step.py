@@ -5,9 +5,10 @@ backward through the frozen base, no parameter gradient, no optimizer. Every var
 model on the same batch in float32 on one thread; the three frozen ones get their gradient from the
 embedding's output on, so they differ by their deltas alone.
 
-Times are CPU seconds of this process on the variants' best turns: they take turns, and what else
-runs on the machine only ever adds. The quartiles of the ratio within a turn tell how quiet it was. Memory is the peak of a process of its own per variant, above what it held
-before the model was built: weights, delta, optimizer state, activations and temporaries.
+Times are CPU seconds of this process in each variant's best turn: the variants take turns, and what
+else runs on the machine only ever adds. The quartiles of the ratio within a turn tell how quiet it was.
+Memory is the peak of a process of its own per variant, above what it held before the model was built:
+weights, delta, optimizer state, activations and temporaries.
 
     python benchmarks/train_step.py [--quick] [--json PATH]
 """
