@@ -100,7 +100,7 @@ class Checkpoints:
         # The base is frozen, so once per run is enough.
         if self._base is None:
             adapted = self._run.adapted
-            self._base = entries.base_fingerprint(adapted.root, adapted.record)
+            self._base = entries.base_fingerprint(adapted.root, adapted.record, self._run.base_check == "exact")
         return self._base
 
     def new_run(self) -> None:

@@ -101,7 +101,7 @@ class Controller:
     @property
     def base_check(self) -> str:
         """The strictest choice among the callbacks."""
-        return min((method.base_check for method in self.methods), key=["error", "warn", "off"].index)
+        return min((method.base_check for method in self.methods), key=["exact", "error", "warn", "off"].index)
 
     @property
     def root_path(self) -> str:

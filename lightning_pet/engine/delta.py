@@ -56,13 +56,15 @@ class Stored:
     base: Fingerprint | None
 
 
-def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | None = None) -> int:
+def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | None = None, exact: bool = False) -> int:
     """Write the delta of a model into one safetensors file, durably.
 
     Args:
         model: the adapted model, or anything that contains it.
         path: usually ends in ``.pet.safetensors``.
         notes: free text for people, at most 4 KB; never interpreted.
+        exact: store a digest of every byte of the base (about a second per gigabyte), for
+            ``load_delta(base_check="exact")``.
 
     Returns:
         Bytes written.
@@ -79,7 +81,7 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
     adapted = Adapted(root)
     manifest = Manifest(
         methods=tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in adapted.record.applied),
-        base=entries.base_fingerprint(root, adapted.record),
+        base=entries.base_fingerprint(root, adapted.record, exact),
         root=root_path,
         notes=dict(notes or {}),
         written_by=entries.written_by(),
@@ -94,7 +96,8 @@ def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
         path: a file of :func:`save_delta`, or a training checkpoint.
-        base_check: what to do if the base is another one: ``"error"``, ``"warn"`` or ``"off"``.
+        base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
+            byte), ``"warn"`` or ``"off"``.
 
     Returns:
         The handle on the adapted model.
@@ -115,7 +118,8 @@ def load_from_checkpoint(
         module: an instance with its base weights, or a class; a class is built from the hyper-parameters
             in the checkpoint and ``kwargs``.
         path: a training checkpoint or delta file.
-        base_check: what to do if the base is another one: ``"error"``, ``"warn"`` or ``"off"``.
+        base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
+            byte), ``"warn"`` or ``"off"``.
         **kwargs: constructor arguments that override the stored hyper-parameters.
 
     Returns:

@@ -58,9 +58,9 @@ def base_parameters(
     ]
 
 
-def base_fingerprint(root: nn.Module, record: Adaptation) -> Fingerprint:
-    """Fingerprint of the frozen base."""
-    return fingerprint(base_parameters(root, record))
+def base_fingerprint(root: nn.Module, record: Adaptation, exact: bool = False) -> Fingerprint:
+    """Fingerprint of the frozen base; ``exact`` adds a digest of every byte."""
+    return fingerprint(base_parameters(root, record), exact)
 
 
 def describe(applied: Applied) -> dict[str, Any]:
@@ -211,18 +211,24 @@ def check_base(
         root: the adapted root.
         record: what was applied to it.
         path: the file, for messages.
-        policy: ``"error"``, ``"warn"`` or ``"off"``: the caller's choice, never the file's.
+        policy: ``"error"``, ``"exact"``, ``"warn"`` or ``"off"``: the caller's choice, never the file's.
         trained: base parameters that the stored delta trained (default: those of the record).
 
     Raises:
-        BaseMismatchError: if it is another one and the policy is ``"error"``.
+        BaseMismatchError: if it is another one and the policy is ``"error"`` or ``"exact"``; if the
+            policy is ``"exact"`` and that cannot be told.
     """
     if policy == "off":
         return
-    result = compare(saved, base_parameters(root, record, trained))
+    result = compare(saved, base_parameters(root, record, trained), exact=policy == "exact")
+    if policy == "exact" and result.verdict not in (Verdict.EXACT, Verdict.DIFFERENT):
+        raise BaseMismatchError(
+            f"{path}: base_check='exact' cannot be answered: {result.explanation} Save with exact=True (or train with "
+            "base_check='exact'), or use base_check='error'."
+        )
     if result.verdict is Verdict.DIFFERENT:
         message = f"{path} was trained on another base model: {result.explanation}"
-        if policy == "error":
+        if policy in ("error", "exact"):
             raise BaseMismatchError(
                 f"{message} Load the base it was trained on, or pass base_check='warn' if you are sure."
             )
