@@ -92,17 +92,17 @@ def run(argv: list[str]) -> None:
     sys.path.insert(0, os.getcwd())
     if not any(re.match(r"(-c|--config|--model|--print_config|-h|--help)\b", argument) for argument in argv[1:]):
         argv = [argv[0], "--config", str(default_config()), *argv[1:]]
+    # LightningCLI reads the command line itself; so does Lightning when it starts more processes.
+    given, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
-        PetCLI(
-            args=argv,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"default_env": False},
-        )
+        PetCLI(save_config_kwargs={"overwrite": True}, parser_kwargs={"default_env": False})
     except Exception as error:
         reason = _reason(error)
         if reason is None:
             raise
         sys.exit(f"lightning-pet {argv[0]}: {type(reason).__name__}: {reason}")
+    finally:
+        sys.argv = given
 
 
 def _reason(error: BaseException | None) -> PETError | None:
