@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.insertion import CHILD, attach, check_attachable, detach, reader_of
-from lightning_pet.core.method import Insertion, Method
+from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError
@@ -99,7 +99,7 @@ class Prepared:
     @property
     def key(self) -> str:
         """Name of this method's deltas among those of a host."""
-        return f"{self.method.method}_{self.method.name}"
+        return key_of(self.method)
 
 
 def record_of(root: nn.Module) -> Adaptation | None:
@@ -140,7 +140,7 @@ def prepare(
     taken = {applied.key for applied in record.applied} if record else set()
     prepared: list[Prepared] = []
     for index, method in enumerate(methods):
-        key = f"{method.method}_{method.name}"
+        key = key_of(method)
         if key in taken:
             raise ArgumentError(
                 f"two {type(method).__name__} are called {method.name!r}; give each its own, e.g. name='second'."

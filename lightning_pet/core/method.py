@@ -59,5 +59,10 @@ class Method(Protocol):
         ...
 
 
+def key_of(method: Method) -> str:
+    """Name of a method's deltas among those of a host."""
+    return f"{method.method}_{method.name}"
+
+
 METHODS: dict[str, type[Any]] = {}
 """Known methods by short name: a file names its method, and nothing in a file is ever imported."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_pet.core.adaptation import commit, prepare, record_of, undo
 from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.method import Method
+from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.probe import analyse
 from lightning_pet.engine.delta import start_from
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
@@ -88,11 +88,6 @@ def start(model: nn.Module, methods: Sequence[StartingMethod]) -> None:
     for method in methods:
         if method.start_from is not None:
             start_from(adapted, method, method.start_from, method.base_check)
-
-
-def key_of(method: Method) -> str:
-    """Name of a method's deltas among those of a host."""
-    return f"{method.method}_{method.name}"
 
 
 def is_applied(root: nn.Module, method: Method) -> bool:

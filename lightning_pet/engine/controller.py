@@ -11,10 +11,11 @@ from torch import nn
 
 from lightning_pet.core.adaptation import Adaptation, freeze, outgrown, record_of, refresh, take_out, undo
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
-from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, key_of, start
+from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
 from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.durable_io import install as install_durable_io
