@@ -147,7 +147,11 @@ def prepare(
             )
         taken.add(key)
         scope = scopes[index] if scopes else ""
-        targets = resolved[index] if resolved is not None else _resolve(root, method, structure or Structure(), scope)
+        if resolved is not None:
+            targets = resolved[index]  # from a file, whose options hold the width that was picked
+        else:
+            targets = _resolve(root, method, structure or Structure(), scope)
+            method.spend_budget(root, targets)
         prepared.append(_build(root, method, targets, scope, structure))
     return prepared
 
