@@ -4,7 +4,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
@@ -12,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_pet.core.applied import record_of
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
 from lightning_pet.core.heads import find_heads, parameters_below
-from lightning_pet.core.method import METHODS, Insertion
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.insertion import CHILD
+from lightning_pet.core.method import METHODS, Insertion, key_of
+from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
@@ -96,9 +98,9 @@ class PETCallback(Callback):
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the places in this model; see :class:`lightning_pet.core.method.Method`."""
 
-    @abstractmethod
     def build(self, root: nn.Module, target: Target) -> Delta:
-        """Build the delta for one place."""
+        """Build the delta for one place; a method that inserts none has no need of it."""
+        raise NotImplementedError
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build all deltas, without touching the model."""
@@ -112,6 +114,15 @@ class PETCallback(Callback):
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: the heads."""
         return self.heads(root, targets)
+
+    def deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
+        """This method's deltas in an adapted root, with their places; empty if it was not applied."""
+        record, modules = record_of(root), named_modules(root)
+        return [
+            (target, cast(Delta, modules[join(path, CHILD, key)]))
+            for applied, target, path, key in (record.hosts() if record else ())
+            if applied.key == key_of(self)
+        ]
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""

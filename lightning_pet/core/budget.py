@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_pet.core.adaptation import record_of
+from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical
 from lightning_pet.errors import ArgumentError
