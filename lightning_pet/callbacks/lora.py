@@ -60,6 +60,7 @@ class LoRACallback(PETCallback):
     """
 
     method: ClassVar[str] = "lora"
+    width: ClassVar[str | None] = "r"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "lora_plus_ratio",
