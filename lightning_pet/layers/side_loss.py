@@ -101,7 +101,7 @@ def measure(loss: Tensor) -> None:
     scaler or with accumulation.
     """
     if loss.requires_grad:
-        loss.register_hook(_note_scale)
+        loss.register_hook(_note_scale)  # type: ignore[no-untyped-call]
 
 
 def forget_scale() -> None:
