@@ -78,7 +78,7 @@ def test_refused() -> None:
     model, _ = zoo.bert()
     with pytest.raises(TargetError, match="query"):
         every_parameter(model, NOTHING_KNOWN, exclude=["qeury"])
-    with pytest.raises(TargetError, match="nothing|no parameter"):
+    with pytest.raises(TargetError, match="no parameter"):
         every_parameter(model, NOTHING_KNOWN, exclude=["bert"])
     model.bert.pooler.dense.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TargetError, match=r"pooler\.dense\.weight is stored as torch\.int8"):
