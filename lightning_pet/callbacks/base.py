@@ -3,15 +3,18 @@
 import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_pet.core.applied import record_of
 from lightning_pet.core.heads import find_heads, parameters_below
-from lightning_pet.core.method import METHODS, Insertion
+from lightning_pet.core.insertion import CHILD
+from lightning_pet.core.method import METHODS, Insertion, key_of
+from lightning_pet.core.naming import join, named_modules
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError
@@ -94,6 +97,15 @@ class PETCallback(Callback):
         """Names of base parameters that train as they are: the heads."""
         heads = find_heads(root, targets) if self.modules_to_save is None else self.modules_to_save
         return parameters_below(root, heads, "modules_to_save")
+
+    def deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
+        """This method's deltas in an adapted root, with their places; empty if it was not applied."""
+        record, modules = record_of(root), named_modules(root)
+        return [
+            (target, cast(Delta, modules[join(path, CHILD, key)]))
+            for applied, target, path, key in (record.hosts() if record else ())
+            if applied.key == key_of(self)
+        ]
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""

@@ -1,190 +1,26 @@
-"""Plan, build, then mutate: what is applied to a model, and the record of it.
+"""Mutate: what was planned and built goes into the model, and out again.
 
-The record lives on the adapted root, so it is copied, pickled and sent to other processes with the
-model. All names in it are canonical and relative to the root, and are fixed when the deltas are
-inserted: under sharding engines and compilers they could not be recovered later.
+What may fail has failed before (:mod:`lightning_pet.core.preparation`); if anything does here, the model is
+put back as it was.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.core.insertion import CHILD, attach, check_attachable, detach, reader_of
-from lightning_pet.core.method import Insertion, Method, key_of
+from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
+from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.errors import ArgumentError
-
-_RECORD = "_pet"
-
-
-@dataclass
-class Applied:
-    """One method as it was applied.
-
-    Attributes:
-        method: short name of the method.
-        name: the user's name for the instance.
-        config: constructor arguments.
-        targets: the resolved places.
-        hosts: (host path, key) of every inserted delta.
-        readers: reader path of every inserted delta, or ``None``.
-        trained: base parameters that it trains as they are.
-    """
-
-    method: str
-    name: str
-    config: dict[str, Any]
-    targets: tuple[Target, ...]
-    hosts: list[tuple[str, str]] = field(default_factory=list)
-    readers: list[str | None] = field(default_factory=list)
-    trained: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Name of this method's deltas among those of a host."""
-        return f"{self.method}_{self.name}"
-
-
-@dataclass
-class Adaptation:
-    """Everything that was done to one adapted root.
-
-    Attributes:
-        applied: methods in the order in which they were applied.
-        delta_names: parameters and persistent buffers of all deltas.
-        trainable_names: delta parameters that train, then base parameters that do.
-        scopes: submodules whose other parameters are frozen (``""``: everything).
-        originals: copies of the base tensors that training may change (trained parameters,
-            persistent buffers), to restore them exactly.
-        flags: ``requires_grad`` of every base parameter before the first delta came.
-        muted: whether the deltas are switched off at the moment.
-    """
-
-    applied: list[Applied] = field(default_factory=list)
-    delta_names: tuple[str, ...] = ()
-    trainable_names: tuple[str, ...] = ()
-    scopes: tuple[str, ...] = ()
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    flags: dict[str, bool] = field(default_factory=dict)
-    muted: bool = False
-
-    @property
-    def trained_names(self) -> tuple[str, ...]:
-        """Base parameters that train as they are."""
-        own = set(self.delta_names)
-        return tuple(name for name in self.trainable_names if name not in own)
-
-    def hosts(self) -> Iterable[tuple[Applied, Target, str, str]]:
-        """Every inserted delta as (method, target, host path, key)."""
-        for applied in self.applied:
-            for target, (path, key) in zip(applied.targets, applied.hosts, strict=True):
-                yield applied, target, path, key
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A planned and built method: all that could fail has been done, and nothing was changed yet."""
-
-    method: Method
-    targets: tuple[Target, ...]
-    insertions: tuple[Insertion, ...]
-    readers: tuple[str | None, ...]
-    trained: tuple[str, ...]
-    scope: str
-
-    @property
-    def key(self) -> str:
-        """Name of this method's deltas among those of a host."""
-        return key_of(self.method)
-
-
-def record_of(root: nn.Module) -> Adaptation | None:
-    """The record on this very module, or ``None``."""
-    return root.__dict__.get(_RECORD)
-
-
-def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Path and module of the adapted root inside a model, or ``None`` if nothing was applied."""
-    for path, module in model.named_modules():
-        if _RECORD in module.__dict__:
-            return canonical(path), module
-    return None
-
-
-def prepare(
-    root: nn.Module,
-    methods: Sequence[Method],
-    structure: Structure | None,
-    *,
-    resolved: Sequence[tuple[Target, ...]] | None = None,
-    scopes: Sequence[str] | None = None,
-) -> list[Prepared]:
-    """Plan and build methods for a model, which stays untouched.
-
-    Args:
-        root: the adapted root.
-        methods: what to apply, in order.
-        structure: what is known about the model; only needed where ``resolved`` is not given.
-        resolved: places found earlier (from a file), one tuple per method.
-        scopes: the submodule of the root that each method is confined to; default: the whole root.
-
-    Raises:
-        ArgumentError: if a method of this name is applied already.
-        TargetError: if a place does not exist or cannot host the method.
-    """
-    record = record_of(root)
-    taken = {applied.key for applied in record.applied} if record else set()
-    prepared: list[Prepared] = []
-    for index, method in enumerate(methods):
-        key = key_of(method)
-        if key in taken:
-            raise ArgumentError(
-                f"two {type(method).__name__} are called {method.name!r}; give each its own, e.g. name='second'."
-            )
-        taken.add(key)
-        scope = scopes[index] if scopes else ""
-        targets = resolved[index] if resolved is not None else _resolve(root, method, structure or Structure(), scope)
-        prepared.append(_build(root, method, targets, scope, structure))
-    return prepared
-
-
-def _resolve(root: nn.Module, method: Method, structure: Structure, scope: str) -> tuple[Target, ...]:
-    found = method.resolve(named_modules(root)[scope], structure.within(scope))
-    return tuple(replace(target, module=join(scope, target.module)) for target in found)
-
-
-def _build(
-    root: nn.Module, method: Method, targets: tuple[Target, ...], scope: str, structure: Structure | None
-) -> Prepared:
-    insertions = tuple(method.insertions(root, targets))
-    modules = named_modules(root)
-    for insertion in insertions:
-        check_attachable(modules[insertion.target.module], insertion.target, delta_key(method, insertion))
-    called = structure.called if structure else None
-    return Prepared(
-        method=method,
-        targets=tuple(insertion.target for insertion in insertions),
-        insertions=insertions,
-        readers=tuple(reader_of(root, insertion.target, called) for insertion in insertions),
-        trained=method.trained(root, targets),
-        scope=scope,
-    )
-
-
-def delta_key(method: Method, insertion: Insertion) -> str:
-    """Name of a delta among those of its host."""
-    return "_".join(part for part in (method.method, method.name, insertion.suffix) if part)
+from lightning_pet.core.preparation import Prepared, delta_key
+from lightning_pet.core.structure import Target
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     """Insert what was built, and freeze the rest. The model is as before if anything fails."""
     created = record_of(root) is None
     before = {canonical(name): parameter.requires_grad for name, parameter in root.named_parameters()}
-    record = root.__dict__.setdefault(_RECORD, Adaptation(flags=before))
+    record = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
     done: list[tuple[str, str]] = []
     try:
         for item in prepared:
@@ -203,7 +39,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
         restore_flags(root, before)
         record.applied[:] = [a for a in record.applied if not any(a.key == item.key for item in prepared)]
         if created:
-            del root.__dict__[_RECORD]
+            del root.__dict__[RECORD]
         raise
     return record  # type: ignore[no-any-return]
 
@@ -259,6 +95,30 @@ def freeze(root: nn.Module) -> None:
             parameter.requires_grad_(id(parameter) in wanted)
 
 
+def host_parameter(root: nn.Module, target: Target) -> str:
+    """Name of the base parameter that stands for a place: its own, else the nearest one around its module."""
+    if target.parameter:
+        return target.path
+    names = [canonical(name) for name, _ in root.named_parameters(remove_duplicate=False)]
+    names = [name for name in names if CHILD not in name.split(".")]
+    path = target.module if target.reads is None else target.reads
+    while path and not any(name.startswith(f"{path}.") for name in names):
+        path = path.rpartition(".")[0]
+    return next((name for name in names if not path or name.startswith(f"{path}.")), "")
+
+
+def required_gradients(root: nn.Module) -> set[str]:
+    """Delta parameters without which no step may be taken."""
+    record, modules = record_of(root), named_modules(root)
+    exempt = [
+        f"{join(path, CHILD, key)}."
+        for _, _, path, key in (record.hosts() if record else ())
+        if getattr(modules[join(path, CHILD, key)], "optional_gradient", False)
+    ]
+    names = record.delta_names if record else ()
+    return {name for name in names if not any(name.startswith(prefix) for prefix in exempt)}
+
+
 def outgrown(root: nn.Module) -> bool:
     """Whether the model is no longer the one that was planned for: parameters came, or hosts were replaced."""
     record = record_of(root)
@@ -280,7 +140,7 @@ def refresh(root: nn.Module) -> None:
     freeze(root)
     modules = named_modules(root)
     for _, target, path, key in record.hosts():
-        weight = modules[path]._parameters[target.parameter]
+        weight = modules[path]._parameters.get(target.parameter)
         if weight is not None and not weight.is_meta:
             modules[join(path, CHILD, key)].initialize_from(weight.detach())  # type: ignore[operator]
 
@@ -313,7 +173,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
         freeze(root)
         return
     restore_flags(root, record.flags)
-    del root.__dict__[_RECORD]
+    del root.__dict__[RECORD]
 
 
 def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:

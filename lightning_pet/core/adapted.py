@@ -2,26 +2,21 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import (
-    Adaptation,
-    changed_buffers,
-    commit,
-    copy_in,
-    prepare,
-    record_of,
-    take_out,
-    undo,
-)
-from lightning_pet.core.insertion import mute
+from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
+from lightning_pet.core.applied import Adaptation, record_of
+from lightning_pet.core.insertion import CHILD, mute
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.plan import Plan, plan_of
+from lightning_pet.core.preparation import prepare
 from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
+from lightning_pet.layers.delta import Delta, Tied
 
 
 class Adapted:
@@ -142,16 +137,23 @@ class Adapted:
         owners: dict[int, set[str]] = {}
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), set()).add(name)
+        hosts = [(a.key, t, modules[path], modules[join(path, CHILD, key)]) for a, t, path, key in self.record.hosts()]
+        served: dict[tuple[str, int], set[int]] = {}
+        for method, target, host, _ in hosts:
+            served.setdefault((method, id(host._parameters.get(target.parameter))), set()).add(id(host))
         merged: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        for _, target, path, key in self.record.hosts():
-            base = modules[path]._parameters[target.parameter]
-            assert base is not None  # resolved when the delta was inserted
-            shared = {n for n in owners[id(base)]}
+        for method, target, host, module in hosts:
+            delta, base = cast(Delta, module), host._parameters.get(target.parameter)
+            if delta.path == "shared" or isinstance(delta, Tied):
+                continue  # part of what the deltas that use it, or that it repeats, merge
+            if base is None:
+                delta.merged(torch.empty(0))  # raises: there is no weight to merge into
+                raise NotMergeableError(f"{target.path} has no weight that the delta could be added to.")
             holders = {id(m) for m in modules.values() if any(p is base for p in m._parameters.values())}
-            if len(holders) > 1:
+            if not holders <= served[method, id(base)]:
                 raise NotMergeableError(
-                    f"{target.path} is tied ({', '.join(sorted(shared))}): merging would change every one of them. "
-                    "Keep the delta attached, or untie the weights first."
+                    f"{target.path} is tied ({', '.join(sorted(owners[id(base)]))}): merging would change every one "
+                    "of them. Keep the delta attached, or untie the weights first."
                 )
             if not base.is_floating_point():
                 raise NotMergeableError(
@@ -159,8 +161,7 @@ class Adapted:
                     "without loss. Keep the delta attached, or load the base in floating point."
                 )
             weight = merged[id(base)][1] if id(base) in merged else base.detach()
-            delta = modules[join(path, "pet", key)]
-            merged[id(base)] = (base, delta.merged(weight))  # type: ignore[operator]
+            merged[id(base)] = (base, delta.merged(weight))
         return list(merged.values())
 
     def _mute(self, on: bool) -> None:

@@ -6,23 +6,27 @@ a hook sees the output only after the base product is done, so it cannot share o
 with it, and it costs more per call; and the weight path needs the swap anyway. Unlike a patched
 ``forward``, a swapped class pickles, deep-copies and compiles.
 
-Two paths (see :class:`~lightning_pet.layers.delta.Delta`): *activation* deltas change what a call
-returns; *weight* deltas change what is read from a parameter while its reader's forward runs.
-Outside that scope the parameter is the base's, so sharding engines never see an effective weight.
+Paths (see :class:`~lightning_pet.layers.delta.Delta`): *activation* deltas change what a call
+returns; *around* deltas run in its place and call it; *weight* deltas change what is read from a
+parameter while its reader's forward runs. Outside that scope the parameter is the base's, so sharding
+engines never see an effective weight. *Shared* deltas belong to others of their method and are never
+called by their host.
 """
 
+from functools import partial
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.structure import Target
-from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta
 
 CHILD = "pet"
 _SCOPE = "_pet_scope"  # this module's weight deltas are visible now
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
+_TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere
 
 
 class Deltas(nn.ModuleDict):
@@ -35,6 +39,30 @@ class Deltas(nn.ModuleDict):
         # Not isinstance: a sharding engine may have wrapped a delta, and passes its attributes through.
         own = cast(dict[str, Delta], self._modules)
         return [delta for key, delta in own.items() if key not in self.muted and delta.path == path]
+
+
+class Slot:
+    """Carries the input of one module to a delta on another, within one forward."""
+
+    def __init__(self, pet: Deltas, key: str) -> None:
+        self.pet = pet
+        self.key = key
+        self.value: Tensor | None = None
+
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the first tensor of a call, unless the delta that wants it is muted."""
+        if self.key not in self.pet.muted:
+            self.value = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+
+    def take(self) -> Tensor:
+        """Give the tensor away: a slot keeps no activation alive."""
+        value, self.value = self.value, None
+        if value is None:
+            raise DeadSiteError(
+                f"the delta {self.key!r} reads the input of another module, which was not called before it in this "
+                "forward. Exclude this place."
+            )
+        return value
 
 
 class _Host(nn.Module):
@@ -53,10 +81,10 @@ class _Host(nn.Module):
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
             return output
-        value = args[0] if args else next(iter(kwargs.values()))
+        value = args[0] if args else next(iter(kwargs.values()), None)
         tensor = output[0] if isinstance(output, tuple) else output
         for delta in deltas:
-            tensor = delta(value, tensor)
+            tensor = delta(value if delta.slot is None else delta.slot.take(), tensor)
         return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +97,19 @@ class _Host(nn.Module):
         return (_rebuild, (cls.__pet_base__, cls.__pet_mixin__, cls.__pet_parameters__), *reduced[2:])
 
 
-class _WeightHost(_Host):
+class _AroundHost(_Host):
+    """A host whose call is wrapped, or whose input is wanted elsewhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for slot in self.__dict__.get(_TAPS, ()):
+            slot.put(args, kwargs)
+        call: Any = super().forward
+        for delta in self.pet.active("around"):
+            call = partial(delta, call)
+        return call(*args, **kwargs)
+
+
+class _WeightHost(_AroundHost):
     """A host some of whose parameters are read through weight deltas, or that reads such a host's."""
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,16 +263,22 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     host = modules[target.module]
     check_attachable(host, target, key)
     delta.parameter = target.parameter
-    if delta.path == "weight":
+    if delta.path == "shared":
+        _adopt(host)
+    elif delta.path == "weight":
         _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
         if reader is not None:
             _swap(modules[reader], _WeightHost)
             modules[reader].__dict__.setdefault(_READS, []).append(host)
     else:
-        _swap(host, _Host)
+        _swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
     pet[key] = delta
     pet.train(host.training)
+    if target.reads is not None:
+        delta.slot = Slot(pet, key)
+        _swap(modules[target.reads], _AroundHost)
+        modules[target.reads].__dict__.setdefault(_TAPS, []).append(delta.slot)
     for path, module in modules.items():
         if f"{target.module}.".startswith(f"{path}." if path else ""):
             _forbid_fast_path(module)
@@ -270,7 +316,12 @@ def detach(root: nn.Module, path: str, key: str) -> None:
     modules = named_modules(root)
     host = modules[path]
     pet = deltas_of(host)
+    slot = cast(Delta, pet[key]).slot
     del pet[key]
+    for module in modules.values() if slot is not None else ():
+        if slot in module.__dict__.get(_TAPS, ()):
+            module.__dict__[_TAPS].remove(slot)
+            _restore(module)
     if not pet:
         for module in modules.values():
             if host in module.__dict__.get(_READS, ()):
@@ -286,15 +337,19 @@ def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -
     present: type[_Host] = getattr(cls, "__pet_mixin__", _Host)
     parameters = {*getattr(cls, "__pet_parameters__", ()), *([parameter] if parameter else [])}
     widest = mixin if issubclass(mixin, present) else present
-    if not hasattr(module, CHILD):
-        module.add_module(CHILD, Deltas())
+    _adopt(module)
     module.__class__ = _swapped(base_class(module), widest, tuple(sorted(parameters)))
 
 
+def _adopt(module: nn.Module) -> None:
+    if not hasattr(module, CHILD):
+        module.add_module(CHILD, Deltas())
+
+
 def _restore(module: nn.Module) -> None:
-    if module.__dict__.get(_READS) or deltas_of(module):
+    if CHILD not in module._modules or module.__dict__.get(_READS) or module.__dict__.get(_TAPS) or deltas_of(module):
         return
-    for name in (_READS, _SCOPE):
+    for name in (_READS, _TAPS, _SCOPE):
         module.__dict__.pop(name, None)
     del module._modules[CHILD]
     module.__class__ = base_class(module)

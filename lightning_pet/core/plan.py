@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_pet.core.adaptation import Adaptation
+from lightning_pet.core.applied import Adaptation
 from lightning_pet.core.naming import canonical, join
 
 

@@ -9,22 +9,39 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Role = Literal[
-    "attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.gate", "ffn.down", "embedding"
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.o",
+    "attention.core",
+    "attention.output",
+    "attention.norm",
+    "ffn.up",
+    "ffn.gate",
+    "ffn.down",
+    "ffn.output",
+    "ffn.norm",
+    "mixer.output",
+    "embedding",
 ]
+"""What a place does. ``output`` is f(x) of a residual sum, ``norm`` the norm that reads the sum, and
+``core`` the softmax attention itself; the others are projections, and the token embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
 
 
 @dataclass(frozen=True, order=True)
 class Target:
-    """One parameter of one module, or some of its output rows.
+    """A place for a delta: one parameter of one module, some of its output rows, or a module as a whole.
 
     Attributes:
         module: path of the host module.
-        parameter: name of the parameter inside the host.
-        role: what the projection does; ``None`` where unknown or irrelevant.
-        cross: the projection belongs to cross-attention.
+        parameter: name of the parameter inside the host; ``""`` for the module itself (its call).
+        role: what the place does; ``None`` where unknown or irrelevant.
+        cross: the place belongs to cross-attention.
         rows: half-open ranges of *output features* in a fused projection (``((0, 768),)`` for q in
             GPT-2's ``c_attn``); ``None`` means all of them.
+        reads: path of the module whose input the delta reads; ``None``: the host's own.
+        sizes: sizes at the place that no weight of the host tells, such as the width of the stream.
     """
 
     module: str
@@ -32,11 +49,13 @@ class Target:
     role: Role | None = None
     cross: bool = False
     rows: tuple[tuple[int, int], ...] | None = None
+    reads: str | None = None
+    sizes: tuple[int, ...] = ()
 
     @property
     def path(self) -> str:
-        """Full dotted name of the parameter."""
-        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+        """Full dotted name of the parameter, or of the module where the place is the module itself."""
+        return ".".join(part for part in (self.module, self.parameter) if part)
 
 
 @dataclass(frozen=True)

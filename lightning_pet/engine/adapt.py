@@ -7,9 +7,11 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from lightning_pet.core.adaptation import commit, prepare, record_of, undo
+from lightning_pet.core.adaptation import commit, undo
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Method, key_of
+from lightning_pet.core.preparation import prepare
 from lightning_pet.core.probe import analyse
 from lightning_pet.engine.delta import start_from
 from lightning_pet.engine.roots import example_forward, root_of, scope_in

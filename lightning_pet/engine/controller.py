@@ -9,8 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_pet.core.adaptation import Adaptation, freeze, outgrown, record_of, refresh, take_out, undo
+from lightning_pet.core.adaptation import freeze, host_parameter, outgrown, refresh, required_gradients, take_out, undo
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.applied import Adaptation, record_of
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import optimizers as optim
@@ -213,7 +214,7 @@ class Controller:
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
         delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.trainable_names}
         hosts = {
-            join(prefix, name): join(prefix, target.path)
+            join(prefix, name): join(prefix, host_parameter(self.adapted.root, target))
             for _, target, path, key in record.hosts()
             for name in record.delta_names
             if name.startswith(join(path, "pet", key) + ".")
@@ -246,7 +247,7 @@ class Controller:
         if id(optimizer) in self._checked:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        delta = {join(self.root_path, name) for name in self.adapted.record.delta_names}
+        delta = {join(self.root_path, name) for name in required_gradients(self.adapted.root)}
         dead = [
             canonical(name)
             for name, parameter in self.module.named_parameters()

@@ -5,32 +5,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import (
-    Adaptation,
-    Prepared,
-    adapted_root,
-    commit,
-    copy_in,
-    delta_key,
-    prepare,
-    record_of,
-)
+from lightning_pet.core.adaptation import commit, copy_in
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.method import METHODS, Method
+from lightning_pet.core.method import METHODS, Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.preparation import Prepared, delta_key, prepare
 from lightning_pet.core.structure import Target
 from lightning_pet.engine import entry as entries
 from lightning_pet.engine.archive import read_checkpoint
 from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import DeltaFileError, PETError, TargetError
+from lightning_pet.layers.delta import Delta
 from lightning_pet.store.delta_file import read_delta, read_manifest, write_delta
 from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import Manifest, MethodRecord
@@ -86,8 +80,33 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
         notes=dict(notes or {}),
         written_by=entries.written_by(),
     )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapted.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _packed(adapted).items()}
     return write_delta(path, tensors, manifest)
+
+
+def _packed(adapted: Adapted) -> dict[str, Tensor]:
+    """The delta as files hold it: each delta in its own form, and what trains of the base."""
+    own = set(adapted.record.delta_names)
+    packed = {name: tensor for name, tensor in adapted.state_dict().items() if name not in own}
+    for prefix, delta in _deltas(adapted.root, adapted.record).items():
+        packed |= {join(prefix, name): tensor for name, tensor in delta.packed().items()}
+    return packed
+
+
+def _deltas(root: nn.Module, record: Adaptation, method: Method | None = None) -> dict[str, Delta]:
+    """Inserted deltas (of one method) by their path from the root."""
+    modules = named_modules(root)
+    return {
+        join(path, CHILD, key): cast(Delta, modules[join(path, CHILD, key)])
+        for applied, _, path, key in record.hosts()
+        if method is None or applied.key == key_of(method)
+    }
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a path, by their names from there."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -> Adapted:
@@ -166,25 +185,19 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
     if stored.base is not None:
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
         entries.check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then)
-    own = dict(named_tensors(adapted.root))
-    wanted = _names_of(adapted.record, method)
-    missing = sorted(wanted - set(stored.tensors))
-    shapes = sorted(n for n in wanted & set(stored.tensors) if own[n].shape != stored.tensors[n].shape)
-    if missing or shapes:
-        name = (missing or shapes)[0]
-        found = "missing" if missing else f"of shape {tuple(stored.tensors[name].shape)}, not {tuple(own[name].shape)}"
+    deltas = _deltas(adapted.root, adapted.record, method)
+    problems = [
+        join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(_below(stored.tensors, prefix))
+    ]
+    if problems:
         raise DeltaFileError(
-            f"start_from={str(path)!r}: {name} is {found}. It holds "
+            f"start_from={str(path)!r}: {problems[0]}. It holds "
             f"{', '.join(f'{m.method}:{m.name}' for m in stored.methods)}; give the options it was trained with.",
             "mismatch",
         )
-    copy_in(adapted.root, {name: stored.tensors[name] for name in wanted | _same_heads(adapted, stored)})
-
-
-def _names_of(record: Adaptation, method: Method) -> set[str]:
-    """The tensors of one method's deltas."""
-    hosts = [join(p, CHILD, k) for a, _, p, k in record.hosts() if (a.method, a.name) == (method.method, method.name)]
-    return {name for name in record.delta_names if name.rpartition(".")[0] in hosts}
+    for prefix, delta in deltas.items():
+        delta.unpack(_below(stored.tensors, prefix))
+    copy_in(adapted.root, {name: stored.tensors[name] for name in _same_heads(adapted, stored)})
 
 
 def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
@@ -262,8 +275,12 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         trained = [name for item in prepared for name in item.trained]
         record = record_of(root) or Adaptation()
         entries.check_base(stored.base, root, record, stored.path, base_check, trained)
-    commit(root, prepared)
-    copy_in(root, stored.tensors)
+    record = commit(root, prepared)
+    for prefix, delta in _deltas(root, record).items():
+        if tensors := _below(stored.tensors, prefix):
+            delta.unpack(tensors)
+    own = set(record.delta_names)
+    copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
     return Adapted(root)
 
 
@@ -285,26 +302,33 @@ def _rebuild(record: MethodRecord, path: Path) -> Method:
 
 def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
     module = modules.get(target.module)
-    return module is not None and module._parameters.get(target.parameter) is not None
+    if module is None or (target.reads is not None and target.reads not in modules):
+        return False
+    return not target.parameter or module._parameters.get(target.parameter) is not None
 
 
 def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored) -> None:
     """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
     own = dict(named_tensors(root))
-    expected: dict[str, Tensor] = {name: own[name] for item in prepared for name in item.trained}
-    for item in prepared:
-        for insertion in item.insertions:
-            prefix = join(insertion.target.module, "pet", delta_key(item.method, insertion))
-            expected |= {join(prefix, name): tensor for name, tensor in named_tensors(insertion.delta)}
+    trained = {name for item in prepared for name in item.trained}
     record = record_of(root)
     others = set(record.delta_names if record else ())
     optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)} - others
-    problems = [f"{name} is missing" for name in sorted(set(expected) - set(stored.tensors))]
-    problems += [f"{name} is unexpected" for name in sorted(set(stored.tensors) - set(expected) - optional)]
+    problems: list[str] = []
+    left = dict(stored.tensors)
+    for item in prepared:
+        for insertion in item.insertions:
+            prefix = join(insertion.target.module, CHILD, delta_key(item.method, insertion))
+            tensors = _below(left, prefix)
+            problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
+            for name in tensors:
+                del left[join(prefix, name)]
+    problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional)]
     problems += [
-        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(reference.shape)}"
-        for name, tensor in stored.tensors.items()
-        if (reference := expected.get(name, own.get(name))) is not None and reference.shape != tensor.shape
+        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name, tensor in left.items()
+        if name in own and own[name].shape != tensor.shape
     ]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""

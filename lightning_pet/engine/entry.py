@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import Adaptation, Applied
+from lightning_pet.core.applied import Adaptation, Applied
 from lightning_pet.core.method import METHODS
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
@@ -30,6 +30,8 @@ _TARGET: dict[str, tuple[type, ...]] = {
     "role": (str, type(None)),
     "cross": (bool,),
     "rows": (list, type(None)),
+    "reads": (str, type(None)),
+    "sizes": (list,),
 }
 
 
@@ -133,6 +135,8 @@ def _check_schema(entry: Mapping[str, Any], where: str) -> None:
                     raise fault(f"{here}.targets.rows", "found a range that is no pair of first row and end.")
                 for bound in pair:
                     check_type(bound, f"{here}.targets.rows", (int,))
+            for size in target["sizes"]:
+                check_type(size, f"{here}.targets.sizes", (int,))
 
 
 def methods_of(entry: Mapping[str, Any]) -> tuple[MethodRecord, ...]:
@@ -145,7 +149,8 @@ def methods_of(entry: Mapping[str, Any]) -> tuple[MethodRecord, ...]:
 
 def _target(plain: Mapping[str, Any]) -> Target:
     rows = plain["rows"]
-    return Target(**{**plain, "rows": None if rows is None else tuple((int(a), int(b)) for a, b in rows)})
+    ranges = None if rows is None else tuple((int(a), int(b)) for a, b in rows)
+    return Target(**{**plain, "rows": ranges, "sizes": tuple(plain["sizes"])})
 
 
 def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from lightning_pet.core.adaptation import adapted_root
+from lightning_pet.core.applied import adapted_root
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.targets import suggest
 from lightning_pet.engine import private

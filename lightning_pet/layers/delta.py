@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError
 
-Path = Literal["activation", "weight"]
+Path = Literal["activation", "around", "weight", "shared"]
 
 
 class Delta(nn.Module):
@@ -17,20 +18,31 @@ class Delta(nn.Module):
     (never ``nn.Linear``, which quantising precision plug-ins replace), and is always run through
     ``__call__``, so that sharding engines can treat it as a unit of its own.
 
-    Two calling conventions, chosen by ``path``:
+    The calling convention is chosen by ``path``:
 
     * ``"activation"``: ``delta(x, output)`` gets the host's input and output and returns the new
       output. It may write into ``output``. A delta with ``fuses_linear = True`` may also be called
       as ``delta(x, None, weight, bias)`` and then computes the host's product itself.
-    * ``"weight"``: ``delta(weight)`` returns the effective weight, for hosts whose weight is read
-      without the host being called.
+      Where the place ``reads`` another module, x is that module's input.
+    * ``"around"``: ``delta(call, *args, **kwargs)`` returns what the host's call returns;
+      ``call(*args, **kwargs)`` runs the host with its activation and weight deltas, any number of times.
+    * ``"weight"``: ``delta(weight)`` returns the effective value of one parameter, for hosts whose weight
+      is read without the host being called, and for methods on parameters of every kind.
+    * ``"shared"``: never called by its host, the adapted root. It holds what several deltas of one method
+      use together; they keep it outside of module registration (``self.__dict__["rule"] = shared``), so
+      that it has one name, is counted once and stored once.
     """
 
     path: ClassVar[Path] = "activation"
     fuses_linear: ClassVar[bool] = False
+    optional_gradient: ClassVar[bool] = False
+    """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
 
     parameter: str = "weight"
-    """Which parameter of the host this delta belongs to; set when it is inserted."""
+    """Which parameter of the host this delta belongs to (``""``: none); set when it is inserted."""
+
+    slot: Any = None
+    """Where x comes from if not from the host's call; set when it is inserted."""
 
     def reset_parameters(self) -> None:
         """Initialise the parameters in place; also called after materialisation from the meta device."""
@@ -55,6 +67,31 @@ class Delta(nn.Module):
             f"{type(self).__name__} cannot be added into a base weight exactly; keep it attached instead of merging."
         )
 
+    def packed(self) -> dict[str, Tensor]:
+        """What a delta file holds, by name from this module. The default: parameters and persistent buffers."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Why these tensors of a file do not fit, one phrase each; nothing is changed."""
+        own = self.state_dict()
+        return [
+            *(f"{name} is missing" for name in sorted(own.keys() - tensors.keys())),
+            *(f"{name} is unexpected" for name in sorted(tensors.keys() - own.keys())),
+            *(
+                f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+                for name in sorted(own.keys() & tensors.keys())
+                if own[name].shape != tensors[name].shape
+            ),
+        ]
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a file over; they fit (:meth:`misfits`)."""
+        own = self.state_dict()
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if not own[name].is_meta:
+                    own[name].copy_(tensor)
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -71,3 +108,27 @@ class Delta(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
         if len(own) < len(self.state_dict()):
             missing_keys.extend(own)
+
+
+class Tied(Delta):
+    """The delta of a weight that several modules share, on every module but the first.
+
+    It holds the first one's delta outside of module registration: tied weights move together.
+
+    Args:
+        source: the delta on the first module; its path is ``"weight"``.
+    """
+
+    path = "weight"
+
+    def __init__(self, source: Delta) -> None:
+        super().__init__()
+        self.__dict__["source"] = source
+
+    def reset_parameters(self) -> None:
+        """Nothing of its own."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Effective weight, as the first module sees it."""
+        effective: Tensor = self.__dict__["source"](weight)
+        return effective

@@ -36,6 +36,7 @@ FORMAT: Final = 1
 MAX_METHODS: Final = 64
 MAX_TARGETS: Final = 20_000
 MAX_ROW_RANGES: Final = 256  # an interleaved projection has one per head
+MAX_SIZES: Final = 16
 MAX_NOTES: Final = 4096
 _ROLES: Final = (None, *get_args(Role))
 _NONE: Final = type(None)
@@ -179,6 +180,8 @@ def _method_to_plain(record: MethodRecord, where: str) -> dict[str, Any]:
             target.role,
             target.cross,
             target.rows and [list(pair) for pair in target.rows],
+            target.reads,
+            list(target.sizes),
         ]
         for target in record.targets
     ]
@@ -206,19 +209,29 @@ def _method_from_plain(value: object, where: str, room: int) -> MethodRecord:
 
 def _target(row: object, where: str) -> Target:
     fields = check_type(row, where, (list,))
-    if len(fields) != 5:
-        raise fault(where, f"found {len(fields)} fields, expected module, parameter, role, cross and rows.")
-    module, parameter, role, cross, rows = fields
+    if len(fields) != 7:
+        expected = "module, parameter, role, cross, rows, reads and sizes"
+        raise fault(where, f"found {len(fields)} fields, expected {expected}.")
+    module, parameter, role, cross, rows, reads, sizes = fields
     if type(role) not in (str, _NONE) or role not in _ROLES:
         known = ", ".join(str(known) for known in _ROLES)
         raise fault(where, f"found the role {ascii(role)[:80]}, expected one of {known}.")
     return Target(
         module=check_name(module, f"{where}.module") if module != "" else "",
-        parameter=check_name(parameter, f"{where}.parameter"),
+        parameter=check_name(parameter, f"{where}.parameter") if parameter != "" else "",
         role=role,
         cross=check_type(cross, f"{where}.cross", (bool,)),
         rows=None if rows is None else tuple(_row_range(pair, f"{where}.rows") for pair in _bounded(rows, where)),
+        reads=reads if reads is None or reads == "" else check_name(reads, f"{where}.reads"),
+        sizes=_sizes(sizes, f"{where}.sizes"),
     )
+
+
+def _sizes(value: object, where: str) -> tuple[int, ...]:
+    sizes = check_type(value, where, (list,))
+    if len(sizes) > MAX_SIZES:
+        raise fault(where, f"found {len(sizes)} sizes, expected at most {MAX_SIZES}.", "limit")
+    return tuple(check_int(size, where) for size in sizes)
 
 
 def _bounded(rows: object, where: str) -> list[object]:

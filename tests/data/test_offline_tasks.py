@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_pet.callbacks.lora import LoRACallback
-from lightning_pet.core.adaptation import adapted_root
+from lightning_pet.core.applied import adapted_root
 from lightning_pet.data.dates import Dates
 from lightning_pet.data.docstring_topics import TOPICS, DocstringTopics, linear_probe, write_topics
 from lightning_pet.data.reference import ReferencePoints

@@ -1,0 +1,94 @@
+"""The record of what was applied to a model.
+
+It lives on the adapted root, so it is copied, pickled and sent to other processes with the model. All
+names in it are canonical and relative to the root, and are fixed when the deltas are inserted: under
+sharding engines and compilers they could not be recovered later.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_pet.core.naming import canonical
+from lightning_pet.core.structure import Target
+
+RECORD = "_pet"  # attribute of the adapted root
+
+
+@dataclass
+class Applied:
+    """One method as it was applied.
+
+    Attributes:
+        method: short name of the method.
+        name: the user's name for the instance.
+        config: constructor arguments.
+        targets: the resolved places.
+        hosts: (host path, key) of every inserted delta.
+        readers: reader path of every inserted delta, or ``None``.
+        trained: base parameters that it trains as they are.
+    """
+
+    method: str
+    name: str
+    config: dict[str, Any]
+    targets: tuple[Target, ...]
+    hosts: list[tuple[str, str]] = field(default_factory=list)
+    readers: list[str | None] = field(default_factory=list)
+    trained: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name of this method's deltas among those of a host."""
+        return f"{self.method}_{self.name}"
+
+
+@dataclass
+class Adaptation:
+    """Everything that was done to one adapted root.
+
+    Attributes:
+        applied: methods in the order in which they were applied.
+        delta_names: parameters and persistent buffers of all deltas.
+        trainable_names: delta parameters that train, then base parameters that do.
+        scopes: submodules whose other parameters are frozen (``""``: everything).
+        originals: copies of the base tensors that training may change (trained parameters,
+            persistent buffers), to restore them exactly.
+        flags: ``requires_grad`` of every base parameter before the first delta came.
+        muted: whether the deltas are switched off at the moment.
+    """
+
+    applied: list[Applied] = field(default_factory=list)
+    delta_names: tuple[str, ...] = ()
+    trainable_names: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    muted: bool = False
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """Base parameters that train as they are."""
+        own = set(self.delta_names)
+        return tuple(name for name in self.trainable_names if name not in own)
+
+    def hosts(self) -> Iterable[tuple[Applied, Target, str, str]]:
+        """Every inserted delta as (method, target, host path, key)."""
+        for applied in self.applied:
+            for target, (path, key) in zip(applied.targets, applied.hosts, strict=True):
+                yield applied, target, path, key
+
+
+def record_of(root: nn.Module) -> Adaptation | None:
+    """The record on this very module, or ``None``."""
+    return root.__dict__.get(RECORD)
+
+
+def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of the adapted root inside a model, or ``None`` if nothing was applied."""
+    for path, module in model.named_modules():
+        if RECORD in module.__dict__:
+            return canonical(path), module
+    return None

@@ -1,0 +1,116 @@
+"""Plan and build: everything that can fail, before anything is changed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lightning_pet.core.applied import record_of
+from lightning_pet.core.insertion import check_attachable, reader_of
+from lightning_pet.core.method import Insertion, Method, key_of
+from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A planned and built method: all that could fail has been done, and nothing was changed yet."""
+
+    method: Method
+    targets: tuple[Target, ...]
+    insertions: tuple[Insertion, ...]
+    readers: tuple[str | None, ...]
+    trained: tuple[str, ...]
+    scope: str
+
+    @property
+    def key(self) -> str:
+        """Name of this method's deltas among those of a host."""
+        return key_of(self.method)
+
+
+def prepare(
+    root: nn.Module,
+    methods: Sequence[Method],
+    structure: Structure | None,
+    *,
+    resolved: Sequence[tuple[Target, ...]] | None = None,
+    scopes: Sequence[str] | None = None,
+) -> list[Prepared]:
+    """Plan and build methods for a model, which stays untouched.
+
+    Args:
+        root: the adapted root.
+        methods: what to apply, in order.
+        structure: what is known about the model; only needed where ``resolved`` is not given.
+        resolved: places found earlier (from a file), one tuple per method.
+        scopes: the submodule of the root that each method is confined to; default: the whole root.
+
+    Raises:
+        ArgumentError: if a method of this name is applied already.
+        TargetError: if a place does not exist or cannot host the method.
+    """
+    record = record_of(root)
+    taken = {applied.key for applied in record.applied} if record else set()
+    prepared: list[Prepared] = []
+    for index, method in enumerate(methods):
+        key = key_of(method)
+        if key in taken:
+            raise ArgumentError(
+                f"two {type(method).__name__} are called {method.name!r}; give each its own, e.g. name='second'."
+            )
+        taken.add(key)
+        scope = scopes[index] if scopes else ""
+        if resolved is not None:  # shared places are the method's own business
+            targets = tuple(target for target in resolved[index] if not is_shared(target))
+        else:
+            targets = _resolve(root, method, structure or Structure(), scope)
+        prepared.append(_build(root, method, targets, scope, structure))
+    return prepared
+
+
+def _resolve(root: nn.Module, method: Method, structure: Structure, scope: str) -> tuple[Target, ...]:
+    found = method.resolve(named_modules(root)[scope], structure.within(scope))
+    return tuple(
+        replace(
+            target,
+            module=join(scope, target.module),
+            reads=None if target.reads is None else join(scope, target.reads),
+        )
+        for target in found
+    )
+
+
+def is_shared(target: Target) -> bool:
+    """The place of a shared delta: the root, without a role of its own."""
+    return not target.path and target.role is None
+
+
+def _build(
+    root: nn.Module, method: Method, targets: tuple[Target, ...], scope: str, structure: Structure | None
+) -> Prepared:
+    insertions = tuple(method.insertions(root, targets))
+    modules = named_modules(root)
+    for insertion in insertions:
+        target, key = insertion.target, delta_key(method, insertion)
+        check_attachable(modules[target.module], target, key)
+        if target.reads is not None:
+            check_attachable(modules[target.reads], target, key)
+    called = structure.called if structure else None
+    return Prepared(
+        method=method,
+        targets=tuple(insertion.target for insertion in insertions),
+        insertions=insertions,
+        readers=tuple(
+            reader_of(root, insertion.target, called) if insertion.target.parameter else None
+            for insertion in insertions
+        ),
+        trained=method.trained(root, targets),
+        scope=scope,
+    )
+
+
+def delta_key(method: Method, insertion: Insertion) -> str:
+    """Name of a delta among those of its host."""
+    return "_".join(part for part in (method.method, method.name, insertion.suffix) if part)
