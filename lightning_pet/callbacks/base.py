@@ -85,9 +85,9 @@ class PETCallback(Callback):
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the places in this model; see :class:`lightning_pet.core.method.Method`."""
 
-    @abstractmethod
     def build(self, root: nn.Module, target: Target) -> Delta:
-        """Build the delta for one place."""
+        """Build the delta for one place; for methods that do not override :meth:`insertions`."""
+        raise NotImplementedError(f"{type(self).__name__} builds its deltas in insertions().")
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build all deltas, without touching the model."""

@@ -1,11 +1,12 @@
 """Every parameter of a model, tied ones together: the places of methods that change all of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from lightning_pet.core.heads import find_heads
-from lightning_pet.core.insertion import base_class
+from lightning_pet.core.insertion import base_class, reader_of
 from lightning_pet.core.names import named_places
 from lightning_pet.core.naming import join, named_modules
 from lightning_pet.core.structure import Role, Structure, Target
@@ -65,7 +66,9 @@ def every_parameter(
         groups.setdefault(id(parameter), []).append(place)
     kept = [place for group in groups.values() if not dropped.intersection(group) for place in group]
     _check(places, kept)
-    return tuple(Target(path, name, *_role(structure, path, name)) for path, name in kept)
+    targets = [Target(path, name, *_role(structure, path, name)) for path, name in kept]
+    # Stored with the target: whoever loads a file has seen no forward.
+    return tuple(replace(target, reads=reader_of(root, target, structure.called)) for target in targets)
 
 
 def tied(root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, ...]]:
