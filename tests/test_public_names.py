@@ -16,6 +16,7 @@ NAMES = [
     "DeltaFileError",
     "FullFineTuningCallback",
     "IA3Callback",
+    "IntrinsicDimensionCallback",
     "LayerFreezingCallback",
     "LoRACallback",
     "NotMergeableError",
