@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_pet.callbacks.base import PETCallback as PETCallback
+    from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
+    from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
+    from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
+    from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
@@ -32,7 +36,11 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "PETCallback": "callbacks.base",
+    "BitFitCallback": "callbacks.bitfit",
+    "FullFineTuningCallback": "callbacks.full_fine_tuning",
+    "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
+    "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",

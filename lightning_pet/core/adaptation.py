@@ -65,7 +65,8 @@ def _keep_originals(root: nn.Module, record: Adaptation) -> None:
     for name, tensor in named_tensors(root):
         mutable = name in trained or not isinstance(tensor, nn.Parameter)
         if mutable and name not in own and name not in record.originals:
-            record.originals[name] = tensor.detach().clone()
+            # In host memory: a method may train the whole model.
+            record.originals[name] = tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def _in_scope(record: Adaptation, name: str) -> bool:

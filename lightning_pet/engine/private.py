@@ -21,6 +21,7 @@ name                                                      used for
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
+``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
@@ -73,6 +74,11 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
             setattr(owner, name, before)
 
     return undo
+
+
+def finds_unused_parameters(strategy: Any) -> bool:
+    """Whether a DDP strategy looks in every step for parameters without a gradient."""
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
