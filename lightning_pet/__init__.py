@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_pet.callbacks.base import PETCallback as PETCallback
+    from lightning_pet.callbacks.diff_pruning import DiffPruningCallback as DiffPruningCallback
+    from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "PETCallback": "callbacks.base",
+    "DiffPruningCallback": "callbacks.diff_pruning",
+    "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LoRACallback": "callbacks.lora",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",

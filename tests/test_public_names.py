@@ -13,6 +13,8 @@ NAMES = [
     "BaseMismatchError",
     "DeadSiteError",
     "DeltaFileError",
+    "DiffPruningCallback",
+    "IntrinsicDimensionCallback",
     "LoRACallback",
     "NotMergeableError",
     "OptimizerMismatchError",

@@ -1,12 +1,9 @@
 """Diff pruning (Guo, Rush and Kim 2021)."""
 
 import math
-import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from fractions import Fraction
-from itertools import zip_longest
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -16,18 +13,16 @@ from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.adaptation import renew
-from lightning_pet.core.heads import find_heads
-from lightning_pet.core.insertion import base_class
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.parameters import every_parameter, tied
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import suggest
 from lightning_pet.engine.controller import Controller
+from lightning_pet.engine.density import DensityCurve
 from lightning_pet.engine.exchanges import clip_norm, refuse_exchanges
-from lightning_pet.engine.figures import Curve, save_figure
 from lightning_pet.engine.parameter_groups import Exchange
-from lightning_pet.errors import ArgumentError, PETError, TargetError
-from lightning_pet.layers.delta import Delta, Tied
+from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError
+from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
 from lightning_pet.layers.magnitude import largest
@@ -61,13 +56,14 @@ class DiffPruningCallback(PETCallback):
         temperature: its β.
         gates: ``"weight"``: every weight has a gate; ``"group"``: only every tensor, which saves memory.
         state: ``"bf16"`` keeps α, its gradient and its optimizer state in bfloat16, which saves memory.
-        embeddings: include embedding tables, and what is tied to one.
-        norms: include the weights and biases of normalisations.
-        exclude_modules: modules or parameters to leave out: ends of names, or globs. Every one must hit.
+        embeddings: include lookup tables, and what is tied to one.
+        norms: include normalisation layers.
+        heads: give fresh task heads a sparse difference, too; default: they train as they are.
+        exclude_modules: modules (with all below them), parameters or roles to leave as they are.
         seed: of the random gates.
         plot: draw density and expected density over the steps into the log folder, if matplotlib is installed.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`. Task heads train as they
-            are; ``modules_to_save=[]`` gives them differences as well.
+            are, beside the density.
 
     Raises:
         ArgumentError: if a number is out of range.
@@ -84,6 +80,7 @@ class DiffPruningCallback(PETCallback):
         "exclude_modules",
         "embeddings",
         "norms",
+        "heads",
         "alpha_clip",
         "plot",
     }
@@ -104,6 +101,7 @@ class DiffPruningCallback(PETCallback):
         state: StateType = "fp32",
         embeddings: bool = True,
         norms: bool = True,
+        heads: bool = False,
         exclude_modules: list[str] | None = None,
         seed: int = 0,
         plot: bool = True,
@@ -124,11 +122,15 @@ class DiffPruningCallback(PETCallback):
         self.state = state
         self.embeddings = embeddings
         self.norms = norms
+        self.heads = heads
         self.exclude_modules = exclude_modules
         self.seed = seed
         self.plot = plot
         self._validate()
-        self._history: list[list[float]] = []  # step, density, expected density
+        self._curve = DensityCurve()
+        self._live: list[tuple[Target, SparseDifference]] = []  # during a fit
+        self._gate_groups: list[dict[str, Any]] = []
+        self._looked = False
         self._cut_at = self._end_at = 0
 
     def _validate(self) -> None:
@@ -160,77 +162,37 @@ class DiffPruningCallback(PETCallback):
     # --- places and deltas ------------------------------------------------------------------------
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Every parameter but those of heads and of what the options leave out.
-
-        Raises:
-            TargetError: if an exclusion hits nothing, a parameter cannot be moved, or none is left.
-        """
-        places = [
-            (path, name, parameter, module)
-            for path, module in named_modules(root).items()
-            if "pet" not in path.split(".")
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-        heads = find_heads(root, ()) if self.modules_to_save is None else self.modules_to_save
-        self._check_exclusions([join(path, name) for path, name, *_ in places])
-        # By identity: what is tied to something left out is left out with it.
-        left_out = {id(p) for path, name, p, m in places if self._is_left_out(path, name, m, heads)}
-        kept = [(path, name, p) for path, name, p, _ in places if id(p) not in left_out]
-        for path, name, parameter in kept:
-            if not parameter.is_floating_point():
-                raise TargetError(
-                    f"{join(path, name)} is stored as {parameter.dtype}: no difference can be added to it. Exclude it "
-                    "with exclude_modules, or load the base in floating point."
-                )
-        if not kept:
-            raise TargetError("no parameter is left for diff pruning; exclude less.")
-        return tuple(Target(path, name) for path, name, _ in kept)
-
-    def _is_left_out(self, path: str, name: str, module: nn.Module, heads: Sequence[str]) -> bool:
-        if any(f".{head}." in f".{path}." for head in heads):
-            return True
-        if not self.embeddings and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return True
-        if not self.norms and "norm" in base_class(module).__name__.lower():
-            return True
-        return any(_hits(pattern, join(path, name)) for pattern in self.exclude_modules or ())
-
-    def _check_exclusions(self, names: list[str]) -> None:
-        for pattern in self.exclude_modules or ():
-            if not any(_hits(pattern, name) for name in names):
-                raise TargetError(f"exclude_modules: {pattern!r} hits no parameter.{suggest(pattern, names)}")
+        """Find every parameter; see :func:`~lightning_pet.core.parameters.every_parameter`."""
+        return every_parameter(
+            root,
+            structure,
+            embeddings=self.embeddings,
+            norms=self.norms,
+            heads=self.heads,
+            exclude=(*(self.exclude_modules or ()), *(self.modules_to_save or ())),
+        )
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
-        """One difference per weight; modules that share a weight share its difference.
+        """Build one difference per tensor; modules that share a tensor share its difference.
 
         Raises:
-            TargetError: if the density leaves no weight at all.
+            TargetError: if the density leaves no entry at all, or a tensor is tied to one that does not move.
         """
         modules = named_modules(root)
-        first: dict[int, Delta] = {}
-        found = []
-        for target in targets:
-            parameter = modules[target.module]._parameters[target.parameter]
-            suffix = "" if target.parameter == "weight" else target.parameter
-            if id(parameter) in first:
-                found.append(Insertion(target, Tied(first[id(parameter)]), suffix))
-                continue
-            assert parameter is not None  # resolve found it
-            first[id(parameter)] = self._difference(parameter, len(first))
-            found.append(Insertion(target, first[id(parameter)], suffix))
-        size = sum(delta.size for delta in first.values() if isinstance(delta, SparseDifference))
+        found, size = [], 0
+        for first, *others in tied(root, targets):
+            parameter = cast(nn.Parameter, modules[first.module]._parameters[first.parameter])
+            delta = self._difference(parameter, first.path)
+            found.append(Insertion(first, delta, _suffix(first)))
+            found += [Insertion(other, Tied(delta), _suffix(other)) for other in others]
+            size += delta.size
         if self._budget(size) < 1:
             raise TargetError(
-                f"density={self.density} leaves none of {size} weights; the smallest that leaves one is {1 / size:.2g}."
+                f"density={self.density} keeps none of {size:,} entries; the smallest that keeps one is {1 / size:.2g}."
             )
         return found
 
-    def build(self, root: nn.Module, target: Target) -> Delta:
-        """Build the difference of one weight."""
-        return self.insertions(root, [target])[0].delta
-
-    def _difference(self, parameter: nn.Parameter, index: int) -> SparseDifference:
+    def _difference(self, parameter: nn.Parameter, path: str) -> SparseDifference:
         kinds: dict[tuple[str, bool], Kind] = {("weight", True): "both", ("weight", False): "weight"}
         return SparseDifference(
             tuple(parameter.shape),
@@ -239,7 +201,7 @@ class DiffPruningCallback(PETCallback):
             form=self.penalty,
             l0_weight=self.l0_weight,
             alpha=self.alpha_init,
-            seed=mixed(self.seed, index),
+            seed=mixed(self.seed, path),
             device=parameter.device,
             dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
             gate_dtype=torch.bfloat16 if self.state == "bf16" else None,
@@ -264,16 +226,16 @@ class DiffPruningCallback(PETCallback):
     ) -> None:
         """Clip the gradients of the gates; once, name the weights that no gradient reaches."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        differences = self.differences(Controller.get(trainer).adapted.root)
-        clip_norm(trainer, optimizer, [p for _, delta in differences for p in delta.gate_parameters], self.alpha_clip)
-        if not self._looked:
+        gates = [p for _, delta in self._live for p in delta.gate_parameters]
+        clip_norm(trainer, optimizer, gates, self.alpha_clip)
+        if gates and not self._looked:
             self._looked = True
-            self._report_unreached(differences)
+            self._report_unreached()
 
-    def _report_unreached(self, differences: Sequence[tuple[Target, SparseDifference]]) -> None:
-        unreached = [target.path for target, delta in differences if delta.w is not None and delta.w.grad is None]
-        if len(unreached) == len(differences) and not any(delta.is_fixed for _, delta in differences):
-            raise PETError("no weight received a gradient: the graph is cut above all of them (torch.no_grad?).")
+    def _report_unreached(self) -> None:
+        unreached = [target.path for target, delta in self._live if delta.w is not None and delta.w.grad is None]
+        if len(unreached) == len(self._live):
+            raise DeadSiteError("no weight received a gradient: the graph is cut above all of them (torch.no_grad?).")
         if unreached:
             more = f" and {len(unreached) - 4} more" if len(unreached) > 4 else ""
             rank_zero_warn(
@@ -286,7 +248,7 @@ class DiffPruningCallback(PETCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse runs in which parameters cannot be exchanged."""
         if stage == "fit":
-            refuse_exchanges(trainer, "diff pruning")
+            refuse_exchanges(trainer, type(self).__name__)
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -295,45 +257,152 @@ class DiffPruningCallback(PETCallback):
         Raises:
             ArgumentError: if the length of the run is not known, or a stage has no step.
         """
-        differences = self.differences(Controller.get(trainer).adapted.root)
-        self._looked = False
-        for _, delta in differences:
+        self._live, self._looked = self.differences(Controller.get(trainer).adapted.root), False
+        for _, delta in self._live:
             delta.train()  # a model may be trained in evaluation mode; its gates are random all the same
-        steps = trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        gates = {id(p) for _, delta in self._live for p in delta.gate_parameters}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._gate_groups = [group for group in groups if any(id(p) in gates for p in group["params"])]
+        self._plan(trainer)
+
+    def _plan(self, trainer: pl.Trainer) -> None:
+        if math.isinf(trainer.estimated_stepping_batches):
             raise ArgumentError(
-                "the length of this run is not known, so neither are its stages: set max_steps or max_epochs of the "
-                "Trainer, and limit_train_batches if the data has no length."
+                "the length of this run is not known, so neither are its stages: set max_steps, or max_epochs and, if "
+                "the data has no length, limit_train_batches of the Trainer."
             )
-        if all(delta.is_fixed for _, delta in differences):
-            self._cut_at, self._end_at = 0, int(steps)
-            return
-        shares = [Fraction(str(share)) for share in self.stages]
-        self._cut_at, self._end_at = round(shares[0] * int(steps)), round(sum(shares) * int(steps))
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        steps = int(trainer.estimated_stepping_batches)
+        first, second = (Fraction(str(share)) for share in self.stages)
+        self._cut_at, self._end_at = round(first * steps), round((first + second) * steps)
+        if self._is_cut:  # a delta from a file, or a second fit
+            self._cut_at, self._end_at = 0, steps
+        elif trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._cut_at = self._end_at = max(self._cut_at, 1)
-        elif self._cut_at < 1 or (shares[1] and self._end_at <= self._cut_at):
+        elif self._cut_at < 1 or (second and self._end_at <= self._cut_at):
             raise ArgumentError(
-                f"stages={tuple(self.stages)} of a run of {int(steps)} optimizer steps: a stage has none. Train longer, "
-                "or change the shares."
+                f"stages={tuple(self.stages)} of a run of {steps} optimizer steps: one of them has no step. Train "
+                "longer, or change the shares."
             )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    @property
+    def _is_cut(self) -> bool:
+        return all(delta.is_fixed for _, delta in self._live)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Draw this step's gates: they depend on seed and step alone, on every rank and after a resume."""
         self._cut_if_due(trainer)
-        for _, delta in self.differences(Controller.get(trainer).adapted.root):
+        for _, delta in self._live:
             delta.gates.begin(trainer.global_step, batch_idx)
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                if any(id(parameter) in self._gate_ids for parameter in group["params"]):
-                    group["lr"] = self.alpha_lr
+        for group in self._gate_groups:
+            group["lr"] = self.alpha_lr
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Cut after the last step of the first stage; stop after that of the second."""
+        """Cut after the last step of the first stage; end the fit after that of the second."""
         self._cut_if_due(trainer)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._note(trainer, pl_module)
-        if trainer.global_step >= self._end_at:
+        if self._cut_at <= self._end_at <= trainer.global_step < trainer.estimated_stepping_batches:
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Cut now if the run was stopped in its first stage; draw the curves."""
+        if not self._is_cut:
+            rank_zero_warn(
+                f"the fit ended after {trainer.global_step} of {self._cut_at} steps of the first stage: its difference "
+                f"is cut to density {self.density} as it is, without fine-tuning."
+            )
+            self._exchange(trainer)
+        if self.plot and trainer.is_global_zero:
+            self._curve.draw(trainer, f"{self.method}_{self.name}", self._parts())
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the gates change by themselves again."""
+        for _, delta in self._live:
+            delta.gates.count()
+        self._live, self._gate_groups = [], []
+        super().teardown(trainer, pl_module, stage)
+
+    def _cut_if_due(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step >= self._cut_at and not self._is_cut:
+            self._exchange(trainer)
+
+    def _exchange(self, trainer: pl.Trainer) -> None:
+        controller = Controller.get(trainer)
+        controller.exchange(self.cut(controller.adapted.root))
+        self._gate_groups = []
+
+    def cut(self, root: nn.Module) -> list[Exchange]:
+        """Keep the entries of largest magnitude, at fixed places, and forget the gates.
+
+        A Trainer does it between the stages. In a loop of your own, build the optimizer anew afterwards.
+
+        Args:
+            root: the adapted root (``adapted.root``).
+
+        Returns:
+            Which parameters took the place of which.
+
+        Raises:
+            PETError: if a difference is not finite, or all are zero.
+        """
+        deltas = [delta for _, delta in self.differences(root)]
+        wanted, size = self._budget(sum(delta.size for delta in deltas)), sum(delta.size for delta in deltas)
+        try:
+            places = largest([delta.difference for delta in deltas], wanted)
+        except ValueError:
+            raise PETError("the difference holds NaN or infinity; lower the learning rate.") from None
+        kept = sum(len(place) for place in places)
+        if not kept:
+            raise PETError("every difference is zero: nothing was learnt, or l0_weight closed all gates; lower it.")
+        if kept < wanted:
+            rank_zero_warn(
+                f"only {kept} of {wanted} entries are not zero; a lower l0_weight would keep more gates open."
+            )
+        exchanges = [change for delta, place in zip(deltas, places, strict=True) for change in _fixed(delta, place)]
+        renew(root)
+        stored = sum(t.numel() * t.element_size() for delta in deltas for t in delta.packed().values())
+        rank_zero_info(
+            f"diff pruning: kept {kept:,} of {size:,} entries ({kept / size:.3%}), {stored / 2**20:.2f} MiB."
+        )
+        return exchanges
+
+    # --- what is reported -------------------------------------------------------------------------
+
+    def _parts(self) -> list[tuple[str, SparseDifference]]:
+        return [(target.module, delta) for target, delta in self._live]
+
+    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        values = self._curve.note(trainer.global_step, self._parts())
+        if not self._is_cut:
+            values["penalty"] = sum(float(delta.penalty(*delta.gate_parameters)) for _, delta in self._live)
+        for label, value in values.items():
+            pl_module.log(f"pet/{self.method}_{self.name}/{label}", value, on_step=True, on_epoch=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far."""
+        return {"history": self._curve.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of the interrupted run."""
+        self._curve.history = [list(row) for row in state_dict.get("history", [])]
+
+
+def _fixed(delta: SparseDifference, places: Tensor) -> list[Exchange]:
+    if delta.w is None:
+        return []
+    before = delta.w, delta.gate_parameters
+    delta.fix(places)
+    new = delta.values if places.numel() else None
+    return [Exchange(before[0], new, places), *(Exchange(parameter) for parameter in before[1])]
+
+
+def _is_gate(name: str) -> bool:
+    return name.rpartition(".")[2] in ("alpha", "alpha_group")
+
+
+def _suffix(target: Target) -> str:
+    return "" if target.parameter == "weight" else target.parameter

@@ -20,6 +20,7 @@ name                                                      used for
 ``LRScheduler._last_lr``, ``._schedulers``                extending schedulers by a parameter group
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
+``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
@@ -34,6 +35,7 @@ name                                                      used for
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
@@ -204,6 +206,11 @@ def uses_first_group_only(optimizer: Any) -> bool:
     """Whether an optimizer steps the parameters of its first group only, as LBFGS does."""
     params = getattr(optimizer, "_params", None)
     return params is not None and params is optimizer.param_groups[0]["params"]
+
+
+def unscales_itself(optimizer: Any) -> bool:
+    """Whether an optimizer takes scaled gradients and unscales them in its step, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def average_of(callback: Any) -> Any:

@@ -137,6 +137,11 @@ class SparseDifference(Delta):
                 return self._moved(weight)
             return (self.difference() + weight).to(weight.dtype)
 
+    def count_nonzero(self) -> int:
+        """Non-zero entries of the difference as evaluation uses it."""
+        with torch.no_grad():
+            return int((self.difference() if self.values is None else self.values).count_nonzero())
+
     def expected_nonzero(self) -> float:
         """Expected number of non-zero entries: E‖z·z_g‖₀ while gated, those that were kept afterwards."""
         if self.indices is not None:
