@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
+    from lightning_pet.callbacks.diff_pruning import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
@@ -39,6 +40,7 @@ _WHERE = {
     "BitFitCallback": "callbacks.bitfit",
     "FullFineTuningCallback": "callbacks.full_fine_tuning",
     "IA3Callback": "callbacks.ia3",
+    "DiffPruningCallback": "callbacks.diff_pruning",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",

@@ -16,6 +16,7 @@ NAMES = [
     "DeltaFileError",
     "FullFineTuningCallback",
     "IA3Callback",
+    "DiffPruningCallback",
     "IntrinsicDimensionCallback",
     "LayerFreezingCallback",
     "LoRACallback",

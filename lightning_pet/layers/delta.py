@@ -98,6 +98,14 @@ class Delta(nn.Module):
                 if not own[name].is_meta:
                     own[name].copy_(tensor)
 
+    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
+
+        Returns:
+            Whether it has other tensors now. The default has one form and does nothing.
+        """
+        return False
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
