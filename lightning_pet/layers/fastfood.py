@@ -149,7 +149,11 @@ def _pieces(like: Tensor, table: int, keys: _Keys) -> Iterator[tuple[int, Tensor
     step = min(length, _PIECE.get(like.device.type, _PIECE_ELSEWHERE))
     for start in range(0, length, step):
         counter = torch.arange(start, start + step, dtype=torch.int32, device=like.device)
-        yield start, _normal(counter, min(length, _BLOCK), keys, like.dtype), _permuted(counter, bits, keys) & (table - 1)
+        yield (
+            start,
+            _normal(counter, min(length, _BLOCK), keys, like.dtype),
+            _permuted(counter, bits, keys) & (table - 1),
+        )
 
 
 def _permuted(index: Tensor, bits: int, keys: _Keys) -> Tensor:

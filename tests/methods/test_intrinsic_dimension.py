@@ -294,7 +294,8 @@ def test_training_and_exact_resume(tmp_path: Path) -> None:
     half = Regression()
     trainer = fit(half, steps=8, folder=tmp_path, d=40)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    assert (tmp_path / "half.ckpt").stat().st_size < 24 * 1024
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert sum(tensor.numel() for tensor in saved.values()) == 40
     resumed = Regression()
     fit(resumed, steps=12, folder=tmp_path, ckpt=str(tmp_path / "half.ckpt"), d=40)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
