@@ -6,11 +6,12 @@ from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import every_parameter, tied
@@ -38,7 +39,7 @@ class IntrinsicDimensionCallback(PETCallback):
         seed: the projections are a function of it, on every device.
         embeddings: move lookup tables, too.
         norms: move normalisation layers, too.
-        heads: move fresh task heads in the subspace; default: they train as they are, beside the d numbers.
+        task_heads: move fresh task heads in the subspace; default: they train as they are, beside the d numbers.
         exclude_modules: modules (with all below them), parameters or roles to leave as they are.
         authors_gradient: scale gradients as the code of Aghajanyan et al. does, which divides those of θ by
             the length of each tensor's transform; to compare with their learning rates.
@@ -56,6 +57,7 @@ class IntrinsicDimensionCallback(PETCallback):
     """
 
     method: ClassVar[str] = "intrinsic_dimension"
+    width: ClassVar[str | None] = "d"
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class IntrinsicDimensionCallback(PETCallback):
         seed: int = 0,
         embeddings: bool = True,
         norms: bool = True,
-        heads: bool = False,
+        task_heads: bool = False,
         exclude_modules: list[str] | None = None,
         authors_gradient: bool = False,
         **kwargs: Any,
@@ -79,7 +81,7 @@ class IntrinsicDimensionCallback(PETCallback):
         self.seed = seed
         self.embeddings = embeddings
         self.norms = norms
-        self.heads = heads
+        self.task_heads = task_heads
         self.exclude_modules = exclude_modules
         self.authors_gradient = authors_gradient
         self._read = False
@@ -91,7 +93,7 @@ class IntrinsicDimensionCallback(PETCallback):
             structure,
             embeddings=self.embeddings,
             norms=self.norms,
-            heads=self.heads,
+            heads=self.task_heads,
             exclude=(*(self.exclude_modules or ()), *(self.modules_to_save or ())),
         )
 
@@ -146,6 +148,22 @@ class IntrinsicDimensionCallback(PETCallback):
         digest = hashlib.sha256(f"{self.seed}:{target.path}".encode()).digest()
         seed = int.from_bytes(digest[:8], "little") >> 1
         return Projected(subspace, index, numel, seed, authors_gradient=self.authors_gradient)
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Set d to the numbers that ``budget`` pays for, and say so.
+
+        Raises:
+            ArgumentError: if it does not pay for one number besides the factors.
+        """
+        if self.budget is None:
+            return
+        base = base_numbers(root)
+        smallest = 1 + (len(tied(root, targets)) if self.structure_aware else 0)
+        check_affordable(smallest, base, self.budget, f"d={smallest}")
+        self.d = affordable(self.budget, base)
+        rank_zero_info(
+            f"{type(self).__name__}(budget={self.budget}) picks d={self.d:,}, {self.d / base:.3%} of the base."
+        )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the first step of every run."""

@@ -77,7 +77,13 @@ class _Host(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
-        if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
+        if (
+            len(deltas) == 1
+            and not kwargs
+            and type(self).__pet_fusable__
+            and deltas[0].fuses_linear
+            and not self.pet.active("weight")  # they act on what the base's own forward reads
+        ):
             return deltas[0](args[0], None, self.weight, self.bias)
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
@@ -167,7 +173,7 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__pet_base__": base,
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
-        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
+        "__pet_fusable__": _has_plain_forward(base),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -349,6 +349,17 @@ def test_bad_places_leave_the_model_untouched(options: dict[str, Any], error: ty
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_budget_is_spent_to_the_last_number() -> None:
+    model, _ = zoo.bert()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    callback = METHOD(budget=0.05)
+    adapted = apply(model, [callback])
+    heads = sum(parameter.numel() for parameter in model.classifier.parameters())
+    assert callback.d == int(0.05 * total) == adapted.plan().trainable - heads
+    with pytest.raises(ArgumentError, match=r"d=40 costs 40 numbers.*smallest budget that works is 0\.00"):
+        apply(zoo.bert()[0], [METHOD(budget=0.0001)])
+
+
 def test_the_bounds_of_d_work() -> None:
     for options, size in (({"d": 92}, 88), ({"d": 5}, 1), ({"d": 1, "structure_aware": False}, 1)):
         model, _ = zoo.mlp()
