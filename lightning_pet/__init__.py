@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_pet.callbacks.adalora import AdaLoRACallback as AdaLoRACallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "PETCallback": "callbacks.base",
+    "AdaLoRACallback": "callbacks.adalora",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LoRACallback": "callbacks.lora",
     "Adapted": "core.adapted",

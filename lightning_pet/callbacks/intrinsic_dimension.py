@@ -39,7 +39,7 @@ class IntrinsicDimensionCallback(PETCallback):
         seed: the projections are a function of it, on every device.
         embeddings: move lookup tables, too.
         norms: move normalisation layers, too.
-        task_heads: move fresh task heads in the subspace; default: they train as they are, beside the d numbers.
+        heads: move fresh task heads in the subspace; default: they train as they are, beside the d numbers.
         exclude_modules: modules (with all below them), parameters or roles to leave as they are.
         authors_gradient: scale gradients as the code of Aghajanyan et al. does, which divides those of θ by
             the length of each tensor's transform; to compare with their learning rates.
@@ -66,7 +66,7 @@ class IntrinsicDimensionCallback(PETCallback):
         seed: int = 0,
         embeddings: bool = True,
         norms: bool = True,
-        task_heads: bool = False,
+        heads: bool = False,
         exclude_modules: list[str] | None = None,
         authors_gradient: bool = False,
         **kwargs: Any,
@@ -81,7 +81,7 @@ class IntrinsicDimensionCallback(PETCallback):
         self.seed = seed
         self.embeddings = embeddings
         self.norms = norms
-        self.task_heads = task_heads
+        self.heads = heads
         self.exclude_modules = exclude_modules
         self.authors_gradient = authors_gradient
         self._read = False
@@ -93,7 +93,7 @@ class IntrinsicDimensionCallback(PETCallback):
             structure,
             embeddings=self.embeddings,
             norms=self.norms,
-            heads=self.task_heads,
+            heads=self.heads,
             exclude=(*(self.exclude_modules or ()), *(self.modules_to_save or ())),
         )
 

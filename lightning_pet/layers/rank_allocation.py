@@ -77,5 +77,5 @@ def allocate(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
     flat = torch.cat([score.flatten() for score in scores])
     kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[flat.argsort(descending=True, stable=True)[:budget]] = True
-    pieces = kept.split([score.numel() for score in scores])
+    pieces = torch.split(kept, [score.numel() for score in scores])
     return [piece.view(score.shape) for piece, score in zip(pieces, scores, strict=True)]

@@ -49,7 +49,7 @@ class SvdLowRank(LowRank):
     def _flat_a(self) -> Tensor:
         if "e" not in self._parameters:
             return self.a
-        e = self.e
+        e: Tensor = self.e
         if self.penalty.weight and torch.is_grad_enabled():
             e = with_penalty(e, [self.a, self.b], self.penalty)
         return e.unsqueeze(-1) * self.a
@@ -79,6 +79,8 @@ class SvdLowRank(LowRank):
     def packed(self) -> dict[str, Tensor]:
         """What a delta file holds: the triplets that are left, and which ones they are."""
         kept = self.kept.bool()
+        if bool(kept.all()):
+            return super().packed()
         return {name: rows.detach()[kept] for name, rows in self._rows().items()} | {"kept": self.kept}
 
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
