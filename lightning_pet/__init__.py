@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_pet.callbacks.adalora import AdaLoRACallback as AdaLoRACallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
@@ -41,6 +42,7 @@ _WHERE = {
     "FullFineTuningCallback": "callbacks.full_fine_tuning",
     "IA3Callback": "callbacks.ia3",
     "DiffPruningCallback": "callbacks.diff_pruning",
+    "AdaLoRACallback": "callbacks.adalora",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",

@@ -8,6 +8,7 @@ import lightning_pet
 from lightning_pet.errors import PETError
 
 NAMES = [
+    "AdaLoRACallback",
     "Adapted",
     "ArgumentError",
     "BaseMismatchError",

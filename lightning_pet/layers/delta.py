@@ -46,6 +46,11 @@ class Delta(nn.Module):
     slot: Any = None
     """Where x comes from if not from the host's call; set when it is inserted."""
 
+    @property
+    def note(self) -> str:
+        """What the plan says of this delta beside the shapes of its parameters."""
+        return ""
+
     def reset_parameters(self) -> None:
         """Initialise the parameters in place; also called after materialisation from the meta device."""
         raise NotImplementedError
