@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
 
 _WHERE = {
+    "AdapterCallback": "callbacks.adapter",
     "PETCallback": "callbacks.base",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LoRACallback": "callbacks.lora",

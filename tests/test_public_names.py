@@ -9,6 +9,7 @@ from lightning_pet.errors import PETError
 
 NAMES = [
     "Adapted",
+    "AdapterCallback",
     "ArgumentError",
     "BaseMismatchError",
     "DeadSiteError",

@@ -18,12 +18,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import nn
 
+from lightning_pet.core.adaptation import host_parameter
 from lightning_pet.core.names import layer_index, named_places
-from lightning_pet.core.naming import join
+from lightning_pet.core.naming import canonical, join
 from lightning_pet.core.structure import Role, Site, SiteKind, Structure, Target
 from lightning_pet.core.targets import name_matcher
 from lightning_pet.errors import TargetError
@@ -234,6 +236,15 @@ class _Finder:
             f"placement={self.placement!r}: the {site.kind} sub-layer {path!r} ({type(self.modules[path]).__name__}) "
             f"{why}, so it cannot be adapted. Leave it out by exclude_modules=[{path!r}], or choose another placement."
         )
+
+
+def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
+    """Device and dtype for the parameters of a delta at a place: the base's, but at least float32."""
+    name = host_parameter(root, target)
+    like = next((p for n, p in root.named_parameters(remove_duplicate=False) if canonical(n) == name), None)
+    if like is None:
+        raise TargetError(f"{type(root).__name__} has no parameters, so there is nothing to adapt.")
+    return {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
 
 
 def _uses(sites: Sequence[Site]) -> Mapping[str, set[tuple[SiteKind, str]]]:
