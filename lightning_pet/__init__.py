@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_pet.callbacks.adalora import AdaLoRACallback as AdaLoRACallback
+    from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
 
 _WHERE = {
+    "AdapterCallback": "callbacks.adapter",
     "PETCallback": "callbacks.base",
     "BitFitCallback": "callbacks.bitfit",
     "FullFineTuningCallback": "callbacks.full_fine_tuning",

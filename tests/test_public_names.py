@@ -10,6 +10,7 @@ from lightning_pet.errors import PETError
 NAMES = [
     "AdaLoRACallback",
     "Adapted",
+    "AdapterCallback",
     "ArgumentError",
     "BaseMismatchError",
     "BitFitCallback",
