@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from lightning_pet.core.adaptation import commit, undo
@@ -77,7 +78,8 @@ def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[],
     pending = [method for method in methods if not is_applied(root, method)]
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
-        structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
+        with torch.compiler.set_stance("force_eager"):  # a look at compiled parts must not trace its own hooks
+            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
         commit(root, prepare(root, pending, structure, scopes=scopes))
