@@ -1,0 +1,68 @@
+"""AdapterBias (Fu et al. 2022)."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.insertion import host_kind
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.names import features
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.targets import resolve_targets
+from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.adapter_bias import TokenScore, TokenShift
+from lightning_pet.layers.delta import Delta
+
+Form = Literal["authors", "survey"]
+
+
+class AdapterBiasCallback(PETCallback):
+    r"""AdapterBias: one shift per layer, :math:`y = f(x) + \alpha(h)\, v`, whose size depends on the token.
+
+    v [width] starts at zero, so the model starts as the base, bit for bit. Source: Fu et al. 2022.
+
+    Args:
+        form: what alpha reads. ``"authors"``: the feed-forward's intermediate activation (with a bias), as in
+            the paper and its code. ``"survey"``: the input x of the feed-forward sub-layer (without a bias), as in
+            the overview of Ding et al. 2022.
+        share_alpha: one alpha for all layers; v stays per layer.
+        layer_norms: also train the norm of every adapted feed-forward and that of the embedding, as the
+            paper does.
+        exclude_modules: patterns of feed-forwards that stay as they are.
+        layers_to_transform: only these layer indices.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if an option is not one of its values.
+
+    Example:
+        >>> from lightning_pet import AdapterBiasCallback
+        >>> AdapterBiasCallback(form="paper")
+        Traceback (most recent call last):
+        lightning_pet.errors.ArgumentError: form='paper': use one of 'authors', 'survey'.
+    """
+
+    method: ClassVar[str] = "adapter_bias"
+    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
+
+    def __init__(
+        self,
+        form: Form = "authors",
+        share_alpha: bool = False,
+        layer_norms: bool = False,
+        exclude_modules: list[str] | None = None,
+        layers_to_transform: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if form not in get_args(Form):
+            raise ArgumentError(f"form={form!r}: use one of {', '.join(map(repr, get_args(Form)))}.")
+        self.form = form
+        self.share_alpha = share_alpha
+        self.layer_norms = layer_norms
+        self.exclude_modules = exclude_modules
+        self.layers_to_transform = layers_to_transform
