@@ -7,7 +7,8 @@ costs as much as a dense one, so that the gap closes as rows grow.
 
     python benchmarks/phm.py [--quick] [--json PATH]
 
-It exits with 1 if a layer with n = 4 is less than twice as fast: a factored one at any number of rows, a full one at few.
+It exits with 1 if a layer with n = 4 is less than twice as fast: a factored one at any number of rows, a full
+one at few.
 """
 
 import argparse
@@ -97,8 +98,8 @@ def main() -> int:
                 for rows in (16, 64, 512, 2048):
                     row = measure(factored, n, inputs, outputs, rows, 10 if options.quick else 40)
                     print(
-                        f"{row.layer:<10}{n:>3}{inputs:>6}{outputs:>6}{rows:>7}"
-                        f"{row.reference:>11.2f}{row.ours:>9.2f}{row.ratio:>8.2f}{'' if row.bounded else '  (no bound)'}"
+                        f"{row.layer:<10}{n:>3}{inputs:>6}{outputs:>6}{rows:>7}{row.reference:>11.2f}{row.ours:>9.2f}"
+                        f"{row.ratio:>8.2f}{'' if row.bounded else '  (no bound)'}"
                     )
                     table.append(row)
     if options.json:

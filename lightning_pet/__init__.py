@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_pet.callbacks.adapter_bias import AdapterBiasCallback as AdapterBiasCallback
+    from lightning_pet.callbacks.adapter_fusion import AdapterFusionCallback as AdapterFusionCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
+    from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "PETCallback": "callbacks.base",
+    "AdapterBiasCallback": "callbacks.adapter_bias",
+    "AdapterFusionCallback": "callbacks.adapter_fusion",
+    "CompacterCallback": "callbacks.compacter",
     "LoRACallback": "callbacks.lora",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",

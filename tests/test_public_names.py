@@ -9,8 +9,11 @@ from lightning_pet.errors import PETError
 
 NAMES = [
     "Adapted",
+    "AdapterBiasCallback",
+    "AdapterFusionCallback",
     "ArgumentError",
     "BaseMismatchError",
+    "CompacterCallback",
     "DeadSiteError",
     "DeltaFileError",
     "LoRACallback",

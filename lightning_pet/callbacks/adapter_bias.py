@@ -66,3 +66,40 @@ class AdapterBiasCallback(PETCallback):
         self.layer_norms = layer_norms
         self.exclude_modules = exclude_modules
         self.layers_to_transform = layers_to_transform
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the feed-forwards.
+
+        Raises:
+            TargetError: if there is none, or the projection that alpha's input goes into is never called.
+        """
+        exclude = self.exclude_modules or ()
+        targets = resolve_targets(root, "ffn.down", structure, exclude=exclude, layers=self.layers_to_transform)
+        for target in targets:
+            called = structure.called is None or target.module in structure.called
+            if host_kind(named_modules(root)[target.module], target.parameter) not in _CALLED or not called:
+                raise TargetError(
+                    f"{target.path} is read without being called as a layer (experts, for example), so the "
+                    "activation in front of it is not seen. Exclude it with exclude_modules, or use form='survey'."
+                )
+        return targets
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build one shift per layer, after the alpha that they share, if they do.
+
+        Raises:
+            ArgumentError: if alpha is shared by layers of several sizes.
+        """
+        modules = named_modules(root)
+        sizes = [features(modules[target.module]) for target in targets]
+        alpha = None
+        if self.share_alpha:
+            if len({inputs for inputs, _ in sizes}) > 1:
+                found = ", ".join(str(size) for size in sorted({inputs for inputs, _ in sizes}))
+                raise ArgumentError(
+                    f"share_alpha=True needs layers of one size, but alpha would read {found} features. "
+                    "Set share_alpha=False, or exclude some of them."
+                )
+            alpha = TokenScore(sizes[0][0], **tensor_options(modules[targets[0].module]))
+        shifts = [Insertion(t, self._shift(root, t, alpha)) for t in targets]
+        return shifts if alpha is None else [Insertion(Target("", ""), alpha, "alpha"), *shifts]

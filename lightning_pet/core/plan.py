@@ -18,6 +18,7 @@ class PlanRow:
         role: what the host does in the model, if known.
         detail: shape of what was inserted.
         parameters: trained numbers.
+        frozen: numbers that belong to the delta and stay as they are (fused adapters).
     """
 
     method: str
@@ -25,6 +26,7 @@ class PlanRow:
     role: str
     detail: str
     parameters: int
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Plan:
         return sum(row.parameters for row in self.rows)
 
     @property
+    def frozen(self) -> int:
+        """Numbers in the delta that stay as they are."""
+        return sum(row.frozen for row in self.rows)
+
+    @property
     def share(self) -> float:
         """Trained numbers as a share of the base."""
         return self.trainable / self.base if self.base else 0.0
@@ -57,6 +64,8 @@ class Plan:
             for row in self.rows
         ]
         lines.append(f"trainable {self.trainable:,} of {self.base:,} ({self.share:.3%})")
+        if self.frozen:
+            lines.append(f"frozen in the delta {self.frozen:,}")
         return "\n".join(lines)
 
 
@@ -69,7 +78,9 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         trained = [p for n, p in own.items() if n in record.trainable_names]
         label = applied.method if applied.name == "default" else f"{applied.method}:{applied.name}"
         detail = " ".join("×".join(map(str, p.shape)) for p in trained)
-        rows.append(PlanRow(label, target.path, target.role or "", detail, sum(p.numel() for p in trained)))
+        numbers = sum(p.numel() for p in trained)
+        frozen = sum(p.numel() for p in own.values()) - numbers
+        rows.append(PlanRow(label, target.path, target.role or "", detail, numbers, frozen))
     for name in record.trained_names:
         parameter = parameters[name]
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))

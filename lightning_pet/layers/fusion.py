@@ -1,7 +1,7 @@
 """AdapterFusion: frozen adapters of several tasks, weighted per token by attention over them."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.low_rank_product import compute_dtype
 
 
+@runtime_checkable
 class Fusable(Protocol):
     """A bottleneck delta, as fusion sees it."""
 
@@ -31,6 +32,7 @@ class Mixture(Delta):
         members: the adapters; they become children.
         off_diagonal: value of V beside its diagonal of ones at the start.
         temperature: T at the start; if it is not 1, it is a buffer that is stored with the delta.
+        regularization: factor of the squared distance between V and the identity, in the training loss.
         device: where the parameters live.
         dtype: their dtype.
     """
@@ -44,11 +46,12 @@ class Mixture(Delta):
         *,
         off_diagonal: float = 1e-6,
         temperature: float = 1.0,
+        regularization: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.off_diagonal, self.start = off_diagonal, temperature
+        self.off_diagonal, self.start, self.regularization = off_diagonal, temperature, regularization
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

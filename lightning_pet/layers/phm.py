@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.activations import activation
-from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.delta import Delta, Part, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
 
 _GAIN = math.sqrt(2)
@@ -97,7 +97,7 @@ class PHMRule(Delta):
         return self.matrices
 
 
-class PHMLinear(nn.Module):
+class PHMLinear(Part):
     r"""A linear layer whose weight is a sum of Kronecker products: :math:`x \sum_i A_i \otimes B_i + b`.
 
     With ``n=1`` there is no rule (A = 1): the layer is dense, or of rank r if it is factored.
