@@ -103,3 +103,44 @@ class AdapterBiasCallback(PETCallback):
             alpha = TokenScore(sizes[0][0], **tensor_options(modules[targets[0].module]))
         shifts = [Insertion(t, self._shift(root, t, alpha)) for t in targets]
         return shifts if alpha is None else [Insertion(Target("", ""), alpha, "alpha"), *shifts]
+
+    def build(self, root: nn.Module, target: Target) -> Delta:
+        """Build the shift for one place, with an alpha of its own."""
+        return self._shift(root, target, None)
+
+    def _shift(self, root: nn.Module, target: Target, alpha: TokenScore | None) -> TokenShift:
+        host = named_modules(root)[target.module]
+        inputs, outputs = target.sizes * 2 if target.sizes else features(host)
+        return TokenShift(inputs, outputs, bias=self.form == "authors", alpha=alpha, **delta_options(root, target))
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of base parameters that train as they are: heads, and norms by option."""
+        heads = super().trained(root, targets)
+        norms = _norms(root, targets) if self.layer_norms else ()
+        return tuple(dict.fromkeys((*heads, *parameters_below(root, norms, "layer_norms"))))
+
+
+def _norms(root: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """The norm of every adapted feed-forward, and that of the embedding.
+
+    A feed-forward's norm is the last one in the innermost module around it that has any: in a post-norm block it
+    reads the sum, in a pre-norm block it stands in front of the feed-forward.
+    """
+    children: dict[str, list[str]] = {}
+    modules = named_places(root)
+    for path, module in modules.items():
+        if is_norm(module):
+            children.setdefault(path.rpartition(".")[0], []).append(path)
+    found: list[str] = []
+    for target in targets:
+        around = target.module
+        while around and around not in children:
+            around = around.rpartition(".")[0]
+        if around not in children:
+            raise TargetError(f"layer_norms=True: there is no norm around {target.path}. Set layer_norms=False.")
+        found.append(children[around][-1])
+    for parent, norms in children.items():
+        beside = any(isinstance(module, nn.Embedding) for module in modules[parent].children())
+        apart = not any(f"{target.module}.".startswith(f"{parent}." if parent else "") for target in targets)
+        found += [norm for norm in norms if (beside and apart) or "embed" in norm.rpartition(".")[2]]
+    return found
