@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.adapter_fusion import AdapterFusionCallback as AdapterFusionCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
+    from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
@@ -37,6 +38,7 @@ _WHERE = {
     "AdapterBiasCallback": "callbacks.adapter_bias",
     "AdapterFusionCallback": "callbacks.adapter_fusion",
     "CompacterCallback": "callbacks.compacter",
+    "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LoRACallback": "callbacks.lora",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",

@@ -16,6 +16,7 @@ NAMES = [
     "CompacterCallback",
     "DeadSiteError",
     "DeltaFileError",
+    "IntrinsicDimensionCallback",
     "LoRACallback",
     "NotMergeableError",
     "OptimizerMismatchError",
