@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.heads import parameters_below
 from lightning_pet.core.insertion import host_kind
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.names import features
+from lightning_pet.core.names import features, named_places
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.parameters import is_norm
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -18,6 +20,7 @@ from lightning_pet.layers.adapter_bias import TokenScore, TokenShift
 from lightning_pet.layers.delta import Delta
 
 Form = Literal["authors", "survey"]
+_CALLED = ("linear", "conv1d_hf")
 
 
 class AdapterBiasCallback(PETCallback):
@@ -100,7 +103,7 @@ class AdapterBiasCallback(PETCallback):
                     f"share_alpha=True needs layers of one size, but alpha would read {found} features. "
                     "Set share_alpha=False, or exclude some of them."
                 )
-            alpha = TokenScore(sizes[0][0], **tensor_options(modules[targets[0].module]))
+            alpha = TokenScore(sizes[0][0], bias=self.form == "authors", **delta_options(root, targets[0]))
         shifts = [Insertion(t, self._shift(root, t, alpha)) for t in targets]
         return shifts if alpha is None else [Insertion(Target("", ""), alpha, "alpha"), *shifts]
 
@@ -144,3 +147,8 @@ def _norms(root: nn.Module, targets: Sequence[Target]) -> list[str]:
         apart = not any(f"{target.module}.".startswith(f"{parent}." if parent else "") for target in targets)
         found += [norm for norm in norms if (beside and apart) or "embed" in norm.rpartition(".")[2]]
     return found
+
+
+def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
+    p = next(root.parameters())
+    return {"device": p.device, "dtype": p.dtype if p.dtype == torch.float64 else torch.float32}

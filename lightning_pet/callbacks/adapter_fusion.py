@@ -128,19 +128,24 @@ class AdapterFusionCallback(PETCallback):
             DeltaFileError: if a file is damaged.
             TargetError: if a place does not exist in this model.
         """
+        self._gather(root)
+        first = self._found[0]
+        modules = named_modules(root)
+        return tuple(_within(target, modules, structure.prefix, first.source) for target in first.targets)
+
+    def _gather(self, root: nn.Module) -> None:
         if not self.adapters:
             raise ArgumentError("adapters was not given: name at least one delta file or applied adapter to fuse.")
-        self._found = [found for source in self.adapters for found in _find(root, source)]
-        first = self._found[0]
-        for other in self._found[1:]:
+        found = [adapter for source in self.adapters for adapter in _find(root, source)]
+        first = found[0]
+        for other in found[1:]:
             if set(other.targets) != set(first.targets):
                 raise ArgumentError(
                     f"adapters: {first.source} sits at {_places(first.targets)}, {other.source} at "
-                    f"{_places(other.targets)}. Fusion weighs adapters at one place: train them with the same placement."
+                    f"{_places(other.targets)}. Fusion weighs adapters at one place: train them with one placement."
                 )
-        self.members = [found.description for found in self._found]
-        modules = named_modules(root)
-        return tuple(_within(target, modules, structure.prefix, first.source) for target in first.targets)
+        self._found = found
+        self.members = [adapter.description for adapter in found]
 
     # --- what -------------------------------------------------------------------------------------
 
@@ -153,10 +158,17 @@ class AdapterFusionCallback(PETCallback):
             BaseMismatchError: if an adapter was trained on another base.
             DeltaFileError: if a file's tensors do not fit.
         """
-        found: list[_Trained | None] = [*self._found] or [None] * len(self.members or ())
+        if self.members is None:
+            self._gather(root)
+        members = self.members or []
+        found: list[_Trained | None] = [*self._found] or [None] * len(members)
+        if self._found and any(parameter.is_meta for parameter in root.parameters()):
+            raise ArgumentError(
+                "the model is on the meta device, which cannot keep the adapters' values. Load its weights first."
+            )
         shared: list[Insertion] = []
-        columns: list[dict[Target, Delta]] = []
-        for index, (description, source) in enumerate(zip(self.members or (), found, strict=True)):
+        fused: dict[Target, list[Delta]] = {target: [] for target in targets}
+        for index, (description, source) in enumerate(zip(members, found, strict=True)):
             method = _method_of(description)
             built = method.insertions(root, targets)
             _require_fusable(description, built)
@@ -165,14 +177,14 @@ class AdapterFusionCallback(PETCallback):
                 _fill(method, built, source)
             for insertion in built:
                 insertion.delta.requires_grad_(False)
-            shared += [
-                Insertion(i.target, i.delta, f"{index}_{i.suffix}") for i in built if is_shared(i.target)
-            ]
-            columns.append({i.target: i.delta for i in built if not is_shared(i.target)})
+                if is_shared(insertion.target):
+                    shared.append(replace(insertion, suffix=f"{index}_{insertion.suffix}"))
+                else:
+                    fused[insertion.target].append(insertion.delta)
+        self._found = []  # their values are in the deltas now
         leaving = tuple(source.key for source in found if source is not None and source.key is not None)
-        places = [Insertion(target, self._mixture(target, [c[target] for c in columns]), replaces=leaving) for target in targets]
-        self._found = []  # the values are in the deltas now
-        return [*shared, *places]
+        mixtures = [Insertion(t, self._mixture(t, deltas), replaces=leaving) for t, deltas in fused.items()]
+        return [*shared, *mixtures]
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the fusion for one place."""
@@ -193,7 +205,9 @@ class AdapterFusionCallback(PETCallback):
 
     def _check(self, root: nn.Module, targets: Sequence[Target], found: _Trained) -> None:
         modules = named_modules(root)
-        heads = set(parameters_below(root, [*find_heads(root, targets), *(self.modules_to_save or ())], "modules_to_save"))
+        heads = set(
+            parameters_below(root, [*find_heads(root, targets), *(self.modules_to_save or ())], "modules_to_save")
+        )
         own = {name for path, module in modules.items() for name in (join(path, n) for n in module._parameters)}
         rest = [name for name in found.tensors if CHILD not in name.split(".")]
         other = sorted(set(rest) & own - heads)
@@ -208,7 +222,9 @@ class AdapterFusionCallback(PETCallback):
 
     # --- when -------------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Lower the temperature; it depends on the step alone, so that a resumed run goes on exactly."""
         if self.temperature > 1:
             now = max(1.0, self.temperature * (1 - trainer.global_step / 1000))
@@ -298,11 +314,6 @@ def _fill(method: Method, built: Sequence[Insertion], found: _Trained) -> None:
         delta = insertion.delta
         if problems := delta.misfits(own):
             raise DeltaFileError(f"{found.source}: {prefix}{problems[0]}.", "mismatch")
-        if any(parameter.is_meta for parameter in delta.parameters()):
-            raise ArgumentError(
-                f"{insertion.target.path} is on the meta device, where the values of {found.source} cannot be kept. "
-                "Load the weights of the base first."
-            )
         delta.unpack(own)
 
 

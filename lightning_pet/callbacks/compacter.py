@@ -92,7 +92,9 @@ class CompacterCallback(PETCallback):
         if not math.isfinite(self.reduction_factor) or self.reduction_factor <= 0:
             raise ArgumentError(f"reduction_factor={self.reduction_factor}: must be positive; the paper's is 32.")
         if self.placement not in get_args(Placement):
-            raise ArgumentError(f"placement={self.placement!r}: use one of {', '.join(map(repr, get_args(Placement)))}.")
+            raise ArgumentError(
+                f"placement={self.placement!r}: use one of {', '.join(map(repr, get_args(Placement)))}."
+            )
         if self.rule_init is not None and not (math.isfinite(self.rule_init) and self.rule_init > 0):
             raise ArgumentError(f"rule_init={self.rule_init}: a standard deviation, e.g. 1e-4; 0 would never train.")
         if self.bottleneck_size is not None:
@@ -104,8 +106,15 @@ class CompacterCallback(PETCallback):
         kinds = {"attention", "ffn"} if self.placement == "both" else {"ffn"}
         kinds |= {"cross"} if self.cross_attention else set()
         return tuple(
-            Target(s.branch[-1], "", "ffn.output" if s.kind == "ffn" else "attention.output", s.kind == "cross", sizes=(s.width,))
-            for s in structure.sites if s.kind in kinds
+            Target(
+                s.branch[-1],
+                "",
+                "ffn.output" if s.kind == "ffn" else "attention.output",
+                s.kind == "cross",
+                sizes=(s.width,),
+            )
+            for s in structure.sites
+            if s.kind in kinds
         )
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:

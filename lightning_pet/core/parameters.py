@@ -59,7 +59,7 @@ def every_parameter(
         module = modules[path]
         head = any(f"{path}.".startswith(f"{above}.") for above in unwanted)
         table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        if head or (table and not embeddings) or (_is_norm(module) and not norms):
+        if head or (table and not embeddings) or (is_norm(module) and not norms):
             dropped.add((path, name))
     groups: dict[int, list[_Place]] = {}
     for place, parameter in places.items():
@@ -122,7 +122,8 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation layer."""
     # By its class's name, as no base class is common to all of them, and by its shape.
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     return "norm" in base_class(module).__name__.lower() and all(parameter.ndim <= 1 for parameter in own)

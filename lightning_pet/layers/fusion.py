@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.low_rank_product import compute_dtype
+from lightning_pet.layers.side_loss import Penalty, with_penalty
 
 
 @runtime_checkable
@@ -18,6 +19,19 @@ class Fusable(Protocol):
     def update(self, h: Tensor) -> Tensor:
         """What it adds to h, [..., width]."""
         ...
+
+
+def distance(value: Tensor) -> Tensor:
+    r"""The regulariser :math:`\|I - V\|_F^2`, a number."""
+    return _away(value).square().sum()
+
+
+def _slope(value: Tensor) -> tuple[Tensor]:
+    return (2 * _away(value),)
+
+
+def _away(value: Tensor) -> Tensor:
+    return value - torch.eye(len(value), device=value.device, dtype=value.dtype)
 
 
 class Mixture(Delta):
@@ -51,7 +65,7 @@ class Mixture(Delta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.off_diagonal, self.start, self.regularization = off_diagonal, temperature, regularization
+        self.off_diagonal, self.start = off_diagonal, temperature
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -59,6 +73,7 @@ class Mixture(Delta):
         self.query, self.key, self.value = empty(width, width), empty(width, width), empty(width, width)
         self.query_bias, self.key_bias = empty(width), empty(width)
         self.register_buffer("temperature", None if temperature == 1 else torch.empty((), device=device))
+        self.penalty = Penalty(distance, _slope, regularization) if regularization else None
         self.members = nn.ModuleList(members)
         for parameter in self.members.parameters():
             parameter.requires_grad_(False)
@@ -95,12 +110,10 @@ class Mixture(Delta):
         z = torch.stack([cast(Fusable, member).update(h).to(dtype) for member in self.members], dim=-2)
         weights = self.scores(h.to(dtype), z).unsqueeze(-2)
         mixed = (weights.to(dtype) @ z).squeeze(-2)
-        return F.linear(mixed, self.value.to(dtype)).to(h.dtype)
-
-    def distance(self) -> Tensor:
-        r"""The regulariser :math:`\|I - V\|_F^2`, a number."""
-        identity = torch.eye(len(self.value), device=self.value.device, dtype=self.value.dtype)
-        return (self.value - identity).square().sum()
+        value: Tensor = self.value
+        if self.penalty is not None and torch.is_grad_enabled():
+            value = with_penalty(value, [self.value], self.penalty)
+        return F.linear(mixed, value.to(dtype)).to(h.dtype)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """``output + update(h)``, where h is the output, or the input x that the place reads elsewhere."""
