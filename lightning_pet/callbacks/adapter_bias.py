@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
@@ -12,7 +11,8 @@ from lightning_pet.core.insertion import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, named_places
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.parameters import is_norm
+from lightning_pet.core.parameters import delta_options, is_norm
+from lightning_pet.core.placement import resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -76,8 +76,10 @@ class AdapterBiasCallback(PETCallback):
         Raises:
             TargetError: if there is none, or the projection that alpha's input goes into is never called.
         """
-        exclude = self.exclude_modules or ()
-        targets = resolve_targets(root, "ffn.down", structure, exclude=exclude, layers=self.layers_to_transform)
+        exclude, layers = self.exclude_modules or (), self.layers_to_transform
+        if self.form == "survey":
+            return resolve_sites(root, structure, "parallel", layers=layers, exclude=exclude)
+        targets = resolve_targets(root, "ffn.down", structure, exclude=exclude, layers=layers)
         for target in targets:
             called = structure.called is None or target.module in structure.called
             if host_kind(named_modules(root)[target.module], target.parameter) not in _CALLED or not called:
@@ -93,28 +95,30 @@ class AdapterBiasCallback(PETCallback):
         Raises:
             ArgumentError: if alpha is shared by layers of several sizes.
         """
-        modules = named_modules(root)
-        sizes = [features(modules[target.module]) for target in targets]
         alpha = None
         if self.share_alpha:
-            if len({inputs for inputs, _ in sizes}) > 1:
-                found = ", ".join(str(size) for size in sorted({inputs for inputs, _ in sizes}))
+            read = sorted({self._sizes(root, target)[0] for target in targets})
+            if len(read) > 1:
                 raise ArgumentError(
-                    f"share_alpha=True needs layers of one size, but alpha would read {found} features. "
+                    f"share_alpha=True needs layers of one size, but alpha would read {read} features. "
                     "Set share_alpha=False, or exclude some of them."
                 )
-            alpha = TokenScore(sizes[0][0], bias=self.form == "authors", **delta_options(root, targets[0]))
-        shifts = [Insertion(t, self._shift(root, t, alpha)) for t in targets]
+            alpha = TokenScore(read[0], bias=self.form == "authors", **delta_options(root, targets[0]))
+        shifts = [Insertion(target, self._shift(root, target, alpha)) for target in targets]
         return shifts if alpha is None else [Insertion(Target("", ""), alpha, "alpha"), *shifts]
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the shift for one place, with an alpha of its own."""
         return self._shift(root, target, None)
 
+    def _sizes(self, root: nn.Module, target: Target) -> tuple[int, int]:
+        if target.parameter:
+            return features(named_modules(root)[target.module])
+        return target.sizes[0], target.sizes[0]
+
     def _shift(self, root: nn.Module, target: Target, alpha: TokenScore | None) -> TokenShift:
-        host = named_modules(root)[target.module]
-        inputs, outputs = target.sizes * 2 if target.sizes else features(host)
-        return TokenShift(inputs, outputs, bias=self.form == "authors", alpha=alpha, **delta_options(root, target))
+        options = {"bias": self.form == "authors", "alpha": alpha, **delta_options(root, target)}
+        return TokenShift(*self._sizes(root, target), **options)
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: heads, and norms by option."""
@@ -147,8 +151,3 @@ def _norms(root: nn.Module, targets: Sequence[Target]) -> list[str]:
         apart = not any(f"{target.module}.".startswith(f"{parent}." if parent else "") for target in targets)
         found += [norm for norm in norms if (beside and apart) or "embed" in norm.rpartition(".")[2]]
     return found
-
-
-def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
-    p = next(root.parameters())
-    return {"device": p.device, "dtype": p.dtype if p.dtype == torch.float64 else torch.float32}

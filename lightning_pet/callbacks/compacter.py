@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
+from lightning_pet.core.parameters import delta_options, norm_parameters
+from lightning_pet.core.placement import resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.activations import activation
@@ -40,6 +41,9 @@ class CompacterCallback(PETCallback):
         rule_init: standard deviation of the rule at the start; default: 1e-4 if shared, else 0.01.
         cross_attention: also after cross-attention (``placement="both"``).
         layer_norms: also train the base's norms, as the paper does.
+        drop_layers: none in the first so many layers of every stack (AdapterDrop).
+        exclude_modules: patterns of sub-layers that stay as they are.
+        layers_to_transform: only these layer indices.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
@@ -53,6 +57,8 @@ class CompacterCallback(PETCallback):
     """
 
     method: ClassVar[str] = "compacter"
+    width: ClassVar[str | None] = "bottleneck_size"
+    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
 
     def __init__(
         self,
@@ -67,6 +73,9 @@ class CompacterCallback(PETCallback):
         rule_init: float | None = None,
         cross_attention: bool = False,
         layer_norms: bool = False,
+        drop_layers: int = 0,
+        exclude_modules: list[str] | None = None,
+        layers_to_transform: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -81,6 +90,9 @@ class CompacterCallback(PETCallback):
         self.rule_init = rule_init
         self.cross_attention = cross_attention
         self.layer_norms = layer_norms
+        self.drop_layers = drop_layers
+        self.exclude_modules = exclude_modules
+        self.layers_to_transform = layers_to_transform
         self._validate()
 
     def _validate(self) -> None:
@@ -102,19 +114,19 @@ class CompacterCallback(PETCallback):
         activation(self.non_linearity)
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the outputs of attention and feed-forward."""
-        kinds = {"attention", "ffn"} if self.placement == "both" else {"ffn"}
-        kinds |= {"cross"} if self.cross_attention else set()
-        return tuple(
-            Target(
-                s.branch[-1],
-                "",
-                "ffn.output" if s.kind == "ffn" else "attention.output",
-                s.kind == "cross",
-                sizes=(s.width,),
-            )
-            for s in structure.sites
-            if s.kind in kinds
+        """Find the outputs of attention and feed-forward.
+
+        Raises:
+            TargetError: if there are none, or one cannot be adapted.
+        """
+        return resolve_sites(
+            root,
+            structure,
+            sublayers=("ffn",) if self.placement == "ffn" else None,
+            cross_attention=self.cross_attention,
+            layers=self.layers_to_transform,
+            drop_layers=self.drop_layers,
+            exclude=self.exclude_modules or (),
         )
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
@@ -150,7 +162,11 @@ class CompacterCallback(PETCallback):
             **delta_options(root, target),
         )
 
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of base parameters that train as they are: heads, and norms by option."""
+        norms = norm_parameters(root, self.module) if self.layer_norms else ()
+        return tuple(dict.fromkeys((*super().trained(root, targets), *norms)))
 
-def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
-    p = next(root.parameters())
-    return {"device": p.device, "dtype": p.dtype if p.dtype == torch.float64 else torch.float32}
+    def set_width(self, width: int) -> None:
+        """Size the bottleneck in units of ``phm_dim``, which must divide it."""
+        self.bottleneck_size = width * self.phm_dim

@@ -14,10 +14,12 @@ from lightning_pet.layers.side_loss import Penalty, with_penalty
 
 @runtime_checkable
 class Fusable(Protocol):
-    """A bottleneck delta, as fusion sees it."""
+    """A bottleneck delta, as fusion sees it: it adds ``scale * update(h)``."""
+
+    scale: float
 
     def update(self, h: Tensor) -> Tensor:
-        """What it adds to h, [..., width]."""
+        """What it adds to h [..., width], before it is scaled."""
         ...
 
 
@@ -107,7 +109,8 @@ class Mixture(Delta):
     def update(self, h: Tensor) -> Tensor:
         """What the fused adapters add to h [..., width]."""
         dtype = compute_dtype(h)
-        z = torch.stack([cast(Fusable, member).update(h).to(dtype) for member in self.members], dim=-2)
+        members = [cast(Fusable, member) for member in self.members]
+        z = torch.stack([(m.scale * m.update(h)).to(dtype) for m in members], dim=-2)
         weights = self.scores(h.to(dtype), z).unsqueeze(-2)
         mixed = (weights.to(dtype) @ z).squeeze(-2)
         value: Tensor = self.value

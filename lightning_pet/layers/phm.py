@@ -218,6 +218,8 @@ class PHMBottleneck(Delta):
         ArgumentError: if a size is not divisible by ``n``.
     """
 
+    scale = 1.0
+
     def __init__(
         self,
         width: int,
@@ -248,9 +250,10 @@ class PHMBottleneck(Delta):
         self.up.reset_parameters()
 
     def update(self, h: Tensor) -> Tensor:
-        """What the adapter adds to h, [..., width] in the dtype of ``h``."""
-        return self.up(activation(self.non_linearity)(self.down(h))).to(h.dtype)  # type: ignore[no-any-return]
+        """What the adapter adds to h: [..., width] in the dtype in which the products ran."""
+        added: Tensor = self.up(activation(self.non_linearity)(self.down(h)))
+        return added
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """``output + update(output)``; the host's input is not used."""
-        return output + self.update(output)
+        return output + self.update(output).to(output.dtype)

@@ -2,13 +2,9 @@
 
 from typing import Any, ClassVar
 
-import pytest
-import torch
+from lightning_pet import AdapterBiasCallback
 
-from lightning_pet import AdapterBiasCallback, ArgumentError, TargetError, apply
-
-from . import zoo
-from .battery import Battery, Case, perturb
+from .battery import Battery, Case
 
 D, F = 16, 24
 
@@ -22,8 +18,8 @@ class TestAdapterBias(Battery):
         case("bert", 2 * (D + F + 1)),
         case("bert", 2 * D + F + 1, share_alpha=True, layer_norms=True),
         case("gpt2", 2 * (D + 4 * D + 1), layer_norms=True),
-        case("llama", 2 * (D + F + 1)),
+        case("gpt2", 2 * 2 * D, form="survey"),
         case("t5", 4 * (D + F + 1)),
         case("vit", D + F + 1, layers_to_transform=[1]),
-        case("transformer_encoder", 2 * (D + F + 1)),
+        case("transformer_encoder", 3 * D, form="survey", share_alpha=True),
     ]

@@ -1,18 +1,10 @@
 """Compacter and its relatives: the battery, golden properties, counts, and its own errors."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
-import torch
-from torch import nn
+from lightning_pet import CompacterCallback
 
-from lightning_pet import ArgumentError, CompacterCallback, TargetError, apply, load_delta, save_delta
-from lightning_pet.core.naming import canonical
-from lightning_pet.layers.phm import PHMBottleneck, PHMRule
-
-from . import zoo
-from .battery import Battery, Case, output_in_a_new_process, perturb
+from .battery import Battery, Case
 
 SIZE = {"bottleneck_size": 8}
 D, K = 16, 8
@@ -34,13 +26,10 @@ def case(model: str, parameters: int | None = None, tolerance: float | None = 1e
 class TestCompacter(Battery):
     cases: ClassVar[list[Case]] = [
         case("bert", 4 * ONE + 64),
-        case("bert", 2 * ONE + 64, placement="ffn"),
-        case("bert", 4 * (2 * D * K // 4 + D + K + 2 * 64), 5e-2, factorized=False),
         case("bert", 4 * ONE, None, phm_dim=1),
-        case("gpt2", 4 * ONE + 64),
-        case("llama", 4 * ONE + 64, non_linearity="silu"),
-        case("t5", 8 * ONE + 8, phm_dim=2),
-        case("t5", 10 * ONE + 64, cross_attention=True),
+        case("gpt2", 2 * ONE + 64, placement="ffn"),
+        case("llama", 4 * (2 * D * K // 4 + D + K + 2 * 64), 5e-2, factorized=False),
+        case("t5", 10 * ONE + 8, phm_dim=2, cross_attention=True),
         case("vit", 4 * (ONE + 2 * 64), 5e-2, shared_rule=False),
         case("transformer_encoder", 4 * (2 * ONE - D - K) + 64, rank=2),
     ]
