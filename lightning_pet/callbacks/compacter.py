@@ -111,6 +111,8 @@ class CompacterCallback(PETCallback):
             raise ArgumentError(f"rule_init={self.rule_init}: a standard deviation, e.g. 1e-4; 0 would never train.")
         if self.bottleneck_size is not None:
             check_divisible("bottleneck_size", self.bottleneck_size, self.phm_dim)
+        if self.drop_layers < 0:
+            raise ArgumentError(f"drop_layers={self.drop_layers}: a number of layers, 0 or more.")
         activation(self.non_linearity)
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:

@@ -65,7 +65,7 @@ class Fusion(Case):
         return AdapterFusionCallback(adapters=files, **self.options)
 
 
-def case(model: str, sites: int, stage: dict[str, Any] | None = None, **options: Any) -> Fusion:
+def case(model: str, sites: int, stage: dict[str, Any] | None = None, compiles: bool = True, **options: Any) -> Fusion:
     return Fusion(
         model,
         AdapterFusionCallback,
@@ -75,16 +75,16 @@ def case(model: str, sites: int, stage: dict[str, Any] | None = None, **options:
         mergeable=False,
         parameters=sites * (3 * D * D + 2 * D),
         needs_values=True,
+        compiles=compiles,
         stage=tuple((stage or {}).items()),
     )
 
 
 class TestAdapterFusion(Battery):
     cases: ClassVar[list[Case]] = [
-        case("bert", 4),
         case("bert", 2, {"placement": "ffn", "phm_dim": 1}, temperature=50.0),
         case("gpt2", 4, {"factorized": False}),
-        case("t5", 8),
+        case("t5", 8, compiles=False),
         case("transformer_encoder", 4),
     ]
 
@@ -260,7 +260,7 @@ def test_two_stages(trained_tasks: list[Path], tmp_path: Path) -> None:
             assert torch.equal(own[f"net.{here}"], tensor), name
     start = Mixture(D, [])
     assert all(not torch.equal(fusion.value.detach(), start.value) for fusion in mixtures(module))
-    assert {float(fusion.temperature) for fusion in mixtures(module)} == {pytest.approx(50 * (1 - 3 / 1000))}
+    assert [float(f.temperature) for f in mixtures(module)] == [pytest.approx(50 * (1 - 3 / 1000))] * 4
 
     ids = next(iter(loader("both")))[0]
     expected = module.eval()(ids)
@@ -287,7 +287,7 @@ def test_errors_leave_the_model_alone(tmp_path: Path) -> None:
     narrow = stage_one("bert", "b", placement="ffn")
     with pytest.raises(ArgumentError, match=r"4 places \(attention.output, ffn.output\), .* 2 places \(ffn.output\)"):
         apply(model, [AdapterFusionCallback(adapters=[a, narrow])])
-    with pytest.raises(ArgumentError, match="'sst2' is no file, and the name of no applied adapter.* applied are none"):
+    with pytest.raises(ArgumentError, match=r"'sst2' is no file, .* of no applied adapters; applied are none"):
         apply(model, [AdapterFusionCallback(adapters=["sst2"])])
     with pytest.raises(ArgumentError, match="adapters was not given"):
         apply(model, [AdapterFusionCallback()])
@@ -295,7 +295,7 @@ def test_errors_leave_the_model_alone(tmp_path: Path) -> None:
     other, _ = zoo.bert()
     apply(other, [LoRACallback(r=2)])
     save_delta(other, lora)
-    with pytest.raises(ArgumentError, match="'lora' at .* is no bottleneck adapter"):
+    with pytest.raises(ArgumentError, match=r"'lora' at .* is no bottleneck adapter"):
         apply(model, [AdapterFusionCallback(adapters=[str(lora)])])
     norms = stage_one("bert", "b", layer_norms=True)
     with pytest.raises(ArgumentError, match=r"trained 10 tensors of the base .*layer_norms=False"):
