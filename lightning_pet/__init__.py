@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_pet.callbacks.adalora import AdaLoRACallback as AdaLoRACallback
     from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
+    from lightning_pet.callbacks.adapter_bias import AdapterBiasCallback as AdapterBiasCallback
+    from lightning_pet.callbacks.adapter_fusion import AdapterFusionCallback as AdapterFusionCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
+    from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
+    from lightning_pet.callbacks.diff_pruning import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
-    from lightning_pet.callbacks.diff_pruning import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
@@ -45,6 +48,9 @@ _WHERE = {
     "IA3Callback": "callbacks.ia3",
     "DiffPruningCallback": "callbacks.diff_pruning",
     "AdaLoRACallback": "callbacks.adalora",
+    "AdapterBiasCallback": "callbacks.adapter_bias",
+    "AdapterFusionCallback": "callbacks.adapter_fusion",
+    "CompacterCallback": "callbacks.compacter",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",

@@ -11,7 +11,30 @@ from lightning_pet.errors import NotMergeableError
 Path = Literal["activation", "around", "weight", "shared"]
 
 
-class Delta(nn.Module):
+class Part(nn.Module):
+    """A module inside a delta, or a delta: a base checkpoint, which holds none of its keys, loads strictly."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
+        # A checkpoint that holds some of the keys of the whole delta is a damaged delta.
+        parts = prefix.split(".")
+        depth = len(parts) - parts[::-1].index("pet") + 1 if "pet" in parts else 0
+        delta = ".".join(parts[:depth]) + "." if depth else prefix
+        if any(name.startswith(delta) for name in state_dict):
+            missing_keys.extend(own)
+
+
+class Delta(Part):
     """What one method adds to one host module.
 
     A delta is registered as a child of its host, holds raw :class:`torch.nn.Parameter` objects
@@ -110,23 +133,6 @@ class Delta(nn.Module):
             Whether it has other tensors now. The default has one form and does nothing.
         """
         return False
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A base checkpoint holds none of our keys and must load into an adapted model, strictly.
-        # One that holds some of them is a damaged delta.
-        own: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
-        if len(own) < len(self.state_dict()):
-            missing_keys.extend(own)
 
 
 class Tied(Delta):
