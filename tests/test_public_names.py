@@ -18,6 +18,7 @@ NAMES = [
     "OptimizerMismatchError",
     "PETCallback",
     "PETError",
+    "PrefixTuningCallback",
     "TargetError",
     "UnsupportedStrategyError",
     "apply",
