@@ -53,6 +53,13 @@ def softmax_options(args: tuple[Any, ...], kwargs: Mapping[str, Any], scores: Te
     return {"dtype": given[0]} if given else {}
 
 
+def added_operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, float]:
+    """Both operands of a ``baddbmm``, and the factor of their product."""
+    left = args[1] if len(args) > 1 else kwargs["batch1"]
+    right = args[2] if len(args) > 2 else kwargs["batch2"]
+    return left, right, float(kwargs.get("alpha", 1.0))
+
+
 def same_scores(product: Tensor, scores: Tensor) -> bool:
     """Whether a product may be these scores, up to how leading dimensions are laid out."""
     return product.shape[-2:] == scores.shape[-2:] and product.numel() == scores.numel()
@@ -117,8 +124,7 @@ class FunctionalRoute(TorchFunctionMode):
 
     def _added_product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result: Tensor = func(*args, **kwargs)
-        left = args[1] if len(args) > 1 else kwargs["batch1"]
-        self.products.append(_Product(left, result))
+        self.products.append(_Product(added_operands(args, kwargs)[0], result))
         return result
 
     def _softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

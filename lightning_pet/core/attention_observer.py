@@ -43,6 +43,7 @@ class _Product(NamedTuple):
     right: Tensor
     result: Tensor
     stack: tuple[Call, ...]
+    factor: float = 1.0
 
 
 class Observer(TorchFunctionMode):
@@ -103,8 +104,9 @@ class Observer(TorchFunctionMode):
         kind = None if self._inside else functions.FUNCTIONS.get(func)
         if kind == functions.PRODUCT:
             self._saw_product(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())), result)
-        elif kind == functions.ADDED_PRODUCT and len(args) > 2:
-            self._products.append(_Product(args[1], args[2], result, tuple(self.recorder.running())))
+        elif kind == functions.ADDED_PRODUCT:
+            left, right, factor = functions.added_operands(args, kwargs)
+            self._products.append(_Product(left, right, result, tuple(self.recorder.running()), factor))
         elif kind == functions.SOFTMAX:
             self._saw_softmax(args[0] if args else kwargs["input"], args[1:], kwargs, result)
         elif kind == functions.SDPA:
@@ -141,7 +143,8 @@ class Observer(TorchFunctionMode):
         self._products.clear()
         last = kwargs.get("dim", args[0] if args else None) in (-1, scores.dim() - 1)
         self._score, self._shape = found, shares.shape
-        self._scale = _scale(found.result, scores) if last and found.left.dim() in (3, 4) else None
+        scale = _scale(found.result, scores) if last and found.left.dim() in (3, 4) else None
+        self._scale = None if scale is None else scale * found.factor
 
 
 def _scale(product: Tensor, scores: Tensor) -> float | None:
