@@ -58,7 +58,7 @@ class PrefixTuningCallback(PETCallback):
         lightning_pet.errors.ArgumentError: init='text' needs a tokenizer: pass tokenizer='<name or folder>'.
     """
 
-    method: ClassVar[str] = "prefix"
+    method: ClassVar[str] = "prefix_tuning"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "init",
         "init_text",

@@ -35,16 +35,16 @@ def word_activations(model: nn.Module, consumer: str | None, ids: Tensor) -> dic
     runner = next((m for m in model.modules() if is_self_describing(m)), None)
     if runner is None and consumer is not None:
         runner = named_places(model)[consumer]
-    device = next(model.parameters()).device
-    row = ids.to(device)[None]
-    for arguments in _arguments(runner, row) if runner is not None else ():
-        try:
-            return _first(_observe(model, runner, arguments))
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            failure = f" ({type(error).__name__}: {error})"
-    failure = failure if runner is not None else ""
+    row = ids.to(next(model.parameters()).device)[None]
+    failure = "it takes none"
+    if runner is not None:
+        for arguments in _arguments(runner, row):
+            try:
+                return _first(_observe(model, runner, arguments))
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                failure = f"{type(error).__name__}: {error}"
     raise TargetError(
-        f"a prefix of words: {type(model).__name__} could not be run on token ids{failure}. Use init='random'."
+        f"a prefix of words: {type(model).__name__} could not be run on token ids ({failure}). Use init='random'."
     )
 
 

@@ -86,7 +86,7 @@ class AttentionPrefix(Prefix):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A new process that unpickles a model must wrap the table, too."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._install()
 
     def _install(self) -> None:

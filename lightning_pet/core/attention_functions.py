@@ -195,7 +195,7 @@ def _by_head(tensor: Tensor, heads: int) -> Tensor:
     """The tensor as batch × heads × rows × features."""
     if tensor.dim() == 3 and tensor.shape[0] % heads == 0:
         return tensor.reshape(-1, heads, *tensor.shape[-2:])
-    if tensor.dim() == 4 and tensor.shape[1] == heads:
+    if tensor.dim() == 4 and heads in (1, tensor.shape[1]):
         return tensor
     raise TargetError(
         f"prefix tuning: an attention with tensors of shape {tuple(tensor.shape)}, not laid out as (batch, {heads} "
@@ -263,15 +263,19 @@ def project(o: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     projected = []
     for x, weight, bias in zip((o["query"], o["key"], o["value"]), weights, biases, strict=True):
         x = x.unsqueeze(1) if x.dim() == 2 else x
-        projected.append(F.linear(x, weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3))
+        projected.append(_split_heads(F.linear(x, weight, bias), heads))
     return projected[0], projected[1], projected[2]
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.view(*x.shape[:2], heads, -1).permute(1, 2, 0, 3)
 
 
 def _combined_mask(o: Mapping[str, Any], query: Tensor, key: Tensor) -> Tensor | None:
     """``attn_mask`` and ``key_padding_mask`` as one additive mask that broadcasts to the scores."""
     parts = []
     if (mask := o["attn_mask"]) is not None:
-        parts.append(mask.unflatten(0, (-1, query.shape[1])) if mask.dim() == 3 else mask)
+        parts.append(mask.view(-1, query.shape[1], *mask.shape[1:]) if mask.dim() == 3 else mask)
     if (mask := o["key_padding_mask"]) is not None:
         parts.append(mask.reshape(-1, 1, 1, key.shape[-2]))
     additive = [

@@ -73,7 +73,7 @@ def install() -> None:
         from transformers.modeling_utils import AttentionInterface
 
         _original = AttentionInterface.get_interface
-        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+        AttentionInterface.get_interface = _get_interface
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def observed(observer: InterfaceObserver) -> Iterator[None]:
         if before is None and _original is not None:
             from transformers.modeling_utils import AttentionInterface
 
-            AttentionInterface.get_interface = _original  # type: ignore[method-assign]
+            AttentionInterface.get_interface = _original
             _original = None
 
 

@@ -48,7 +48,8 @@ def causal(length: int, query: Tensor, key: Tensor) -> Tensor:
     queries, positions = query.shape[-2], key.shape[-2]
     rows = torch.arange(queries, device=query.device)[:, None]
     columns = torch.arange(-length, positions, device=query.device)
-    return columns <= rows
+    visible: Tensor = columns <= rows
+    return visible
 
 
 def _wider_block_mask(mask: Any, length: int, query: Tensor, key: Tensor) -> Any:
@@ -61,8 +62,8 @@ def _wider_block_mask(mask: Any, length: int, query: Tensor, key: Tensor) -> Any
         visible = mask.mask_mod
 
         def with_prefix(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            before: Tensor = column < length
-            return before | visible(batch, head, row, (column - length).clamp(min=0))
+            seen: Tensor = (column < length) | visible(batch, head, row, (column - length).clamp(min=0))
+            return seen
 
         sizes = (mask.kv_num_blocks.shape[0], mask.kv_num_blocks.shape[1])
         known[length] = create_block_mask(

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_pet.core import attention_functions as functions
@@ -42,6 +43,7 @@ class _Product(NamedTuple):
     left: Tensor
     right: Tensor
     result: Tensor
+    made: GradientEdge | None  # as the product made it: it may be written to in place
     stack: tuple[Call, ...]
     factor: float = 1.0
 
@@ -69,17 +71,18 @@ class Observer(TorchFunctionMode):
     def __enter__(self) -> "Observer":
         """Start to watch."""
         self._table.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *details: Any) -> None:
         """Stop."""
-        super().__exit__(*details)
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
         self._table.__exit__(*details)
 
     def _note(self, stack: Sequence[Call], route: Route, heads: int, key: Tensor, value: Tensor) -> Seen:
-        kept = {"key": key.detach(), "value": value.detach()} if self.keep else {}
-        seen = Seen(stack[-1].path if stack else "", route, heads, key.shape[-1], value.shape[-1], **kept)
+        seen = Seen(stack[-1].path if stack else "", route, heads, key.shape[-1], value.shape[-1])
+        if self.keep:
+            seen.key, seen.value = key.detach(), value.detach()
         self.seen.append(seen)
         return seen
 
@@ -106,7 +109,7 @@ class Observer(TorchFunctionMode):
             self._saw_product(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())), result)
         elif kind == functions.ADDED_PRODUCT:
             left, right, factor = functions.added_operands(args, kwargs)
-            self._products.append(_Product(left, right, result, tuple(self.recorder.running()), factor))
+            self._products.append(_Product(left, right, result, _edge(result), tuple(self.recorder.running()), factor))
         elif kind == functions.SOFTMAX:
             self._saw_softmax(args[0] if args else kwargs["input"], args[1:], kwargs, result)
         elif kind == functions.SDPA:
@@ -127,11 +130,11 @@ class Observer(TorchFunctionMode):
     def _saw_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
         stack = tuple(self.recorder.running())
         if self._score is None or self._shape is None or not functions.same_shape(left, self._shape):
-            self._products.append(_Product(left, right, result, stack))
+            self._products.append(_Product(left, right, result, _edge(result), stack))
             return
         score, self._score = self._score, None
         common = [a for a, b in zip(score.stack, stack, strict=False) if a is b]
-        heads = self._shape[1] if len(self._shape) == 4 else 0
+        heads = score.right.shape[1] if score.right.dim() == 4 else 0  # of the keys: 1 where all queries share them
         known = self._scale is not None and left.dim() in (3, 4)
         seen = self._note(common, "functional" if known else "", heads, score.right.mT, right)
         seen.scale = self._scale
@@ -143,17 +146,20 @@ class Observer(TorchFunctionMode):
         self._products.clear()
         last = kwargs.get("dim", args[0] if args else None) in (-1, scores.dim() - 1)
         self._score, self._shape = found, shares.shape
-        scale = _scale(found.result, scores) if last and found.left.dim() in (3, 4) else None
+        scale = _scale(found.made, scores) if last and found.left.dim() in (3, 4) else None
         self._scale = None if scale is None else scale * found.factor
 
 
-def _scale(product: Tensor, scores: Tensor) -> float | None:
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    return None if tensor.grad_fn is None else get_gradient_edge(tensor)
+
+
+def _scale(product: GradientEdge | None, scores: Tensor) -> float | None:
     """The factor between a product and the scores that came of it, if it is one number."""
-    if product is scores:
-        return 1.0
-    if not (product.requires_grad and scores.requires_grad) or product.is_meta:
+    if product is None or not scores.requires_grad or scores.is_meta:
         return None
-    (gradient,) = torch.autograd.grad(scores, product, torch.ones_like(scores), retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(scores, [product], torch.ones_like(scores), retain_graph=True, allow_unused=True)
+    gradient = cast(Tensor | None, found[0])
     if gradient is None:
         return None
     factors = gradient[gradient != 0]

@@ -149,7 +149,7 @@ class Prefix(Delta):
         return hidden
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = rows.split((self.heads * self.key_dim, self.heads * self.value_dim), dim=-1)
+        keys, values = rows.tensor_split((self.heads * self.key_dim,), dim=-1)
         return (
             keys.reshape(self.length, self.heads, self.key_dim).transpose(0, 1),
             values.reshape(self.length, self.heads, self.value_dim).transpose(0, 1),
@@ -245,7 +245,7 @@ def attend_with_prefix(scores: Tensor, prefix: Tensor, **softmax: Any) -> tuple[
         The shares of the real positions and of the prefix; together they sum to 1.
     """
     shares = torch.softmax(torch.cat([prefix, scores], dim=-1), dim=-1, **softmax)
-    ours, theirs = shares.split((prefix.shape[-1], scores.shape[-1]), dim=-1)
+    ours, theirs = shares.tensor_split((prefix.shape[-1],), dim=-1)
     return theirs, ours
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import hf, ids
 from torch import Tensor, nn
 
 from lightning_pet import DeadSiteError, PrefixTuningCallback, TargetError, apply
 from lightning_pet.core.attention import AttentionPrefix, PrefixSite
 from lightning_pet.core.attention_masks import causal, wider
 from lightning_pet.core.probe import probe
-
-from tiny_models import hf, ids
 
 HEADS, DIM, WIDTH, ROWS, LENGTH, P = 2, 4, 8, 3, 5, 3
 
@@ -151,7 +150,12 @@ def test_attention_of_the_table_becomes_a_gated_addition(implementation: str) ->
     prefix = next(m for m in model.modules() if isinstance(m, AttentionPrefix))
     got: list[Tensor] = []
     inputs: list[Tensor] = []
-    host.register_forward_hook(lambda _m, args, out: (inputs.append(args[0]), got.append(out[0])) and None)
+
+    def note(_host: nn.Module, args: Any, out: Any) -> None:
+        inputs.append(args[0])
+        got.append(out[0])
+
+    host.register_forward_hook(note)
     model(tokens, attention_mask=padding)
     q, k, v = (p(inputs[0]).unflatten(-1, (4, 8)).transpose(1, 2) for p in (host.query, host.key, host.value))
     real = (q @ k.mT / math.sqrt(8)).masked_fill(~padding.bool()[:, None, None], -torch.inf)

@@ -40,12 +40,12 @@ class TestPrefixTuning(Battery):
     cases: ClassVar[list[Case]] = [
         case("transformer_encoder", NETWORK, parameters=trained(16, 32, 2)),
         case("bert", DIRECT, parameters=2 * 3 * 2 * 16),
-        case("gpt2", {**DIRECT, "layers_to_transform": [1]}, parameters=3 * 2 * 16),
+        case("gpt2", {**DIRECT, "layers_to_transform": [1]}, parameters=3 * 2 * 16, compiles=False),  # bert's route
         case("llama", NETWORK, parameters=trained(16, 16, 2)),
-        case("t5", NETWORK, parameters=3 * trained(16, 32, 2)),
-        case("vit", DIRECT, parameters=2 * 3 * 2 * 16),
-        case("whisper", {**DIRECT, "attention": "cross"}, parameters=3 * 2 * 16),
-        case("bloom", NETWORK, parameters=trained(16, 32, 2)),
+        case("t5", NETWORK, parameters=3 * trained(16, 32, 2), compiles=False),
+        case("vit", DIRECT, parameters=2 * 3 * 2 * 16, compiles=False),
+        case("whisper", {**DIRECT, "attention": "cross"}, parameters=3 * 2 * 16, compiles=False),
+        case("bloom", NETWORK, parameters=trained(16, 32, 2), compiles=False),
     ]
 
 
@@ -117,23 +117,18 @@ TEXT = torch.tensor([[5, 9, 30, 3, 17], [8, 8, 21, 40, 6]])
 
 
 @pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_words_as_a_prefix_are_words_in_front(name: str, projection: bool, tmp_path: Path) -> None:
     model, _ = getattr(zoo, name)()
     model.double()
-    # Learned positions stay where they are, so a text behind words has to be told where it is; rotation is relative.
+    # Rotary positions are relative. Learned ones are not: a text behind words has to be told where it is.
     shifted = {"position_ids": torch.arange(4, 9)[None].expand(2, -1)} if name == "gpt2" else {}
-    if name == "bloom":  # its distances count from the first key, so the words in front are not a prefix
-        shifted = {}
     with torch.no_grad():
         expected = model(torch.cat([WORDS.expand(2, -1), TEXT], 1)).logits[:, 4:]
     options = {"init": "text", "init_text": "7 11 23 42", "tokenizer": tokenizer_folder(tmp_path)}
     apply(model, [PrefixTuningCallback(length=4, projection=projection, projection_size=8, **options)])
     for got in (model(TEXT, **shifted).logits, frozen_output(model, lambda m: m(TEXT, **shifted).logits)):
-        if name == "bloom":
-            assert (got - expected).abs().max() < 0.1
-        else:
-            assert (got - expected).abs().max() < (1e-11 if projection else 1e-13)
+        assert (got - expected).abs().max() < (1e-11 if projection else 1e-13)
 
 
 def test_text_is_repeated_and_a_vocabulary_sample_is_seeded(tmp_path: Path) -> None:
@@ -146,7 +141,7 @@ def test_text_is_repeated_and_a_vocabulary_sample_is_seeded(tmp_path: Path) -> N
     assert torch.equal(built[0], built[1])
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        model, run = zoo.t5()
+        model, _ = zoo.t5()
         torch.manual_seed(seed)
         apply(model, [PrefixTuningCallback(**NETWORK, init="vocabulary")])
         built.append(prefixes(model)[-1].folded()[1])
@@ -157,12 +152,11 @@ def test_text_is_repeated_and_a_vocabulary_sample_is_seeded(tmp_path: Path) -> N
 # --- files: the folded prefix, and what it came from ---------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["llama", "bloom"])
-def test_a_new_process_loads_bit_exactly(model: str, tmp_path: Path) -> None:
-    built, run = getattr(zoo, model)()
+def test_a_new_process_loads_bit_exactly(tmp_path: Path) -> None:
+    built, run = zoo.llama()
     perturb(apply(built, [PrefixTuningCallback(**NETWORK)]))
     save_delta(built, tmp_path / "d.pet.safetensors")
-    loaded = output_in_a_new_process(model, tmp_path / "d.pet.safetensors", tmp_path / "out.pt")
+    loaded = output_in_a_new_process("llama", tmp_path / "d.pet.safetensors", tmp_path / "out.pt")
     assert torch.equal(loaded, run(built))
 
 
@@ -225,8 +219,6 @@ def test_two_prefixes_and_a_low_rank_delta_on_one_attention() -> None:
     perturb(both)
     run(model).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
-    first, second = prefixes(model)[:2]
-    joined = [torch.cat(pair, 1) for pair in zip(second.folded(), first.folded(), strict=True)]
     expected = frozen_output(model, run)
     one, _ = zoo.llama()
     apply(one, [PrefixTuningCallback(length=6, projection=False), LoRACallback()])
@@ -237,9 +229,10 @@ def test_two_prefixes_and_a_low_rank_delta_on_one_attention() -> None:
                 (target.self_attn.v_proj, source.self_attn.v_proj),
             ):
                 mine.pet["lora_default"].load_state_dict(theirs.pet["lora_default"].state_dict())
-            parts = [source.self_attn.pet[key].folded() for key in ("prefix_second", "prefix_default")]
-            target.self_attn.pet["prefix_default"].set_key_value(*(torch.cat(p, 1) for p in zip(*parts, strict=True)))
-    assert joined[0].shape == (2, 6, 4)
+            parts = [source.self_attn.pet[key].folded() for key in ("prefix_tuning_second", "prefix_tuning_default")]
+            target.self_attn.pet["prefix_tuning_default"].set_key_value(
+                *(torch.cat(p, 1) for p in zip(*parts, strict=True))
+            )
     assert (frozen_output(one, run) - expected).abs().max() < 1e-6
     both.remove()
     assert torch.equal(frozen_output(model, run), before)
