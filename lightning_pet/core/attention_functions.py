@@ -6,7 +6,8 @@ joins the softmax, and its part of the result is added to the second product.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,8 @@ def same_scores(product: Tensor, scores: Tensor) -> bool:
     return product.shape[-2:] == scores.shape[-2:] and product.numel() == scores.numel()
 
 
-class _Product(NamedTuple):
+@dataclass(eq=False)
+class _Product:
     query: Tensor
     result: Tensor
 
@@ -132,7 +134,7 @@ class FunctionalRoute(TorchFunctionMode):
         found = next((product for product in self.products if same_scores(product.result, scores)), None)
         if found is None:
             return func(*args, **kwargs)
-        self.products.clear()
+        self.products.remove(found)
         options = softmax_options(args[1:], kwargs, scores)
         theirs, self.shares = attend_with_prefix(scores, self._scores(found.query, scores), **options)
         self.shape = theirs.shape

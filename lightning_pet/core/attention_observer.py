@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,19 @@ class Seen:
     value: Tensor | None = field(default=None, repr=False)
 
 
-class _Product(NamedTuple):
+@dataclass(eq=False)
+class _Product:
     left: Tensor
     right: Tensor
     result: Tensor
     made: GradientEdge | None  # as the product made it: it may be written to in place
     stack: tuple[Call, ...]
     factor: float = 1.0
+
+    def is_near(self, stack: Sequence[Call]) -> bool:
+        """Whether the module around the one that made it is still running."""
+        around = self.stack[:-1]
+        return len(stack) >= len(around) and all(a is b for a, b in zip(around, stack, strict=False))
 
 
 class Observer(TorchFunctionMode):
@@ -129,6 +135,7 @@ class Observer(TorchFunctionMode):
 
     def _saw_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
         stack = tuple(self.recorder.running())
+        self._products = [product for product in self._products if product.is_near(stack)]
         if self._score is None or self._shape is None or not functions.same_shape(left, self._shape):
             self._products.append(_Product(left, right, result, _edge(result), stack))
             return
@@ -143,7 +150,7 @@ class Observer(TorchFunctionMode):
         found = next((p for p in self._products if functions.same_scores(p.result, scores)), None)
         if found is None:
             return
-        self._products.clear()
+        self._products.remove(found)
         last = kwargs.get("dim", args[0] if args else None) in (-1, scores.dim() - 1)
         self._score, self._shape = found, shares.shape
         scale = _scale(found.made, scores) if last and found.left.dim() in (3, 4) else None

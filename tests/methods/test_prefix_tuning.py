@@ -264,7 +264,7 @@ def test_arguments_out_of_range(options: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "text"),
     [
-        ("lstm", {}, "no softmax attention was found in LSTM"),
+        ("lstm", {}, "no softmax attention was found in Recurrent"),
         ("conv2d", {}, "use adapters or LoRA"),
         ("bert", {"attention": "cross"}, "attention='cross'"),
         ("gpt2", {"where": "encoder"}, "no cross-attention"),

@@ -220,8 +220,3 @@ def bloom() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
     config = BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     return _seeded(lambda: BloomForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
-
-
-def lstm() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    values = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
-    return _seeded(lambda: nn.LSTM(6, 8, batch_first=True)), _on((values,))
