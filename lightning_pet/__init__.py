@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
     from lightning_pet.engine.delta import inspect_delta as inspect_delta
@@ -54,6 +55,7 @@ _WHERE = {
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",
+    "PrefixTuningCallback": "callbacks.prefix_tuning",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",
     "inspect_delta": "engine.delta",

@@ -31,6 +31,7 @@ NAMES = [
     "OptimizerMismatchError",
     "PETCallback",
     "PETError",
+    "PrefixTuningCallback",
     "TargetError",
     "UnsupportedStrategyError",
     "apply",

@@ -29,6 +29,8 @@ Role = Literal[
 norm that reads the sum, and ``core`` the softmax attention itself; the others are projections, and the token
 embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
+Route = Literal["", "interface", "functional"]
+"""How a prefix gets into an attention: transformers' table of attention functions, torch's own, or not at all."""
 
 
 @dataclass(frozen=True, order=True)
@@ -94,6 +96,8 @@ class AttentionCore:
         kv_heads: key/value heads (may be fewer than query heads).
         key_dim: features of one key head.
         value_dim: features of one value head.
+        route: how a prefix gets there.
+        scale: factor of the scores, where the owner forms them by a product of its own.
     """
 
     owner: str
@@ -101,6 +105,8 @@ class AttentionCore:
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    route: Route = ""
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
