@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
     from lightning_pet.engine.delta import inspect_delta as inspect_delta
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "PETCallback": "callbacks.base",
     "LoRACallback": "callbacks.lora",
+    "PromptTuningCallback": "callbacks.prompt_tuning",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",
     "inspect_delta": "engine.delta",

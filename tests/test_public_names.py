@@ -18,6 +18,7 @@ NAMES = [
     "OptimizerMismatchError",
     "PETCallback",
     "PETError",
+    "PromptTuningCallback",
     "TargetError",
     "UnsupportedStrategyError",
     "apply",

@@ -9,7 +9,7 @@ with it, and it costs more per call; and the weight path needs the swap anyway. 
 Paths (see :class:`~lightning_pet.layers.delta.Delta`): *activation* deltas change what a call
 returns; *around* deltas run in its place and call it; *weight* deltas change what is read from a
 parameter while its reader's forward runs. Outside that scope the parameter is the base's, so sharding
-engines never see an effective weight. *Shared* deltas belong to others of their method and are never
+engines never see an effective weight. *Generate* deltas wrap the host's ``generate``. *Shared* deltas belong to others of their method and are never
 called by their host.
 """
 
@@ -169,7 +169,16 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if callable(getattr(base, "generate", None)):
+        members["generate"] = _generate
     return type(base.__name__, (mixin, base), members)
+
+
+def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
+    call: Any = partial(cast(Any, type(self).__pet_base__).generate, self)
+    for delta in self.pet.active("generate"):
+        call = partial(delta, call)
+    return call(*args, **kwargs)
 
 
 def _effective(name: str) -> property:

@@ -23,9 +23,15 @@ Role = Literal[
     "ffn.norm",
     "mixer.output",
     "embedding",
+    "prompt.call",
+    "prompt.rows",
+    "prompt.guard",
+    "prompt.memory",
+    "prompt.generate",
 ]
 """What a place does. ``output`` is f(x) of a residual sum, ``norm`` the norm that reads the sum, and
-``core`` the softmax attention itself; the others are projections, and the token embedding."""
+``core`` the softmax attention itself; ``prompt`` places are those of virtual tokens (see
+:mod:`lightning_pet.core.stacks`); the others are projections, and the token embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
 
 
