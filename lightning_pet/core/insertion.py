@@ -13,7 +13,9 @@ engines never see an effective weight. *Generate* deltas wrap the host's ``gener
 called by their host.
 """
 
+import inspect
 from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -169,9 +171,19 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    members["forward"] = _with_signature(mixin.forward, base.forward)
     if callable(getattr(base, "generate", None)):
         members["generate"] = _generate
     return type(base.__name__, (mixin, base), members)
+
+
+def _with_signature(function: Any, like: Any) -> Any:
+    """The same function, showing another one's signature: transformers looks at it to choose arguments."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return copy
 
 
 def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:

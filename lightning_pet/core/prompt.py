@@ -121,21 +121,22 @@ class PromptCall(Delta):
         ids = given.get(self.ids_name)
         if not isinstance(ids, Tensor) or ids.shape[1] == 1:  # a step of cached decoding
             return given
-        begin = lengths_before(self.__dict__["host"], self, PromptCall) - cached_length(given)
-        low, high = max(begin, 0), min(begin + self.length, ids.shape[1])
-        if low >= high:
-            return given
-        virtual = self.virtual(ids, ids.shape[0])[:, low - begin : high - begin]
-        return given | {self.ids_name: torch.cat([ids[:, :low], virtual, ids[:, high:]], 1)}
+        rows: Tensor = self.__dict__["starts"]  # of the user's batch; beams repeat each row
+        starts = rows.to(ids.device).repeat_interleave(ids.shape[0] // rows.shape[0])
+        begin = starts + lengths_before(self.__dict__["host"], self, PromptCall) - cached_length(given)
+        place = torch.arange(ids.shape[1], device=ids.device) - begin[:, None]
+        first = self.__dict__["rows"].first
+        return given | {self.ids_name: torch.where((place >= 0) & (place < self.length), first + place, ids)}
 
     @contextmanager
-    def placing(self) -> Iterator[None]:
-        """Within the block ``generate`` has put the prompt's length before the ids."""
-        before, self.generating = self.generating, True
+    def placing(self, starts: Tensor) -> Iterator[None]:
+        """Within the block ``generate`` has made room for the prompt, at these columns."""
+        before = self.generating, self.__dict__.get("starts")
+        self.generating, self.__dict__["starts"] = True, starts
         try:
             yield
         finally:
-            self.generating = before
+            self.generating, self.__dict__["starts"] = before
 
 
 class PromptMemory(Delta):
@@ -193,37 +194,39 @@ class PromptGenerate(Delta):
         names = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         consumer: PromptCall = self.__dict__["consumer"]
-        made = self._decoder_room(given) if self.decoder else self._room(given)
-        given = self._lengths(given, consumer.length)
-        with consumer.placing():
+        starts = self._decoder_room(given) if self.decoder else self._room(given)
+        self._lengths(given, consumer.length)
+        if starts is None:
+            with consumer.placing(torch.zeros(1, dtype=torch.long)):
+                return call(**given)
+        with consumer.placing(starts):
             result = call(**given)
-        if not made:
-            return result
         if isinstance(result, Tensor):
-            return result[:, consumer.length :]
-        result.sequences = result.sequences[:, consumer.length :]
+            return without_columns(result, starts, consumer.length)
+        result.sequences = without_columns(result.sequences, starts, consumer.length)
         return result
 
-    def _room(self, given: dict[str, Any]) -> bool:
-        """Put the prompt's length before the ids or embeddings; whether the result holds it."""
+    def _room(self, given: dict[str, Any]) -> Tensor | None:
+        """Put the prompt's length before the first real ids; the columns, where the result has them."""
         consumer: PromptCall = self.__dict__["consumer"]
         embeds = given.get("inputs_embeds")
         if isinstance(embeds, Tensor):
             given["inputs_embeds"] = torch.cat([consumer.embedded(embeds, embeds.shape[0]), embeds], 1)
-            _extend_aligned(given, consumer.length, embeds.shape[:2])
-            return False
+            _extend_aligned(given, consumer.length, embeds.shape[:2], None)
+            return None
         key = "inputs" if given.get("inputs") is not None else "input_ids"
         ids = given.get(key)
         if ids is None:
             ids = self._start(1, given, ("bos_token_id",))
-        real = self._real(ids, given)
+        # Behind the padding on the left, so that the prompt is as near as in training (sliding windows).
+        starts = self._real(ids, given).int().argmax(1)
         # Copies of a token that is there anyway: penalties on what occurs see nothing new.
-        stand_in = ids.gather(1, real.int().argmax(1, keepdim=True)).expand(-1, consumer.length)
-        given[key] = torch.cat([stand_in, ids], 1)
-        _extend_aligned(given, consumer.length, ids.shape[:2])
-        return True
+        stand_in = ids.gather(1, starts[:, None]).expand(-1, consumer.length)
+        given[key] = with_columns(ids, starts, stand_in)
+        _extend_aligned(given, consumer.length, ids.shape[:2], starts)
+        return starts
 
-    def _decoder_room(self, given: dict[str, Any]) -> bool:
+    def _decoder_room(self, given: dict[str, Any]) -> Tensor:
         consumer: PromptCall = self.__dict__["consumer"]
         ids = given.get("decoder_input_ids")
         if ids is None:
@@ -235,7 +238,7 @@ class PromptGenerate(Delta):
         given["decoder_input_ids"] = torch.cat([ids[:, :1].expand(-1, consumer.length), ids], 1)
         if given.get("decoder_attention_mask") is not None:
             given["decoder_attention_mask"] = with_ones(given["decoder_attention_mask"], consumer.length)
-        return True
+        return torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
 
     def _start(self, batch: int, given: dict[str, Any], names: Sequence[str]) -> Tensor:
         host: Any = self.__dict__["host"]
@@ -252,7 +255,7 @@ class PromptGenerate(Delta):
         pad = getattr(self.__dict__["host"].generation_config, "pad_token_id", None)
         return ids != pad if isinstance(pad, int) else torch.ones_like(ids, dtype=torch.bool)
 
-    def _lengths(self, given: dict[str, Any], length: int) -> dict[str, Any]:
+    def _lengths(self, given: dict[str, Any], length: int) -> None:
         """Limits that count the whole sequence, and functions that look at it, do not see the prompt."""
         stored = self.__dict__["host"].generation_config
         config = given.get("generation_config")
@@ -269,7 +272,6 @@ class PromptGenerate(Delta):
                 given[name] = type(given[name])(partial(_without, item, length) for item in given[name])
         if given.get("prefix_allowed_tokens_fn") is not None:
             given["prefix_allowed_tokens_fn"] = partial(_allowed, given["prefix_allowed_tokens_fn"], length)
-        return given
 
 
 def _without(function: Callable[..., Any], length: int, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
@@ -343,14 +345,32 @@ def _cut_tensor(value: Tensor, length: int, batch: int, total: int) -> Tensor:
     return value
 
 
-def _extend_aligned(given: dict[str, Any], length: int, shape: Sequence[int]) -> None:
+def _extend_aligned(given: dict[str, Any], length: int, shape: Sequence[int], starts: Tensor | None) -> None:
     """Arguments of ``generate`` that are aligned with the ids."""
     for name, value in given.items():
         if not isinstance(value, Tensor) or name in ("inputs", "input_ids", "inputs_embeds"):
             continue
-        if name in _MASKS:
-            given[name] = with_ones(value, length)
-        elif name in _POSITIONS:
+        if name in _POSITIONS:
             given[name] = with_positions(value, length)
-        elif tuple(value.shape[:2]) == tuple(shape) and not name.startswith("encoder_"):
-            given[name] = with_zeros(value, length)
+        elif name not in _OTHERS_LENGTH and tuple(value.shape[:2]) == tuple(shape):
+            fill = (value.new_ones if name in _MASKS else value.new_zeros)((shape[0], length, *value.shape[2:]))
+            given[name] = torch.cat([fill, value], 1) if starts is None else with_columns(value, starts, fill)
+
+
+def with_columns(value: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
+    """Insert columns (B × P × …) before column ``starts[b]`` of every row b of a B × T × … tensor."""
+    size, length = value.shape[1], columns.shape[1]
+    starts = starts.to(value.device)[:, None]
+    column = torch.arange(size + length, device=value.device)
+    moved = torch.where(column < starts, column, column - length)
+    # Among the columns of both side by side.
+    index = torch.where((column >= starts) & (column < starts + length), size + column - starts, moved)
+    both = torch.cat([value, columns.to(value.dtype)], 1)
+    return both[torch.arange(both.shape[0], device=value.device)[:, None], index]
+
+
+def without_columns(value: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Take P columns out of a B·n × T tensor, from column ``starts[b]`` on; the n rows of b are alike."""
+    starts = starts.to(value.device).repeat_interleave(value.shape[0] // starts.shape[0])[:, None]
+    kept = torch.arange(value.shape[1] - length, device=value.device)
+    return value.gather(1, torch.where(kept < starts, kept, kept + length))

@@ -12,13 +12,13 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
 
 from lightning_pet.core.insertion import base_class
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.prompt import IDS, PromptCall, PromptGenerate, PromptMemory
 from lightning_pet.core.record import accepts_mask
 from lightning_pet.core.structure import Structure, Target
@@ -58,6 +58,7 @@ def prompt_targets(root: nn.Module, structure: Structure, where: Where, length: 
     targets: list[Target] = []
     for stack in chosen:
         _check_positions(root, modules[stack.consumer], length)
+        _check_indexed(modules, stack)
         targets.append(Target(stack.consumer, "", "prompt.call", cross=stack.decoder))
         targets.append(Target(stack.table, "weight", "prompt.rows"))
         targets += [Target(path, "weight", "prompt.guard") for path in _other_tables(modules, stack)]
@@ -152,6 +153,17 @@ def _other_tables(modules: dict[str, nn.Module], stack: Stack) -> list[str]:
             if module.num_embeddings == table.num_embeddings:
                 others.setdefault(module, path)
     return list(others.values())
+
+
+def _check_indexed(modules: dict[str, nn.Module], stack: Stack) -> None:
+    """Refuse a table of integers with a row per token: it is indexed by ids, and nobody is called for it."""
+    vocabulary = cast(nn.Embedding, modules[stack.table]).num_embeddings
+    for name, tensor in named_tensors(modules[stack.consumer]):
+        if tensor.ndim == 2 and tensor.shape[0] == vocabulary and not tensor.is_floating_point():
+            raise TargetError(
+                f"{join(stack.consumer, name)} is a table with a row for each of the {vocabulary} token ids, which has "
+                "none for virtual tokens. Use prefix tuning, an adapter or LoRA here."
+            )
 
 
 def _generator(modules: dict[str, nn.Module], stack: Stack) -> str | None:

@@ -136,6 +136,7 @@ def test_a_padded_row_is_the_unpadded_one() -> None:
 
 def test_embedded_inputs_token_types_positions_and_all_outputs() -> None:
     model, _, _ = adapted("bert")
+    model.set_attn_implementation("eager")
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
     assert [tuple(h.shape) for h in plain.hidden_states] == [(1, 4, 16)] * 3
