@@ -60,7 +60,7 @@ def inspect(path: str, json_output: bool = False) -> None:
         path: delta file (.safetensors) or training checkpoint (.ckpt).
         json_output: print JSON instead of a table.
     """
-    from lightning_pet.engine.summary import print_summary, summarize
+    from lightning_pet.report.summary import print_summary, summarize
 
     summary = summarize(path)
     if json_output:

@@ -50,6 +50,10 @@ class Method(Protocol):
         """
         ...
 
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Size the method for these places, if it was given a budget; asked once for newly found places."""
+        ...
+
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build the deltas for these places, without touching the model."""
         ...

@@ -1,10 +1,11 @@
 """Applying methods to a model, with or without a Trainer: one code path."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from lightning_pet.core.adaptation import commit, undo
@@ -19,7 +20,7 @@ from lightning_pet.errors import ArgumentError
 
 _log = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=Method)
+M = TypeVar("M", bound="StartingMethod")
 
 
 class StartingMethod(Method, Protocol):
@@ -33,6 +34,10 @@ class StartingMethod(Method, Protocol):
     @property
     def base_check(self) -> str:
         """What to do about another base model: ``"error"``, ``"warn"`` or ``"off"``."""
+        ...
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over the width that an equal budget has picked before."""
         ...
 
 
@@ -77,7 +82,8 @@ def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[],
     pending = [method for method in methods if not is_applied(root, method)]
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
-        structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
+        with torch.compiler.set_stance("force_eager"):  # a look at compiled parts must not trace its own hooks
+            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
         commit(root, prepare(root, pending, structure, scopes=scopes))
@@ -92,7 +98,7 @@ def start(model: nn.Module, methods: Sequence[StartingMethod]) -> None:
             start_from(adapted, method, method.start_from, method.base_check)
 
 
-def is_applied(root: nn.Module, method: Method) -> bool:
+def is_applied(root: nn.Module, method: StartingMethod) -> bool:
     """Whether this very method was applied already (eagerly, or in an earlier run).
 
     Raises:
@@ -101,6 +107,7 @@ def is_applied(root: nn.Module, method: Method) -> bool:
     record = record_of(root)
     for applied in record.applied if record else ():
         if (applied.method, applied.name) == (method.method, method.name):
+            method.adopt(applied.config)
             if applied.config == method.config():
                 return True
             differing = [k for k, v in method.config().items() if applied.config.get(k) != v]

@@ -10,10 +10,11 @@ from torch import nn
 from lightning_pet.core.adaptation import changed_buffers, copy_in
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.naming import canonical, join, named_tensors
-from lightning_pet.engine import entry as entries
+from lightning_pet.engine import base_check
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
+from lightning_pet.store.entry import KEY, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
 
 _STATES = ("state_dict", "current_model_state")  # the second is of averaging callbacks
@@ -88,19 +89,19 @@ class Checkpoints:
             if key in checkpoint:
                 checkpoint[key] = self.keep(checkpoint[key])
         record = run.adapted.record
-        entry = entries.make_entry(record, run.root_path, self._fingerprint(), checkpoint["state_dict"])
+        entry = make_entry(record, run.root_path, self._fingerprint(), checkpoint["state_dict"])
         if "optimizer_states" in checkpoint:
             entry["optimizers"] = optim.parameter_names(run.trainer.optimizers, run.module)
             entry["optimizer_classes"] = _class_names(run.trainer.optimizers)
         if "loops" in checkpoint and run.trainer.state.fn == TrainerFn.FITTING:
             entry["resume"] = run.resume.state(run.trainer)
-        checkpoint[entries.KEY] = entry
+        checkpoint[KEY] = entry
 
     def _fingerprint(self) -> Fingerprint:
         # The base is frozen, so once per run is enough.
         if self._base is None:
             adapted = self._run.adapted
-            self._base = entries.base_fingerprint(adapted.root, adapted.record, self._run.base_check == "exact")
+            self._base = base_check.base_fingerprint(adapted.root, adapted.record, self._run.base_check == "exact")
         return self._base
 
     def new_run(self) -> None:
@@ -113,13 +114,13 @@ class Checkpoints:
         """Refuse whatever does not fit this run, before anything of it is used."""
         run = self._run
         adapted = run.adapted
-        entry = entries.read_entry(checkpoint, path)
-        entries.check_methods(entry, adapted.record, path)
-        entries.check_tensors(checkpoint, entry, path)
+        entry = read_entry(checkpoint, path)
+        base_check.check_methods(entry, adapted.record, path)
+        check_tensors(checkpoint, entry, path)
         for key in _STATES:
             if key in checkpoint:
                 self._check_fit(checkpoint[key], path)
-        entries.check_base(entries.saved_fingerprint(entry, path), adapted.root, adapted.record, path, run.base_check)
+        base_check.check_base(saved_fingerprint(entry, path), adapted.root, adapted.record, path, run.base_check)
         if "resume" in entry and run.trainer.state.fn == TrainerFn.FITTING:
             run.resume.load_state(entry["resume"])
         self._optimizer_names, self._optimizer_classes = entry.get("optimizers"), entry.get("optimizer_classes")

@@ -24,6 +24,7 @@ from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import adapter_for
 from lightning_pet.engine.table import show_plan
 from lightning_pet.errors import DeadSiteError, PETError, TargetError
@@ -235,6 +236,7 @@ class Controller:
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
+        self._undo.append(measure_losses(self.module, root))
         if any(method.verbose for method in self.methods):
             show_plan(self.adapted.plan())
 

@@ -1,14 +1,11 @@
 """Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -20,34 +17,16 @@ from lightning_pet.core.method import METHODS, Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key, prepare
 from lightning_pet.core.structure import Target
-from lightning_pet.engine import entry as entries
-from lightning_pet.engine.archive import read_checkpoint
+from lightning_pet.engine.base_check import base_fingerprint, check_base
 from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import DeltaFileError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.store.delta_file import read_delta, read_manifest, write_delta
-from lightning_pet.store.fingerprint import Fingerprint
+from lightning_pet.store.delta_file import read_manifest, write_delta
+from lightning_pet.store.entry import written_by
 from lightning_pet.store.manifest import Manifest, MethodRecord
+from lightning_pet.store.reader import PathLike, Stored, is_delta_file, load_checkpoint, read
 
-PathLike = str | os.PathLike[str]
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A delta as it was read, from a delta file or from a training checkpoint.
-
-    Attributes:
-        path: the file.
-        methods: short name, user's name, options and places of every method.
-        tensors: by name from the adapted root.
-        base: fingerprint of the base it was trained on.
-    """
-
-    path: Path
-    methods: tuple[MethodRecord, ...]
-    tensors: dict[str, Tensor]
-    base: Fingerprint | None
 
 
 def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | None = None, exact: bool = False) -> int:
@@ -75,10 +54,10 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
     adapted = Adapted(root)
     manifest = Manifest(
         methods=tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in adapted.record.applied),
-        base=entries.base_fingerprint(root, adapted.record, exact),
+        base=base_fingerprint(root, adapted.record, exact),
         root=root_path,
         notes=dict(notes or {}),
-        written_by=entries.written_by(),
+        written_by=written_by(),
     )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _packed(adapted).items()}
     return write_delta(path, tensors, manifest)
@@ -148,7 +127,7 @@ def load_from_checkpoint(
         DeltaFileError: if the file is damaged or does not fit.
     """
     if isinstance(module, type):
-        saved = {} if _is_delta_file(path) else _read_checkpoint(path).get("hyper_parameters", {})
+        saved = {} if is_delta_file(path) else load_checkpoint(path).get("hyper_parameters", {})
         module = module(**_accepted(module, saved) | kwargs)
     if isinstance(module, pl.LightningModule):
         if not any(True for _ in module.parameters()):
@@ -184,7 +163,7 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
     stored = read(path)
     if stored.base is not None:
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
-        entries.check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then)
+        check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then)
     deltas = _deltas(adapted.root, adapted.record, method)
     problems = [
         join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(_below(stored.tensors, prefix))
@@ -215,42 +194,6 @@ def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
     return same
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
-def read(path: PathLike) -> Stored:
-    """Read and verify a delta file or a training checkpoint.
-
-    Raises:
-        DeltaFileError: if it is damaged or not ours.
-    """
-    if _is_delta_file(path):
-        found = read_delta(path)
-        return Stored(Path(path), found.manifest.methods, dict(found.tensors), found.manifest.base)
-    checkpoint = _read_checkpoint(Path(path))
-    entry = entries.read_entry(checkpoint, path)
-    entries.check_tensors(checkpoint, entry, path)
-    prefix = f"{entry['root']}." if entry["root"] else ""
-    state = checkpoint["state_dict"]
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return Stored(Path(path), entries.methods_of(entry), tensors, entries.saved_fingerprint(entry, path))
-
-
-def _is_delta_file(path: PathLike) -> bool:
-    # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
-    if not Path(path).is_file():
-        return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(2) != b"PK"
-    except OSError as error:
-        raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error
-
-
-def _read_checkpoint(path: PathLike) -> dict[str, Any]:
-    return read_checkpoint(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
-
-
 # --- inserting -----------------------------------------------------------------------------------
 
 
@@ -274,7 +217,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
     if stored.base is not None:
         trained = [name for item in prepared for name in item.trained]
         record = record_of(root) or Adaptation()
-        entries.check_base(stored.base, root, record, stored.path, base_check, trained)
+        check_base(stored.base, root, record, stored.path, base_check, trained)
     record = commit(root, prepared)
     for prefix, delta in _deltas(root, record).items():
         if tensors := _below(stored.tensors, prefix):

@@ -29,10 +29,12 @@ name                                                      used for
 ``Node._saved_weight``, ``torch._C._autograd``
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names, in ``core``;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
+``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """

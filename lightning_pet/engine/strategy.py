@@ -13,8 +13,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
-from lightning_pet.engine.archive import read_checkpoint
 from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.store.archive import read_checkpoint
 
 
 class CheckpointRules(Protocol):

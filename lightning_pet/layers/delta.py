@@ -36,6 +36,8 @@ class Delta(nn.Module):
 
     path: ClassVar[Path] = "activation"
     fuses_linear: ClassVar[bool] = False
+    changes_bias: ClassVar[bool] = False
+    """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
     optional_gradient: ClassVar[bool] = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
 
@@ -67,6 +69,10 @@ class Delta(nn.Module):
         raise NotMergeableError(
             f"{type(self).__name__} cannot be added into a base weight exactly; keep it attached instead of merging."
         )
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """Return the host's bias that goes with :meth:`merged`; only asked for where ``changes_bias``."""
+        return bias
 
     def packed(self) -> dict[str, Tensor]:
         """What a delta file holds, by name from this module. The default: parameters and persistent buffers."""

@@ -102,6 +102,9 @@ class Method:
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         return ()
 
+    def spend_budget(self, root: nn.Module, targets: Any) -> None:
+        pass
+
     def insertions(self, root: nn.Module, targets: Any) -> list[Insertion]:
         return self._insertions
 

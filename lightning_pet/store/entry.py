@@ -1,21 +1,18 @@
-"""The ``lightning_pet`` entry of a checkpoint: what it holds, and the checks before anything is loaded.
+"""The ``lightning_pet`` entry of a checkpoint: what it holds, and the checks on reading it.
 
 Plain types only, so that ``torch.load(weights_only=True)`` reads it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_pet.core.applied import Adaptation, Applied
-from lightning_pet.core.method import METHODS
-from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
-from lightning_pet.errors import BaseMismatchError, DeltaFileError
-from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint, from_plain, to_plain
+from lightning_pet.errors import DeltaFileError
+from lightning_pet.store.fingerprint import Fingerprint, from_plain, to_plain
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.strict_json import check_fields, check_type, fault
 from lightning_pet.store.tensors import digest, require_finite, verify_digests
@@ -38,31 +35,6 @@ _TARGET: dict[str, tuple[type, ...]] = {
 def written_by() -> str:
     """Name and version of this library."""
     return f"lightning_pet {VERSION}"
-
-
-def base_parameters(
-    root: nn.Module, record: Adaptation, trained: Sequence[str] | None = None
-) -> list[tuple[str, Tensor]]:
-    """The frozen base: every parameter that is neither a delta nor trained, each tied tensor once.
-
-    Args:
-        root: the adapted root.
-        record: what was applied to it.
-        trained: leave out these trained parameters (default: all that the record has); others that it has
-            count with their original values.
-    """
-    names = set(record.trained_names if trained is None else trained)
-    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
-    return [
-        (canonical(name), record.originals.get(canonical(name), parameter).detach())
-        for name, parameter in root.named_parameters()
-        if id(parameter) not in skip
-    ]
-
-
-def base_fingerprint(root: nn.Module, record: Adaptation, exact: bool = False) -> Fingerprint:
-    """Fingerprint of the frozen base; ``exact`` adds a digest of every byte."""
-    return fingerprint(base_parameters(root, record), exact)
 
 
 def describe(applied: Applied) -> dict[str, Any]:
@@ -153,45 +125,6 @@ def _target(plain: Mapping[str, Any]) -> Target:
     return Target(**{**plain, "rows": ranges, "sizes": tuple(plain["sizes"])})
 
 
-def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) -> None:
-    """The methods of the run must be those of the checkpoint: same names, order, places and sizes.
-
-    Raises:
-        DeltaFileError: (``mismatch``) naming the first difference.
-    """
-    saved, here = entry["methods"], [describe(applied) for applied in record.applied]
-    labels = [[f"{m['method']}:{m['name']}" for m in methods] for methods in (saved, here)]
-    if labels[0] != labels[1]:
-        raise DeltaFileError(
-            f"{path} holds the methods {labels[0]}, this run has {labels[1]}: give the same callbacks in the same "
-            "order.",
-            "mismatch",
-        )
-    for then, now in zip(saved, here, strict=True):
-        free = METHODS[now["method"]].may_change
-        differing = {
-            option: (then["config"].get(option), value)
-            for option, value in now["config"].items()
-            if option not in free and then["config"].get(option) != value
-        }
-        if differing:
-            shown = ", ".join(f"{o}={a!r} there and {b!r} here" for o, (a, b) in differing.items())
-            raise DeltaFileError(
-                f"{path}: {now['method']}:{now['name']} was trained with other options: {shown}. Give those of the "
-                "checkpoint, or start a new run.",
-                "mismatch",
-            )
-        if then["targets"] != now["targets"]:
-            there, present = ({t["module"] for t in m["targets"]} for m in (then, now))
-            only = sorted(there ^ present)[:4] or ["the same modules, but other roles or rows"]
-            raise DeltaFileError(
-                f"{path}: {now['method']}:{now['name']} was trained on {len(there)} places, this run has "
-                f"{len(present)}; "
-                f"they differ in {', '.join(only)}. Give the target_modules of the checkpoint, or start a new run.",
-                "mismatch",
-            )
-
-
 def check_tensors(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], path: object) -> None:
     """Every tensor must be the one that was written, and finite."""
     state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
@@ -199,47 +132,6 @@ def check_tensors(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], path:
     for name, tensor in state.items():
         if tensor.is_floating_point():
             require_finite(name, tensor, where=str(path))
-
-
-def check_base(
-    saved: Fingerprint,
-    root: nn.Module,
-    record: Adaptation,
-    path: object,
-    policy: str,
-    trained: Sequence[str] | None = None,
-) -> None:
-    """The base must be the one that the delta was trained on.
-
-    Args:
-        saved: fingerprint that was stored with the delta.
-        root: the adapted root.
-        record: what was applied to it.
-        path: the file, for messages.
-        policy: ``"error"``, ``"exact"``, ``"warn"`` or ``"off"``: the caller's choice, never the file's.
-        trained: base parameters that the stored delta trained (default: those of the record).
-
-    Raises:
-        BaseMismatchError: if it is another one and the policy is ``"error"`` or ``"exact"``; if the
-            policy is ``"exact"`` and that cannot be told.
-    """
-    if policy == "off":
-        return
-    result = compare(saved, base_parameters(root, record, trained), exact=policy == "exact")
-    if policy == "exact" and result.verdict not in (Verdict.EXACT, Verdict.DIFFERENT):
-        raise BaseMismatchError(
-            f"{path}: base_check='exact' cannot be answered: {result.explanation} Save with exact=True (or train with "
-            "base_check='exact'), or use base_check='error'."
-        )
-    if result.verdict is Verdict.DIFFERENT:
-        message = f"{path} was trained on another base model: {result.explanation}"
-        if policy in ("error", "exact"):
-            raise BaseMismatchError(
-                f"{message} Load the base it was trained on, or pass base_check='warn' if you are sure."
-            )
-        rank_zero_warn(message)
-    elif result.verdict is Verdict.UNVERIFIED:
-        rank_zero_warn(f"{path}: the base model could not be compared with the one trained on: {result.explanation}")
 
 
 def saved_fingerprint(entry: Mapping[str, Any], path: object) -> Fingerprint:

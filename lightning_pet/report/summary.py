@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_pet.core.insertion import CHILD
-from lightning_pet.engine.delta import Stored, read
+from lightning_pet.store.reader import Stored, read
 
 
 def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,0 +1,357 @@
+"""LoRA on one GPU: time, tokens per second and memory of a training step, against the floor and HF PEFT.
+
+A Llama of 1.2 billion parameters (random weights, bfloat16) learns to predict the next token of random
+text. The floor is the least that any method can cost whose gradient reaches the embeddings: forward and
+backward through the frozen base, no parameter gradient, no optimizer. All variants see the same batch,
+run one after the other in one process, and are measured in a plain loop and as a ``Trainer`` runs them,
+as they are and with every decoder layer compiled. Both libraries keep the delta in float32, which is
+their default; ``peft-bf16`` casts it to the base's type.
+
+Times are medians of steps between CUDA events. Memory is the peak that the allocator gave out, above
+what it had given out before the model was built: weights, delta, optimizer state, activations, logits.
+
+    python benchmarks/gpu.py [--json PATH] [--budget SECONDS]
+    python benchmarks/gpu.py --tiny --device cpu      # try the script itself
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_pet import LoRACallback, apply
+
+RANK, ALPHA = 8, 16
+WARM_UP = 5
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = {"q,v": ["q_proj", "v_proj"], "all-linear": list(LAYERS)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of the batch."""
+
+    vocabulary: int
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    sequences: int
+    tokens: int
+
+
+SHAPES = {
+    "1B": Shape(128_256, 2048, 8192, 16, 32, 8, sequences=4, tokens=2048),
+    "tiny": Shape(256, 32, 64, 2, 4, 2, sequences=2, tokens=16),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained and how it is run."""
+
+    method: str
+    targets: str = "-"
+    loop: str = "plain"
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one variant."""
+
+    method: str
+    targets: str
+    loop: str
+    compiled: bool
+    trained: int = 0
+    milliseconds: float = float("nan")
+    quartiles: float = float("nan")
+    tokens_per_second: float = float("nan")
+    peak_gib: float = float("nan")
+    of_floor: float = float("nan")
+    note: str = ""
+
+
+def variants() -> list[Variant]:
+    """In the order of their importance: what does not fit into the time is left out at the end."""
+    names = ["floor", "ours", "peft", "peft-bf16"]
+    if importlib.util.find_spec("peft") is None:
+        names = ["floor", "ours"]
+    own = [(name, targets) for name in names[1:] for targets in TARGETS]
+    plain = [Variant("floor"), *(Variant(*pair) for pair in own), Variant("full")]
+    trained = [Variant("floor", loop="Trainer"), *(Variant("ours", t, "Trainer") for t in TARGETS)]
+    compiled = [Variant("floor", compiled=True), *(Variant(*pair, compiled=True) for pair in own)]
+    both = [Variant("ours", targets, "Trainer", compiled=True) for targets in TARGETS]
+    return [*plain, *trained, *compiled, *both]
+
+
+def build(shape: Shape, device: str) -> nn.Module:
+    """A model with random weights, made on the device."""
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def batch_for(shape: Shape, device: str) -> dict[str, Tensor]:
+    """Random token ids, and the same as labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(shape.vocabulary, (shape.sequences, shape.tokens), generator=generator).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def callback(targets: str) -> LoRACallback:
+    """This library's LoRA."""
+    return LoRACallback(r=RANK, alpha=ALPHA, target_modules=TARGETS[targets], modules_to_save=[], verbose=False)
+
+
+def adapt(model: nn.Module, variant: Variant) -> nn.Module:
+    """Freeze the model and give it its delta; ours under a Trainer comes from the callback."""
+    if variant.method != "full":
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    if variant.method == "floor":
+        model.requires_grad_(False)
+    elif variant.method == "ours" and variant.loop == "plain":
+        apply(model, [callback(variant.targets)])
+    elif variant.method.startswith("peft"):
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS[variant.targets])
+        model = get_peft_model(model, config, autocast_adapter_dtype=variant.method == "peft")
+    return model
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile the decoder layers, which all share one graph."""
+    for module in model.modules():
+        if type(module).__name__ == "LlamaDecoderLayer":
+            module.compile()
+
+
+class Clock:
+    """Milliseconds between marks; on a GPU they are events in its queue, so that marking waits for nothing."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note the time."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        """Between every two marks after warming up."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        pairs = list(zip(self.marks[WARM_UP:], self.marks[WARM_UP + 1 :], strict=False))
+        return [a.elapsed_time(b) if self.cuda else (b - a) * 1e3 for a, b in pairs]
+
+
+def plain_loop(model: nn.Module, batch: dict[str, Tensor], variant: Variant, steps: int, clock: Clock) -> None:
+    """Steps without a Trainer."""
+    model = adapt(model, variant).train()
+    if variant.compiled:
+        compile_layers(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+    for _ in range(steps + WARM_UP + 1):
+        clock.mark()
+        model(**batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+class Module(pl.LightningModule):
+    """The least that a Trainer needs."""
+
+    def __init__(self, model: nn.Module, clock: Clock, frozen: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.clock = clock
+        self.automatic_optimization = not frozen
+        self.seen = 0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One mark and one loss; without an optimizer, the backward as well."""
+        self.clock.mark()
+        loss: Tensor = self.model(**batch).loss
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what trains."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+
+
+def under_trainer(
+    model: nn.Module, batch: dict[str, Tensor], variant: Variant, steps: int, clock: Clock, device: str
+) -> None:
+    """The same steps in a Trainer with everything off that is not training."""
+    model = adapt(model, variant).train()
+    if variant.compiled:
+        compile_layers(model)
+    trainer = pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-true",
+        max_epochs=1,
+        callbacks=[callback(variant.targets)] if variant.method == "ours" else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rows = [batch] * (steps + WARM_UP + 1)
+    trainer.fit(Module(model, clock, variant.method == "floor"), DataLoader(rows, batch_size=None))
+
+
+@contextmanager
+def counted_memory(device: str) -> Iterator[Callable[[], float]]:
+    """Give a function that returns the peak in GiB since the beginning of the block."""
+    gc.collect()
+    if device != "cuda":
+        yield lambda: float("nan")
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield lambda: (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def measure(variant: Variant, shape: Shape, device: str, steps: int) -> Row:
+    """Build, train and measure one variant."""
+    torch.compiler.reset()
+    with counted_memory(device) as peak:
+        model, batch, clock = build(shape, device), batch_for(shape, device), Clock(device)
+        if variant.loop == "plain":
+            plain_loop(model, batch, variant, steps, clock)
+        else:
+            under_trainer(model, batch, variant, steps, clock, device)
+        milliseconds = clock.milliseconds()
+        low, median, high = statistics.quantiles(milliseconds)
+        return Row(
+            **asdict(variant),
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            milliseconds=median,
+            quartiles=high - low,
+            tokens_per_second=shape.sequences * shape.tokens / median * 1e3,
+            peak_gib=peak(),
+        )
+
+
+def attempt(variant: Variant, shape: Shape, device: str, steps: int) -> Row:
+    """A row even where the memory does not suffice, or anything else fails: the others are still wanted."""
+    try:
+        return measure(variant, shape, device, steps)
+    except torch.OutOfMemoryError:
+        return Row(**asdict(variant), note="out of memory")
+    except Exception as error:
+        return Row(**asdict(variant), note=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+
+
+def measure_all(shape: Shape, device: str, steps: int, budget: float) -> list[Row]:
+    """All variants that fit into the time, with ratios to the floor that was run in the same way."""
+    rows: list[Row] = []
+    begin, longest = time.monotonic(), 0.0
+    for variant in variants():
+        start = time.monotonic()
+        if start - begin + 1.2 * longest > budget:
+            rows.append(Row(**asdict(variant), note="left out: no time"))
+            continue
+        row = attempt(variant, shape, device, steps)
+        longest = max(longest, time.monotonic() - start)
+        floors = [r.milliseconds for r in rows if r.method == "floor" and r.compiled == row.compiled]
+        rows.append(Row(**{**asdict(row), "of_floor": row.milliseconds / (floors or [row.milliseconds])[0]}))
+        print(f"# {time.monotonic() - begin:5.0f} s  {rows[-1]}", flush=True)
+    return rows
+
+
+def facts(device: str, shape: Shape) -> dict[str, Any]:
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    peft = importlib.util.find_spec("peft")
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "transformers": transformers.__version__,
+        "peft": __import__("peft").__version__ if peft else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "shape": asdict(shape),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """One Markdown table."""
+    lines = [
+        "| method | targets | loop | compiled | trained | ms / step | iqr | tokens / s | / floor | peak GiB |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        head = f"| {row.method} | {row.targets} | {row.loop} | {'layers' if row.compiled else 'no'} "
+        figures = (
+            f"| {row.trained:,} | {row.milliseconds:.1f} | {row.quartiles:.1f} | {row.tokens_per_second:,.0f} "
+            f"| {row.of_floor:.3f} | {row.peak_gib:.2f} |"
+        )
+        lines.append(head + (f"| {row.note} | | | | | |" if row.note else figures))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a model that any machine can run")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per variant")
+    parser.add_argument("--budget", type=float, default=210, help="seconds after which nothing new is begun")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows to this file")
+    args = parser.parse_args()
+    shape = SHAPES["tiny" if args.tiny else "1B"]
+    rows = measure_all(shape, args.device, args.steps, args.budget)
+    found = facts(args.device, shape)
+    print("\n" + ", ".join(f"{key} {value}" for key, value in found.items() if key != "shape"))
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(found | {"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

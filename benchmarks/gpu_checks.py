@@ -1,0 +1,216 @@
+"""Checks of correctness on one GPU, in a minute: the exit code is the number of checks that failed.
+
+python benchmarks/gpu_checks.py
+python benchmarks/gpu_checks.py --device cpu      # try the script itself
+"""
+
+import argparse
+import copy
+import logging
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_pet import LoRACallback, apply, load_delta, save_delta
+from lightning_pet.layers.delta import Delta
+
+DEVICE = "cuda"
+
+
+class Net(nn.Module):
+    """Two layers with dropout between them: random numbers of the device decide every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 256)
+        self.drop = nn.Dropout(0.2)
+        self.down = nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Batch × 64 in and out."""
+        return self.down(self.drop(self.up(x).relu()))
+
+
+class Module(pl.LightningModule):
+    """Regression on random data; remembers every loss."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.losses: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Mean squared error."""
+        loss = nn.functional.mse_loss(self.net(batch[0]).float(), batch[1].float())
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over everything: the callback leaves the delta in it."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def base() -> Net:
+    """The same base every time."""
+    torch.manual_seed(0)
+    return Net()
+
+
+def loader() -> DataLoader[Any]:
+    """Six batches in an order that the random state decides."""
+    generator = torch.Generator().manual_seed(1)
+    rows = TensorDataset(torch.randn(48, 64, generator=generator), torch.randn(48, 64, generator=generator))
+    return DataLoader(rows, batch_size=8, shuffle=True)
+
+
+def lora(**options: Any) -> LoRACallback:
+    """LoRA with dropout on both layers."""
+    return LoRACallback(**{"r": 4, "dropout": 0.1, "target_modules": ["up", "down"], "verbose": False} | options)
+
+
+def fit(module: Module, folder: Path, seed: int = 2, **options: Any) -> pl.Trainer:
+    """Two epochs, a checkpoint after every step."""
+    path = options.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        accelerator="gpu" if DEVICE == "cuda" else "cpu",
+        devices=1,
+        max_epochs=2,
+        callbacks=[lora(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    torch.manual_seed(seed)
+    trainer.fit(module, loader(), ckpt_path=path)
+    return trainer
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """State on the CPU."""
+    return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules are equal bit for bit."""
+    left, right = tensors(a), tensors(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def trained_net(folder: Path) -> nn.Module:
+    """A trained model in eval mode on the device."""
+    module = Module(base())
+    fit(module, folder)
+    return module.net.to(DEVICE).eval()
+
+
+def resumes_bit_for_bit(folder: Path, precision: str = "32-true") -> None:
+    """From the middle of an epoch, with another seed: losses and delta are those of the uninterrupted run."""
+    whole, resumed = Module(base()), Module(base())
+    fit(whole, folder / "whole", precision=precision)
+    path = folder / "whole" / "step=4.ckpt"
+    fit(resumed, folder / "again", seed=99, precision=precision, ckpt_path=path)
+    assert resumed.losses == whole.losses[4:], (resumed.losses, whole.losses[4:])
+    assert same(whole, resumed)
+
+
+def resumes_in_mixed_precision(folder: Path) -> None:
+    """The same under bf16-mixed; the delta stays float32."""
+    resumes_bit_for_bit(folder, "bf16-mixed")
+
+
+def trains_on_a_bf16_base(folder: Path) -> None:
+    """bf16-true casts the base only, and the resume is exact."""
+    resumes_bit_for_bit(folder, "bf16-true")
+    module = Module(base())
+    fit(module, folder / "dtype", precision="bf16-true")
+    assert {p.dtype for d in module.modules() if isinstance(d, Delta) for p in d.parameters()} == {torch.float32}
+    assert module.net.up.weight.dtype == torch.bfloat16
+
+
+def merges(folder: Path) -> None:
+    """The merged model computes what the adapted one does."""
+    net = trained_net(folder)
+    merged = copy.deepcopy(net)
+    from lightning_pet.core.adapted import Adapted
+
+    Adapted(merged).merge_()
+    x = torch.randn(32, 64, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), net(x), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(base().to(DEVICE).eval()(x), net(x), atol=1e-2)
+
+
+def loads_a_delta_file(folder: Path) -> None:
+    """A file written from the device gives the same outputs on a base that is on the device, or moves there."""
+    net = trained_net(folder / "run")
+    save_delta(net, folder / "delta.pet.safetensors")
+    here, moved = base().to(DEVICE), base()
+    for model in (here, moved):
+        load_delta(model, folder / "delta.pet.safetensors")
+    x = torch.randn(32, 64, device=DEVICE)
+    with torch.no_grad():
+        assert torch.equal(here.eval()(x), net(x))
+        assert torch.equal(moved.to(DEVICE).eval()(x), net(x))
+
+
+def compiles(folder: Path) -> None:
+    """Compiled and not, the gradients agree."""
+    nets = [base().to(DEVICE).eval() for _ in range(2)]
+    for net in nets:
+        torch.manual_seed(3)
+        apply(net, [lora(dropout=0.0)])
+        for delta in (m for m in net.modules() if isinstance(m, Delta)):
+            nn.init.normal_(delta.b, generator=torch.Generator(DEVICE).manual_seed(4))
+    nets[1].compile()
+    x = torch.randn(32, 64, device=DEVICE)
+    for net in nets:
+        net(x).square().mean().backward()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
+
+
+CHECKS: list[Callable[[Path], None]] = [
+    resumes_bit_for_bit,
+    resumes_in_mixed_precision,
+    trains_on_a_bf16_base,
+    merges,
+    loads_a_delta_file,
+    compiles,
+]
+
+
+def main() -> int:
+    """Run all checks; return how many failed."""
+    global DEVICE
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    DEVICE = parser.parse_args().device
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    failed = 0
+    for check in CHECKS:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                check(Path(folder))
+                print(f"ok      {check.__name__}", flush=True)
+            except Exception:
+                failed += 1
+                print(f"FAILED  {check.__name__}\n{traceback.format_exc()}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

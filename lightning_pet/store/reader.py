@@ -1,0 +1,70 @@
+"""Reading a delta, from a delta file or a training checkpoint."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_pet.errors import DeltaFileError
+from lightning_pet.store.archive import read_checkpoint
+from lightning_pet.store.delta_file import read_delta
+from lightning_pet.store.entry import check_tensors, methods_of, read_entry, saved_fingerprint
+from lightning_pet.store.fingerprint import Fingerprint
+from lightning_pet.store.manifest import MethodRecord
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A delta as it was read, from a delta file or from a training checkpoint.
+
+    Attributes:
+        path: the file.
+        methods: short name, user's name, options and places of every method.
+        tensors: by name from the adapted root.
+        base: fingerprint of the base it was trained on.
+    """
+
+    path: Path
+    methods: tuple[MethodRecord, ...]
+    tensors: dict[str, Tensor]
+    base: Fingerprint | None
+
+
+def read(path: PathLike) -> Stored:
+    """Read and verify a delta file or a training checkpoint.
+
+    Raises:
+        DeltaFileError: if it is damaged or not ours.
+    """
+    if is_delta_file(path):
+        found = read_delta(path)
+        return Stored(Path(path), found.manifest.methods, dict(found.tensors), found.manifest.base)
+    checkpoint = load_checkpoint(Path(path))
+    entry = read_entry(checkpoint, path)
+    check_tensors(checkpoint, entry, path)
+    prefix = f"{entry['root']}." if entry["root"] else ""
+    state = checkpoint["state_dict"]
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return Stored(Path(path), methods_of(entry), tensors, saved_fingerprint(entry, path))
+
+
+def is_delta_file(path: PathLike) -> bool:
+    """Whether a path is to be read as a delta file; otherwise it is a training checkpoint."""
+    # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
+    if not Path(path).is_file():
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) != b"PK"
+    except OSError as error:
+        raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error
+
+
+def load_checkpoint(path: PathLike) -> dict[str, Any]:
+    """Everything in a training checkpoint, on the CPU."""
+    return read_checkpoint(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
