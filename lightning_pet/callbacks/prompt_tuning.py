@@ -96,7 +96,9 @@ class PromptTuningCallback(PETCallback):
                 f"length={self.length} is less than the {len(self.class_labels)} class_labels; each takes a row."
             )
         if self.init in ("text", "class_labels") and self.tokenizer is None:
-            raise ArgumentError(f"init={self.init!r} needs a tokenizer: pass tokenizer='…', the model's name or folder.")
+            raise ArgumentError(
+                f"init={self.init!r} needs a tokenizer: pass tokenizer='…', the model's name or folder."
+            )
         if self.encoder == "mlp" and self.init != "random":
             raise ArgumentError(f"encoder='mlp' with init={self.init!r}: the MLP changes every row; use init='random'.")
         if self.encoder_size is not None and self.encoder_size < 1:

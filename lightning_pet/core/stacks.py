@@ -183,7 +183,9 @@ def _generator(modules: dict[str, nn.Module], stack: Stack) -> str | None:
 def position_limit(consumer: nn.Module, config: Any) -> int:
     """Positions of a learned table in the consumer, 0 if it has none."""
     sizes = [
-        module.num_embeddings - getattr(module, "offset", 0) - (0 if module.padding_idx is None else module.padding_idx + 1)
+        module.num_embeddings
+        - getattr(module, "offset", 0)
+        - (0 if module.padding_idx is None else module.padding_idx + 1)
         for path, module in consumer.named_modules()
         if isinstance(module, nn.Embedding) and _is_position_table(path)
     ]
