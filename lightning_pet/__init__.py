@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_pet.callbacks.base import PETCallback as PETCallback
+    from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
     from lightning_pet.core.adapted import Adapted as Adapted
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "PETCallback": "callbacks.base",
+    "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LoRACallback": "callbacks.lora",
     "PromptTuningCallback": "callbacks.prompt_tuning",
     "Adapted": "core.adapted",

@@ -13,6 +13,7 @@ NAMES = [
     "BaseMismatchError",
     "DeadSiteError",
     "DeltaFileError",
+    "IntrinsicDimensionCallback",
     "LoRACallback",
     "NotMergeableError",
     "OptimizerMismatchError",

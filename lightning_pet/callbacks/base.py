@@ -99,21 +99,21 @@ class PETCallback(Callback):
         """Find the places in this model; see :class:`lightning_pet.core.method.Method`."""
 
     def build(self, root: nn.Module, target: Target) -> Delta:
-        """Build the delta for one place; a method that inserts none has no need of it."""
-        raise NotImplementedError
+        """Build the delta for one place; methods that override :meth:`insertions`, or insert none, do not need it."""
+        raise NotImplementedError(f"{type(self).__name__} builds its deltas in insertions().")
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build all deltas, without touching the model."""
         return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
 
-    def heads(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+    def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of the parameters of task heads: ``modules_to_save``, or what is found by itself."""
         heads = find_heads(root, targets) if self.modules_to_save is None else self.modules_to_save
         return parameters_below(root, heads, "modules_to_save")
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: the heads."""
-        return self.heads(root, targets)
+        return self.head_parameters(root, targets)
 
     def deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
         """This method's deltas in an adapted root, with their places; empty if it was not applied."""
@@ -147,7 +147,7 @@ class PETCallback(Callback):
 
     def numbers(self, root: nn.Module, targets: Sequence[Target]) -> int:
         """Numbers that the method would train in this model at its present width, heads apart."""
-        bare = set(self.trained(root, targets)) - set(self.heads(root, targets))
+        bare = set(self.trained(root, targets)) - set(self.head_parameters(root, targets))
         beside = sum(p.numel() for name, p in root.named_parameters() if canonical(name) in bare)
         return beside + delta_numbers(root, lambda: self.insertions(root, targets))
 

@@ -122,13 +122,14 @@ class _WeightHost(_AroundHost):
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
         readable = [self, *self.__dict__.get(_READS, ())]
+        before = [module.__dict__.get(_SCOPE, False) for module in readable]  # a reader may be inside another
         for module in readable:
             module.__dict__[_SCOPE] = True
         try:
             return super()._pet_base_forward(*args, **kwargs)
         finally:
-            for module in readable:
-                module.__dict__[_SCOPE] = False
+            for module, scope in zip(readable, before, strict=True):
+                module.__dict__[_SCOPE] = scope
 
     def _pet_weight(self, name: str) -> Tensor | None:
         weight = self._parameters[name]
@@ -145,13 +146,14 @@ class _RecurrentHost(_WeightHost):
     """LSTM, GRU and RNN read their weights from a list of their own."""
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        before, flat = self.__dict__.get(_SCOPE, False), self.__dict__["_flat_weights"]
         self.__dict__[_SCOPE] = True
-        flat = self.__dict__["_flat_weights"]
         self.__dict__["_flat_weights"] = [getattr(self, n) for n in cast(list[str], self._flat_weights_names)]
         try:
             return super()._pet_base_forward(*args, **kwargs)
         finally:
             self.__dict__["_flat_weights"] = flat
+            self.__dict__[_SCOPE] = before
 
 
 _SWAPPED: dict[tuple[type[nn.Module], type[_Host], tuple[str, ...]], type[nn.Module]] = {}
@@ -261,15 +263,17 @@ def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) ->
     """The module whose forward reads the target's weight, if it is not the host itself.
 
     ``nn.MultiheadAttention`` reads ``out_proj.weight`` and never calls ``out_proj``; some models do
-    the same with ordinary linears, which only a forward can tell (``called``).
+    the same with ordinary linears, which only a forward can tell (``called``). The reader is then taken
+    to be the nearest module around it that was called.
     """
-    parent = target.module.rpartition(".")[0]
-    modules = named_modules(root)
-    if isinstance(modules.get(parent), nn.MultiheadAttention):
-        return parent
-    if called is not None and target.module not in called and parent in called:
-        return parent
-    return None
+    above = target.module.rpartition(".")[0]
+    if isinstance(named_modules(root).get(above), nn.MultiheadAttention):
+        return above
+    if called is None or target.module in called:
+        return None
+    while above and above not in called:
+        above = above.rpartition(".")[0]
+    return above if above in called else None
 
 
 def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str | None = None) -> None:
@@ -294,15 +298,17 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
         _adopt(host)
     elif delta.path == "weight":
         _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
+        reader = reader if target.reads is None else target.reads
         if reader is not None:
             _swap(modules[reader], _WeightHost)
-            modules[reader].__dict__.setdefault(_READS, []).append(host)
+            reads = modules[reader].__dict__.setdefault(_READS, [])
+            reads += [] if host in reads else [host]
     else:
         _swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
     pet[key] = delta
     pet.train(host.training)
-    if target.reads is not None:
+    if target.reads is not None and delta.path != "weight":
         delta.slot = Slot(pet, key)
         _swap(modules[target.reads], _AroundHost)
         modules[target.reads].__dict__.setdefault(_TAPS, []).append(delta.slot)

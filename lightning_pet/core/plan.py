@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_pet.core.applied import Adaptation
 from lightning_pet.core.naming import canonical, join
+from lightning_pet.core.preparation import is_shared
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,28 @@ class Plan:
 def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     """Read the plan off an adapted model."""
     parameters = {canonical(n): p for n, p in root.named_parameters(remove_duplicate=False)}
-    rows = []
+    rows, users = [], _users(record)
     for applied, target, path, key in record.hosts():
         own = {n: p for n, p in parameters.items() if n.startswith(join(path, "pet", key) + ".")}
+        if not own and applied.key in users:
+            continue  # it has nothing but what is shared
         trained = [p for n, p in own.items() if n in record.trainable_names]
         label = applied.method if applied.name == "default" else f"{applied.method}:{applied.name}"
+        place = f"shared by {users[applied.key]} places" if is_shared(target) else target.path
         detail = " ".join("×".join(map(str, p.shape)) for p in trained)
-        rows.append(PlanRow(label, target.path, target.role or "", detail, sum(p.numel() for p in trained)))
+        rows.append(PlanRow(label, place, target.role or "", detail, sum(p.numel() for p in trained)))
     for name in record.trained_names:
         parameter = parameters[name]
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
     delta = set(record.delta_names)
     base = sum(p.numel() for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
     return Plan(tuple(rows), base)
+
+
+def _users(record: Adaptation) -> dict[str, int]:
+    """Methods that share something, with the number of places that use it."""
+    return {
+        applied.key: sum(not is_shared(target) for target in applied.targets)
+        for applied in record.applied
+        if any(is_shared(target) for target in applied.targets)
+    }

@@ -46,7 +46,8 @@ class Target:
         cross: the place belongs to cross-attention.
         rows: half-open ranges of *output features* in a fused projection (``((0, 768),)`` for q in
             GPT-2's ``c_attn``); ``None`` means all of them.
-        reads: path of the module whose input the delta reads; ``None``: the host's own.
+        reads: path of the module whose input the delta reads; for a delta on a weight, of the module that
+            reads that weight; ``None``: the host's own.
         sizes: sizes at the place that no weight of the host tells, such as the width of the stream.
     """
 

@@ -111,7 +111,7 @@ class SparseDifference(Delta):
         if self.w is None:
             values: Tensor = self.values
             return values.new_zeros(self.size).index_copy(0, self.indices.long(), values).view(self.shape)
-        difference = self.w
+        difference: Tensor = self.w
         if self.alpha is not None:
             difference = self.law.typical(self.alpha.to(self.w.dtype)) * difference
         if self.alpha_group is not None:

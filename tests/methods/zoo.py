@@ -62,6 +62,22 @@ def embedding() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return _seeded(Embedder), _on((torch.tensor([[1, 2, 3, 3], [4, 11, 0, 1]]),))
 
 
+class Recurrent(nn.Module):
+    """LSTM, last state, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, batch_first=True)
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x)[0][:, -1])
+
+
+def lstm() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return _seeded(Recurrent), _on((torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1)),))
+
+
 def conv1d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     model = _seeded(lambda: nn.Sequential(nn.Conv1d(4, 6, 3, padding=1, stride=2), nn.Tanh(), nn.Conv1d(6, 4, 1)))
     return model, _on((torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(1)),))
