@@ -51,6 +51,7 @@ class PromptTuningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "prompt_tuning"
+    width: ClassVar[str | None] = "length"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"init", "init_text", "class_labels", "tokenizer"}
 
     def __init__(
@@ -106,10 +107,13 @@ class PromptTuningCallback(PETCallback):
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find where the model takes its ids; see :mod:`lightning_pet.core.stacks`."""
-        targets = prompt_targets(root, structure, self.where, self.length)
+        return prompt_targets(root, structure, self.where)
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Pick the length, and with it the tokens that the rows start from."""
+        super().spend_budget(root, targets)
         # Asked only of a new prompt: one that comes from a file needs no tokenizer.
         self._sources = self._start(root, targets)
-        return targets
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build the rows and all that puts them into place."""
@@ -124,7 +128,7 @@ class PromptTuningCallback(PETCallback):
             table.embedding_dim,
             table.num_embeddings,
             hidden=(self.encoder_size or table.embedding_dim) if self.encoder == "mlp" else 0,
-            sources=self._sources,
+            sources=self._sources if self._sources and len(self._sources) == self.length else None,
             scale=float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0))),
             device=weight.device,
             dtype=weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,

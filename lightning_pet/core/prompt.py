@@ -171,14 +171,14 @@ class PromptGenerate(Delta):
     Args:
         consumer: the delta that overwrites this room.
         decoder: the prompt is in the decoder of an encoder-decoder.
-        own: the class has a ``generate`` of its own, whose account of lengths is unknown.
+        known: whether its account of lengths is that of transformers; other classes' is unknown.
     """
 
     path = "generate"
 
-    def __init__(self, consumer: PromptCall, decoder: bool = False, own: bool = False) -> None:
+    def __init__(self, consumer: PromptCall, decoder: bool = False, known: bool = True) -> None:
         super().__init__()
-        self.decoder, self.own = decoder, own
+        self.decoder, self.known = decoder, known
         self.__dict__ |= {"consumer": consumer, "host": None}
 
     def reset_parameters(self) -> None:
@@ -186,7 +186,7 @@ class PromptGenerate(Delta):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Generate; the result holds the user's ids and the new ones."""
-        if self.own:
+        if not self.known:
             raise TargetError(
                 f"{type(self.__dict__['host']).__name__} has a generate of its own, in which a prompt has no known "
                 "place. Call its forward, or adapt it with another method."

@@ -45,19 +45,17 @@ class Stack:
     decoder: bool = False
 
 
-def prompt_targets(root: nn.Module, structure: Structure, where: Where, length: int) -> tuple[Target, ...]:
+def prompt_targets(root: nn.Module, structure: Structure, where: Where) -> tuple[Target, ...]:
     """The places of a prompt, stack by stack; each stack starts with its ``prompt.call``.
 
     Raises:
         TargetError: if the model, or the asked part of it, takes no token ids.
-        ArgumentError: if the prompt is longer than the model's positions.
     """
     stacks = find_stacks(root, structure)
     chosen = _chosen(root, stacks, where)
     modules = named_modules(root)
     targets: list[Target] = []
     for stack in chosen:
-        _check_positions(root, modules[stack.consumer], length)
         _check_indexed(modules, stack)
         targets.append(Target(stack.consumer, "", "prompt.call", cross=stack.decoder))
         targets.append(Target(stack.table, "weight", "prompt.rows"))
@@ -141,17 +139,17 @@ def _consumer(modules: dict[str, nn.Module], table: str) -> str | None:
     taking = [path for path in taking if not isinstance(modules[path], nn.Sequential)]
     named = [path for path in taking if "input_ids" in argument_names(modules[path])]
     masked = [path for path in named if accepts_mask(modules[path])]
-    # An embedding layer takes ids as well, but knows nothing of masks: go on to the outermost that has the same ids.
-    return next(iter(masked), (named or taking or [None])[-1])
+    # An embedding layer takes ids as well. It knows of no mask; where nothing does, the outermost is the model.
+    return next(iter([*masked, *reversed(named), *reversed(taking)]), None)
 
 
 def _other_tables(modules: dict[str, nn.Module], stack: Stack) -> list[str]:
     table = modules[stack.table]
     others: dict[nn.Module, str] = {}
     for path, module in modules.items():
-        if isinstance(module, nn.Embedding) and module is not table and _inside(path, stack.consumer):
-            if module.num_embeddings == table.num_embeddings:
-                others.setdefault(module, path)
+        inside = isinstance(module, nn.Embedding) and module is not table and _inside(path, stack.consumer)
+        if inside and module.num_embeddings == table.num_embeddings:
+            others.setdefault(module, path)
     return list(others.values())
 
 
@@ -231,6 +229,9 @@ def prompt_insertions(
         root: the adapted root.
         targets: of :func:`prompt_targets`.
         rows_at: builds the rows for the place of a token table.
+
+    Raises:
+        ArgumentError: if the prompt is longer than the model's positions.
     """
     modules = named_modules(root)
     starts = [i for i, target in enumerate(targets) if target.role == "prompt.call"]
@@ -241,6 +242,7 @@ def prompt_insertions(
         table: Any = modules[table_at.module]
         consumer = modules[call.module]
         rows = _bound(rows_at(table_at), table)
+        _check_positions(root, consumer, rows.length)
         read_on = any(target.role == "prompt.memory" for target in group)
         limit = position_limit(consumer, getattr(consumer, "config", None))
         wrapped = PromptCall(rows, table, argument_names(consumer), cuts=not read_on, limit=limit)
@@ -256,8 +258,9 @@ def prompt_insertions(
                 case "prompt.memory":
                     delta = PromptMemory(rows.length, argument_names(module))
                 case "prompt.generate":
-                    own = not base_class(module).generate.__qualname__.startswith("GenerationMixin.")
-                    delta = _bound(PromptGenerate(wrapped, target.cross, own), module)
+                    own = cast(Any, base_class(module)).generate.__qualname__
+                    known = not target.cross or own.startswith("GenerationMixin.")
+                    delta = _bound(PromptGenerate(wrapped, target.cross, known), module)
                 case _:
                     delta = IdGuard(table.num_embeddings)
             part = str(target.role).rpartition(".")[2]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
 
-REPARAMETRISATION = ("hidden", "hidden_bias", "out", "out_bias")
+_MLP = ("hidden", "hidden_bias", "out", "out_bias")
 
 
 class VirtualRows(Delta):
@@ -41,6 +41,11 @@ class VirtualRows(Delta):
 
     path = "around"
 
+    hidden: nn.Parameter | None
+    hidden_bias: nn.Parameter | None
+    out: nn.Parameter
+    out_bias: nn.Parameter
+
     def __init__(
         self,
         length: int,
@@ -57,7 +62,7 @@ class VirtualRows(Delta):
         self.sources = None if sources is None else [list(ids) for ids in sources]
         self.prompt = nn.Parameter(torch.empty(length, width, device=device, dtype=dtype))
         shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
-        for name, shape in zip(REPARAMETRISATION, shapes, strict=True):
+        for name, shape in zip(_MLP, shapes, strict=True):
             value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if hidden else None
             self.register_parameter(name, value)
         self.__dict__["host"] = None  # the table, if several prompts may share it
@@ -66,11 +71,10 @@ class VirtualRows(Delta):
     def reset_parameters(self) -> None:
         """P from U(−0.5, 0.5); the MLP like a linear layer."""
         nn.init.uniform_(self.prompt, -0.5, 0.5)
-        for name in REPARAMETRISATION:
-            value = getattr(self, name)
-            if value is not None:
-                bound = (self.prompt.shape[1] if name.startswith("hidden") else self.hidden.shape[0]) ** -0.5
-                nn.init.uniform_(value, -bound, bound)
+        if self.hidden is not None:
+            for first, second in ((self.hidden, self.hidden_bias), (self.out, self.out_bias)):
+                for value in (first, second):
+                    nn.init.uniform_(cast(Tensor, value), -(first.shape[1] ** -0.5), first.shape[1] ** -0.5)
 
     def initialize_from(self, weight: Tensor) -> None:
         """Start every row from the mean of its source rows of the table."""
