@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_pet.callbacks.auto_prompt import AutoPromptCallback as AutoPromptCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "PETCallback": "callbacks.base",
+    "AutoPromptCallback": "callbacks.auto_prompt",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LoRACallback": "callbacks.lora",
     "PromptTuningCallback": "callbacks.prompt_tuning",

@@ -10,6 +10,7 @@ from lightning_pet.errors import PETError
 NAMES = [
     "Adapted",
     "ArgumentError",
+    "AutoPromptCallback",
     "BaseMismatchError",
     "DeadSiteError",
     "DeltaFileError",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.prompt import VirtualRows, lengths_before
+from lightning_pet.layers.prompt import VirtualTokens, lengths_before
 
 IDS = ("input_ids", "ids", "tokens", "input", "x")
 CACHES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state")
@@ -41,7 +41,7 @@ class PromptCall(Delta):
     path = "around"
 
     def __init__(
-        self, rows: VirtualRows, table: nn.Module, names: Sequence[str], cuts: bool = True, limit: int = 0
+        self, rows: VirtualTokens, table: nn.Module, names: Sequence[str], cuts: bool = True, limit: int = 0
     ) -> None:
         super().__init__()
         self.length = rows.length

@@ -24,7 +24,7 @@ from lightning_pet.core.record import accepts_mask
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.prompt import IdGuard, VirtualRows
+from lightning_pet.layers.prompt import IdGuard, VirtualTokens
 
 Where = Literal["encoder", "decoder", "both"]
 D = TypeVar("D", bound=Delta)
@@ -221,7 +221,7 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def prompt_insertions(
-    root: nn.Module, targets: Sequence[Target], rows_at: Callable[[Target], VirtualRows]
+    root: nn.Module, targets: Sequence[Target], rows_at: Callable[[Target], VirtualTokens]
 ) -> list[Insertion]:
     """Build the deltas for these places, stack by stack.
 

@@ -16,7 +16,42 @@ from lightning_pet.layers.delta import Delta
 _MLP = ("hidden", "hidden_bias", "out", "out_bias")
 
 
-class VirtualRows(Delta):
+class VirtualTokens(Delta):
+    """Ids behind the end of a token table, with rows of their own.
+
+    Args:
+        length: number of virtual tokens, P.
+        vocabulary: rows of the table, V.
+    """
+
+    path = "around"
+
+    def __init__(self, length: int, vocabulary: int) -> None:
+        super().__init__()
+        self.length, self.vocabulary = length, vocabulary
+        self.__dict__["host"] = None  # the table, if several prompts may share it
+
+    @property
+    def first(self) -> int:
+        """The id of the first row: prompts that share a table take their ids one after the other."""
+        return self.vocabulary + lengths_before(self.__dict__["host"], self, VirtualTokens)
+
+    def rows(self, call: Callable[..., Tensor]) -> Tensor:
+        """What the host answers for the virtual ids, P × width; ``call`` looks real ids up."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Look up; the rows come from here, all other ids from the table."""
+        first = self.first
+        virtual = (ids >= first) & (ids < first + self.length)
+        out = call(ids.masked_fill(virtual, 0), *args, **kwargs)
+        # One row of zeros for all real tokens: its gradient is never added up.
+        own = F.pad(self.rows(call).to(out.dtype), (0, 0, 0, 1))
+        rows = F.embedding(torch.where(virtual, ids - first, self.length), own, padding_idx=self.length)
+        return torch.where(virtual.unsqueeze(-1), rows, out)
+
+
+class VirtualRows(VirtualTokens):
     r"""Trained rows of a token table: :math:`e(V + i) = P_i`, or :math:`W_2\,relu(W_1 P_i + b_1) + b_2`.
 
     Lester et al. 2021 (prompt tuning) train P itself; Liu et al. 2021 (P-tuning) train it through an MLP,
@@ -39,8 +74,6 @@ class VirtualRows(Delta):
     (True, True)
     """
 
-    path = "around"
-
     hidden: nn.Parameter | None
     hidden_bias: nn.Parameter | None
     out: nn.Parameter
@@ -57,15 +90,14 @@ class VirtualRows(Delta):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.length, self.vocabulary, self.scale = length, vocabulary, scale
+        super().__init__(length, vocabulary)
+        self.scale = scale
         self.sources = None if sources is None else [list(ids) for ids in sources]
         self.prompt = nn.Parameter(torch.empty(length, width, device=device, dtype=dtype))
         shapes = ((hidden, width), (hidden,), (width, hidden), (width,))
         for name, shape in zip(_MLP, shapes, strict=True):
             value = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if hidden else None
             self.register_parameter(name, value)
-        self.__dict__["host"] = None  # the table, if several prompts may share it
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,20 +122,9 @@ class VirtualRows(Delta):
             return self.prompt
         return F.linear(F.relu(F.linear(self.prompt, self.hidden, self.hidden_bias)), self.out, self.out_bias)
 
-    @property
-    def first(self) -> int:
-        """The id of the first row: prompts that share a table take their ids one after the other."""
-        return self.vocabulary + lengths_before(self.__dict__["host"], self, VirtualRows)
-
-    def forward(self, call: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Look up; the rows come from here, all other ids from the table."""
-        first = self.first
-        virtual = (ids >= first) & (ids < first + self.length)
-        out = call(ids.masked_fill(virtual, 0), *args, **kwargs)
-        # One row of zeros for all real tokens: its gradient is never added up.
-        own = F.pad(self.vectors().to(out.dtype), (0, 0, 0, 1))
-        rows = F.embedding(torch.where(virtual, ids - first, self.length), own, padding_idx=self.length)
-        return torch.where(virtual.unsqueeze(-1), rows, out)
+    def rows(self, call: Callable[..., Tensor]) -> Tensor:
+        """The trained rows."""
+        return self.vectors()
 
     def packed(self) -> dict[str, Tensor]:
         """Parameters, and the folded rows where an MLP makes them."""
