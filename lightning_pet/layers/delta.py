@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError
 
-Path = Literal["activation", "around", "weight", "shared"]
+Path = Literal["activation", "around", "weight", "generate", "shared"]
 
 
 class Part(nn.Module):
@@ -51,6 +51,7 @@ class Delta(Part):
       ``call(*args, **kwargs)`` runs the host with its activation and weight deltas, any number of times.
     * ``"weight"``: ``delta(weight)`` returns the effective value of one parameter, for hosts whose weight
       is read without the host being called, and for methods on parameters of every kind.
+    * ``"generate"``: ``delta(call, *args, **kwargs)`` runs in place of the host's ``generate``.
     * ``"shared"``: never called by its host, the adapted root. It holds what several deltas of one method
       use together; they keep it outside of module registration (``self.__dict__["rule"] = shared``), so
       that it has one name, is counted once and stored once.
