@@ -13,6 +13,7 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key
+from lightning_pet.core.sharding import placed
 from lightning_pet.core.structure import Target
 
 
@@ -192,7 +193,7 @@ def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in named_tensors(root):
             if name in values and not values[name].is_meta:
-                tensor.copy_(values[name])
+                tensor.copy_(placed(values[name], tensor))
 
 
 def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:

@@ -19,12 +19,13 @@ from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
 from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
+from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
 from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
-from lightning_pet.engine.strategy import adapter_for
+from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
 from lightning_pet.errors import DeadSiteError, PETError, TargetError
 
@@ -54,6 +55,7 @@ class Controller:
         self.module = module
         self.methods = list(methods)
         self.resume = ExactResume()
+        self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
@@ -115,7 +117,8 @@ class Controller:
     def setup(self, stage: str) -> None:
         """Insert now if the model is complete, else right after the hook that completes it."""
         refuse_averaging_first(self.trainer.callbacks, self.methods[0])  # type: ignore[attr-defined]
-        adapter = adapter_for(self.trainer)
+        self.adapter = adapter_for(self.trainer)
+        self.adapter.check(self.trainer)
         self._warn_spawn()
         self._new, self._trained = [], False
         self._checked.clear()
@@ -131,7 +134,7 @@ class Controller:
         keep_delta_precision(self.trainer)
         install_durable_io(self.trainer.strategy)
         trainer = self.trainer
-        adapter.install(lambda: Controller.get(trainer).rules())
+        self.adapter.install(lambda: Controller.get(trainer).rules())
 
     def rules(self) -> Checkpoints | None:
         """The rules for checkpoints, while there is a delta."""
@@ -186,6 +189,8 @@ class Controller:
         freeze(root_of(self.module)[1])
         if last and self._new:
             start(self.module, self._new)
+        if last:
+            self.adapter.after_insertion(root_of(self.module)[1])
 
     def _insert(self) -> None:
         root = root_of(self.module)[1]
@@ -231,7 +236,7 @@ class Controller:
         self._undo_all()
         root = self.adapted.root
         freeze(root)
-        optim.check(self.trainer.optimizers, self.module)
+        self.adapter.check_wrapped(self.module)
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
@@ -246,13 +251,9 @@ class Controller:
         """
         if id(optimizer) in self._checked:
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         delta = {join(self.root_path, name) for name in required_gradients(self.adapted.root)}
-        dead = [
-            canonical(name)
-            for name, parameter in self.module.named_parameters()
-            if id(parameter) in held and parameter.grad is None and canonical(name) in delta
-        ]
+        parameters = {name: p for name, p in trainable(self.module).items() if name in delta}
+        dead = self.adapter.without_gradient(parameters, optimizer)
         if dead:
             shown = ", ".join(dead[:4]) + (f" and {len(dead) - 4} more" if len(dead) > 4 else "")
             raise DeadSiteError(

@@ -1,0 +1,74 @@
+"""Every engine that shards, on two CPU processes: the modules it wants, and the strategy that runs there."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from models import Net, cosine
+from torch import nn
+
+
+def shard(net: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for part in (net.fc1, net.fc2):
+        fully_shard(part, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def sharding(base: type, *, early: bool = False, meta: bool = False) -> type:
+    """A module for FSDP2.
+
+    Args:
+        base: what it does.
+        early: the model is built and sharded before a delta can be in it.
+        meta: the model is built without values, which come after sharding.
+    """
+
+    class Sharding(base):
+        def __init__(self, dropout: float) -> None:
+            super().__init__(None, cosine)
+            self.rate = dropout
+            if not early:
+                with torch.device("meta" if meta else "cpu"):
+                    self.net = Net(dropout=dropout)
+
+        def configure_model(self) -> None:
+            if early and not hasattr(self, "net"):
+                self.net = Net(dropout=self.rate)
+            if not any(hasattr(p, "full_tensor") for p in self.net.parameters()):
+                shard(self.net, self.device_mesh["data_parallel"])
+
+        def on_fit_start(self) -> None:
+            if meta:
+                fill(self.net, Net().state_dict())
+
+    return Sharding
+
+
+def fill(net: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """What a user does who loads the base after the model was sharded."""
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        for name, value in values.items():
+            own = net.get_parameter(name)
+            own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
+
+
+def model_parallel() -> Strategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
+    """The module and strategy of an engine."""
+    if engine.startswith("fsdp2"):
+        kind = sharding(base, early=engine.endswith("early"), meta=engine.endswith("meta"))
+        return kind(dropout), model_parallel()
+    raise ValueError(engine)
+
+
+def trained_parameters(trainer: Any, engine: str) -> list[int]:
+    """Numbers that this process holds of each parameter that trains."""
+    parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+    return [(p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters]
