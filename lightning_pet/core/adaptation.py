@@ -13,8 +13,8 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key
-from lightning_pet.core.sharding import placed
 from lightning_pet.core.structure import Target
+from lightning_pet.layers.sharding import placed
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:

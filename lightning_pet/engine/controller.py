@@ -186,11 +186,11 @@ class Controller:
             if last:
                 raise
             return
-        freeze(root_of(self.module)[1])
+        root = root_of(self.module)[1]
+        freeze(root)
+        self.adapter.after_insertion(root, complete=last)
         if last and self._new:
             start(self.module, self._new)
-        if last:
-            self.adapter.after_insertion(root_of(self.module)[1])
 
     def _insert(self) -> None:
         root = root_of(self.module)[1]
@@ -236,6 +236,8 @@ class Controller:
         self._undo_all()
         root = self.adapted.root
         freeze(root)
+        if self.adapter.materialized_late:
+            start(self.module, self._new)
         self.adapter.check_wrapped(self.module)
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]

@@ -8,10 +8,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_pet.core.naming import canonical, named_modules
-from lightning_pet.core.sharding import is_sharded
-from lightning_pet.engine.sharded import ShardedAdapter, own_units
+from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
 from lightning_pet.engine.strategy import trainable
 from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.layers.sharding import is_sharded
 
 
 class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
@@ -27,19 +27,18 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
                 "over devices within a layer. Use tensor_parallel_size=1 and data_parallel_size=the number of devices."
             )
 
-    def after_insertion(self, root: nn.Module) -> None:
+    def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Shard the deltas whose hosts are sharded already; otherwise every rank would train its own."""
+        super().after_insertion(root, complete=complete)
+        if not complete:
+            return
         from torch.distributed.fsdp import fully_shard
 
         modules = named_modules(root)
-        alone = {path for path, _, _ in own_units(root)}
-        for path, delta in modules.items():
-            _, found, key = f".{path}".rpartition(".pet.")
-            if not found or "." in key:
-                continue
-            host = modules[path.rpartition(".pet.")[0] if ".pet." in path else ""]
-            mesh = _mesh_of(host)
-            if mesh is None or any(is_sharded(p) for p in delta.parameters()):
+        alone = {path for path, _ in own_units(root)}
+        for path, host_path, delta in deltas_of(root):
+            mesh = _mesh_of(modules[host_path])
+            if mesh is None or not any(not is_sharded(p) for p in delta.parameters()):
                 continue
             if path not in alone:
                 raise UnsupportedStrategyError(

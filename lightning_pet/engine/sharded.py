@@ -6,7 +6,7 @@ process that writes keeps them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -14,15 +14,15 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.naming import join, named_modules
-from lightning_pet.core.sharding import placed, whole
 from lightning_pet.engine.strategy import CheckpointRules, Named, StrategyAdapter
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
 
 P = TypeVar("P", bound=ParallelStrategy)
@@ -40,6 +40,10 @@ class ShardedAdapter(StrategyAdapter[P]):
         "load_model_state_dict",
     )
 
+    def __init__(self, strategy: P) -> None:
+        super().__init__(strategy)
+        self._on_meta: set[str] = set()
+
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse callbacks that copy the model."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -48,6 +52,16 @@ class ShardedAdapter(StrategyAdapter[P]):
                     f"{type(callback).__name__} keeps a copy of the whole model, which {type(self.strategy).__name__} "
                     "shards: leave it out, or use strategy='ddp'."
                 )
+
+    def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
+        """Give values to deltas that the user's ``to_empty`` took from the meta device since."""
+        deltas = deltas_of(root)
+        on_meta = {path for path, _, delta in deltas if any(p.is_meta for p in delta.parameters())}
+        if complete:
+            for path, _, delta in deltas:
+                if path in self._on_meta - on_meta:
+                    delta.reset_parameters()
+        self._on_meta, self.materialized_late = on_meta, complete and bool(on_meta)
 
     # --- in place of the strategy's methods -------------------------------------------------------
 
@@ -110,17 +124,18 @@ class ShardedAdapter(StrategyAdapter[P]):
         }
 
 
-def own_units(root: Any) -> list[tuple[str, Delta, str]]:
-    """Path, delta and host path of every delta that only its host calls, so that it may be a unit of its own."""
+def deltas_of(root: nn.Module) -> list[tuple[str, str, Delta]]:
+    """Path of every delta, path of its host, and the delta; an engine may have wrapped it."""
     record, modules = record_of(root), named_modules(root)
-    placed_ = [(join(path, CHILD, key), path) for _, _, path, key in (record.hosts() if record else ())]
-    deltas = [(path, modules[path], host) for path, host in placed_]
-    used = {id(value) for _, delta, _ in deltas for value in vars(delta).values() if isinstance(value, Delta)}
-    return [
-        (path, delta, host)
-        for path, delta, host in deltas
-        if isinstance(delta, Delta) and delta.path != "shared" and id(delta) not in used
-    ]
+    places = [(join(path, CHILD, key), path) for _, _, path, key in (record.hosts() if record else ())]
+    return [(path, host, cast(Delta, modules[path])) for path, host in places]
+
+
+def own_units(root: nn.Module) -> list[tuple[str, Delta]]:
+    """Path and delta of those that only their hosts call, so that they may be units of their own."""
+    deltas = deltas_of(root)
+    used = {id(value) for _, _, delta in deltas for value in vars(delta).values() if isinstance(value, Delta)}
+    return [(path, delta) for path, _, delta in deltas if delta.path != "shared" and id(delta) not in used]
 
 
 def _wholes(named: Named) -> Named:

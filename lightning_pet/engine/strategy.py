@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_pet.core.naming import canonical
-from lightning_pet.core.sharding import placed, whole
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
+from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
 
 _ATTRIBUTE = "_pet_adapter"
@@ -60,6 +60,9 @@ class StrategyAdapter(Generic[S]):
 
     shards = False
     """Whether a process holds parts of tensors only."""
+
+    materialized_late = False
+    """Whether deltas were on the meta device when the model was complete, so that they got their values since."""
 
     replaced: tuple[str, ...] = (
         "lightning_module_state_dict",
@@ -142,8 +145,13 @@ class StrategyAdapter(Generic[S]):
             UnsupportedStrategyError: naming the option and the alternative.
         """
 
-    def after_insertion(self, root: nn.Module) -> None:
-        """The model is complete and has its deltas; the engine has not wrapped it yet."""
+    def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
+        """Deltas were inserted; the engine has not wrapped the model yet.
+
+        Args:
+            root: the adapted root.
+            complete: whether the last hook that builds the model has run.
+        """
 
     def check_wrapped(self, module: pl.LightningModule) -> None:
         """The engine has wrapped the model and built the optimizers; every process runs this.

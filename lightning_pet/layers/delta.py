@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError
+from lightning_pet.layers.sharding import placed
 
 Path = Literal["activation", "around", "weight", "shared"]
 
@@ -90,7 +91,7 @@ class Delta(nn.Module):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if not own[name].is_meta:
-                    own[name].copy_(tensor)
+                    own[name].copy_(placed(tensor, own[name]))
 
     def _load_from_state_dict(
         self,

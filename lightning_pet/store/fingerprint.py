@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_pet.core.sharding import whole
+from lightning_pet.layers.sharding import whole
 from lightning_pet.store import tensors as facts
 from lightning_pet.store.strict_json import (
     canonical,

@@ -16,31 +16,36 @@ def shard(net: nn.Module, mesh: Any) -> None:
     fully_shard(net, mesh=mesh)
 
 
-def sharding(base: type, *, early: bool = False, meta: bool = False) -> type:
+def sharding(base: type, variant: str) -> type:
     """A module for FSDP2.
 
     Args:
         base: what it does.
-        early: the model is built and sharded before a delta can be in it.
-        meta: the model is built without values, which come after sharding.
+        variant: ``""``: the model is built before the delta comes, and sharded after it. ``"early"``: it is
+            built and sharded before. ``"meta"``: it is built without values, and gets them in
+            ``configure_model``. ``"late"``: likewise, but the Trainer makes room for them.
     """
 
     class Sharding(base):
         def __init__(self, dropout: float) -> None:
             super().__init__(None, cosine)
             self.rate = dropout
-            if not early:
-                with torch.device("meta" if meta else "cpu"):
+            if variant != "early":
+                with torch.device("meta" if variant in ("meta", "late") else "cpu"):
                     self.net = Net(dropout=dropout)
 
         def configure_model(self) -> None:
-            if early and not hasattr(self, "net"):
+            if variant == "early" and not hasattr(self, "net"):
                 self.net = Net(dropout=self.rate)
-            if not any(hasattr(p, "full_tensor") for p in self.net.parameters()):
-                shard(self.net, self.device_mesh["data_parallel"])
+            if any(hasattr(p, "full_tensor") for p in self.net.parameters()):
+                return
+            shard(self.net, self.device_mesh["data_parallel"])
+            if variant == "meta":
+                self.net.to_empty(device="cpu")
+                fill(self.net, Net().state_dict())
 
         def on_fit_start(self) -> None:
-            if meta:
+            if variant == "late":
                 fill(self.net, Net().state_dict())
 
     return Sharding
@@ -63,8 +68,7 @@ def model_parallel() -> Strategy:
 def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
     """The module and strategy of an engine."""
     if engine.startswith("fsdp2"):
-        kind = sharding(base, early=engine.endswith("early"), meta=engine.endswith("meta"))
-        return kind(dropout), model_parallel()
+        return sharding(base, engine.removeprefix("fsdp2").removeprefix("-"))(dropout), model_parallel()
     raise ValueError(engine)
 
 

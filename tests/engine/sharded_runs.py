@@ -35,19 +35,26 @@ def main(folder: Path, engine: str) -> dict[str, object]:
     module, fitted = run(folder / "plain", engine)
     found["losses"], found["held"] = module.losses, trained_parameters(fitted, engine)
     fitted.save_checkpoint(folder / "after.ckpt")
-    fitted.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     noisy, _ = run(folder / "noisy", engine, dropout=0.3)
     again, _ = run(folder / "again", engine, dropout=0.3, path=folder / "noisy" / "step=3.ckpt", seed=99)
     found["noisy"], found["again"] = noisy.losses, again.losses
+    if "-" not in engine:
+        others(folder, engine, fitted, found)
+    return found
+
+
+def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
+    fitted.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     other, _ = run(folder / "other", engine, path=folder / "single" / "step=4.ckpt", seed=99)
     found["from_single"] = other.losses
     _, checked = run(folder, engine, path=folder / "after.ckpt", seed=98, method="validate")
     checked.save_checkpoint(folder / "validated.ckpt", weights_only=True)
+    started, _ = run(folder / "started", engine, start_from=str(folder / "after.ckpt"), seed=97)
+    found["started"] = started.losses[0]
     try:
         run(folder / "refused", engine, path=folder / "after.ckpt", r=1)
     except PETError as error:
         found["refused"] = getattr(error, "code", "")
-    return found
 
 
 if __name__ == "__main__":

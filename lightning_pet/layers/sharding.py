@@ -5,7 +5,7 @@ from torch import Tensor
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only its part of a tensor."""
-    return hasattr(tensor, "full_tensor")  # importing DTensor costs more than all of core
+    return hasattr(tensor, "full_tensor")  # importing DTensor costs more than all of this package
 
 
 def whole(tensor: Tensor) -> Tensor:
