@@ -32,7 +32,7 @@ def base_parameters(
     names = set(record.trained_names if trained is None else trained)
     skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
     return [
-        (canonical(name), record.originals.get(canonical(name), parameter).detach())
+        (canonical(name), record.originals.get(canonical(name), parameter))
         for name, parameter in root.named_parameters()
         if id(parameter) not in skip
     ]

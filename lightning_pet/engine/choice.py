@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
@@ -13,6 +14,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
+from lightning_pet.engine.fsdp import FSDPAdapter
 from lightning_pet.engine.model_parallel import ModelParallelAdapter
 from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import UnsupportedStrategyError
@@ -21,6 +23,7 @@ ADAPTERS: list[tuple[type[Strategy], type[StrategyAdapter[Any]] | None]] = [
     (SingleDeviceXLAStrategy, None),
     (XLAStrategy, None),
     (DeepSpeedStrategy, None),
+    (FSDPStrategy, FSDPAdapter),
     (ModelParallelStrategy, ModelParallelAdapter),
     (SingleDeviceStrategy, StrategyAdapter),
     (DDPStrategy, StrategyAdapter),

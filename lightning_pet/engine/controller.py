@@ -275,8 +275,10 @@ class Controller:
         """
         self._undo_all()
         self.resume.teardown(self.trainer)
-        if self.trainer.state.status == TrainerStatus.INTERRUPTED and not self._trained and self._new:
-            undo(root_of(self.module)[1], [key_of(method) for method in self._new])
+        root = root_of(self.module)[1]
+        interrupted = self.trainer.state.status == TrainerStatus.INTERRUPTED and not self._trained
+        if interrupted and self._new and not self.adapter.is_wrapped(root):
+            undo(root, [key_of(method) for method in self._new])
             self._new = []
 
     def _undo_all(self) -> None:

@@ -22,7 +22,7 @@ from lightning_pet.core.naming import join, named_modules
 from lightning_pet.engine.strategy import CheckpointRules, Named, StrategyAdapter
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.sharding import placed, whole
+from lightning_pet.layers.sharding import is_sharded, placed, whole
 from lightning_pet.store.archive import read_checkpoint
 
 P = TypeVar("P", bound=ParallelStrategy)
@@ -62,6 +62,11 @@ class ShardedAdapter(StrategyAdapter[P]):
                 if path in self._on_meta - on_meta:
                     delta.reset_parameters()
         self._on_meta, self.materialized_late = on_meta, complete and bool(on_meta)
+
+    def is_wrapped(self, root: nn.Module) -> bool:
+        """Whether units or shards were made of the model."""
+        wrapped = self.strategy.model is not self.strategy.lightning_module
+        return wrapped or any(is_sharded(parameter) for parameter in root.parameters())
 
     # --- in place of the strategy's methods -------------------------------------------------------
 

@@ -153,6 +153,10 @@ class StrategyAdapter(Generic[S]):
             complete: whether the last hook that builds the model has run.
         """
 
+    def is_wrapped(self, root: nn.Module) -> bool:
+        """Whether the engine has the deltas in its hold, so that they cannot be taken out any more."""
+        return False
+
     def check_wrapped(self, module: pl.LightningModule) -> None:
         """The engine has wrapped the model and built the optimizers; every process runs this.
 

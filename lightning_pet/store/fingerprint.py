@@ -135,7 +135,7 @@ def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _
     seen: dict[str, _Facts] = {}
     leaves: dict[str, str] = {}
     for name, tensor in named:
-        tensor = whole(tensor)
+        tensor = whole(tensor.detach())
         seen[name] = _observe(name, tensor)
         if exact and _kind(tensor) is not None:
             leaves[name] = f"{name}\0{facts.digest(tensor)}\n"

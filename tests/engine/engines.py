@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from models import Net, cosine
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 
 def shard(net: nn.Module, mesh: Any) -> None:
@@ -65,10 +66,20 @@ def model_parallel() -> Strategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
+class CPUFSDP(FSDPStrategy):
+    """FSDP1 on the CPU: Lightning passes the index of a CUDA device, which here is none."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FSDP(model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs)
+
+
 def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
     """The module and strategy of an engine."""
     if engine.startswith("fsdp2"):
         return sharding(base, engine.removeprefix("fsdp2").removeprefix("-"))(dropout), model_parallel()
+    if engine.startswith("fsdp"):
+        options = {"auto_wrap_policy": {nn.Linear}} if engine.endswith("layers") else {}
+        return base(Net(dropout=dropout), cosine), CPUFSDP(process_group_backend="gloo", **options)
     raise ValueError(engine)
 
 

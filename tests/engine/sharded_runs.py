@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from ddp_runs import Dealt, Mean  # noqa: E402  # it silences warnings and logs, too
 from engines import make, trained_parameters  # noqa: E402
@@ -19,11 +20,20 @@ from models import Data, every_step, lora, trainer  # noqa: E402
 from lightning_pet.errors import PETError  # noqa: E402
 
 
+class Gradients(L.Callback):
+    """Notes how many numbers the gradients of this process have room for."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        stores = [getattr(grad, "_local_tensor", grad).untyped_storage() for grad in grads]
+        self.room = sum(size for size in {store.data_ptr(): store.nbytes() // 4 for store in stores}.values())
+
+
 def run(folder: Path, engine: str, *, dropout: float = 0.0, path=None, seed: int = 5, method="fit", **options):
     """One fit (or validate); with dropout every rank draws its own numbers."""
     module, strategy = make(engine, Mean, dropout)
     torch.manual_seed(seed + (int(os.environ["RANK"]) if dropout else 0))
-    callbacks = [lora(**options), *([every_step(folder)] if method == "fit" else [])]
+    callbacks = [lora(**options), Gradients(), *([every_step(folder)] if method == "fit" else [])]
     fitted = trainer(*callbacks, strategy=strategy, devices=2, use_distributed_sampler=dropout > 0)
     data = Data(batch_size=2) if dropout else Dealt(batch_size=2)
     getattr(fitted, method)(module, datamodule=data, ckpt_path=path)
@@ -34,6 +44,7 @@ def main(folder: Path, engine: str) -> dict[str, object]:
     found: dict[str, object] = {}
     module, fitted = run(folder / "plain", engine)
     found["losses"], found["held"] = module.losses, trained_parameters(fitted, engine)
+    found["gradients"] = next(c.room for c in fitted.callbacks if isinstance(c, Gradients))
     fitted.save_checkpoint(folder / "after.ckpt")
     noisy, _ = run(folder / "noisy", engine, dropout=0.3)
     again, _ = run(folder / "again", engine, dropout=0.3, path=folder / "noisy" / "step=3.ckpt", seed=99)
