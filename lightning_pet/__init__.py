@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
     from lightning_pet.callbacks.adapter_bias import AdapterBiasCallback as AdapterBiasCallback
     from lightning_pet.callbacks.adapter_fusion import AdapterFusionCallback as AdapterFusionCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
 
 _WHERE = {
+    "AdapterCallback": "callbacks.adapter",
     "PETCallback": "callbacks.base",
     "AdapterBiasCallback": "callbacks.adapter_bias",
     "AdapterFusionCallback": "callbacks.adapter_fusion",

@@ -10,6 +10,7 @@ from lightning_pet.errors import PETError
 NAMES = [
     "Adapted",
     "AdapterBiasCallback",
+    "AdapterCallback",
     "AdapterFusionCallback",
     "ArgumentError",
     "BaseMismatchError",

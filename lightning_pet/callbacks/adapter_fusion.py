@@ -251,7 +251,7 @@ def _find(root: nn.Module, source: str) -> list[_Trained]:
         )
     one = named[0]
     modules, tensors = named_modules(root), dict(root.named_parameters(remove_duplicate=False))
-    values = {name: tensors[name] for name in one.trained}
+    values: dict[str, Tensor] = {name: tensors[name] for name in one.trained}
     for path, key in one.hosts:
         packed = cast(Delta, modules[join(path, CHILD, key)]).packed()
         values |= {join(path, CHILD, key, name): tensor for name, tensor in packed.items()}

@@ -18,12 +18,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import nn
 
+from lightning_pet.core.adaptation import host_parameter
 from lightning_pet.core.names import layer_index, named_places
-from lightning_pet.core.naming import join
+from lightning_pet.core.naming import canonical, join
 from lightning_pet.core.structure import Role, Site, SiteKind, Structure, Target
 from lightning_pet.core.targets import name_matcher
 from lightning_pet.errors import TargetError
@@ -76,7 +78,7 @@ def resolve_sites(
     kinds: list[SiteKind] = list(sublayers or DEFAULT_SUBLAYERS[placement])
     kinds += ["cross"] if cross_attention else []
     optional = sublayers is None and placement == "houlsby"
-    finder.check_present(kinds, None if optional else kinds)
+    finder.check_present(kinds, ["cross"] * cross_attention if optional else kinds)
     keep = finder.selection(layers, exclude)
     sites = [site for site in structure.sites if site.kind in kinds and keep(*finder.names(site))]
     finder.check_covered(kinds, keep)
@@ -129,10 +131,10 @@ class _Finder:
 
     # -- what there is ----------------------------------------------------------------------------
 
-    def check_present(self, kinds: Sequence[SiteKind], required: Sequence[SiteKind] | None) -> None:
-        """Every required kind must be there (``None``: any of ``kinds``)."""
+    def check_present(self, kinds: Sequence[SiteKind], required: Sequence[SiteKind]) -> None:
+        """Every required kind must be there (none required: any of ``kinds``)."""
         found = {site.kind for site in self.structure.sites}
-        missing = [kind for kind in required or () if kind not in found]
+        missing = [kind for kind in required if kind not in found]
         if found.intersection(kinds) and not missing:
             return
         if not found:
@@ -234,6 +236,15 @@ class _Finder:
             f"placement={self.placement!r}: the {site.kind} sub-layer {path!r} ({type(self.modules[path]).__name__}) "
             f"{why}, so it cannot be adapted. Leave it out by exclude_modules=[{path!r}], or choose another placement."
         )
+
+
+def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
+    """Device and dtype for the parameters of a delta at a place: the base's, but at least float32."""
+    name = host_parameter(root, target)
+    like = next((p for n, p in root.named_parameters(remove_duplicate=False) if canonical(n) == name), None)
+    if like is None:
+        raise TargetError(f"{type(root).__name__} has no parameters, so there is nothing to adapt.")
+    return {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
 
 
 def _uses(sites: Sequence[Site]) -> Mapping[str, set[tuple[SiteKind, str]]]:

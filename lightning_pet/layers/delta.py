@@ -60,7 +60,7 @@ class Delta(Part):
     fuses_linear: ClassVar[bool] = False
     changes_bias: ClassVar[bool] = False
     """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
-    optional_gradient: ClassVar[bool] = False
+    optional_gradient: bool = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
 
     parameter: str = "weight"

@@ -157,9 +157,9 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phm_dim": 3, "bottleneck_size": 6}, r"dropout: width=16 .* phm_dim=3. Use .* phm_dim=2 or 4"),
-        ({}, r"reduction_factor=32 of width 16 gives bottleneck_size=0 .* Use .*=4"),
-        ({"reduction_factor": 3}, r"gives bottleneck_size=5 .* =4 or 8"),
+        ({"phm_dim": 3, "bottleneck_size": 6}, r"dropout: width=16 is not divisible by phm_dim=3. Use phm_dim=2 or 4"),
+        ({}, r"reduction_factor=32 makes of width 16 bottleneck_size=0 .* Use bottleneck_size=4\."),
+        ({"reduction_factor": 3}, r"bottleneck_size=5 .* Use bottleneck_size=4 or 8, or phm_dim=1 or 5"),
     ],
 )
 def test_sizes_that_do_not_divide(options: dict[str, Any], message: str) -> None:
