@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_pet.core.applied import Adaptation
-from lightning_pet.core.naming import canonical, join
+from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.preparation import is_shared
 
 
@@ -73,7 +73,7 @@ class Plan:
 def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     """Read the plan off an adapted model."""
     parameters = {canonical(n): p for n, p in root.named_parameters(remove_duplicate=False)}
-    rows, users = [], _users(record)
+    rows, users, modules = [], _users(record), named_modules(root)
     for applied, target, path, key in record.hosts():
         own = {n: p for n, p in parameters.items() if n.startswith(join(path, "pet", key) + ".")}
         if not own and applied.key in users:
@@ -81,7 +81,8 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         trained = [p for n, p in own.items() if n in record.trainable_names]
         label = applied.method if applied.name == "default" else f"{applied.method}:{applied.name}"
         place = f"shared by {users[applied.key]} places" if is_shared(target) else target.path
-        detail = " ".join("×".join(map(str, p.shape)) for p in trained)
+        note = getattr(modules[join(path, "pet", key)], "note", "")
+        detail = " ".join(["×".join(map(str, p.shape)) for p in trained] + [note] * bool(note))
         numbers = sum(p.numel() for p in trained)
         frozen = sum(p.numel() for p in own.values()) - numbers
         rows.append(PlanRow(label, place, target.role or "", detail, numbers, frozen))
