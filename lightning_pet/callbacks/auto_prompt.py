@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.stacks import Where, prompt_insertions, prompt_targets
+from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.tokens import load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.engine.controller import Controller

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.stacks import Where, prompt_insertions, prompt_targets
+from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.tokens import load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.errors import ArgumentError
@@ -106,7 +106,7 @@ class PromptTuningCallback(PETCallback):
             raise ArgumentError(f"encoder_size={self.encoder_size}: the width of the MLP must be at least 1.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find where the model takes its ids; see :mod:`lightning_pet.core.stacks`."""
+        """Find where the model takes its ids; see :mod:`lightning_pet.core.prompt_places`."""
         return prompt_targets(root, structure, self.where)
 
     def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:

@@ -21,12 +21,13 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.core.fast_path import forbid, restore
+from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.structure import Target
 from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta
 
-CHILD = "pet"
 _SCOPE = "_pet_scope"  # this module's weight deltas are visible now
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
 _TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere
@@ -79,13 +80,7 @@ class _Host(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
-        if (
-            len(deltas) == 1
-            and not kwargs
-            and type(self).__pet_fusable__
-            and deltas[0].fuses_linear
-            and not self.pet.active("weight")  # they act on what the base's own forward reads
-        ):
+        if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
             return deltas[0](args[0], None, self.weight, self.bias)
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
@@ -175,7 +170,8 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__pet_base__": base,
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
-        "__pet_fusable__": _has_plain_forward(base),
+        # Computing the product itself, a delta would read the weight past the weight deltas.
+        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -183,7 +179,8 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
     members["forward"] = _with_signature(mixin.forward, base.forward)
     if callable(getattr(base, "generate", None)):
         members["generate"] = _generate
-    return type(base.__name__, (mixin, base), members)
+    bases = (mixin, WithoutDeltas, base) if issubclass(base, SEQUENCES) else (mixin, base)
+    return type(base.__name__, bases, members)
 
 
 def _with_signature(function: Any, like: Any) -> Any:
@@ -296,7 +293,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     check_attachable(host, target, key)
     delta.parameter = target.parameter
     if delta.path == "shared":
-        _adopt(host)
+        _swap(host, _Host) if isinstance(host, SEQUENCES) else _adopt(host)
     elif delta.path == "weight":
         _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
         reader = reader if target.reads is None else target.reads
