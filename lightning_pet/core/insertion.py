@@ -18,12 +18,13 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.structure import Target
 from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta
 
-CHILD = "pet"
 _SCOPE = "_pet_scope"  # this module's weight deltas are visible now
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
 _TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere
@@ -172,12 +173,14 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__pet_base__": base,
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
-        "__pet_fusable__": _has_plain_forward(base),
+        # Computing the product itself, a delta would read the weight past the weight deltas.
+        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (mixin, base), members)
+    bases = (mixin, WithoutDeltas, base) if issubclass(base, SEQUENCES) else (mixin, base)
+    return type(base.__name__, bases, members)
 
 
 def _effective(name: str) -> property:
@@ -274,7 +277,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     check_attachable(host, target, key)
     delta.parameter = target.parameter
     if delta.path == "shared":
-        _adopt(host)
+        _swap(host, _Host) if isinstance(host, SEQUENCES) else _adopt(host)
     elif delta.path == "weight":
         _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
         reader = reader if target.reads is None else target.reads

@@ -11,7 +11,30 @@ from lightning_pet.errors import NotMergeableError
 Path = Literal["activation", "around", "weight", "shared"]
 
 
-class Delta(nn.Module):
+class Part(nn.Module):
+    """A module inside a delta, or a delta: a base checkpoint, which holds none of its keys, loads strictly."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
+        # A checkpoint that holds some of the keys of the whole delta is a damaged delta.
+        parts = prefix.split(".")
+        depth = len(parts) - parts[::-1].index("pet") + 1 if "pet" in parts else 0
+        delta = ".".join(parts[:depth]) + "." if depth else prefix
+        if any(name.startswith(delta) for name in state_dict):
+            missing_keys.extend(own)
+
+
+class Delta(Part):
     """What one method adds to one host module.
 
     A delta is registered as a child of its host, holds raw :class:`torch.nn.Parameter` objects
@@ -37,7 +60,7 @@ class Delta(nn.Module):
     fuses_linear: ClassVar[bool] = False
     changes_bias: ClassVar[bool] = False
     """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
-    optional_gradient: ClassVar[bool] = False
+    optional_gradient: bool = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
 
     parameter: str = "weight"
@@ -45,6 +68,11 @@ class Delta(nn.Module):
 
     slot: Any = None
     """Where x comes from if not from the host's call; set when it is inserted."""
+
+    @property
+    def note(self) -> str:
+        """What the plan says of this delta beside the shapes of its parameters."""
+        return ""
 
     def reset_parameters(self) -> None:
         """Initialise the parameters in place; also called after materialisation from the meta device."""
@@ -98,22 +126,13 @@ class Delta(nn.Module):
                 if not own[name].is_meta:
                     own[name].copy_(tensor)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A base checkpoint holds none of our keys and must load into an adapted model, strictly.
-        # One that holds some of them is a damaged delta.
-        own: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
-        if len(own) < len(self.state_dict()):
-            missing_keys.extend(own)
+    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
+
+        Returns:
+            Whether it has other tensors now. The default has one form and does nothing.
+        """
+        return False
 
 
 class Tied(Delta):

@@ -213,3 +213,10 @@ def whisper() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     features = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
     run = _on((), input_features=features, decoder_input_ids=_ids(2, 4), use_cache=False)
     return _seeded(lambda: WhisperForConditionalGeneration(config)), run
+
+
+def bloom() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    return _seeded(lambda: BloomForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
