@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
     from lightning_pet.callbacks.adapter_bias import AdapterBiasCallback as AdapterBiasCallback
     from lightning_pet.callbacks.adapter_fusion import AdapterFusionCallback as AdapterFusionCallback
+    from lightning_pet.callbacks.auto_prompt import AutoPromptCallback as AutoPromptCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
     from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
+    from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
     from lightning_pet.engine.delta import inspect_delta as inspect_delta
@@ -52,10 +54,12 @@ _WHERE = {
     "AdapterBiasCallback": "callbacks.adapter_bias",
     "AdapterFusionCallback": "callbacks.adapter_fusion",
     "CompacterCallback": "callbacks.compacter",
+    "AutoPromptCallback": "callbacks.auto_prompt",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
+    "PromptTuningCallback": "callbacks.prompt_tuning",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",
     "inspect_delta": "engine.delta",

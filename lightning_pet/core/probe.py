@@ -146,12 +146,13 @@ class _Reading:
         embedding = input_embedding(self.model) or self.record.embedding
         if embedding is not None:
             targets.append(Target(embedding, role="embedding"))
+        consumer = self.record.consumer  # the root is "", which is false
         return Structure(
             targets=in_module_order(self.model, targets),
             sites=self._sites(),
             attention=self._attention(),
             embedding=embedding,
-            consumer=self.record.consumer or static_consumer(self.model, embedding),
+            consumer=consumer if consumer is not None else static_consumer(self.model, embedding),
             called=frozenset(call.path for call in self.record.calls),
             source="probe",
             unresolved=in_module_order(self.model, unresolved),

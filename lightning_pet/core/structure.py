@@ -24,10 +24,15 @@ Role = Literal[
     "mixer.output",
     "mixer.norm",
     "embedding",
+    "prompt.call",
+    "prompt.rows",
+    "prompt.guard",
+    "prompt.memory",
+    "prompt.generate",
 ]
 """What a place does. ``output`` is f(x) of a residual sum (or the sum, where the module returns that), ``norm`` the
-norm that reads the sum, and ``core`` the softmax attention itself; the others are projections, and the token
-embedding."""
+norm that reads the sum, and ``core`` the softmax attention itself; ``prompt`` places are those of virtual tokens (see
+:mod:`lightning_pet.core.prompt_places`); the others are projections, and the token embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
 Route = Literal["", "interface", "functional"]
 """How a prefix gets into an attention: transformers' table of attention functions, torch's own, or not at all."""

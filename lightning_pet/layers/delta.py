@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError
+from lightning_pet.layers.sharding import placed
 
-Path = Literal["activation", "around", "weight", "shared"]
+Path = Literal["activation", "around", "weight", "generate", "shared"]
 
 
 class Part(nn.Module):
@@ -51,6 +52,7 @@ class Delta(Part):
       ``call(*args, **kwargs)`` runs the host with its activation and weight deltas, any number of times.
     * ``"weight"``: ``delta(weight)`` returns the effective value of one parameter, for hosts whose weight
       is read without the host being called, and for methods on parameters of every kind.
+    * ``"generate"``: ``delta(call, *args, **kwargs)`` runs in place of the host's ``generate``.
     * ``"shared"``: never called by its host, the adapted root. It holds what several deltas of one method
       use together; they keep it outside of module registration (``self.__dict__["rule"] = shared``), so
       that it has one name, is counted once and stored once.
@@ -124,7 +126,7 @@ class Delta(Part):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if not own[name].is_meta:
-                    own[name].copy_(tensor)
+                    own[name].copy_(placed(tensor, own[name]))
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
         """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
