@@ -16,6 +16,7 @@ from lightning_pet.core.naming import canonical, join, named_modules, named_tens
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.structure import Target
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import placed
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
@@ -43,6 +44,8 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
         if created:
             del root.__dict__[RECORD]
         raise
+    if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
+        take_out(root, replaced)
     return record  # type: ignore[no-any-return]
 
 
@@ -110,7 +113,8 @@ def _keep_originals(root: nn.Module, record: Adaptation) -> None:
     for name, tensor in named_tensors(root):
         mutable = name in trained or not isinstance(tensor, nn.Parameter)
         if mutable and name not in own and name not in record.originals:
-            record.originals[name] = tensor.detach().clone()
+            # In host memory: a method may train the whole model.
+            record.originals[name] = tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def _in_scope(record: Adaptation, name: str) -> bool:
@@ -237,7 +241,7 @@ def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in named_tensors(root):
             if name in values and not values[name].is_meta:
-                tensor.copy_(values[name])
+                tensor.copy_(placed(values[name], tensor))
 
 
 def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:
