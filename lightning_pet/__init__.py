@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_pet.callbacks.adalora import AdaLoRACallback as AdaLoRACallback
+    from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
+    from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
+    from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
+    from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
+    from lightning_pet.callbacks.diff_pruning import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
+    from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
@@ -32,9 +38,15 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
 
 _WHERE = {
+    "AdapterCallback": "callbacks.adapter",
     "PETCallback": "callbacks.base",
+    "BitFitCallback": "callbacks.bitfit",
+    "FullFineTuningCallback": "callbacks.full_fine_tuning",
+    "IA3Callback": "callbacks.ia3",
+    "DiffPruningCallback": "callbacks.diff_pruning",
     "AdaLoRACallback": "callbacks.adalora",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
+    "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",

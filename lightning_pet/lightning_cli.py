@@ -90,7 +90,7 @@ def run(argv: list[str]) -> None:
     """
     # A console script does not have the working directory on its path, but the user's module is there.
     sys.path.insert(0, os.getcwd())
-    if not any(re.match(r"(-c|--config|--model|--print_config|-h|--help)\b", argument) for argument in argv[1:]):
+    if not any(re.match(r"(-c|--config|--model|-h|--help)\b", argument) for argument in argv[1:]):
         argv = [argv[0], "--config", str(default_config()), *argv[1:]]
     # LightningCLI reads the command line itself; so does Lightning when it starts more processes.
     given, sys.argv = sys.argv, [sys.argv[0], *argv]

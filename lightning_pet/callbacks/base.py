@@ -128,6 +128,10 @@ class PETCallback(Callback):
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
         return {}
 
+    def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Optimizer options (``lr``, ``weight_decay`` …) of its own parameters that do not train with their group's."""
+        return {}
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
         names = [

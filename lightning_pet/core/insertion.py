@@ -173,7 +173,8 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__pet_base__": base,
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
-        "__pet_fusable__": _has_plain_forward(base),
+        # Computing the product itself, a delta would read the weight past the weight deltas.
+        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

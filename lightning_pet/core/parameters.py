@@ -59,7 +59,7 @@ def every_parameter(
         module = modules[path]
         head = any(f"{path}.".startswith(f"{above}.") for above in unwanted)
         table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        if head or (table and not embeddings) or (_is_norm(module) and not norms):
+        if head or (table and not embeddings) or (is_norm(module) and not norms):
             dropped.add((path, name))
     groups: dict[int, list[_Place]] = {}
     for place, parameter in places.items():
@@ -122,10 +122,38 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises."""
     # By its class's name, as no base class is common to all of them, and by its shape.
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     return "norm" in base_class(module).__name__.lower() and all(parameter.ndim <= 1 for parameter in own)
+
+
+def norm_parameters(root: nn.Module, scope: str | None = None) -> tuple[str, ...]:
+    """Names of the parameters of all norms, for methods that train them as they are.
+
+    Args:
+        root: the adapted root.
+        scope: submodule to look in, as the user names it, maybe from above the root; ``None``: everywhere.
+
+    Raises:
+        TargetError: if there is no norm.
+    """
+    places = named_places(root)
+    parts = scope.split(".") if scope else []
+    below = next((path for i in range(len(parts)) if (path := ".".join(parts[i:])) in places), "")
+    names = [
+        join(path, name)
+        for path, module in places.items()
+        if is_norm(module) and (not below or f"{path}.".startswith(f"{below}."))
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    if not names:
+        raise TargetError(
+            f"layer_norms=True: {type(root).__name__} has no norm with parameters. Set layer_norms=False."
+        )
+    return tuple(names)
 
 
 def _role(structure: Structure, path: str, name: str) -> tuple[Role | None, bool]:

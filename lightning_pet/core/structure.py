@@ -22,10 +22,12 @@ Role = Literal[
     "ffn.output",
     "ffn.norm",
     "mixer.output",
+    "mixer.norm",
     "embedding",
 ]
-"""What a place does. ``output`` is f(x) of a residual sum, ``norm`` the norm that reads the sum, and
-``core`` the softmax attention itself; the others are projections, and the token embedding."""
+"""What a place does. ``output`` is f(x) of a residual sum (or the sum, where the module returns that), ``norm`` the
+norm that reads the sum, and ``core`` the softmax attention itself; the others are projections, and the token
+embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
 
 
@@ -70,6 +72,7 @@ class Site:
         after_norm: norms that read s (post-norm models).
         after_out: modules whose output is s (pre-norm models: the block).
         width: features of the residual stream at this site.
+        channels_first: no branch module returns the features as its last dimension (convolutional blocks).
     """
 
     kind: SiteKind
@@ -78,6 +81,7 @@ class Site:
     after_norm: tuple[str, ...] = ()
     after_out: tuple[str, ...] = ()
     width: int = 0
+    channels_first: bool = False
 
 
 @dataclass(frozen=True)

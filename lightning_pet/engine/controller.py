@@ -9,7 +9,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_pet.core.adaptation import freeze, host_parameter, outgrown, refresh, required_gradients, take_out, undo
+from lightning_pet.core.adaptation import (
+    freeze,
+    host_parameter,
+    outgrown,
+    refresh,
+    renew,
+    required_gradients,
+    take_out,
+    undo,
+)
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, record_of
 from lightning_pet.core.method import key_of
@@ -20,6 +29,7 @@ from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applie
 from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
@@ -39,6 +49,10 @@ class TrainerMethod(StartingMethod, Protocol):
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
+        ...
+
+    def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Optimizer options of those of its own parameters that do not train with their group's."""
         ...
 
 
@@ -221,11 +235,24 @@ class Controller:
             if name.startswith(join(path, "pet", key) + ".")
         }
         ratios: dict[str, float] = {}
+        options: dict[str, dict[str, float]] = {}
         for method in self.methods:
             places = [join(path, "pet", key) for a, _, path, key in record.hosts() if a.key == key_of(method)]
             own = [name for name in record.delta_names if any(name.startswith(f"{place}.") for place in places)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
-        return optim.hold_delta(original(), self.module, delta, hosts, ratios)
+            options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
+        return optim.hold_delta(original(), self.module, delta, hosts, ratios, options)
+
+    def exchange(self, exchanges: Sequence[Exchange]) -> None:
+        """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""
+        root = self.adapted.root
+        renew(root)
+        names = names_of(self.module)
+        new_names = [names.get(id(change.new), "") for change in exchanges]
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        exchange(self.trainer.optimizers, schedulers, exchanges, new_names)
+        optim.check(self.trainer.optimizers, self.module)
+        adapter_for(self.trainer).wrap_again()
 
     def on_fit_start(self) -> None:
         """Optimizers exist and the checkpoint, if any, was read: check, and show the table."""

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import commit, copy_in
+from lightning_pet.core.adaptation import commit, copy_in, renew
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
@@ -176,6 +176,7 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
         )
     for prefix, delta in deltas.items():
         delta.unpack(_below(stored.tensors, prefix))
+    renew(adapted.root)
     copy_in(adapted.root, {name: stored.tensors[name] for name in _same_heads(adapted, stored)})
 
 
@@ -222,6 +223,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
     for prefix, delta in _deltas(root, record).items():
         if tensors := _below(stored.tensors, prefix):
             delta.unpack(tensors)
+    renew(root)
     own = set(record.delta_names)
     copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
     return Adapted(root)

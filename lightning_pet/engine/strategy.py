@@ -6,6 +6,7 @@ methods are the last stop before the disk: they also serve ``save_weights_only=T
 callback hook runs.
 """
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -97,6 +98,15 @@ class StrategyAdapter:
             load_optimizer_state_dict,
         ):
             setattr(strategy, method.__name__, method)
+
+    def wrap_again(self) -> None:
+        """Parameters of the model have been exchanged during a fit: let the strategy know the new ones."""
+        strategy = self.strategy
+        if isinstance(strategy, DDPStrategy):
+            # The old reducer's hooks go with it: nothing else may hold it when the new one is made.
+            strategy.model = strategy.lightning_module
+            gc.collect()
+            strategy.configure_ddp()
 
 
 # Subclasses of DDPStrategy that keep and write parameters in their own ways.

@@ -37,7 +37,7 @@ class Delta(nn.Module):
     fuses_linear: ClassVar[bool] = False
     changes_bias: ClassVar[bool] = False
     """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
-    optional_gradient: ClassVar[bool] = False
+    optional_gradient: bool = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
 
     parameter: str = "weight"
@@ -102,6 +102,14 @@ class Delta(nn.Module):
             for name, tensor in tensors.items():
                 if not own[name].is_meta:
                     own[name].copy_(tensor)
+
+    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
+
+        Returns:
+            Whether it has other tensors now. The default has one form and does nothing.
+        """
+        return False
 
     def _load_from_state_dict(
         self,

@@ -1,0 +1,108 @@
+"""The same outputs as the adapters library, with copied weights.
+
+Another method joins by a test like :func:`test_bottleneck_adapters`: read the file, apply the callback, copy the weights
+by an explicit mapping of names, compare.
+"""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_pet import AdapterCallback, apply
+from lightning_pet.core.naming import named_modules
+
+from .adapters_files import ARCHITECTURES, Reference, read
+
+_PARTS = {
+    "adapter_down.0.weight": "down",
+    "adapter_down.0.bias": "down_bias",
+    "adapter_up.weight": "up",
+    "adapter_up.bias": "up_bias",
+}
+# Where the library hangs the adapters of one sub-layer -> where ours are, per architecture and placement.
+_HOSTS: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
+    "bert": {
+        "houlsby": ((r"(.*)\.adapters", r"\1.dropout"),),
+        "pfeiffer": ((r"(.*)\.adapters", r"\1.LayerNorm"),),
+    },
+    "gpt2": {
+        "houlsby": (
+            (r"(.*)\.attention_adapters\.adapters", r"\1.attn"),
+            (r"(.*)\.output_adapters\.adapters", r"\1.mlp"),
+        ),
+        "pfeiffer": ((r"(.*)\.output_adapters\.adapters", r"\1"),),
+    },
+    "llama": {
+        "houlsby": (
+            (r"(.*)\.attention_adapters\.adapters", r"\1.self_attn"),
+            (r"(.*)\.output_adapters\.adapters", r"\1.mlp"),
+        ),
+        "pfeiffer": ((r"(.*)\.output_adapters\.adapters", r"\1"),),
+    },
+    "t5": {
+        "houlsby": ((r"(.*)\.adapters", r"\1.dropout"),),
+        "pfeiffer": ((r"(.*)\.adapters", r"\1"),),
+    },
+    "bart": {
+        "houlsby": (
+            (r"(.*)\.attention_adapters\.adapters", r"\1.self_attn"),
+            (r"(.*)\.output_adapters\.adapters", r"\1.fc2"),
+        ),
+        "pfeiffer": ((r"(.*)\.output_adapters\.adapters", r"\1.final_layer_norm"),),
+    },
+    "vit": {
+        "houlsby": (
+            (r"encoder\.layer\.(\d)\.attention_adapters\.adapters", r"layers.\1.attention"),
+            (r"encoder\.layer\.(\d)\.output\.output_adapters\.adapters", r"layers.\1.mlp"),
+        ),
+        "pfeiffer": ((r"encoder\.layer\.(\d)\.output\.output_adapters\.adapters", r"layers.\1"),),
+    },
+}
+_HOSTS["roberta"] = _HOSTS["bert"]
+_HOSTS["whisper"] = {
+    "houlsby": _HOSTS["bart"]["houlsby"],
+    "pfeiffer": ((r"(.*)\.output_adapters\.adapters", r"\1"),),  # norms in front, unlike BART
+}
+# DoubleSeqBn: swish. SeqBn: relu. ParBn: relu, scaled by 4.
+_OPTIONS = {
+    "houlsby": {"placement": "houlsby", "non_linearity": "swish"},
+    "pfeiffer": {"placement": "pfeiffer", "non_linearity": "relu"},
+    "parallel": {"placement": "parallel", "non_linearity": "relu", "scale": 4.0},
+}
+
+
+def host_of(architecture: str, placement: str, theirs: str) -> str:
+    """Path of our host for the library's ``….adapters``; a parallel adapter sits where Houlsby's does."""
+    for pattern, ours in _HOSTS[architecture]["houlsby" if placement == "parallel" else placement]:
+        if re.fullmatch(pattern, theirs):
+            return re.sub(pattern, ours, theirs)
+    raise AssertionError(f"no host is known for {theirs}")
+
+
+def copy_adapters(model: nn.Module, architecture: str, placement: str, delta: dict[str, Tensor]) -> None:
+    """Copy every weight of the library's adapters into ours, and make sure that ours has no others."""
+    modules, copied = named_modules(model), set()
+    for name, tensor in delta.items():
+        theirs, part = name.split(".task.")
+        adapter = modules[f"{host_of(architecture, placement, theirs)}.pet.adapter_default"]
+        parameter = getattr(adapter, _PARTS[part])
+        assert parameter.shape == tensor.shape
+        parameter.data.copy_(tensor)
+        copied.add(id(parameter))
+    assert copied == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("placement", sorted(_OPTIONS))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bottleneck_adapters(architecture: str, placement: str) -> None:
+    reference: Reference = read(architecture, placement)
+    base = reference.run()
+    assert (base - reference.output).abs().max() > 0.1  # the adapters do something
+    callback = AdapterCallback(reduction_factor=reference.options["reduction_factor"], **_OPTIONS[placement])
+    apply(reference.model, [callback])
+    copy_adapters(reference.model, architecture, placement, reference.delta)
+    found = reference.run()
+    assert torch.isfinite(found).all()
+    assert (found - reference.output).abs().max() <= 1e-5
