@@ -141,16 +141,17 @@ def search(
     def point(d: int | None) -> Point:
         return Point(d, tuple(runs.metric(d, seed, measure) for seed in seeds))
 
+    first = point(smallest)  # before the long run: an impossible dimension shows at once
     full = point(None)
     if full.mean <= 0:
         raise ArgumentError(
             f"full fine-tuning gives {full.mean:g}: a share of it needs a metric that is positive and better when "
             "larger, such as an accuracy. Choose another one, or train longer."
         )
-    tried: dict[int, Point] = {}
+    tried = {smallest: first}
 
     def reached(d: int) -> bool:
-        tried[d] = point(d)
+        tried.setdefault(d, point(d))
         return tried[d].mean >= share * full.mean
 
     below: int | None = None
