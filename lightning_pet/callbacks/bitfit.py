@@ -68,7 +68,7 @@ class BitFitCallback(PETCallback):
 
     def heads(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of the parameters of task heads; a bias in a module does not keep it from being one."""
-        return super().heads(root, ())
+        return super().head_parameters(root, ())
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the biases, and the modules that get one.
@@ -95,7 +95,7 @@ class BitFitCallback(PETCallback):
         return tuple(kept)
 
     def _present(self, root: nn.Module) -> list[Target]:
-        heads = set(self.heads(root, ()))
+        heads = set(self.head_parameters(root, ()))
         split = [name.rpartition(".") for name in names_of_base(root) if name not in heads]
         return [Target(module, parameter) for module, _, parameter in split if "bias" in parameter]
 
@@ -104,7 +104,7 @@ class BitFitCallback(PETCallback):
         if pattern != "all":
             return list(resolve_targets(root, pattern, structure, hosts=_any))
         norms = [Target(path) for path, module in named_places(root).items() if is_norm(module)]
-        heads = {name.rpartition(".")[0] for name in self.heads(root, ())}
+        heads = {name.rpartition(".")[0] for name in self.head_parameters(root, ())}
         linear = resolve_targets(root, "all-linear", structure) if _has_linear(root) else ()
         return [place for place in (*linear, *norms) if place.module not in heads]
 
@@ -129,7 +129,7 @@ class BitFitCallback(PETCallback):
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of heads and of the biases that train as they are."""
         own = (place.path for place in targets if _trains_as_it_is(place))
-        return tuple(dict.fromkeys((*self.heads(root, targets), *own)))
+        return tuple(dict.fromkeys((*self.head_parameters(root, targets), *own)))
 
 
 def _bias_at(root: nn.Module, place: Target) -> Target:

@@ -58,4 +58,4 @@ class FullFineTuningCallback(PETCallback):
         """All parameters of the model, or of the submodule and the heads."""
         places = [target.module for target in targets] or [""]
         names = [name for place in places for name in names_of_base(root, place)]
-        return tuple(dict.fromkeys((*names, *self.heads(root, ()))))
+        return tuple(dict.fromkeys((*names, *self.head_parameters(root, ()))))

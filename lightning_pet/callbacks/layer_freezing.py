@@ -115,7 +115,7 @@ class LayerFreezingCallback(PETCallback):
             )
         layers = [layer for stack in self._chosen(stacks) for layer in self._wanted(stack)]
         targets = [Target(layer, "") for layer in layers]
-        heads = self.heads(root, ())
+        heads = self.head_parameters(root, ())
         beside = outside(root, stacks, heads)
         norms = beside.norms if self.norms != "none" else ()
         if self.norms == "all":
@@ -166,7 +166,7 @@ class LayerFreezingCallback(PETCallback):
 
     def _groups(self, root: nn.Module, targets: Sequence[Target]) -> list[tuple[str, ...]]:
         """Parameters in the order in which they start to train."""
-        first = [*self.heads(root, ()), *(target.path for target in targets if target.role == "ffn.norm")]
+        first = [*self.head_parameters(root, ()), *(target.path for target in targets if target.role == "ffn.norm")]
         stacks: dict[str, list[Target]] = {}
         for target in targets:
             if not target.parameter:

@@ -43,6 +43,8 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
         if created:
             del root.__dict__[RECORD]
         raise
+    if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
+        take_out(root, replaced)
     return record  # type: ignore[no-any-return]
 
 

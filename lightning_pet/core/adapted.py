@@ -18,7 +18,7 @@ from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
 from lightning_pet.layers.delta import Delta, Tied
 
-_ORDER = ("shared", "weight", "activation", "around")  # in which deltas act on one host, innermost first
+_ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
 
 
 class Adapted:

@@ -9,15 +9,18 @@ with it, and it costs more per call; and the weight path needs the swap anyway. 
 Paths (see :class:`~lightning_pet.layers.delta.Delta`): *activation* deltas change what a call
 returns; *around* deltas run in its place and call it; *weight* deltas change what is read from a
 parameter while its reader's forward runs. Outside that scope the parameter is the base's, so sharding
-engines never see an effective weight. *Shared* deltas belong to others of their method and are never
-called by their host.
+engines never see an effective weight. *Generate* deltas wrap the host's ``generate``. *Shared* deltas
+belong to others of their method and are never called by their host.
 """
 
+import inspect
 from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
@@ -179,8 +182,27 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    members["forward"] = _with_signature(mixin.forward, base.forward)
+    if callable(getattr(base, "generate", None)):
+        members["generate"] = _generate
     bases = (mixin, WithoutDeltas, base) if issubclass(base, SEQUENCES) else (mixin, base)
     return type(base.__name__, bases, members)
+
+
+def _with_signature(function: Any, like: Any) -> Any:
+    """The same function, showing another one's signature: transformers looks at it to choose arguments."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return copy
+
+
+def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
+    call: Any = partial(cast(Any, type(self).__pet_base__).generate, self)
+    for delta in self.pet.active("generate"):
+        call = partial(delta, call)
+    return call(*args, **kwargs)
 
 
 def _effective(name: str) -> property:
@@ -296,7 +318,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
         modules[target.reads].__dict__.setdefault(_TAPS, []).append(delta.slot)
     for path, module in modules.items():
         if f"{target.module}.".startswith(f"{path}." if path else ""):
-            _forbid_fast_path(module)
+            forbid(module)
 
 
 def mute(root: nn.Module, paths: set[str], on: bool) -> None:
@@ -307,7 +329,7 @@ def mute(root: nn.Module, paths: set[str], on: bool) -> None:
         pet.muted = frozenset(pet._modules) if on else frozenset()
         for above, module in modules.items():
             if f"{path}.".startswith(f"{above}." if above else ""):
-                _restore_fast_path(module) if on else _forbid_fast_path(module)
+                restore(module) if on else forbid(module)
 
 
 def check_attachable(host: nn.Module, target: Target, key: str) -> None:
@@ -344,7 +366,8 @@ def detach(root: nn.Module, path: str, key: str) -> None:
                 _restore(module)
         _restore(host)
     for module in modules.values():
-        _allow_fast_path(module)
+        if not any(isinstance(inner, Deltas) for inner in module.modules()):
+            restore(module)
 
 
 def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:
@@ -368,30 +391,3 @@ def _restore(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
     del module._modules[CHILD]
     module.__class__ = base_class(module)
-
-
-# In eval mode the fast path hands a layer's raw weights to one fused operator, past every delta, and the
-# encoder packs its input into a nested tensor for it. These flags are conditions of the two, and nothing else.
-_FAST_PATH: tuple[tuple[type[nn.Module], str, Any], ...] = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-
-
-def _forbid_fast_path(module: nn.Module) -> None:
-    for cls, flag, off in _FAST_PATH:
-        if isinstance(module, cls) and hasattr(module, flag):
-            module.__dict__.setdefault("_pet_fast_path", getattr(module, flag))
-            setattr(module, flag, off)
-
-
-def _allow_fast_path(module: nn.Module) -> None:
-    if not any(isinstance(m, Deltas) for m in module.modules()):
-        _restore_fast_path(module)
-
-
-def _restore_fast_path(module: nn.Module) -> None:
-    if "_pet_fast_path" in module.__dict__:
-        for cls, flag, _ in _FAST_PATH:
-            if isinstance(module, cls):
-                setattr(module, flag, module.__dict__.pop("_pet_fast_path"))

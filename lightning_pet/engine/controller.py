@@ -226,6 +226,9 @@ class Controller:
     def _configure_optimizers(self, original: Callable[[], Any]) -> Any:
         record, prefix = self.adapted.record, self.root_path
         freeze(self.adapted.root)
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
+            return None
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
         delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.trainable_names}
         hosts = {

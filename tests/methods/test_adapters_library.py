@@ -1,7 +1,7 @@
 """The same outputs as the adapters library, with copied weights.
 
-Another method joins by a test like :func:`test_bottleneck_adapters`: read the file, apply the callback, copy the weights
-by an explicit mapping of names, compare.
+Another method joins by a test like :func:`test_bottleneck_adapters`: read the file, apply the callback, copy the
+weights by an explicit mapping of names, compare.
 """
 
 import re
