@@ -139,6 +139,8 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
     try:
         probe = _OneRun(FullFineTuningCallback(), None, arguments)
         metric = options.metric or probe.chosen_metric()
+        if "loss" in metric:
+            raise ArgumentError(f"metric={metric!r}: a share of it needs a metric that is better when larger.")
         configuration = probe.parser.dump(probe.config.clone(), skip_none=False)
         digest = hashlib.sha256(re.sub(r"(?m)^seed_everything:.*$", "", configuration).encode()).hexdigest()[:16]
         settings = {"configuration": digest, "full": options.full, "metric": metric, "did": options.did}
