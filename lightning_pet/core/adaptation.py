@@ -16,6 +16,7 @@ from lightning_pet.core.naming import canonical, join, named_modules, named_tens
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.structure import Target
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import placed
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
@@ -240,7 +241,7 @@ def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in named_tensors(root):
             if name in values and not values[name].is_meta:
-                tensor.copy_(values[name])
+                tensor.copy_(placed(values[name], tensor))
 
 
 def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:

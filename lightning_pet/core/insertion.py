@@ -80,13 +80,7 @@ class _Host(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
-        if (
-            len(deltas) == 1
-            and not kwargs
-            and type(self).__pet_fusable__
-            and deltas[0].fuses_linear
-            and not self.pet.active("weight")  # they act on what the base's own forward reads
-        ):
+        if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
             return deltas[0](args[0], None, self.weight, self.bias)
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:

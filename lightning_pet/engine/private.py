@@ -34,6 +34,7 @@ name                                                      used for
 ``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
+``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
@@ -52,6 +53,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim.swa_utils import AveragedModel
 
 LAST_LR: Final = "_last_lr"
@@ -243,6 +245,19 @@ def checkpoints_reentrantly(module: Any) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     keywords = getattr(function, "keywords", {})
     return bool(getattr(module, "gradient_checkpointing", False)) and bool(keywords.get("use_reentrant", True))
+
+
+def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
+    """Return a wrap policy of FSDP1 as a function of the module, whether to go below it, and its size."""
+    if isinstance(policy, CustomPolicy):
+        function = policy._lambda_fn
+        return lambda module, recurse, size: recurse or bool(function(module))
+    return None if policy is None else lambda module, recurse, size: bool(policy(module, recurse, size))
+
+
+def unwrapped_name(name: str) -> str:
+    """Return a parameter's name as FSDP1 writes it: without its own levels and those of checkpointing."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def loader_of_run(trainer: Any) -> Any:

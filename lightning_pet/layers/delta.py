@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError
+from lightning_pet.layers.sharding import placed
 
 Path = Literal["activation", "around", "weight", "generate", "shared"]
 
@@ -125,7 +126,7 @@ class Delta(Part):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if not own[name].is_meta:
-                    own[name].copy_(tensor)
+                    own[name].copy_(placed(tensor, own[name]))
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
         """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
