@@ -229,7 +229,9 @@ class Controller:
             places = [join(path, "pet", key) for a, _, path, key in record.hosts() if a.key == key_of(method)]
             own = [name for name in record.delta_names if any(name.startswith(f"{place}.") for place in places)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
-        return optim.hold_delta(original(), self.module, delta, hosts, ratios)
+        returned = optim.hold_delta(original(), self.module, delta, hosts, ratios)
+        self.adapter.optimizers_made(optim.optimizers_in(returned), self.module)
+        return returned
 
     def on_fit_start(self) -> None:
         """Optimizers exist and the checkpoint, if any, was read: check, and show the table."""
