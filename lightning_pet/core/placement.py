@@ -193,8 +193,9 @@ class _Finder:
         for (layer, kind), targets in lost.items():
             names = list(dict.fromkeys(target.module for target in targets))
             raise TargetError(
-                f"{layer!r} has a sub-layer of kind {kind!r} ({names[0]!r} is its {targets[0].role}), but into which sum "
-                f"its output goes could not be found out. Leave it out by exclude_modules={names}, or use LoRACallback."
+                f"{layer!r} has a sub-layer of kind {kind!r} ({names[0]!r} is its {targets[0].role}), but into which "
+                "sum its output goes could not be found out. Leave it out by "
+                f"exclude_modules={names}, or use LoRACallback."
             )
 
     # -- one site ---------------------------------------------------------------------------------
