@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
-    from lightning_pet.callbacks.adapter_bias import AdapterBiasCallback as AdapterBiasCallback
-    from lightning_pet.callbacks.adapter_fusion import AdapterFusionCallback as AdapterFusionCallback
     from lightning_pet.callbacks.adalora import AdaLoRACallback as AdaLoRACallback
     from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
     from lightning_pet.callbacks.adapter_bias import AdapterBiasCallback as AdapterBiasCallback
