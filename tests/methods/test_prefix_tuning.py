@@ -103,6 +103,14 @@ def test_count_is_two_l_d_per_attention(attention: str) -> None:
         assert {path.split(".")[0] for _, _, path, _ in adapted.record.hosts()} == {where}
 
 
+def test_a_budget_picks_the_length() -> None:
+    callback = PrefixTuningCallback(projection=False, budget=0.1)
+    plan = apply(zoo.bert()[0], [callback]).plan()
+    spent = sum(row.parameters for row in plan.rows if row.method == "prefix_tuning")
+    assert spent == callback.length * 2 * 2 * 16
+    assert spent <= 0.1 * plan.base < spent + 2 * 2 * 16
+
+
 def tokenizer_folder(folder: Path) -> str:
     """A tokenizer whose tokens are the numbers from 0 to 49."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -308,6 +316,7 @@ def test_two_prefixes_and_a_low_rank_delta_on_one_attention() -> None:
         ({"init": "text", "init_text": "so"}, "tokenizer"),
         ({"init_text": "so"}, "init='text'"),
         ({"init": "vocabulary", "projection_size": 8}, "at least length=30"),
+        ({"init": "vocabulary", "budget": 0.1}, "words need a length"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], text: str) -> None:
