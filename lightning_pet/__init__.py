@@ -89,12 +89,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _runs_file_verb(argv: list[str]) -> bool:
-    """Whether this process is our own command line, called for a verb that only reads files."""
-    return (
-        bool(argv)
-        and Path(argv[0]).stem == "lightning-pet"
-        and (not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help"))
-    )
+    """Whether this process is our own command line, called for a verb that only reads files, or for help."""
+    if not argv or Path(argv[0]).stem != "lightning-pet":
+        return False
+    helps = argv[1:2] == ["intrinsic-dimension"] and bool({"-h", "--help"} & set(argv))
+    return not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help") or helps
 
 
 if not _runs_file_verb(sys.argv):

@@ -165,9 +165,9 @@ def lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> i
     """Virtual tokens of the prompts that come before this one on the same host."""
     before = 0
     for other in () if host is None else cast(nn.ModuleDict, host.pet).values():
-        inner = other._modules.get("_fsdp_wrapped_module", other)
+        inner = other._modules.get("_fsdp_wrapped_module") or other
         if inner is delta:
             break
         if isinstance(inner, kind):
-            before += inner.length  # type: ignore[attr-defined]
+            before += cast(int, inner.length)
     return before
