@@ -16,6 +16,7 @@ NAMES = [
     "BaseMismatchError",
     "BitFitCallback",
     "AdapterBiasCallback",
+    "AdapterCallback",
     "AdapterFusionCallback",
     "ArgumentError",
     "BaseMismatchError",

@@ -66,7 +66,7 @@ class BitFitCallback(PETCallback):
         if not self.biases:
             raise ArgumentError("biases is empty: use 'all', or name at least one role, suffix or pattern.")
 
-    def heads(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+    def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of the parameters of task heads; a bias in a module does not keep it from being one."""
         return super().head_parameters(root, ())
 

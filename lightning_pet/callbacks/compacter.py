@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.parameters import delta_options, norm_parameters
-from lightning_pet.core.placement import resolve_sites
+from lightning_pet.core.parameters import norm_parameters
+from lightning_pet.core.placement import delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.activations import activation
@@ -149,10 +149,10 @@ class CompacterCallback(PETCallback):
     def _adapter(self, root: nn.Module, target: Target, rule: PHMRule | None) -> PHMBottleneck:
         width = target.sizes[0]
         size = self.bottleneck_size or int(width / self.reduction_factor)
-        check_divisible(f"{target.path}: width", width, self.phm_dim)
+        check_divisible("width", width, self.phm_dim, f"{target.path}: ", fixed=True)
         if self.bottleneck_size is None:
-            label = f"{target.path}: reduction_factor={self.reduction_factor:g} of width {width} gives bottleneck_size"
-            check_divisible(label, size, self.phm_dim)
+            where = f"{target.path}: reduction_factor={self.reduction_factor:g} makes of width {width} "
+            check_divisible("bottleneck_size", size, self.phm_dim, where)
         return PHMBottleneck(
             width,
             size,

@@ -79,12 +79,13 @@ class IA3Callback(PETCallback):
             "layers": self.layers_to_transform,
             "hosts": _can_host,
         }
-        inner = (
-            resolve_targets(root, self.feedforward_modules, structure, **options) if self.feedforward_modules else ()
-        )
+        inner: tuple[Target, ...] = ()
+        if self.feedforward_modules:
+            inner = resolve_targets(root, self.feedforward_modules, structure, **options)
         if parts := [target.path for target in inner if target.rows is not None]:
             raise TargetError(
-                f"feedforward_modules: only some rows of {parts[0]} are meant, but its input has no rows."
+                f"feedforward_modules: only some outputs of {parts[0]} are meant, but it has one input for all. "
+                "Name another projection."
             )
         places = {(target.module, target.parameter) for target in inner}
         every = resolve_targets(root, [*self.target_modules, *self.feedforward_modules], structure, **options)

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_pet.core import attention_einsum
 from lightning_pet.core.attention_interface import LivePrefix
 from lightning_pet.core.attention_masks import causal, wider
 from lightning_pet.errors import TargetError
 from lightning_pet.layers.prefix import attend_with_prefix
 
-PRODUCT, ADDED_PRODUCT, SOFTMAX, DROPOUT, SDPA, MULTI_HEAD = range(6)
+PRODUCT, ADDED_PRODUCT, SUM, SOFTMAX, DROPOUT, SDPA, MULTI_HEAD = range(7)
 FUNCTIONS: Final[dict[Any, int]] = {
     torch.matmul: PRODUCT,
     torch.bmm: PRODUCT,
@@ -28,6 +29,7 @@ FUNCTIONS: Final[dict[Any, int]] = {
     Tensor.__matmul__: PRODUCT,
     torch.baddbmm: ADDED_PRODUCT,
     Tensor.baddbmm: ADDED_PRODUCT,
+    torch.einsum: SUM,
     F.softmax: SOFTMAX,
     torch.softmax: SOFTMAX,
     Tensor.softmax: SOFTMAX,
@@ -100,6 +102,8 @@ class FunctionalRoute(TorchFunctionMode):
             return self._product(func, args, kwargs)
         if kind == ADDED_PRODUCT:
             return self._added_product(func, args, kwargs)
+        if kind == SUM:
+            return self._sum(func, args, kwargs)
         if kind == SOFTMAX:
             return self._softmax(func, args, kwargs)
         if kind == DROPOUT:
@@ -127,6 +131,16 @@ class FunctionalRoute(TorchFunctionMode):
     def _added_product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result: Tensor = func(*args, **kwargs)
         self.products.append(_Product(added_operands(args, kwargs)[0], result))
+        return result
+
+    def _sum(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result: Tensor = func(*args, **kwargs)
+        shares = None if self.shares is None else sum_operand_like(args, self.shape)
+        if shares is not None:
+            found = attention_einsum.values(args, shares)
+            return result if found is None else self._with_values(result, found.order)
+        if (score := attention_einsum.scores(args)) is not None:
+            self.products.append(_Product(score.left, result))
         return result
 
     def _softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -161,12 +175,13 @@ class FunctionalRoute(TorchFunctionMode):
             self.shares = F.dropout(self.shares, *_dropout_options(args[1:], kwargs))
         return func(*args, **kwargs)
 
-    def _with_values(self, result: Tensor) -> Tensor:
+    def _with_values(self, result: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
         shares, value = self.shares, self.live.value
         assert shares is not None
         self.shares, self.live.used = None, True
         extra = torch.matmul(_by_head(shares, value.shape[0]), value.to(shares.dtype))
-        return result + extra.reshape(result.shape).to(result.dtype)
+        extra = extra.reshape(result.shape) if order is None else extra.permute(order)
+        return result + extra.to(result.dtype)
 
     # --- the fused function ----------------------------------------------------------------------
 
@@ -186,6 +201,12 @@ class FunctionalRoute(TorchFunctionMode):
         key, value = self.live.before(key, value)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **given)
         return out.flatten(0, 1) if flat else out
+
+
+def sum_operand_like(args: tuple[Any, ...], shape: torch.Size | None) -> int | None:
+    """Which operand of an Einstein sum may be the shares of this shape."""
+    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    return next((i for i, x in enumerate(operands) if shape is not None and same_shape(x, shape)), None)
 
 
 def same_shape(tensor: Any, shape: torch.Size) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from lightning_pet.core import attention_einsum
 from lightning_pet.core import attention_functions as functions
 from lightning_pet.core.attention_interface import observed
 from lightning_pet.core.record import Call, Recorder
@@ -116,6 +117,8 @@ class Observer(TorchFunctionMode):
         elif kind == functions.ADDED_PRODUCT:
             left, right, factor = functions.added_operands(args, kwargs)
             self._products.append(_Product(left, right, result, _edge(result), tuple(self.recorder.running()), factor))
+        elif kind == functions.SUM:
+            self._saw_sum(args, result)
         elif kind == functions.SOFTMAX:
             self._saw_softmax(args[0] if args else kwargs["input"], args[1:], kwargs, result)
         elif kind == functions.SDPA:
@@ -136,10 +139,23 @@ class Observer(TorchFunctionMode):
     def _saw_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
         stack = tuple(self.recorder.running())
         self._products = [product for product in self._products if product.is_near(stack)]
-        if self._score is None or self._shape is None or not functions.same_shape(left, self._shape):
+        if self._score is not None and self._shape is not None and functions.same_shape(left, self._shape):
+            self._saw_values(left, right, stack)
+        else:
             self._products.append(_Product(left, right, result, _edge(result), stack))
-            return
+
+    def _saw_sum(self, args: tuple[Any, ...], result: Tensor) -> None:
+        stack = tuple(self.recorder.running())
+        shares = None if self._score is None else functions.sum_operand_like(args, self._shape)
+        if shares is not None:
+            if (found := attention_einsum.values(args, shares)) is not None:
+                self._saw_values(found.left, found.right.mT, stack)
+        elif (score := attention_einsum.scores(args)) is not None:
+            self._products.append(_Product(score.left, score.right.mT, result, _edge(result), stack))
+
+    def _saw_values(self, left: Tensor, right: Tensor, stack: tuple[Call, ...]) -> None:
         score, self._score = self._score, None
+        assert score is not None
         common = [a for a, b in zip(score.stack, stack, strict=False) if a is b]
         heads = score.right.shape[1] if score.right.dim() == 4 else 0  # of the keys: 1 where all queries share them
         known = self._scale is not None and left.dim() in (3, 4)

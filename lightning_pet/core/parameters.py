@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
 
-from lightning_pet.core.adaptation import host_parameter
 from lightning_pet.core.heads import find_heads
 from lightning_pet.core.insertion import base_class, reader_of
 from lightning_pet.core.names import named_places
@@ -157,17 +154,6 @@ def norm_parameters(root: nn.Module, scope: str | None = None) -> tuple[str, ...
             f"layer_norms=True: {type(root).__name__} has no norm with parameters. Set layer_norms=False."
         )
     return tuple(names)
-
-
-def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
-    """Where and in which dtype a delta's parameters live: as the base around its place, in at least float32.
-
-    Updates are far smaller than the values that they change, so half precision would lose them.
-    """
-    near = dict(root.named_parameters(remove_duplicate=False)).get(host_parameter(root, target))
-    if near is None:
-        return {"device": None, "dtype": torch.float32}
-    return {"device": near.device, "dtype": near.dtype if near.dtype == torch.float64 else torch.float32}
 
 
 def _role(structure: Structure, path: str, name: str) -> tuple[Role | None, bool]:

@@ -78,7 +78,7 @@ def resolve_sites(
     kinds: list[SiteKind] = list(sublayers or DEFAULT_SUBLAYERS[placement])
     kinds += ["cross"] if cross_attention else []
     optional = sublayers is None and placement == "houlsby"
-    finder.check_present(kinds, None if optional else kinds)
+    finder.check_present(kinds, ["cross"] * cross_attention if optional else kinds)
     keep = finder.selection(layers, exclude)
     sites = [site for site in structure.sites if site.kind in kinds and keep(*finder.names(site))]
     finder.check_covered(kinds, keep)
@@ -131,10 +131,10 @@ class _Finder:
 
     # -- what there is ----------------------------------------------------------------------------
 
-    def check_present(self, kinds: Sequence[SiteKind], required: Sequence[SiteKind] | None) -> None:
-        """Every required kind must be there (``None``: any of ``kinds``)."""
+    def check_present(self, kinds: Sequence[SiteKind], required: Sequence[SiteKind]) -> None:
+        """Every required kind must be there (none required: any of ``kinds``)."""
         found = {site.kind for site in self.structure.sites}
-        missing = [kind for kind in required or () if kind not in found]
+        missing = [kind for kind in required if kind not in found]
         if found.intersection(kinds) and not missing:
             return
         if not found:

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
+from lightning_pet.engine.deepspeed import DeepSpeedAdapter
 from lightning_pet.engine.fsdp import FSDPAdapter
 from lightning_pet.engine.model_parallel import ModelParallelAdapter
 from lightning_pet.engine.strategy import StrategyAdapter
@@ -22,7 +23,7 @@ from lightning_pet.errors import UnsupportedStrategyError
 ADAPTERS: list[tuple[type[Strategy], type[StrategyAdapter[Any]] | None]] = [
     (SingleDeviceXLAStrategy, None),
     (XLAStrategy, None),
-    (DeepSpeedStrategy, None),
+    (DeepSpeedStrategy, DeepSpeedAdapter),
     (FSDPStrategy, FSDPAdapter),
     (ModelParallelStrategy, ModelParallelAdapter),
     (SingleDeviceStrategy, StrategyAdapter),

@@ -260,7 +260,9 @@ class Controller:
             own = [name for name in record.delta_names if any(name.startswith(f"{place}.") for place in places)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
-        return optim.hold_delta(original(), self.module, delta, hosts, ratios, options)
+        returned = optim.hold_delta(original(), self.module, delta, hosts, ratios, options)
+        self.adapter.optimizers_made(optim.optimizers_in(returned), self.module)
+        return returned
 
     def exchange(self, exchanges: Sequence[Exchange]) -> None:
         """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""

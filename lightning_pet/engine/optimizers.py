@@ -51,7 +51,7 @@ def hold_delta(
         OptimizerMismatchError: if a trainable parameter has no optimizer to join, or an optimizer cannot
             have another group.
     """
-    optimizers, schedulers = _collect(returned, "param_groups"), _collect(returned, "step", "optimizer")
+    optimizers, schedulers = optimizers_in(returned), _collect(returned, "step", "optimizer")
     if not optimizers:
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise OptimizerMismatchError(
@@ -168,6 +168,11 @@ def reorder_state(
         _reorder(index, state, saved, current)
         for index, (state, saved, current) in enumerate(zip(optimizer_states, saved_names, current_names, strict=True))
     ]
+
+
+def optimizers_in(returned: Any) -> list[Any]:
+    """The distinct optimizers in what ``configure_optimizers`` returned, in order."""
+    return _collect(returned, "param_groups")
 
 
 # ---- holding -----------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ name                                                      used for
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
+``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2 before the first step
+``._hp_optimizer_states_linked``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
@@ -258,6 +260,13 @@ def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
 def unwrapped_name(name: str) -> str:
     """Return a parameter's name as FSDP1 writes it: without its own levels and those of checkpointing."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def link_partition_states(zero: Any) -> None:
+    """Let the parameters of a ZeRO-1 or ZeRO-2 optimizer find their parts of its states, before its first step."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def loader_of_run(trainer: Any) -> Any:

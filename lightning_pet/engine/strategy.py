@@ -154,6 +154,9 @@ class StrategyAdapter(Generic[S]):
             complete: whether the last hook that builds the model has run.
         """
 
+    def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
+        """``configure_optimizers`` returned these; the engine has not put its own in their place yet."""
+
     def is_wrapped(self, root: nn.Module) -> bool:
         """Whether the engine has the deltas in its hold, so that they cannot be taken out any more."""
         return False

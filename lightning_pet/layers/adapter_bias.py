@@ -86,5 +86,6 @@ class TokenShift(Delta):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Shift ``output`` [..., out] by the score of x [..., in]."""
-        score: Tensor = (self.__dict__["shared"] if self.alpha is None else self.alpha)(x)
+        alpha: TokenScore = self.__dict__["shared"] if self.alpha is None else self.alpha
+        score: Tensor = alpha(x)
         return output + (score * self.v.to(score.dtype)).to(output.dtype)

@@ -182,20 +182,26 @@ class PHMLinear(Part):
         return f"n={self.n}, slices={shapes}, shared_rule={self.__dict__['shared'] is not None}"
 
 
-def check_divisible(label: str, size: int, n: int) -> None:
+def check_divisible(label: str, size: int, n: int, where: str = "", *, fixed: bool = False) -> None:
     """Raise unless ``n`` divides the size.
+
+    Args:
+        label: name of the size.
+        size: its value.
+        n: number of Kronecker products.
+        where: what the message begins with.
+        fixed: the size cannot be chosen, so that only another ``n`` helps.
 
     Raises:
         ArgumentError: naming the size, the nearest sizes that n divides, and the nearest n that divide the size.
     """
     if size % n == 0 and size > 0:
         return
-    below, above = size // n * n, (size // n + 1) * n
-    sizes = " or ".join(str(near) for near in (below, above) if near > 0)
-    divisors = [m for m in range(1, size + 1) if size % m == 0]
-    nearest = sorted(divisors, key=lambda m: abs(m - n))[:2]
-    also = f", or phm_dim={' or '.join(map(str, sorted(nearest)))}" if divisors else ""
-    raise ArgumentError(f"{label}={size} is not divisible by phm_dim={n}. Use {label}={sizes}{also}.")
+    near = [str(multiple) for multiple in (size // n * n, (size // n + 1) * n) if multiple > 0]
+    divisors = sorted(sorted((m for m in range(1, size + 1) if size % m == 0), key=lambda m: abs(m - n))[:2])
+    advice = [] if fixed else [f"{label}={' or '.join(near)}"]
+    advice += [f"phm_dim={' or '.join(map(str, divisors))}"] if divisors else []
+    raise ArgumentError(f"{where}{label}={size} is not divisible by phm_dim={n}. Use {', or '.join(advice)}.")
 
 
 class PHMBottleneck(Delta):
@@ -234,7 +240,7 @@ class PHMBottleneck(Delta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_divisible("width", width, n)
+        check_divisible("width", width, n, fixed=True)
         check_divisible("bottleneck_size", bottleneck, n)
         self.non_linearity = non_linearity
 

@@ -142,7 +142,7 @@ class ScaledWeight(_Scaling):
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, in the shape and dtype of ``weight``."""
         scale = ranges.spread(self.scale, self.rows, self.features, 1.0)
-        return (weight * (scale if self.axis == -1 else scale.unsqueeze(-1))).to(weight.dtype)
+        return (weight * scale.unsqueeze(-2 if self.axis == -1 else -1)).to(weight.dtype)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def plot_dimension(found: Dimension | dict[str, Dimension], metric: str, path: P
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for label, curve in curves.items():
-        d = [point.d for point in curve.points]
+        d = [float(point.d or 0) for point in curve.points]
         mean = [point.mean for point in curve.points]
         (line,) = axes.plot(d, mean, marker="o", label=label or "subspace")
         low, high = [min(p.metrics) for p in curve.points], [max(p.metrics) for p in curve.points]

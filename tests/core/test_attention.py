@@ -45,6 +45,15 @@ class Written(nn.Module):
         shares = torch.softmax(scores.unflatten(0, (-1, HEADS)), -1)
         return torch.bmm(shares.flatten(0, 1), v).unflatten(0, (-1, HEADS))
 
+    def sums(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shares = (torch.einsum("bnid,bnjd->bnij", q, k) / math.sqrt(DIM)).softmax(dim=3)
+        return torch.einsum("bnij,bnjd->bnid", shares, v)
+
+    def turned_sums(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))
+        shares = (torch.einsum("ibnd,jbnd->bnij", q / math.sqrt(DIM), k)).softmax(dim=-1)
+        return torch.einsum("jbnd,bnij->ibnd", v, shares).permute(1, 2, 0, 3)
+
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -89,7 +98,9 @@ def gated(q: Tensor, k: Tensor, v: Tensor, prefix: AttentionPrefix, mask: Tensor
     return (a * (real.softmax(-1) @ v) + b * (ours.softmax(-1) @ prefix.value)) / (a + b)
 
 
-FORMS = ["scaled_scores", "scaled_queries", "flat_bmm", "fused", "fused_flat", "fused_causal"]
+FORMS = [
+    "scaled_scores", "scaled_queries", "flat_bmm", "sums", "turned_sums", "fused", "fused_flat", "fused_causal"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)

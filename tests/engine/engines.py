@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from models import Net, cosine
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -73,6 +74,22 @@ class CPUFSDP(FSDPStrategy):
         return FSDP(model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs)
 
 
+class CPUDeepSpeed(DeepSpeedStrategy):
+    """ZeRO on the CPU: without the check for CUDA, and on a device with an index."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
 def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
     """The module and strategy of an engine."""
     if engine.startswith("fsdp2"):
@@ -80,10 +97,14 @@ def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
     if engine.startswith("fsdp"):
         options = {"auto_wrap_policy": {nn.Linear}} if engine.endswith("layers") else {}
         return base(Net(dropout=dropout), cosine), CPUFSDP(process_group_backend="gloo", **options)
+    if engine.startswith("zero"):
+        return base(Net(dropout=dropout), cosine), CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo")
     raise ValueError(engine)
 
 
 def trained_parameters(trainer: Any, engine: str) -> list[int]:
-    """Numbers that this process holds of each parameter that trains."""
+    """Numbers that this process holds, and steps, of each parameter (or partition) that trains."""
+    if engine.startswith("zero"):
+        return [p.numel() for group in trainer.optimizers[0].optimizer.param_groups for p in group["params"]]
     parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
     return [(p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters]

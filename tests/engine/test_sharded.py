@@ -1,6 +1,7 @@
 """Engines that shard, on two gloo processes: what one process trains, and files that every engine reads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lightning_pet.engine.delta import load_delta
 
 SCRIPT = str(Path(__file__).with_name("sharded_runs.py"))
 PADDING = 5  # numbers, one in each unit of FSDP1 at most
-ENGINES = ["fsdp2", "fsdp"]
+ENGINES = ["fsdp2", "fsdp", "zero1", "zero2", "zero3"]
 VARIANTS = ["fsdp-layers", "fsdp2-early", "fsdp2-meta", "fsdp2-late"]
 
 
@@ -26,6 +27,10 @@ def one(tmp_path_factory):
 
 
 def run(engine, one, factory):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install lightning-pet[deepspeed])")
+        if shutil.which("g++") is None:
+            pytest.skip("DeepSpeed builds an operator for the CPU at its first run, and there is no g++")
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
     codes, outputs = launch([SCRIPT, str(folder), engine], timeout=200)
@@ -104,7 +109,7 @@ def test_files_hold_what_those_of_one_process_hold(one, two):
 def test_each_process_holds_its_part(one, two):
     whole = sum(p.numel() for p in one[1].parameters() if p.requires_grad)
     held = [sum(rank["held"]) for rank in two[1]]
-    assert sum(held) == whole
+    assert whole <= sum(held) <= whole + 2 * PADDING
     assert max(held) <= 0.7 * whole
     assert sum(rank["gradients"] for rank in two[1]) <= whole + 2 * PADDING  # none for what is frozen
 

@@ -271,7 +271,7 @@ def test_two_stages(trained_tasks: list[Path], tmp_path: Path) -> None:
         load_delta(fresh, tmp_path / path)
         assert torch.equal(fresh(ids), expected)
 
-    half, _ = fit("both", callback(), 2)
+    half, _ = fit("both", callback(), 3)
     half.save_checkpoint(tmp_path / "half.ckpt")
     _, resumed = fit("both", callback(), 4, tmp_path / "half.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), module.parameters(), strict=True))

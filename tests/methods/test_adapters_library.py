@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pet import AdapterCallback, apply
+from lightning_pet import AdapterCallback, CompacterCallback, apply
 from lightning_pet.core.naming import named_modules
 
 from .adapters_files import ARCHITECTURES, Reference, read
@@ -92,6 +92,32 @@ def copy_adapters(model: nn.Module, architecture: str, placement: str, delta: di
         parameter.data.copy_(tensor)
         copied.add(id(parameter))
     assert copied == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+_PHM_PARTS = {"adapter_down.0": "down", "adapter_up": "up", "W_left": "left", "W_right": "right", "b": "bias"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compacter(architecture: str) -> None:
+    reference: Reference = read(architecture, "compacter")
+    base = reference.run()
+    assert (base - reference.output).abs().max() > 0.1  # the adapters do something
+    factor = reference.options["reduction_factor"]
+    apply(reference.model, [CompacterCallback(reduction_factor=factor, non_linearity="gelu")])
+    modules, copied = named_modules(reference.model), set()
+    for name, tensor in reference.delta.items():
+        theirs, part = name.split(".task.")
+        if part == "phm_rule":
+            parameter = modules["pet.compacter_default_rule"].matrices
+        else:
+            layer, factor_name = part.rsplit(".", 1)
+            adapter = modules[f"{host_of(architecture, 'houlsby', theirs)}.pet.compacter_default"]
+            parameter = getattr(getattr(adapter, _PHM_PARTS[layer]), _PHM_PARTS[factor_name])
+        assert parameter.shape == tensor.shape
+        parameter.data.copy_(tensor)
+        copied.add(id(parameter))
+    assert copied == {id(p) for p in reference.model.parameters() if p.requires_grad}
+    assert (reference.run() - reference.output).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("placement", sorted(_OPTIONS))

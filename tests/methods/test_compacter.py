@@ -157,9 +157,9 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phm_dim": 3, "bottleneck_size": 6}, r"dropout: width=16 .* phm_dim=3. Use .* phm_dim=2 or 4"),
-        ({}, r"reduction_factor=32 of width 16 gives bottleneck_size=0 .* Use .*=4"),
-        ({"reduction_factor": 3}, r"gives bottleneck_size=5 .* =4 or 8"),
+        ({"phm_dim": 3, "bottleneck_size": 6}, r"dropout: width=16 is not divisible by phm_dim=3. Use phm_dim=2 or 4"),
+        ({}, r"reduction_factor=32 makes of width 16 bottleneck_size=0 .* Use bottleneck_size=4\."),
+        ({"reduction_factor": 3}, r"bottleneck_size=5 .* Use bottleneck_size=4 or 8, or phm_dim=1 or 5"),
     ],
 )
 def test_sizes_that_do_not_divide(options: dict[str, Any], message: str) -> None:
@@ -176,3 +176,27 @@ def test_a_model_without_the_sub_layer_is_refused() -> None:
     bert, _ = zoo.bert()
     with pytest.raises(TargetError, match="no cross-attention"):
         apply(bert, [CompacterCallback(**SIZE, cross_attention=True)])
+
+
+# --- published counts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 161_728),
+        ({"placement": "ffn"}, 104_704),
+        ({"phm_dim": 12, "factorized": False}, 398_976),
+        ({"phm_dim": 12, "factorized": False, "shared_rule": True}, 234_816),
+        ({"phm_dim": 1}, 161_664),
+    ],
+)
+def test_published_counts(options: dict[str, Any], expected: int) -> None:
+    """T5-base with all 62 norms, and the head not counted (Karimi Mahabadi et al. 2021, table 1)."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32_100}
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(**sizes))
+    plan = apply(model, [CompacterCallback(**options, layer_norms=True)]).plan()
+    assert (plan.trainable, plan.base) == (expected, 222_882_048)

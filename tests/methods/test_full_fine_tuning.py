@@ -26,8 +26,6 @@ class TestFullFineTuning(Battery):
     cases: ClassVar[list[Case]] = [
         Case("mlp", FullFineTuningCallback),
         Case("bert", FullFineTuningCallback),
-        Case("t5", FullFineTuningCallback),
-        Case("bert", FullFineTuningCallback, {"module": "bert.encoder", "modules_to_save": []}),
     ]
 
 
@@ -39,6 +37,13 @@ def test_all_parameters_train_each_once(build: object) -> None:
     assert plan.trainable == sum(p.numel() for p in model.parameters())
     assert all(p.requires_grad for p in model.parameters())
     assert not any("pet" in name for name, _ in model.named_modules())
+
+
+def test_one_submodule_and_the_head() -> None:
+    model, _ = zoo.bert()
+    model.bert.embeddings.requires_grad_(False)
+    names = apply(model, [FullFineTuningCallback(module="bert.encoder")]).record.applied[0].trained
+    assert set(names) == {n for n, _ in model.named_parameters() if n.startswith(("bert.encoder.", "classifier."))}
 
 
 def test_it_trains_exactly_as_without_a_callback() -> None:
