@@ -6,6 +6,7 @@ for single parameters can gather and set everything, so that the checkpoint is t
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -69,9 +70,12 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         """Listen for gradients: the engine moves them away as soon as they are there."""
         self._arrived.clear()
         self._hooks = [
-            parameter.register_hook(lambda gradient, name=name: self._arrived.add(name))
+            parameter.register_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
             for name, parameter in trainable(module).items()
         ]
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        self._arrived.add(name)
 
     def parameter_names(self, module: nn.Module) -> list[list[list[str]]]:
         """Names of the parameters of each group of the optimizer that ``configure_optimizers`` returned."""
@@ -126,7 +130,8 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
                 self._set(parameters[names[position]], values[key], key)
 
     def _make_room(self, inner: Any, example: Mapping[str, Any]) -> None:
-        for partition in chain.from_iterable(group["params"] for group in inner.param_groups):
+        groups = chain.from_iterable(group["params"] for group in inner.param_groups)
+        for partition in getattr(self._zero(), "fp32_partitioned_groups_flat", groups):  # ZeRO-3 has more than groups
             inner.state[partition] = {
                 key: torch.zeros_like(partition) if isinstance(value, Tensor) and value.ndim else _copy(value)
                 for key, value in example.items()

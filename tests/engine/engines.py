@@ -105,6 +105,8 @@ def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
 def trained_parameters(trainer: Any, engine: str) -> list[int]:
     """Numbers that this process holds, and steps, of each parameter (or partition) that trains."""
     if engine.startswith("zero"):
-        return [p.numel() for group in trainer.optimizers[0].optimizer.param_groups for p in group["params"]]
+        (zero,) = trainer.optimizers
+        groups = [p for group in zero.optimizer.param_groups for p in group["params"]]
+        return [p.numel() for p in getattr(zero, "fp32_partitioned_groups_flat", groups)]
     parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
     return [(p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters]

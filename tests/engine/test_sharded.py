@@ -13,7 +13,7 @@ from lightning_pet.engine.delta import load_delta
 
 SCRIPT = str(Path(__file__).with_name("sharded_runs.py"))
 PADDING = 5  # numbers, one in each unit of FSDP1 at most
-ENGINES = ["fsdp2", "fsdp", "zero1", "zero2", "zero3"]
+ENGINES = ["fsdp2", "fsdp", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"))]
 VARIANTS = ["fsdp-layers", "fsdp2-early", "fsdp2-meta", "fsdp2-late"]
 
 
@@ -33,7 +33,7 @@ def run(engine, one, factory):
             pytest.skip("DeepSpeed builds an operator for the CPU at its first run, and there is no g++")
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
-    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=200)
+    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=120)
     assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return folder, [json.loads(output.split("FOUND ")[1].splitlines()[0]) for output in outputs]
 
@@ -95,7 +95,7 @@ def test_resumed_bit_for_bit(two):
 
 def test_files_hold_what_those_of_one_process_hold(one, two):
     there, here = state(one[0] / "step=4.ckpt"), state(two[0] / "plain" / "step=4.ckpt")
-    assert there.keys() == here.keys()
+    assert there.keys() == here.keys() - {"deepspeed"}
     assert there["lightning_pet"].keys() == here["lightning_pet"].keys()
     for key in ("methods", "base", "optimizers", "optimizer_classes", "root"):
         assert there["lightning_pet"][key] == here["lightning_pet"][key], key
