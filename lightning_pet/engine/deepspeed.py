@@ -102,9 +102,10 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         parameters = self._trained()
         flat: dict[str, Any] = next((state for state in inner.state.values() if state), {})
         tensors = [key for key, value in flat.items() if isinstance(value, Tensor) and value.ndim]
-        rest = {key: value for key, value in flat.items() if key not in tensors}
+        rest = [key for key in flat if key not in tensors]
         states = {
-            i: self._kept((key, safe_get_full_optimizer_state(parameters[name], key)) for key in tensors) | rest
+            i: self._kept((key, safe_get_full_optimizer_state(parameters[name], key)) for key in tensors)
+            | {key: _copy(flat[key]) for key in rest}  # one counter for all would count every parameter's step
             for i, name in enumerate(flat_names(self._names[0]) if flat else ())
         }
         positions = iter(range(len(flat_names(self._names[0]))))

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from ddp_runs import Dealt, Mean  # noqa: E402  # it silences warnings and logs, too
+from ddp_runs import Dealt, Mean, on_a_full_disk  # noqa: E402  # it silences warnings and logs, too
 from engines import PLUS, make, trained_parameters  # noqa: E402
 from models import Data, every_step, lora, trainer  # noqa: E402
 
@@ -65,6 +65,7 @@ def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
     checked.save_checkpoint(folder / "validated.ckpt", weights_only=True)
     started, _ = run(folder / "started", engine, start_from=str(folder / "after.ckpt"), seed=97)
     found["started"] = started.losses[0]
+    found["full"] = on_a_full_disk(fitted, folder / "full.ckpt")
     try:
         run(folder / "refused", engine, path=folder / "after.ckpt", r=1)
     except PETError as error:
@@ -73,5 +74,5 @@ def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     print("FOUND " + json.dumps(main(Path(sys.argv[1]), sys.argv[2])), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # DeepSpeed leaves threads behind, whose end takes long

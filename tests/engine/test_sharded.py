@@ -34,7 +34,7 @@ def run(engine, one, factory):
             pytest.skip("DeepSpeed builds an operator for the CPU at its first run, and there is no g++")
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
-    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=120)
+    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=300)
     assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return folder, [json.loads(output.split("FOUND ")[1].splitlines()[0]) for output in outputs]
 
@@ -143,6 +143,13 @@ def test_starts_from_a_file(one, two):
     batch = next(iter(Data(shuffle=False).train_dataloader()))
     expected = Module(net).loss(batch).item()
     assert [rank["started"] for rank in two[1]] == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_a_full_disk_stops_every_rank(two):
+    first, second = (rank["full"] for rank in two[1])
+    assert first == "[Errno 28] No space left on device"
+    assert "failed in process 0, so that this one stops as well: OSError: [Errno 28]" in second
+    assert not (two[0] / "full.ckpt").exists()
 
 
 def test_refused_on_every_rank(two):
