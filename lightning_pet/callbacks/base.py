@@ -57,6 +57,9 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
+    shards: ClassVar[bool] = False
+    """Tests show that it trains under strategies that shard parameters over processes."""
+
     def __init__(
         self,
         *,
@@ -126,6 +129,10 @@ class PETCallback(Callback):
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
+        return {}
+
+    def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Optimizer options (``lr``, ``weight_decay`` …) of its own parameters that do not train with their group's."""
         return {}
 
     def config(self) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import every_parameter, tied
@@ -56,6 +57,7 @@ class IntrinsicDimensionCallback(PETCallback):
     """
 
     method: ClassVar[str] = "intrinsic_dimension"
+    width: ClassVar[str | None] = "d"
 
     def __init__(
         self,
@@ -146,6 +148,22 @@ class IntrinsicDimensionCallback(PETCallback):
         digest = hashlib.sha256(f"{self.seed}:{target.path}".encode()).digest()
         seed = int.from_bytes(digest[:8], "little") >> 1
         return Projected(subspace, index, numel, seed, authors_gradient=self.authors_gradient)
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Set d to the numbers that ``budget`` pays for, and say so.
+
+        Raises:
+            ArgumentError: if it does not pay for one number besides the factors.
+        """
+        if self.budget is None:
+            return
+        base = base_numbers(root)
+        smallest = 1 + (len(tied(root, targets)) if self.structure_aware else 0)
+        check_affordable(smallest, base, self.budget, f"d={smallest}")
+        self.d = affordable(self.budget, base)
+        rank_zero_info(
+            f"{type(self).__name__}(budget={self.budget}) picks d={self.d:,}, {self.d / base:.3%} of the base."
+        )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the first step of every run."""

@@ -18,7 +18,7 @@ from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
 from lightning_pet.layers.delta import Delta, Tied
 
-_ORDER = ("shared", "weight", "activation", "around")  # in which deltas act on one host, innermost first
+_ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
 
 
 class Adapted:
@@ -81,9 +81,14 @@ class Adapted:
         copy_in(self.root, {name: self.record.originals[name] for name in changed_buffers(self.root)})
         copy_in(self.root, tensors)
 
-    def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise what :meth:`load_state_dict` would raise."""
-        own = dict(named_tensors(self.root))
+    def check_fit(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None) -> None:
+        """Raise what :meth:`load_state_dict` would raise.
+
+        Args:
+            tensors: the delta, whole.
+            own: the root's tensors by name, in full shape, where an engine changed the shapes of its own.
+        """
+        own = dict(named_tensors(self.root)) if own is None else own
         required = {*self.record.delta_names, *self.record.trained_names}
         optional = {n for n, t in own.items() if not isinstance(t, nn.Parameter)} - required
         problems = [f"missing {name}" for name in sorted(required - set(tensors))]

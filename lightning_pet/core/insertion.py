@@ -9,21 +9,25 @@ with it, and it costs more per call; and the weight path needs the swap anyway. 
 Paths (see :class:`~lightning_pet.layers.delta.Delta`): *activation* deltas change what a call
 returns; *around* deltas run in its place and call it; *weight* deltas change what is read from a
 parameter while its reader's forward runs. Outside that scope the parameter is the base's, so sharding
-engines never see an effective weight. *Shared* deltas belong to others of their method and are never
-called by their host.
+engines never see an effective weight. *Generate* deltas wrap the host's ``generate``. *Shared* deltas
+belong to others of their method and are never called by their host.
 """
 
+import inspect
 from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from lightning_pet.core.fast_path import forbid, restore
+from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.structure import Target
 from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta
 
-CHILD = "pet"
 _SCOPE = "_pet_scope"  # this module's weight deltas are visible now
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
 _TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere
@@ -76,13 +80,7 @@ class _Host(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
-        if (
-            len(deltas) == 1
-            and not kwargs
-            and type(self).__pet_fusable__
-            and deltas[0].fuses_linear
-            and not self.pet.active("weight")  # they act on what the base's own forward reads
-        ):
+        if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
             return deltas[0](args[0], None, self.weight, self.bias)
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
@@ -172,12 +170,33 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__pet_base__": base,
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
-        "__pet_fusable__": _has_plain_forward(base),
+        # Computing the product itself, a delta would read the weight past the weight deltas.
+        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (mixin, base), members)
+    members["forward"] = _with_signature(mixin.forward, base.forward)
+    if callable(getattr(base, "generate", None)):
+        members["generate"] = _generate
+    bases = (mixin, WithoutDeltas, base) if issubclass(base, SEQUENCES) else (mixin, base)
+    return type(base.__name__, bases, members)
+
+
+def _with_signature(function: Any, like: Any) -> Any:
+    """The same function, showing another one's signature: transformers looks at it to choose arguments."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return copy
+
+
+def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
+    call: Any = partial(cast(Any, type(self).__pet_base__).generate, self)
+    for delta in self.pet.active("generate"):
+        call = partial(delta, call)
+    return call(*args, **kwargs)
 
 
 def _effective(name: str) -> property:
@@ -274,7 +293,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     check_attachable(host, target, key)
     delta.parameter = target.parameter
     if delta.path == "shared":
-        _adopt(host)
+        _swap(host, _Host) if isinstance(host, SEQUENCES) else _adopt(host)
     elif delta.path == "weight":
         _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
         reader = reader if target.reads is None else target.reads
@@ -293,7 +312,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
         modules[target.reads].__dict__.setdefault(_TAPS, []).append(delta.slot)
     for path, module in modules.items():
         if f"{target.module}.".startswith(f"{path}." if path else ""):
-            _forbid_fast_path(module)
+            forbid(module)
 
 
 def mute(root: nn.Module, paths: set[str], on: bool) -> None:
@@ -304,7 +323,7 @@ def mute(root: nn.Module, paths: set[str], on: bool) -> None:
         pet.muted = frozenset(pet._modules) if on else frozenset()
         for above, module in modules.items():
             if f"{path}.".startswith(f"{above}." if above else ""):
-                _restore_fast_path(module) if on else _forbid_fast_path(module)
+                restore(module) if on else forbid(module)
 
 
 def check_attachable(host: nn.Module, target: Target, key: str) -> None:
@@ -341,7 +360,8 @@ def detach(root: nn.Module, path: str, key: str) -> None:
                 _restore(module)
         _restore(host)
     for module in modules.values():
-        _allow_fast_path(module)
+        if not any(isinstance(inner, Deltas) for inner in module.modules()):
+            restore(module)
 
 
 def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:
@@ -365,30 +385,3 @@ def _restore(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
     del module._modules[CHILD]
     module.__class__ = base_class(module)
-
-
-# In eval mode the fast path hands a layer's raw weights to one fused operator, past every delta, and the
-# encoder packs its input into a nested tensor for it. These flags are conditions of the two, and nothing else.
-_FAST_PATH: tuple[tuple[type[nn.Module], str, Any], ...] = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-
-
-def _forbid_fast_path(module: nn.Module) -> None:
-    for cls, flag, off in _FAST_PATH:
-        if isinstance(module, cls) and hasattr(module, flag):
-            module.__dict__.setdefault("_pet_fast_path", getattr(module, flag))
-            setattr(module, flag, off)
-
-
-def _allow_fast_path(module: nn.Module) -> None:
-    if not any(isinstance(m, Deltas) for m in module.modules()):
-        _restore_fast_path(module)
-
-
-def _restore_fast_path(module: nn.Module) -> None:
-    if "_pet_fast_path" in module.__dict__:
-        for cls, flag, _ in _FAST_PATH:
-            if isinstance(module, cls):
-                setattr(module, flag, module.__dict__.pop("_pet_fast_path"))

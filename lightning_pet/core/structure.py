@@ -24,11 +24,18 @@ Role = Literal[
     "mixer.output",
     "mixer.norm",
     "embedding",
+    "prompt.call",
+    "prompt.rows",
+    "prompt.guard",
+    "prompt.memory",
+    "prompt.generate",
 ]
 """What a place does. ``output`` is f(x) of a residual sum (or the sum, where the module returns that), ``norm`` the
-norm that reads the sum, and ``core`` the softmax attention itself; the others are projections, and the token
-embedding."""
+norm that reads the sum, and ``core`` the softmax attention itself; ``prompt`` places are those of virtual tokens (see
+:mod:`lightning_pet.core.prompt_places`); the others are projections, and the token embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
+Route = Literal["", "interface", "functional"]
+"""How a prefix gets into an attention: transformers' table of attention functions, torch's own, or not at all."""
 
 
 @dataclass(frozen=True, order=True)
@@ -94,6 +101,8 @@ class AttentionCore:
         kv_heads: key/value heads (may be fewer than query heads).
         key_dim: features of one key head.
         value_dim: features of one value head.
+        route: how a prefix gets there.
+        scale: factor of the scores, where the owner forms them by a product of its own.
     """
 
     owner: str
@@ -101,6 +110,8 @@ class AttentionCore:
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    route: Route = ""
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a run compares before it uses a saved delta: its base, and the methods of a checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,6 +12,10 @@ from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.errors import BaseMismatchError, DeltaFileError
 from lightning_pet.store.entry import describe
 from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
+
+Named = Iterable[tuple[str, Tensor]]
+Whole = Callable[[Named], Named]
+"""Gives each of the named tensors whole, one after the other, where processes hold parts of them."""
 
 
 def base_parameters(
@@ -28,15 +32,15 @@ def base_parameters(
     names = set(record.trained_names if trained is None else trained)
     skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
     return [
-        (canonical(name), record.originals.get(canonical(name), parameter).detach())
+        (canonical(name), record.originals.get(canonical(name), parameter))
         for name, parameter in root.named_parameters()
         if id(parameter) not in skip
     ]
 
 
-def base_fingerprint(root: nn.Module, record: Adaptation, exact: bool = False) -> Fingerprint:
+def base_fingerprint(root: nn.Module, record: Adaptation, exact: bool = False, whole: Whole = iter) -> Fingerprint:
     """Fingerprint of the frozen base; ``exact`` adds a digest of every byte."""
-    return fingerprint(base_parameters(root, record), exact)
+    return fingerprint(whole(base_parameters(root, record)), exact)
 
 
 def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) -> None:
@@ -85,6 +89,7 @@ def check_base(
     path: object,
     policy: str,
     trained: Sequence[str] | None = None,
+    whole: Whole = iter,
 ) -> None:
     """The base must be the one that the delta was trained on.
 
@@ -95,6 +100,7 @@ def check_base(
         path: the file, for messages.
         policy: ``"error"``, ``"exact"``, ``"warn"`` or ``"off"``: the caller's choice, never the file's.
         trained: base parameters that the stored delta trained (default: those of the record).
+        whole: gathers what processes hold parts of.
 
     Raises:
         BaseMismatchError: if it is another one and the policy is ``"error"`` or ``"exact"``; if the
@@ -102,7 +108,7 @@ def check_base(
     """
     if policy == "off":
         return
-    result = compare(saved, base_parameters(root, record, trained), exact=policy == "exact")
+    result = compare(saved, whole(base_parameters(root, record, trained)), exact=policy == "exact")
     if policy == "exact" and result.verdict not in (Verdict.EXACT, Verdict.DIFFERENT):
         raise BaseMismatchError(
             f"{path}: base_check='exact' cannot be answered: {result.explanation} Save with exact=True (or train with "

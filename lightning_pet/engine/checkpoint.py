@@ -1,18 +1,19 @@
 """What a run's checkpoints hold, and the checks before one is used: the rules behind the strategy adapter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import changed_buffers, copy_in
+from lightning_pet.core.adaptation import changed_buffers, take_forms
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import base_check
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.resume import ExactResume
+from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.store.entry import KEY, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
@@ -26,6 +27,7 @@ class Run(Protocol):
     trainer: pl.Trainer
     module: pl.LightningModule
     resume: ExactResume
+    adapter: StrategyAdapter[Any]
 
     @property
     def adapted(self) -> Adapted:
@@ -54,14 +56,18 @@ class Checkpoints:
 
     # --- saving ---------------------------------------------------------------------------------
 
+    def parts(self) -> dict[str, Tensor]:
+        """The module's own tensors that a checkpoint holds: the delta, what trains, what training changed."""
+        wanted = self._wanted()
+        return {name: tensor for name, tensor in named_tensors(self._run.module) if name in wanted}
+
     def keep(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Only the delta, trained base parameters, and what training changed besides.
 
         Raises:
             PETError: if a part of the delta is not in ``state``.
         """
-        required = self._required()
-        wanted = required | {self._full(name) for name in changed_buffers(self._run.adapted.root)} | self._outside()
+        required, wanted = self._required(), self._wanted()
         kept = {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
         if absent := sorted(required - kept.keys()):
             raise PETError(
@@ -77,6 +83,9 @@ class Checkpoints:
         record = self._run.adapted.record
         return {self._full(name) for name in (*record.delta_names, *record.trained_names)}
 
+    def _wanted(self) -> set[str]:
+        return self._required() | {self._full(n) for n in changed_buffers(self._run.adapted.root)} | self._outside()
+
     def _outside(self) -> set[str]:
         # Buffers of metrics and losses beside the root are few and small.
         mine = {id(tensor) for _, tensor in named_tensors(self._run.adapted.root)}
@@ -89,10 +98,11 @@ class Checkpoints:
             if key in checkpoint:
                 checkpoint[key] = self.keep(checkpoint[key])
         record = run.adapted.record
-        entry = make_entry(record, run.root_path, self._fingerprint(), checkpoint["state_dict"])
+        written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
+        entry = make_entry(record, run.root_path, self._fingerprint(), written)
         if "optimizer_states" in checkpoint:
-            entry["optimizers"] = optim.parameter_names(run.trainer.optimizers, run.module)
-            entry["optimizer_classes"] = _class_names(run.trainer.optimizers)
+            entry["optimizers"] = run.adapter.parameter_names(run.module)
+            entry["optimizer_classes"] = run.adapter.class_names()
         if "loops" in checkpoint and run.trainer.state.fn == TrainerFn.FITTING:
             entry["resume"] = run.resume.state(run.trainer)
         checkpoint[KEY] = entry
@@ -101,7 +111,8 @@ class Checkpoints:
         # The base is frozen, so once per run is enough.
         if self._base is None:
             adapted = self._run.adapted
-            self._base = base_check.base_fingerprint(adapted.root, adapted.record, self._run.base_check == "exact")
+            exact = self._run.base_check == "exact"
+            self._base = base_check.base_fingerprint(adapted.root, adapted.record, exact, self._run.adapter.whole)
         return self._base
 
     def new_run(self) -> None:
@@ -117,15 +128,21 @@ class Checkpoints:
         entry = read_entry(checkpoint, path)
         base_check.check_methods(entry, adapted.record, path)
         check_tensors(checkpoint, entry, path)
-        for key in _STATES:
-            if key in checkpoint:
-                self._check_fit(checkpoint[key], path)
-        base_check.check_base(saved_fingerprint(entry, path), adapted.root, adapted.record, path, run.base_check)
+        saved, whole = saved_fingerprint(entry, path), run.adapter.whole
+        undo = take_forms(adapted.root, self._split(checkpoint["state_dict"])[0])
+        try:
+            for key in _STATES:
+                if key in checkpoint:
+                    self._check_fit(checkpoint[key], path)
+            base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, whole=whole)
+        except BaseException:
+            undo()
+            raise
         if "resume" in entry and run.trainer.state.fn == TrainerFn.FITTING:
             run.resume.load_state(entry["resume"])
         self._optimizer_names, self._optimizer_classes = entry.get("optimizers"), entry.get("optimizer_classes")
         for key in _STATES:
-            if key in checkpoint:
+            if key in checkpoint and not run.adapter.shards:
                 checkpoint[key] = self._completed(checkpoint[key])
 
     def _split(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,7 +154,7 @@ class Checkpoints:
 
     def _check_fit(self, state: Mapping[str, Any], path: object) -> None:
         inside, outside = self._split(state)
-        own = dict(named_tensors(self._run.module))
+        own = self._run.adapter.shaped(named_tensors(self._run.module))
         allowed = self._outside()
         for name, value in outside.items():
             if name not in allowed or own[name].shape != value.shape:
@@ -147,7 +164,7 @@ class Checkpoints:
                     "mismatch",
                 )
         try:
-            self._run.adapted.check_fit(inside)
+            self._run.adapted.check_fit(inside, self._split(own)[0])
         except DeltaFileError as error:
             raise DeltaFileError(f"{path}: {error}", error.code) from None
 
@@ -168,24 +185,24 @@ class Checkpoints:
         }
 
     def load_model(self, checkpoint: Mapping[str, Any]) -> None:
-        """Copy the tensors in; the key set must fit exactly."""
+        """Copy the tensors of a checked checkpoint in; buffers that are not in it are those of the base."""
         run = self._run
-        inside, outside = self._split(checkpoint["state_dict"])
-        record = run.adapted.record
-        root = dict(named_tensors(run.adapted.root))
-        wanted = {*record.delta_names, *record.trained_names}
-        wanted |= {name for name, tensor in root.items() if not isinstance(tensor, nn.Parameter)}
-        run.adapted.load_state_dict({name: value for name, value in inside.items() if name in wanted})
-        allowed = self._outside()
-        copy_in(run.module, {name: value for name, value in outside.items() if name in allowed})
+        state = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
+        own = list(named_tensors(run.module))
+        wanted = self._wanted() | {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
+        found = {name: value for name, value in state.items() if name in wanted}
+        shaped = self._split(run.adapter.shaped(own))[0]
+        run.adapted.check_fit(self._split(found)[0], shaped)  # once more: on_load_checkpoint of the user came between
+        originals = run.adapted.record.originals
+        run.adapter.fill(own, {self._full(name): originals[name] for name in changed_buffers(run.adapted.root)})
+        run.adapter.fill(own, found)  # in a second turn: a completed state refers to the very buffers
 
     def before_optimizers(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         """Saved optimizer states belong to names, not to positions."""
         if self._optimizer_names is None:
             return checkpoint
         run = self._run
-        names = optim.parameter_names(run.trainer.optimizers, run.module)
-        classes = _class_names(run.trainer.optimizers)
+        names, classes = run.adapter.parameter_names(run.module), run.adapter.class_names()
         if len(classes) == len(self._optimizer_names) and classes != self._optimizer_classes:
             raise OptimizerMismatchError(
                 f"The checkpoint was written with {self._optimizer_classes}, this run has {classes}: the state of one "
@@ -193,7 +210,3 @@ class Checkpoints:
             )
         states = optim.reorder_state(checkpoint["optimizer_states"], self._optimizer_names, names)
         return {**checkpoint, "optimizer_states": states}
-
-
-def _class_names(optimizers: Sequence[object]) -> list[str]:
-    return [type(optimizer).__name__ for optimizer in optimizers]

@@ -20,7 +20,9 @@ name                                                      used for
 ``LRScheduler._last_lr``, ``._schedulers``                extending schedulers by a parameter group
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
+``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
+``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
@@ -32,6 +34,9 @@ name                                                      used for
 ``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
+``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
+``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2 before the first step
+``._hp_optimizer_states_linked``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
@@ -52,6 +57,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim.swa_utils import AveragedModel
 
 LAST_LR: Final = "_last_lr"
@@ -75,6 +81,11 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
             setattr(owner, name, before)
 
     return undo
+
+
+def finds_unused_parameters(strategy: Any) -> bool:
+    """Whether a DDP strategy looks in every step for parameters without a gradient."""
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
@@ -209,6 +220,11 @@ def uses_first_group_only(optimizer: Any) -> bool:
     return params is not None and params is optimizer.param_groups[0]["params"]
 
 
+def unscales_itself(optimizer: Any) -> bool:
+    """Whether an optimizer takes scaled gradients and unscales them in its step, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def average_of(callback: Any) -> Any:
     """Return the copy of the LightningModule in which an averaging callback keeps its averages, if there is one."""
     average = callback._average_model
@@ -233,6 +249,26 @@ def checkpoints_reentrantly(module: Any) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     keywords = getattr(function, "keywords", {})
     return bool(getattr(module, "gradient_checkpointing", False)) and bool(keywords.get("use_reentrant", True))
+
+
+def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
+    """Return a wrap policy of FSDP1 as a function of the module, whether to go below it, and its size."""
+    if isinstance(policy, CustomPolicy):
+        function = policy._lambda_fn
+        return lambda module, recurse, size: recurse or bool(function(module))
+    return None if policy is None else lambda module, recurse, size: bool(policy(module, recurse, size))
+
+
+def unwrapped_name(name: str) -> str:
+    """Return a parameter's name as FSDP1 writes it: without its own levels and those of checkpointing."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def link_partition_states(zero: Any) -> None:
+    """Let the parameters of a ZeRO-1 or ZeRO-2 optimizer find their parts of its states, before its first step."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def loader_of_run(trainer: Any) -> Any:

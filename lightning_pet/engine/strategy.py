@@ -1,24 +1,40 @@
-"""The seam between a delta and the Trainer's strategy: the only place that knows strategies.
+"""The seam between a delta and the Trainer's strategy.
 
 A :class:`StrategyAdapter` replaces methods on the strategy *instance*, once, and reads everything
 else from the controller at call time, so that it serves every later run of the same Trainer. These
 methods are the last stop before the disk: they also serve ``save_weights_only=True``, where no
-callback hook runs.
+callback hook runs. Engines that shard have adapters of their own; :mod:`lightning_pet.engine.choice`
+knows which is whose.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.xla import XLAStrategy
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor, nn
 
-from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.core.naming import canonical
+from lightning_pet.engine import optimizers as optim
+from lightning_pet.engine import private
+from lightning_pet.engine.agreement import agreed
+from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
+
+_ATTRIBUTE = "_pet_adapter"
+Named = Iterable[tuple[str, Tensor]]
+S = TypeVar("S", bound=Strategy)
 
 
 class CheckpointRules(Protocol):
     """What a strategy adapter asks of the controller."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """The module's own tensors that a checkpoint holds, by canonical name."""
+        ...
 
     def keep(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Only the delta of a full state dict, under canonical names."""
@@ -41,85 +57,169 @@ class CheckpointRules(Protocol):
         ...
 
 
-class StrategyAdapter:
-    """Single device and DDP: full state dicts in every process."""
+class StrategyAdapter(Generic[S]):
+    """Single device and DDP: every process holds everything, and all of them the same."""
 
-    def __init__(self, strategy: Strategy) -> None:
+    shards = False
+    """Whether a process holds parts of tensors only."""
+
+    materialized_late = False
+    """Whether deltas were on the meta device when the model was complete, so that they got their values since."""
+
+    replaced: tuple[str, ...] = (
+        "lightning_module_state_dict",
+        "save_checkpoint",
+        "load_checkpoint",
+        "load_model_state_dict",
+        "load_optimizer_state_dict",
+    )
+    """Methods of the strategy that the methods of the same name stand in for, while there is a delta."""
+
+    def __init__(self, strategy: S) -> None:
         self.strategy = strategy
 
+    @staticmethod
+    def installed(strategy: Strategy) -> "StrategyAdapter[Any] | None":
+        """The adapter that was installed in an earlier run."""
+        return strategy.__dict__.get(_ATTRIBUTE)
+
     def install(self, rules: Callable[[], CheckpointRules | None]) -> None:
-        """Wrap the strategy's methods.
+        """Replace the strategy's methods, once.
 
         Args:
             rules: gives the rules in force at call time; ``None`` while no delta is in the model.
         """
-        strategy = self.strategy
-        if "_pet_adapter" in strategy.__dict__:
+        if _ATTRIBUTE in self.strategy.__dict__:
             return
-        strategy.__dict__["_pet_adapter"] = self
-        module_state, save, load = (
-            strategy.lightning_module_state_dict,
-            strategy.save_checkpoint,
-            strategy.load_checkpoint,
-        )
-        load_model, load_optimizers = strategy.load_model_state_dict, strategy.load_optimizer_state_dict
+        self.strategy.__dict__[_ATTRIBUTE] = self
 
-        def lightning_module_state_dict() -> dict[str, Any]:
-            active, state = rules(), module_state()
-            return active.keep(state) if active else state
-
-        def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            if active := rules():
-                active.before_save(checkpoint)
-            save(checkpoint, filepath, storage_options=storage_options)
-
-        def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-            checkpoint = read_checkpoint(checkpoint_path, lambda: load(checkpoint_path, weights_only=weights_only))
-            if active := rules():
-                active.after_load(checkpoint, checkpoint_path)
-            return checkpoint
-
-        def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            if active := rules():
-                active.load_model(checkpoint)
-            else:
-                load_model(checkpoint, strict=strict)
-
-        def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
+        def call(own: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             active = rules()
-            load_optimizers(active.before_optimizers(checkpoint) if active else checkpoint)
+            return original(*args, **kwargs) if active is None else own(active, original, *args, **kwargs)
 
-        for method in (
-            lightning_module_state_dict,
-            save_checkpoint,
-            load_checkpoint,
-            load_model_state_dict,
-            load_optimizer_state_dict,
-        ):
-            setattr(strategy, method.__name__, method)
+        for name in self.replaced:
+            private.replace_method(self.strategy, name, partial(call, getattr(self, name)))
+
+    # --- in place of the strategy's methods -------------------------------------------------------
+
+    def lightning_module_state_dict(self, rules: CheckpointRules, original: Callable[..., Any]) -> dict[str, Any]:
+        """The delta instead of everything."""
+        return rules.keep(original())
+
+    def save_checkpoint(
+        self,
+        rules: CheckpointRules,
+        original: Callable[..., Any],
+        checkpoint: dict[str, Any],
+        filepath: Any,
+        storage_options: Any = None,
+    ) -> None:
+        """Complete the checkpoint, then write it."""
+        rules.before_save(checkpoint)
+        agreed(f"saving {filepath}", lambda: original(checkpoint, filepath, storage_options=storage_options))
+
+    def load_checkpoint(
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint and check it."""
+        return self._read(rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only))
+
+    def _read(self, rules: CheckpointRules, path: Any, load: Callable[[], Any]) -> dict[str, Any]:
+        checkpoint = agreed(f"reading {path}", lambda: read_checkpoint(path, load))
+        rules.after_load(checkpoint, path)
+        return checkpoint
+
+    def load_model_state_dict(
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
+    ) -> None:
+        """Copy the delta in."""
+        rules.load_model(checkpoint)
+
+    def load_optimizer_state_dict(
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Load optimizer states by name."""
+        original(rules.before_optimizers(checkpoint))
+
+    # --- what the controller and the rules ask ----------------------------------------------------
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuse what this engine cannot do with a delta, before anything is changed.
+
+        Raises:
+            UnsupportedStrategyError: naming the option and the alternative.
+        """
+
+    def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
+        """Deltas were inserted; the engine has not wrapped the model yet.
+
+        Args:
+            root: the adapted root.
+            complete: whether the last hook that builds the model has run.
+        """
+
+    def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
+        """``configure_optimizers`` returned these; the engine has not put its own in their place yet."""
+
+    def is_wrapped(self, root: nn.Module) -> bool:
+        """Whether the engine has the deltas in its hold, so that they cannot be taken out any more."""
+        return False
+
+    def check_wrapped(self, module: pl.LightningModule) -> None:
+        """The engine has wrapped the model and built the optimizers; every process runs this.
+
+        Raises:
+            PETError: if training would go wrong.
+        """
+        optim.check(self.optimizers(), module)
+
+    def optimizers(self) -> list[Any]:
+        """The optimizers whose groups hold the module's own parameters."""
+        return list(self.strategy.optimizers)
+
+    def whole(self, named: Named) -> Named:
+        """Give each tensor whole, one after the other; every process must run through all of them."""
+        return ((name, whole(tensor)) for name, tensor in named)
+
+    def fill(self, named: Named, values: Mapping[str, Tensor]) -> None:
+        """Copy whole values into tensors of these names; every process has all values."""
+        with torch.no_grad():
+            for name, tensor in named:
+                if name in values:
+                    tensor.copy_(placed(values[name], tensor))
+
+    def shaped(self, named: Named) -> dict[str, Tensor]:
+        """The tensors by name, in full shape; their values do not matter."""
+        return dict(named)
+
+    def without_gradient(self, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> list[str]:
+        """Those of the parameters that this optimizer holds and that have no gradient."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, p in parameters.items() if id(p) in held and p.grad is None]
+
+    def parameter_names(self, module: nn.Module) -> list[list[list[str]]]:
+        """Names of the parameters of each group of each optimizer."""
+        return optim.parameter_names(self.optimizers(), module)
+
+    def class_names(self) -> list[str]:
+        """Classes of the optimizers."""
+        return [type(optimizer).__name__ for optimizer in self.optimizers()]
+
+    def wrap_again(self) -> None:
+        """Parameters of the model have been exchanged during a fit: let the strategy know the new ones."""
+        strategy = self.strategy
+        if isinstance(strategy, DDPStrategy):
+            # The old reducer's hooks go with it: nothing else may hold it when the new one is made.
+            strategy.model = strategy.lightning_module
+            gc.collect()
+            strategy.configure_ddp()
 
 
-# Subclasses of DDPStrategy that keep and write parameters in their own ways.
-_OTHERS = (DeepSpeedStrategy, XLAStrategy)
-
-ADAPTERS: list[tuple[type[Strategy], type[StrategyAdapter]]] = [
-    (SingleDeviceStrategy, StrategyAdapter),
-    (DDPStrategy, StrategyAdapter),
-]
-"""Strategy class → adapter; the first match by ``isinstance`` wins."""
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that train, by canonical name."""
+    return {canonical(name): p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def adapter_for(trainer: pl.Trainer) -> StrategyAdapter:
-    """The adapter of the Trainer's strategy.
-
-    Raises:
-        UnsupportedStrategyError: if there is none.
-    """
-    for kind, adapter in ADAPTERS:
-        if isinstance(trainer.strategy, kind) and not isinstance(trainer.strategy, _OTHERS):
-            return adapter(trainer.strategy)
-    supported = ", ".join(kind.__name__ for kind, _ in ADAPTERS)
-    raise UnsupportedStrategyError(
-        f"{type(trainer.strategy).__name__} cannot train a delta yet: its checkpoints would not hold it. "
-        f"Supported: {supported} (strategy='auto' or 'ddp')."
-    )
+def flat_names(groups: Sequence[Sequence[str]]) -> list[str]:
+    """The names of all groups in the order of an optimizer's state dict."""
+    return [name for group in groups for name in group]

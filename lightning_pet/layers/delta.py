@@ -7,11 +7,35 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError
+from lightning_pet.layers.sharding import placed
 
-Path = Literal["activation", "around", "weight", "shared"]
+Path = Literal["activation", "around", "weight", "generate", "shared"]
 
 
-class Delta(nn.Module):
+class Part(nn.Module):
+    """A module inside a delta, or a delta: a base checkpoint, which holds none of its keys, loads strictly."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
+        # A checkpoint that holds some of the keys of the whole delta is a damaged delta.
+        parts = prefix.split(".")
+        depth = len(parts) - parts[::-1].index("pet") + 1 if "pet" in parts else 0
+        delta = ".".join(parts[:depth]) + "." if depth else prefix
+        if any(name.startswith(delta) for name in state_dict):
+            missing_keys.extend(own)
+
+
+class Delta(Part):
     """What one method adds to one host module.
 
     A delta is registered as a child of its host, holds raw :class:`torch.nn.Parameter` objects
@@ -28,6 +52,7 @@ class Delta(nn.Module):
       ``call(*args, **kwargs)`` runs the host with its activation and weight deltas, any number of times.
     * ``"weight"``: ``delta(weight)`` returns the effective value of one parameter, for hosts whose weight
       is read without the host being called, and for methods on parameters of every kind.
+    * ``"generate"``: ``delta(call, *args, **kwargs)`` runs in place of the host's ``generate``.
     * ``"shared"``: never called by its host, the adapted root. It holds what several deltas of one method
       use together; they keep it outside of module registration (``self.__dict__["rule"] = shared``), so
       that it has one name, is counted once and stored once.
@@ -45,6 +70,11 @@ class Delta(nn.Module):
 
     slot: Any = None
     """Where x comes from if not from the host's call; set when it is inserted."""
+
+    @property
+    def note(self) -> str:
+        """What the plan says of this delta beside the shapes of its parameters."""
+        return ""
 
     def reset_parameters(self) -> None:
         """Initialise the parameters in place; also called after materialisation from the meta device."""
@@ -96,24 +126,15 @@ class Delta(nn.Module):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if not own[name].is_meta:
-                    own[name].copy_(tensor)
+                    own[name].copy_(placed(tensor, own[name]))
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A base checkpoint holds none of our keys and must load into an adapted model, strictly.
-        # One that holds some of them is a damaged delta.
-        own: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
-        if len(own) < len(self.state_dict()):
-            missing_keys.extend(own)
+    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
+
+        Returns:
+            Whether it has other tensors now. The default has one form and does nothing.
+        """
+        return False
 
 
 class Tied(Delta):

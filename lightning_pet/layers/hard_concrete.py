@@ -87,8 +87,8 @@ class HardConcrete:
         return u.clamp_(EPSILON, 1 - EPSILON).to(like.dtype)
 
 
-def mixed(*parts: int) -> int:
-    """A seed of 63 bits that looks random, from several integers, the same in every process.
+def mixed(*parts: int | str) -> int:
+    """A seed of 63 bits that looks random, from several numbers and names, the same in every process.
 
     >>> mixed(1, 2) == mixed(1, 2) != mixed(2, 1)
     True

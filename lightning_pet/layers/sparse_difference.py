@@ -61,19 +61,26 @@ class SparseDifference(Delta):
         self.shape = tuple(shape)
         self.size = torch.Size(shape).numel()
         self.law = law
+        self.kind = kind
         self.alpha_start = alpha
-        self.w: nn.Parameter | None = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        gate_dtype = gate_dtype or self.w.dtype
-        each = torch.empty(shape if kind != "group" else (), device=device, dtype=gate_dtype)
-        whole = torch.empty(1, device=device, dtype=self.w.dtype)
-        self.alpha = nn.Parameter(each) if kind != "group" else None
-        self.alpha_group = nn.Parameter(whole) if kind != "weight" else None
-        self.register_parameter("values", None)
+        self.gate_dtype = gate_dtype
         self.register_buffer("indices", None)
+        self.register_parameter("values", None)
         count = partial(expected_open, law=law, per_weight=self.size if kind == "group" else 1, form=form)
         self.penalty = Penalty(count, weight=l0_weight)
         self.gates = Gates(law, self.penalty, form, seed)
+        self._take_gated_form(torch.empty(0, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def _take_gated_form(self, like: Tensor) -> None:
+        def made(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=like.device, dtype=dtype or like.dtype))
+
+        self.values: nn.Parameter | None = None
+        self.indices: Tensor | None = None
+        self.w: nn.Parameter | None = made(*self.shape)
+        self.alpha = made(*self.shape, dtype=self.gate_dtype) if self.kind != "group" else None
+        self.alpha_group = made(1) if self.kind != "weight" else None
 
     def reset_parameters(self) -> None:
         """No difference, gates open; a fixed difference becomes zero."""
@@ -96,21 +103,26 @@ class SparseDifference(Delta):
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight; the weight itself where no place was kept."""
         if self.w is None:
-            return self._moved(weight, self.values) if self.indices.numel() else weight
+            return self._moved(weight)
         if self.training:
             return gated_weight(weight, self.w, self.alpha, self.alpha_group, self.gates)
         return (self.difference() + weight).to(weight.dtype)
 
-    def _moved(self, weight: Tensor, values: Tensor) -> Tensor:
+    def _moved(self, weight: Tensor) -> Tensor:
+        assert self.indices is not None
+        assert self.values is not None
+        if not self.values.numel():
+            return weight
         flat, places = weight.reshape(-1), self.indices.long()
-        moved = flat.index_select(0, places).to(values.dtype) + values
+        moved = flat.index_select(0, places).to(self.values.dtype) + self.values
         return flat.index_copy(0, places, moved.to(weight.dtype)).view(weight.shape)
 
     def difference(self) -> Tensor:
         """The difference as evaluation uses it, dense, in the weight's shape."""
         if self.w is None:
-            values: Tensor = self.values
-            return values.new_zeros(self.size).index_copy(0, self.indices.long(), values).view(self.shape)
+            assert self.indices is not None
+            assert self.values is not None
+            return self.values.new_zeros(self.size).index_copy(0, self.indices.long(), self.values).view(self.shape)
         difference: Tensor = self.w
         if self.alpha is not None:
             difference = self.law.typical(self.alpha.to(self.w.dtype)) * difference
@@ -122,12 +134,17 @@ class SparseDifference(Delta):
         """The weight with the difference added."""
         with torch.no_grad():
             if self.w is None:
-                return self._moved(weight, self.values)
+                return self._moved(weight)
             return (self.difference() + weight).to(weight.dtype)
+
+    def count_nonzero(self) -> int:
+        """Non-zero entries of the difference as evaluation uses it."""
+        with torch.no_grad():
+            return int((self.difference() if self.values is None else self.values).count_nonzero())
 
     def expected_nonzero(self) -> float:
         """Expected number of non-zero entries: E‖z·z_g‖₀ while gated, those that were kept afterwards."""
-        if self.w is None:
+        if self.indices is not None:
             return float(self.indices.numel())
         per_weight = self.size if self.alpha is None else 1
         parameters = [parameter.detach().float() for parameter in self.gate_parameters]
@@ -135,19 +152,15 @@ class SparseDifference(Delta):
 
     # --- the two forms ------------------------------------------------------------------------------
 
-    def fix(self, places: Tensor) -> nn.Parameter | None:
+    def fix(self, places: Tensor) -> None:
         """Keep the difference at these places only, and train it there from now on.
+
+        It starts with the values that evaluation used. Without any place it is frozen, and costs nothing.
 
         Args:
             places: flat indices, rising.
-
-        Returns:
-            The new parameter, which starts with the difference that evaluation used; it is frozen if it
-            has no entries.
         """
-        values = self.difference().detach().reshape(-1)[places]
-        self._take_fixed_form(places, values)
-        return self.values
+        self._take_fixed_form(places, self.difference().detach().reshape(-1)[places])
 
     def _take_fixed_form(self, places: Tensor, values: Tensor) -> None:
         self.w = self.alpha = self.alpha_group = None
@@ -156,23 +169,36 @@ class SparseDifference(Delta):
         self.values = nn.Parameter(values.clone(), requires_grad=values.numel() > 0)
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Become fixed, with as many entries, if these tensors are of a fixed difference."""
-        places, values = tensors.get("indices"), tensors.get("values")
-        if places is None or values is None or self.misfits(tensors):
+        """Become fixed with as many entries as these tensors have, or gated if they are of a gated difference."""
+        if not tensors or self.misfits(tensors):
             return False
-        device = (self.values if self.w is None else self.w).device
-        self._take_fixed_form(places.to(device), values.to(device))
+        present = self.values if self.w is None else self.w
+        assert present is not None
+        if "values" in tensors:
+            self._take_fixed_form(*(tensors[name].to(present.device) for name in ("indices", "values")))
+        elif self.w is None:
+            self._take_gated_form(present)
+        else:
+            return False
         return True
 
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Why these tensors do not fit: neither a gated difference of this weight nor a fixed one."""
-        if not tensors.keys() & {"indices", "values"}:
-            if self.w is None:
-                return ["values and indices are missing: the difference was fixed, the file's is not"]
-            return super().misfits(tensors)
-        wrong = [f"{name} is missing" for name in sorted({"indices", "values"} - tensors.keys())]
-        wrong += [f"{name} is unexpected" for name in sorted(tensors.keys() - {"indices", "values"})]
-        return wrong or self._wrong_places(tensors["indices"], tensors["values"])
+        if tensors.keys() & {"indices", "values"}:
+            expected: dict[str, tuple[int, ...]] = dict.fromkeys(("indices", "values"), ())
+        else:
+            expected = {"w": self.shape}
+            expected |= {"alpha": self.shape} if self.kind != "group" else {}
+            expected |= {"alpha_group": (1,)} if self.kind != "weight" else {}
+        wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+        wrong += [f"{name} is unexpected" for name in sorted(tensors.keys() - expected.keys())]
+        if "values" in expected:
+            return wrong or self._wrong_places(tensors["indices"], tensors["values"])
+        return wrong + [
+            f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ]
 
     def _wrong_places(self, places: Tensor, values: Tensor) -> list[str]:
         if places.ndim != 1 or places.shape != values.shape or places.dtype not in (torch.int32, torch.int64):
@@ -187,6 +213,6 @@ class SparseDifference(Delta):
         return []
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of a file, and its form."""
-        if not self.take_form(tensors):
-            super().unpack(tensors)
+        """Take over the tensors of a file, and their form."""
+        self.take_form(tensors)
+        super().unpack(tensors)

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_pet.layers.sharding import whole
 from lightning_pet.store import tensors as facts
 from lightning_pet.store.strict_json import (
     canonical,
@@ -106,15 +107,14 @@ def fingerprint(named: Iterable[tuple[str, Tensor]], exact: bool = False) -> Fin
     """Take the fingerprint of a base model.
 
     Args:
-        named: canonical name and tensor of every base parameter, each once (a tied one too), before
-            sharding. Any device, any strides; no tensor is copied as a whole.
+        named: canonical name and tensor of every base parameter, each once (a tied one too). Any device,
+            any strides; one after the other, so that sharded ones may be gathered in turn.
         exact: also hash every byte (about 1 GB/s); left out if a tensor has no readable values.
 
     Returns:
         The same fingerprint for the same values, whatever the device and the order.
     """
-    tensors = dict(sorted(named))
-    seen = {name: _observe(name, tensor) for name, tensor in tensors.items()}
+    seen, digest = _look(named, exact)
     sketches = [fact.sketch.to(torch.bfloat16) for fact in seen.values() if fact.sketch is not None]
     return Fingerprint(
         structure=_structure({name: fact.shape for name, fact in seen.items()}),
@@ -123,16 +123,26 @@ def fingerprint(named: Iterable[tuple[str, Tensor]], exact: bool = False) -> Fin
         layout=pack(canonical([[name, fact.kind, list(fact.shape)] for name, fact in seen.items()]).encode()),
         leaves=encode64(b"".join(fact.leaf[:_LEAF] for fact in seen.values())),
         sketch=_pack_sketch(torch.cat(sketches) if sketches else torch.empty(0, dtype=torch.bfloat16)),
-        exact=exact_digest(tensors) if exact else None,
+        exact=digest,
     )
 
 
-def exact_digest(tensors: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 over name, dtype, shape and every byte; ``None`` if a tensor has no readable values."""
-    if any(_kind(tensor) is None for tensor in tensors.values()):
-        return None
-    leaves = (f"{name}\0{facts.digest(tensors[name])}\n" for name in sorted(tensors))
-    return hashlib.sha256("".join(leaves).encode()).hexdigest()
+def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _Facts], str | None]:
+    """Facts of each tensor in the order of the names; if asked for, SHA-256 over name, dtype, shape and every byte.
+
+    The digest is ``None`` if a tensor has no readable values.
+    """
+    seen: dict[str, _Facts] = {}
+    leaves: dict[str, str] = {}
+    for name, tensor in named:
+        tensor = whole(tensor.detach())
+        seen[name] = _observe(name, tensor)
+        if exact and _kind(tensor) is not None:
+            leaves[name] = f"{name}\0{facts.digest(tensor)}\n"
+    seen = dict(sorted(seen.items()))
+    if not exact or leaves.keys() != seen.keys():
+        return seen, None
+    return seen, hashlib.sha256("".join(leaves[name] for name in seen).encode()).hexdigest()
 
 
 def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact: bool = False) -> Comparison:
@@ -149,8 +159,8 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
         on the meta device, so that nothing can be said; ``DIFFERENT`` if names, shapes or values
         differ. Values of one dtype that differ at all are different, however close.
     """
-    tensors = dict(sorted(named))
-    base, seen = _remember(expected, "fingerprint"), {name: _observe(name, tensor) for name, tensor in tensors.items()}
+    base = _remember(expected, "fingerprint")
+    seen, digest = _look(named, exact and expected.exact is not None)
     misfits = _misfits(base, seen)
     if misfits is not None:
         return misfits
@@ -167,15 +177,15 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
         kinds = ", ".join(sorted({f"{base[name].kind} then, {seen[name].kind} now" for name in names}))
         text = f"{len(names)} of {len(seen)} base tensors were cast ({kinds}) and agree within rounding."
         return Comparison(Verdict.CAST, tuple(names[:_SHOWN]), text)
-    return _equal(expected, tensors, seen, exact)
+    return _equal(expected, digest, seen, exact)
 
 
-def _equal(expected: Fingerprint, tensors: dict[str, Tensor], seen: dict[str, _Facts], exact: bool) -> Comparison:
+def _equal(expected: Fingerprint, digest: str | None, seen: dict[str, _Facts], exact: bool) -> Comparison:
     count = len(seen)
     if _sample(seen) != expected.sample:
         return Comparison(Verdict.DIFFERENT, (), f"the sampled values of {count} base tensors differ.")
     if exact and expected.exact is not None:
-        if exact_digest(tensors) != expected.exact:
+        if digest != expected.exact:
             text = f"some of {count} base tensors differ in values that were not sampled."
             return Comparison(Verdict.DIFFERENT, (), text)
         return Comparison(Verdict.EXACT, (), f"all {count} base tensors are the same in every byte.")

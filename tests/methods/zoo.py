@@ -153,6 +153,48 @@ def t5() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return _seeded(lambda: T5ForConditionalGeneration(config)), run
 
 
+def gemma2() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=24,
+        sliding_window=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _seeded(lambda: Gemma2ForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
+
+
+def bart() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        init_std=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    run = _on((), input_ids=_ids(), decoder_input_ids=_ids(2, 4), use_cache=False)
+    return _seeded(lambda: BartForConditionalGeneration(config)), run
+
+
 def mixtral() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -213,6 +255,13 @@ def whisper() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     features = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
     run = _on((), input_features=features, decoder_input_ids=_ids(2, 4), use_cache=False)
     return _seeded(lambda: WhisperForConditionalGeneration(config)), run
+
+
+def bloom() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    return _seeded(lambda: BloomForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
 
 
 class _Scale(nn.Module):

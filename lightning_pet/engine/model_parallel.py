@@ -1,0 +1,65 @@
+"""FSDP2: the user's ``configure_model`` calls ``fully_shard``; a delta is sharded as its host is."""
+
+from itertools import chain
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+from lightning_pet.core.naming import canonical, named_modules
+from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
+from lightning_pet.engine.strategy import trainable
+from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.layers.sharding import is_sharded
+
+
+class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
+    """Deltas that were there before ``fully_shard`` are sharded by it; those that came later, here."""
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuse tensor parallelism."""
+        super().check(trainer)
+        size = self.strategy.device_mesh["tensor_parallel"].size()
+        if size > 1:
+            raise UnsupportedStrategyError(
+                f"ModelParallelStrategy(tensor_parallel_size={size}): a delta cannot follow a weight that is split "
+                "over devices within a layer. Use tensor_parallel_size=1 and data_parallel_size=the number of devices."
+            )
+
+    def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
+        """Shard the deltas whose hosts are sharded already; otherwise every rank would train its own."""
+        super().after_insertion(root, complete=complete)
+        if not complete:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        modules = named_modules(root)
+        alone = {path for path, _ in own_units(root)}
+        for path, host_path, delta in deltas_of(root):
+            mesh = _mesh_of(modules[host_path])
+            if mesh is None or not any(not is_sharded(p) for p in delta.parameters()):
+                continue
+            if path not in alone:
+                raise UnsupportedStrategyError(
+                    f"{path} is used by several deltas, so it must be sharded with the model around it: build the "
+                    "model in __init__ and call fully_shard in configure_model, after the delta is in."
+                )
+            fully_shard(delta, mesh=mesh)
+
+    def check_wrapped(self, module: pl.LightningModule) -> None:
+        """What trains must be sharded, or its gradients would stay in their process."""
+        super().check_wrapped(module)
+        plain = [name for name, parameter in trainable(module).items() if not is_sharded(parameter)]
+        if plain and self.strategy.world_size > 1:
+            raise UnsupportedStrategyError(
+                f"{len(plain)} parameters train but are not sharded, so every process would train its own: "
+                f"{', '.join(plain[:4])}. Let configure_model call fully_shard on the whole model at the end."
+            )
+
+
+def _mesh_of(host: nn.Module) -> Any:
+    """The mesh of a host's own tensors, else of those below it; ``None`` if it is not sharded."""
+    below = (p for name, p in host.named_parameters() if "pet" not in canonical(name).split("."))
+    tensors: chain[Tensor] = chain((p for p in host._parameters.values() if p is not None), below)
+    return next((t.device_mesh for t in tensors if is_sharded(t)), None)  # type: ignore[attr-defined]

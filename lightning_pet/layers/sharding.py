@@ -1,0 +1,25 @@
+"""Tensors that several processes hold a part of each (``DTensor``), read and written as if they were whole."""
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only its part of a tensor."""
+    return hasattr(tensor, "full_tensor")  # importing DTensor costs more than all of this package
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. For a sharded one, every process must call this at the same time."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """A whole value, in parts if ``like`` is: each process takes its own, and nothing is sent."""
+    if not is_sharded(like) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

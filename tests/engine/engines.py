@@ -1,0 +1,114 @@
+"""Every engine that shards, on two CPU processes: the modules it wants, and the strategy that runs there."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from models import Net, cosine
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+PLUS = {"lora_plus_ratio": 4.0}  # two groups of parameters with learning rates of their own
+
+
+def shard(net: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for part in (net.fc1, net.fc2):
+        fully_shard(part, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def sharding(base: type, variant: str) -> type:
+    """A module for FSDP2.
+
+    Args:
+        base: what it does.
+        variant: ``""``: the model is built before the delta comes, and sharded after it. ``"early"``: it is
+            built and sharded before. ``"meta"``: it is built without values, and gets them in
+            ``configure_model``. ``"late"``: likewise, but the Trainer makes room for them.
+    """
+
+    class Sharding(base):
+        def __init__(self, dropout: float) -> None:
+            super().__init__(None, cosine)
+            self.rate = dropout
+            if variant != "early":
+                with torch.device("meta" if variant in ("meta", "late") else "cpu"):
+                    self.net = Net(dropout=dropout)
+
+        def configure_model(self) -> None:
+            if variant == "early" and not hasattr(self, "net"):
+                self.net = Net(dropout=self.rate)
+            if any(hasattr(p, "full_tensor") for p in self.net.parameters()):
+                return
+            shard(self.net, self.device_mesh["data_parallel"])
+            if variant == "meta":
+                self.net.to_empty(device="cpu")
+                fill(self.net, Net().state_dict())
+
+        def on_fit_start(self) -> None:
+            if variant == "late":
+                fill(self.net, Net().state_dict())
+
+    return Sharding
+
+
+def fill(net: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """What a user does who loads the base after the model was sharded."""
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        for name, value in values.items():
+            own = net.get_parameter(name)
+            own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
+
+
+def model_parallel() -> Strategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+class CPUFSDP(FSDPStrategy):
+    """FSDP1 on the CPU: Lightning passes the index of a CUDA device, which here is none."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FSDP(model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs)
+
+
+class CPUDeepSpeed(DeepSpeedStrategy):
+    """ZeRO on the CPU: without the check for CUDA, and on a device with an index."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
+    """The module and strategy of an engine."""
+    if engine.startswith("fsdp2"):
+        return sharding(base, engine.removeprefix("fsdp2").removeprefix("-"))(dropout), model_parallel()
+    if engine.startswith("fsdp"):
+        options: dict[str, Any] = {"auto_wrap_policy": {nn.Linear}} if engine.endswith("layers") else {}
+        return base(Net(dropout=dropout), cosine), CPUFSDP(process_group_backend="gloo", **options)
+    if engine.startswith("zero"):
+        return base(Net(dropout=dropout), cosine), CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo")
+    raise ValueError(engine)
+
+
+def trained_parameters(trainer: Any, engine: str) -> list[int]:
+    """Numbers that this process holds, and steps, of each parameter (or partition) that trains."""
+    if engine.startswith("zero"):
+        (zero,) = trainer.optimizers
+        groups = [p for group in zero.optimizer.param_groups for p in group["params"]]
+        return [p.numel() for p in getattr(zero, "fp32_partitioned_groups_flat", groups)]
+    parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+    return [(p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters]
