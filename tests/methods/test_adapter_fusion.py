@@ -193,6 +193,7 @@ def test_the_plan_shows_what_is_frozen() -> None:
     one = 3 * (D + 8)
     assert [row.frozen for row in plan.rows if row.method == "adapter_fusion"] == [64, 64, *[2 * one] * 4]
     assert plan.frozen == 2 * 64 + 8 * one
+    assert "64 frozen" in plan.rows[0].detail
     assert f"frozen in the delta {plan.frozen:,}" in str(plan)
 
 
