@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import (
+    AdapterCallback,
     Adapted,
     ArgumentError,
+    BitFitCallback,
     DeltaFileError,
+    PrefixTuningCallback,
     PromptTuningCallback,
     TargetError,
     apply,
@@ -117,6 +120,26 @@ def test_two_prompts_stand_one_after_the_other() -> None:
     assert torch.equal(
         model.generate(ids, max_new_tokens=6, do_sample=False), one.generate(ids, max_new_tokens=6, do_sample=False)
     )
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("step", [1, -1], ids=["first", "last"])
+def test_together_with_prefix_adapter_and_biases(name: str, step: int, tmp_path: Path) -> None:
+    model, run = getattr(zoo, name)()
+    before = frozen_output(model, run)
+    methods = [PromptTuningCallback(length=3), PrefixTuningCallback(length=2), AdapterCallback(), BitFitCallback()]
+    handle = apply(model, methods[::step], forward=lambda: run(model))
+    perturb(handle, 0.1)
+    together = frozen_output(model, run)
+    assert together.shape == before.shape
+    save_delta(model, tmp_path / "delta.pet.safetensors")
+    fresh, _ = getattr(zoo, name)()
+    load_delta(fresh, tmp_path / "delta.pet.safetensors")
+    assert torch.equal(frozen_output(fresh, run), together)
+    with handle.disabled():
+        assert torch.equal(frozen_output(model, run), before)
+    handle.remove()
+    assert torch.equal(frozen_output(model, run), before)
 
 
 # --- what the consumer is called with ------------------------------------------------------------
