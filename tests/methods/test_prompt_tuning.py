@@ -272,8 +272,8 @@ def test_a_plain_recurrent_model() -> None:
         embedded = torch.cat([rows_of(model)[0].prompt.expand(2, -1, -1), model.table(ids)], 1)
         reference = model.out(model.lstm(embedded)[0])[:, 4:]
     assert (ours - reference).abs().max() < 1e-6
+    odd = Odd()
     with pytest.raises(TargetError, match="Odd: no module around the token table 'table'"):
-        odd = Odd()
         apply(odd, [PromptTuningCallback()], forward=lambda: odd(ids))
 
 
