@@ -41,7 +41,8 @@ class LayerFreezingCallback(PETCallback):
             ``"8-11"``, which includes both ends.
         stacks: only these stacks, by path or a part of it (``["decoder"]``); the others are frozen.
         embeddings: train all that is before the layers, too: embeddings with their norms.
-        norms: norms that train, too: ``"final"`` (those after the layers) or ``"all"``.
+        norms: norms that train, too: ``"final"`` (those outside of the layers: after them, in most models)
+            or ``"all"``.
         unfreeze_every: epochs or optimizer steps after which one more layer of each stack trains;
             ``None``: all from the start.
         unfreeze_interval: whether ``unfreeze_every`` counts epochs or optimizer steps.
