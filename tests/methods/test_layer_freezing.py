@@ -200,7 +200,7 @@ print("FOUND", digest(module))
 
 
 def test_two_processes_on_the_same_rows_equal_one() -> None:
-    codes, outputs = launch(["-c", ONE_OF_TWO])
+    codes, outputs = launch(["-c", ONE_OF_TWO], timeout=300)
     assert codes == [0, 0], outputs[0][-3000:]
     module = Module(Deep(), decaying)
     fit(module, gradual(), max_epochs=5, data=Data(shuffle=False))
