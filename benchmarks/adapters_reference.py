@@ -106,6 +106,8 @@ def write(path: Path, architecture: str, method: str) -> None:
     config._attn_implementation = "eager"
     model = getattr(transformers, model_class)(config).eval()
     scatter(dict(model.named_parameters()), 0.2)
+    if method == "prefix":
+        flatten_distances(model)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     delta_class, arguments = METHODS[method]
@@ -142,6 +144,14 @@ def scatter(parameters: dict[str, nn.Parameter], scale: float) -> None:
     with torch.no_grad():
         for name in sorted(parameters):
             parameters[name].add_(torch.randn(parameters[name].shape, generator=generator) * scale)
+
+
+def flatten_distances(model: nn.Module) -> None:
+    """Take T5's table of distances out: the library counts distances from the first prefix position, we do not."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative_attention_bias" in name:
+                parameter.zero_()
 
 
 def inputs_of(architecture: str) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ def test_a_method_file_shows_the_defaults_of_its_callback() -> None:
     from lightning_pet.core.method import METHODS
 
     for path in sorted((CONFIGS / "method").glob("*.yaml")):
+        if path.stem not in METHODS:
+            continue  # a combination: what it changes is its point
         (method,) = yaml.safe_load(path.read_text(encoding="utf-8"))["pet"]
         assert method["init_args"].items() <= METHODS[path.stem]().config().items()
 

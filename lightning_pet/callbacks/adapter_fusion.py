@@ -226,6 +226,7 @@ class AdapterFusionCallback(PETCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Lower the temperature; it depends on the step alone, so that a resumed run goes on exactly."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.temperature > 1:
             now = max(1.0, self.temperature * (1 - trainer.global_step / 1000))
             for _, delta in self.deltas(Controller.get(trainer).adapted.root):

@@ -59,6 +59,7 @@ class PrefixTuningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "prefix_tuning"
+    width: ClassVar[str | None] = "length"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "init",
         "init_text",
@@ -109,6 +110,8 @@ class PrefixTuningCallback(PETCallback):
             raise ArgumentError("init='text' needs a tokenizer: pass tokenizer='<name or folder>'.")
         if self.init != "text" and self.init_text is not None:
             raise ArgumentError(f"init_text is given, but init={self.init!r} does not use it: set init='text'.")
+        if self.init != "random" and self.budget is not None:
+            raise ArgumentError(f"budget={self.budget} with init={self.init!r}: words need a length; give it instead.")
         if self.init != "random" and self.projection and self.projection_size < self.length:
             raise ArgumentError(
                 f"projection_size={self.projection_size} with init={self.init!r}: the network can give the words' keys "

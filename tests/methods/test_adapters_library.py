@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pet import AdapterCallback, CompacterCallback, apply
+from lightning_pet import AdapterCallback, CompacterCallback, PrefixTuningCallback, apply
 from lightning_pet.core.naming import named_modules
+from lightning_pet.layers.prefix import Prefix
 
 from .adapters_files import ARCHITECTURES, Reference, read
 
@@ -129,6 +130,46 @@ def test_bottleneck_adapters(architecture: str, placement: str) -> None:
     callback = AdapterCallback(reduction_factor=reference.options["reduction_factor"], **_OPTIONS[placement])
     apply(reference.model, [callback])
     copy_adapters(reference.model, architecture, placement, reference.delta)
+    found = reference.run()
+    assert torch.isfinite(found).all()
+    assert (found - reference.output).abs().max() <= 1e-5
+
+
+# --- prefix tuning -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def copy_prefixes(model: nn.Module, delta: dict[str, Tensor]) -> None:
+    """Copy the library's networks, one per kind of attention: its last layer makes keys and values of all layers."""
+    names = {re.sub(r".*\.task\.", "", name): tensor for name, tensor in delta.items()}
+    sites: dict[str, list[Prefix]] = {}
+    for path, module in named_modules(model).items():
+        if isinstance(module, Prefix):
+            cross = re.search(r"EncDecAttention|encoder_attn", path)
+            stack = "encoder" if path.startswith("encoder.") and any("encoder_prefix" in n for n in names) else "self"
+            sites.setdefault("cross_prefix" if cross else f"{stack}_prefix", []).append(module)
+    assert set(sites) == {name.split(".")[0] for name in names}
+    for kind, prefixes in sites.items():
+        network = prefixes[0].network
+        assert network is not None
+        assert all(prefix.network is network for prefix in prefixes)
+        network.embedding.copy_(names[f"{kind}.wte.weight"])
+        network.weight.copy_(names[f"{kind}.control_trans.0.weight"])
+        network.bias.copy_(names[f"{kind}.control_trans.0.bias"])
+        weights = names[f"{kind}.control_trans.2.weight"].chunk(len(prefixes))
+        biases = names[f"{kind}.control_trans.2.bias"].chunk(len(prefixes))
+        for prefix, weight, bias in zip(prefixes, weights, biases, strict=True):
+            prefix.weight.copy_(weight)
+            prefix.bias.copy_(bias)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prefix_tuning(architecture: str) -> None:
+    reference: Reference = read(architecture, "prefix")
+    assert (reference.run() - reference.output).abs().max() > 0.1
+    length, size = reference.options["prefix_length"], reference.options["bottleneck_size"]
+    apply(reference.model, [PrefixTuningCallback(length=length, projection_size=size)])
+    copy_prefixes(reference.model, reference.delta)
     found = reference.run()
     assert torch.isfinite(found).all()
     assert (found - reference.output).abs().max() <= 1e-5

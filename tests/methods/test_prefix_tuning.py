@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pet import (
     ArgumentError,
@@ -99,6 +101,14 @@ def test_count_is_two_l_d_per_attention(attention: str) -> None:
         adapted = apply(model, [PrefixTuningCallback(**DIRECT, where=where)], forward=lambda m=model, r=run: r(m))
         assert len(prefixes(model)) == count
         assert {path.split(".")[0] for _, _, path, _ in adapted.record.hosts()} == {where}
+
+
+def test_a_budget_picks_the_length() -> None:
+    callback = PrefixTuningCallback(projection=False, budget=0.1)
+    plan = apply(zoo.bert()[0], [callback]).plan()
+    spent = sum(row.parameters for row in plan.rows if row.method == "prefix_tuning")
+    assert spent == callback.length * 2 * 2 * 16
+    assert spent <= 0.1 * plan.base < spent + 2 * 2 * 16
 
 
 def tokenizer_folder(folder: Path) -> str:
@@ -205,6 +215,58 @@ def test_loading_runs_no_forward(tmp_path: Path) -> None:
     assert torch.equal(frozen_output(model, run), expected)
 
 
+# --- in a Trainer --------------------------------------------------------------------------------
+
+
+class Task(L.LightningModule):
+    """Classification of six tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = zoo.bert()[0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.net(input_ids=ids).logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def fit(steps: int, ckpt_path: Path | None = None) -> tuple[L.Trainer, Task]:
+    L.seed_everything(1, verbose=False)
+    ids = torch.randint(3, 50, (32, 6), generator=torch.Generator().manual_seed(3))
+    module = Task()
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[PrefixTuningCallback(**NETWORK, init="vocabulary", verbose=False)],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(ids, ids[:, 0] % 3), batch_size=8), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def test_training_resumes_exactly_and_its_checkpoint_loads(tmp_path: Path) -> None:
+    trainer, module = fit(4)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    save_delta(module, tmp_path / "whole.pet.safetensors")
+    half, _ = fit(2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = fit(4, tmp_path / "half.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), module.parameters(), strict=True))
+    expected = frozen_output(module.eval(), lambda m: m(TEXT))
+    for path in ("whole.ckpt", "whole.pet.safetensors"):
+        fresh = Task().eval()
+        load_delta(fresh, tmp_path / path)
+        assert torch.equal(frozen_output(fresh, lambda m: m(TEXT)), expected)
+
+
 # --- together with others ------------------------------------------------------------------------
 
 
@@ -254,6 +316,7 @@ def test_two_prefixes_and_a_low_rank_delta_on_one_attention() -> None:
         ({"init": "text", "init_text": "so"}, "tokenizer"),
         ({"init_text": "so"}, "init='text'"),
         ({"init": "vocabulary", "projection_size": 8}, "at least length=30"),
+        ({"init": "vocabulary", "budget": 0.1}, "words need a length"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], text: str) -> None:

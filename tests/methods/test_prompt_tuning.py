@@ -37,7 +37,6 @@ class TestPromptTuning(Battery):
         ),
         Case("t5", options={"length": 3}, parameters=3 * 16, **FREE),
         Case("t5", options={"length": 3, "where": "both"}, parameters=2 * 3 * 16, **FREE),
-        Case("mixtral", options={"length": 3}, **FREE),
         Case("whisper", options={"length": 3, "where": "decoder"}, parameters=3 * 16, **FREE),
     ]
 
