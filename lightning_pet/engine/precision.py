@@ -31,7 +31,7 @@ def keep_delta_precision(trainer: pl.Trainer) -> None:
             if _narrowed(now := part.get_buffer(name), buffer):
                 part._buffers[name] = buffer.to(now.device)
         if any(is_sharded(data) for _, _, data in parameters):
-            module._apply(lambda tensor: tensor)  # FSDP2 looks for new parameters when something is applied
+            module.to(trainer.strategy.root_device)  # FSDP2 looks for new parameters whenever a module moves
         return module
 
     plugin.convert_module = convert_module  # type: ignore[method-assign]
