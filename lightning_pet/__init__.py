@@ -11,8 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_pet.callbacks.adalora import AdaLoRACallback as AdaLoRACallback
+    from lightning_pet.callbacks.adapter import AdapterCallback as AdapterCallback
+    from lightning_pet.callbacks.adapter_bias import AdapterBiasCallback as AdapterBiasCallback
+    from lightning_pet.callbacks.adapter_fusion import AdapterFusionCallback as AdapterFusionCallback
+    from lightning_pet.callbacks.auto_prompt import AutoPromptCallback as AutoPromptCallback
     from lightning_pet.callbacks.base import PETCallback as PETCallback
+    from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
+    from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
+    from lightning_pet.callbacks.diff_pruning import DiffPruningCallback as DiffPruningCallback
+    from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
+    from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
+    from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
+    from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
+    from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
     from lightning_pet.core.adapted import Adapted as Adapted
     from lightning_pet.engine.adapt import apply as apply
     from lightning_pet.engine.delta import inspect_delta as inspect_delta
@@ -30,8 +44,22 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
 
 _WHERE = {
+    "AdapterCallback": "callbacks.adapter",
     "PETCallback": "callbacks.base",
+    "BitFitCallback": "callbacks.bitfit",
+    "FullFineTuningCallback": "callbacks.full_fine_tuning",
+    "IA3Callback": "callbacks.ia3",
+    "DiffPruningCallback": "callbacks.diff_pruning",
+    "AdaLoRACallback": "callbacks.adalora",
+    "AdapterBiasCallback": "callbacks.adapter_bias",
+    "AdapterFusionCallback": "callbacks.adapter_fusion",
+    "CompacterCallback": "callbacks.compacter",
+    "AutoPromptCallback": "callbacks.auto_prompt",
+    "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
+    "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",
+    "PrefixTuningCallback": "callbacks.prefix_tuning",
+    "PromptTuningCallback": "callbacks.prompt_tuning",
     "Adapted": "core.adapted",
     "apply": "engine.adapt",
     "inspect_delta": "engine.delta",
@@ -61,12 +89,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _runs_file_verb(argv: list[str]) -> bool:
-    """Whether this process is our own command line, called for a verb that only reads files."""
-    return (
-        bool(argv)
-        and Path(argv[0]).stem == "lightning-pet"
-        and (not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help"))
-    )
+    """Whether this process is our own command line, called for a verb that only reads files, or for help."""
+    if not argv or Path(argv[0]).stem != "lightning-pet":
+        return False
+    helps = argv[1:2] == ["intrinsic-dimension"] and bool({"-h", "--help"} & set(argv))
+    return not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help") or helps
 
 
 if not _runs_file_verb(sys.argv):

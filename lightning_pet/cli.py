@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> None:
 
         run(argv)
         return
+    if argv and argv[0] == "intrinsic-dimension":
+        intrinsic_dimension(argv[1:])
+        return
     import jsonargparse
 
     verbs: dict[str, Any] = {"inspect": inspect, "merge": merge}
@@ -27,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         print(_overview(verbs))
         return
     if argv[0] not in verbs:
-        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs])
+        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "intrinsic-dimension"])
     try:
         jsonargparse.auto_cli(verbs, args=argv)
     except (ValueError, OSError) as error:
@@ -42,7 +45,8 @@ def _overview(verbs: dict[str, Any]) -> str:
         "test": "evaluate a checkpoint on test data",
         "predict": "predict with a checkpoint",
     } | {name: (function.__doc__ or "").partition("\n")[0] for name, function in verbs.items()}
-    return "\n".join([*lines, *(f"  {name:<10}{text}" for name, text in summaries.items())])
+    summaries["intrinsic-dimension"] = "measure how many trained numbers a task needs"
+    return "\n".join([*lines, *(f"  {name:<21}{text}" for name, text in summaries.items())])
 
 
 def _refuse_verb(verb: str, known: list[str]) -> None:
@@ -83,3 +87,36 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
 
     written = merge_into_folder(Path(path), Path(base), Path(output), model_class, base_check)
     print(f"merged model: {written}")
+
+
+def intrinsic_dimension(argv: list[str]) -> None:
+    """Measure how many trained numbers a task needs.
+
+    Args:
+        argv: options of the search, and those of ``fit`` that say what is trained.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-pet intrinsic-dimension",
+        description="The smallest dimension of a random subspace in which a model reaches a share of what full "
+        "fine-tuning reaches (d90). All other options are those of fit: what is trained, on what data, how long. "
+        "Methods in the configuration are left out.",
+        epilog="lightning-pet intrinsic-dimension -c configs/dates.yaml --full=--model.optimizer.init_args.lr=0.001 "
+        "--runs=d90.json --plot=d90.png",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--runs", type=Path, default=Path("intrinsic_dimension.json"), help="record of finished runs")
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0], help="e.g. 0,1,2")
+    parser.add_argument("--smallest", type=int, default=100, help="first dimension to try")
+    parser.add_argument("--largest", type=int, default=100_000, help="last dimension to try")
+    parser.add_argument("--share", type=float, default=0.9, help="of the metric of full fine-tuning")
+    parser.add_argument("--resolution", type=float, default=1.25, help="factor that encloses the answer")
+    parser.add_argument("--metric", help="logged metric, larger is better; default: the data's, or what is monitored")
+    parser.add_argument("--did", action="store_true", help="no factor per tensor (DID instead of SAID)")
+    parser.add_argument("--full", action="append", default=[], help="option of fit for full fine-tuning only; repeat")
+    parser.add_argument("--plot", type=Path, help="picture to write (needs matplotlib)")
+    options, rest = parser.parse_known_args(argv)
+    from lightning_pet.lightning_cli import measure_dimension
+
+    measure_dimension(options, rest)

@@ -1,25 +1,33 @@
 """The Trainer verbs of the command line: LightningCLI with a short way to name methods."""
 
 import difflib
+import hashlib
+import math
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
+from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback
+from lightning_pet.core.applied import adapted_root
 from lightning_pet.core.method import METHODS
 from lightning_pet.data.reference import ReferencePoints
-from lightning_pet.errors import PETError
+from lightning_pet.errors import ArgumentError, PETError
+from lightning_pet.report.dimension_search import Runs, search
+from lightning_pet.report.dimension_view import plot_dimension, show_dimension
 
 
 class PetArgumentParser(LightningArgumentParser):
@@ -76,6 +84,93 @@ class PetCLI(LightningCLI):
         show_result(self.trainer, metric, self.reference_points)
 
 
+class _Recorder(pl.Callback):
+    """Keeps the best value of a metric over the validations of a run."""
+
+    def __init__(self, metric: str | None) -> None:
+        self.metric = metric
+        self.best = -math.inf
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the value."""
+        if trainer.sanity_checking or self.metric is None:
+            return
+        if self.metric not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise ArgumentError(f"metric {self.metric!r} is not logged in validation. Logged are: {logged}.")
+        self.best = max(self.best, float(trainer.callback_metrics[self.metric]))
+
+
+class _OneRun(PetCLI):
+    """Builds a run with one method in place of those of the configuration, and writes no files."""
+
+    def __init__(self, method: PETCallback, metric: str | None, arguments: list[str]) -> None:
+        self._method, self.recorder = method, _Recorder(metric)
+        self.monitored: list[tuple[str | None, str]] = []
+        super().__init__(args=arguments, run=False, save_config_callback=None, parser_kwargs={"default_env": False})
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Without methods and checkpoints of the configuration."""
+        settings = self._get(self.config_init, "trainer")
+        given = _as_list(settings.get("callbacks"))
+        self.monitored = [(c.monitor, c.mode) for c in given if isinstance(c, ModelCheckpoint)]
+        kept = [c for c in given if not isinstance(c, PETCallback | Checkpoint)]
+        quiet = {"enable_checkpointing": False, "enable_model_summary": False, "logger": False}
+        return LightningCLI.instantiate_trainer(self, **kwargs, **quiet, callbacks=[self._method, *kept, self.recorder])
+
+    def chosen_metric(self) -> str:
+        """The data's own metric, or the one that the configuration monitors."""
+        if isinstance(self.datamodule, ReferencePoints):
+            return self.datamodule.metric
+        for monitor, mode in self.monitored:
+            if monitor is not None and mode == "max":
+                return monitor
+        raise ArgumentError("which metric counts? Give --metric: one that is logged in validation, larger is better.")
+
+
+def measure_dimension(options: Namespace, arguments: list[str]) -> None:
+    """Search for the intrinsic dimension of a task; see ``lightning-pet intrinsic-dimension --help``.
+
+    Args:
+        options: those of the search.
+        arguments: those of ``fit``.
+    """
+    sys.path.insert(0, os.getcwd())
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        probe = _OneRun(FullFineTuningCallback(), None, arguments)
+        metric = options.metric or probe.chosen_metric()
+        if "loss" in metric:
+            raise ArgumentError(f"metric={metric!r}: a share of it needs a metric that is better when larger.")
+        configuration = probe.parser.dump(probe.config.clone(), skip_none=False)
+        digest = hashlib.sha256(re.sub(r"(?m)^seed_everything:.*$", "", configuration).encode()).hexdigest()[:16]
+        settings = {"configuration": digest, "full": options.full, "metric": metric, "did": options.did}
+        del probe
+
+        def measure(d: int | None, seed: int) -> float:
+            own = [] if d is not None else options.full
+            method: PETCallback = FullFineTuningCallback(verbose=False)
+            if d is not None:
+                method = IntrinsicDimensionCallback(d=d, structure_aware=not options.did, seed=seed, verbose=False)
+            run = _OneRun(method, metric, [*arguments, *own, f"--seed_everything={seed}"])
+            run.trainer.fit(run.model, datamodule=run.datamodule)
+            rank_zero_info(f"{'full fine-tuning' if d is None else f'd={d}'}, seed {seed}: {run.recorder.best:.4f}")
+            return run.recorder.best
+
+        names = ("seeds", "smallest", "largest", "share", "resolution")
+        found = search(measure, Runs(options.runs, settings), **{name: getattr(options, name) for name in names})
+        show_dimension(found, metric)
+        if options.plot is not None:
+            plot_dimension(found, metric, options.plot)
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        sys.exit(f"lightning-pet intrinsic-dimension: {type(reason).__name__}: {reason}")
+    finally:
+        sys.argv = given
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -90,7 +185,7 @@ def run(argv: list[str]) -> None:
     """
     # A console script does not have the working directory on its path, but the user's module is there.
     sys.path.insert(0, os.getcwd())
-    if not any(re.match(r"(-c|--config|--model|--print_config|-h|--help)\b", argument) for argument in argv[1:]):
+    if not any(re.match(r"(-c|--config|--model|-h|--help)\b", argument) for argument in argv[1:]):
         argv = [argv[0], "--config", str(default_config()), *argv[1:]]
     # LightningCLI reads the command line itself; so does Lightning when it starts more processes.
     given, sys.argv = sys.argv, [sys.argv[0], *argv]
@@ -145,7 +240,8 @@ def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float
         console.print(table)
     path = getattr(checkpoint, "best_model_path", "")
     if path and os.path.isfile(path):
-        console.print(f"delta checkpoint: {path} ({os.path.getsize(path) / 1024:,.0f} KiB)", soft_wrap=True)
+        kind = "checkpoint" if adapted_root(trainer.lightning_module) is None else "delta checkpoint"
+        console.print(f"{kind}: {path} ({os.path.getsize(path) / 1024:,.0f} KiB)", soft_wrap=True)
 
 
 # What users of other libraries write.

@@ -2,22 +2,25 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pet.core.applied import record_of
+from lightning_pet.core.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
 from lightning_pet.core.heads import find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
-from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
-from lightning_pet.errors import ArgumentError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
@@ -40,6 +43,8 @@ class PETCallback(Callback):
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per
             gigabyte, once), both raise; ``"warn"`` goes on.
+        budget: share of the base's parameters to spend, e.g. 0.005: picks the largest width of the method
+            that spends at most that, in place of the width argument, and says which. Heads are not counted.
         verbose: print the table of trained parameters once at the start of a fit.
 
     Raises:
@@ -47,8 +52,13 @@ class PETCallback(Callback):
     """
 
     method: ClassVar[str]
-    may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save"})
+    width: ClassVar[str | None] = None
+    """The argument that sizes the method (a positive integer), for ``budget``; ``None`` if it has no size."""
+    may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
+
+    shards: ClassVar[bool] = False
+    """Tests show that it trains under strategies that shard parameters over processes."""
 
     def __init__(
         self,
@@ -58,6 +68,7 @@ class PETCallback(Callback):
         modules_to_save: list[str] | None = None,
         start_from: str | None = None,
         base_check: BaseCheck = "error",
+        budget: float | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -67,11 +78,16 @@ class PETCallback(Callback):
             )
         if base_check not in get_args(BaseCheck):
             raise ArgumentError(f"base_check={base_check!r}: use 'error', 'exact', 'warn' or 'off'.")
+        if budget is not None and self.width is None:
+            raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
+        if budget is not None and not 0 < budget <= 1:
+            raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
         self.name = name
         self.module = module
         self.modules_to_save = modules_to_save
         self.start_from = start_from
         self.base_check = base_check
+        self.budget = budget
         self.verbose = verbose
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -85,18 +101,22 @@ class PETCallback(Callback):
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the places in this model; see :class:`lightning_pet.core.method.Method`."""
 
-    @abstractmethod
     def build(self, root: nn.Module, target: Target) -> Delta:
-        """Build the delta for one place."""
+        """Build the delta for one place; methods that override :meth:`insertions`, or insert none, do not need it."""
+        raise NotImplementedError(f"{type(self).__name__} builds its deltas in insertions().")
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build all deltas, without touching the model."""
         return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
 
-    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-        """Names of base parameters that train as they are: the heads."""
+    def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of the parameters of task heads: ``modules_to_save``, or what is found by itself."""
         heads = find_heads(root, targets) if self.modules_to_save is None else self.modules_to_save
         return parameters_below(root, heads, "modules_to_save")
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of base parameters that train as they are: the heads."""
+        return self.head_parameters(root, targets)
 
     def deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
         """This method's deltas in an adapted root, with their places; empty if it was not applied."""
@@ -111,6 +131,10 @@ class PETCallback(Callback):
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
         return {}
 
+    def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Optimizer options (``lr``, ``weight_decay`` …) of its own parameters that do not train with their group's."""
+        return {}
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
         names = [
@@ -121,6 +145,51 @@ class PETCallback(Callback):
         ]
         kept = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "kwargs")}
         return {name: value for name, value in kept.items() if name not in ("start_from", "base_check", "verbose")}
+
+    # --- sizing by a budget ---------------------------------------------------------------------
+
+    def set_width(self, width: int) -> None:
+        """Size the method: ``width`` units of its :attr:`width` argument."""
+        setattr(self, str(self.width), width)
+
+    def numbers(self, root: nn.Module, targets: Sequence[Target]) -> int:
+        """Numbers that the method would train in this model at its present width, heads apart."""
+        bare = set(self.trained(root, targets)) - set(self.head_parameters(root, targets))
+        beside = sum(p.numel() for name, p in root.named_parameters() if canonical(name) in bare)
+        return beside + delta_numbers(root, lambda: self.insertions(root, targets))
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Pick the largest width that spends at most ``budget`` of the base's parameters, and say so.
+
+        Raises:
+            ArgumentError: if the smallest width costs more; the message names the smallest budget that works.
+        """
+        if self.budget is None:
+            return
+        base = base_numbers(root)
+
+        def numbers(width: int) -> int | None:
+            trial = copy(self)
+            trial.set_width(width)
+            try:
+                return trial.numbers(root, targets)
+            except (ArgumentError, TargetError):
+                if width == 1:
+                    raise
+                return None  # wider than a host allows
+
+        check_affordable(numbers(1) or 0, base, self.budget, f"{self.width}=1")
+        self.set_width(widest(numbers, affordable(self.budget, base)))
+        spent = self.numbers(root, targets)
+        rank_zero_info(
+            f"{type(self).__name__}(budget={self.budget}) picks {self.width}={getattr(self, str(self.width))}: "
+            f"{spent:,} numbers, {spent / base:.3%} of the base."
+        )
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over the width that an equal budget has picked before, for a model that is adapted already."""
+        if self.budget is not None and self.budget == config.get("budget"):
+            setattr(self, str(self.width), config[str(self.width)])
 
     # --- Lightning hooks ------------------------------------------------------------------------
 

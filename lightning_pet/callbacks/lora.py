@@ -60,6 +60,8 @@ class LoRACallback(PETCallback):
     """
 
     method: ClassVar[str] = "lora"
+    shards: ClassVar[bool] = True
+    width: ClassVar[str | None] = "r"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "lora_plus_ratio",
@@ -208,7 +210,9 @@ class LoRACallback(PETCallback):
         if kind == "conv":
             return self._convolution(host, target, rank, dense, common)
         self._refuse_dropout(target)
-        options = {"use_dora": self.use_dora, "init": self.init, "rows": rows}
+        # transformers marks experts that are stored as [n, in, out]; DoRA and OLoRA are not symmetric in the two.
+        transposed = weight.ndim == 3 and bool(getattr(host, "is_transposed", False))
+        options = {"use_dora": self.use_dora, "init": self.init, "rows": rows, "transposed": transposed}
         return LowRankParameter(tuple(weight.shape), rank, **common, **options)
 
     def _convolution(

@@ -4,7 +4,8 @@ What may fail has failed before (:mod:`lightning_pet.core.preparation`); if anyt
 put back as it was.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.structure import Target
+from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import placed
 
 
@@ -42,6 +44,8 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
         if created:
             del root.__dict__[RECORD]
         raise
+    if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
+        take_out(root, replaced)
     return record  # type: ignore[no-any-return]
 
 
@@ -61,12 +65,56 @@ def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared])
     freeze(root)
 
 
+def renew(root: nn.Module) -> None:
+    """Note the tensors of the deltas again, after some have exchanged theirs for others."""
+    record, modules = record_of(root), named_modules(root)
+    if record is None:
+        return
+    before, trained = set(record.delta_names), record.trained_names
+    kept = before & set(record.trainable_names)
+    names: dict[str, None] = {}
+    trainable: dict[str, None] = {}
+    for applied in record.applied:
+        for path, key in applied.hosts:
+            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
+                full = join(path, CHILD, key, name)
+                names[full] = None
+                if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
+                    trainable[full] = None
+    record.delta_names, record.trainable_names = tuple(names), (*trainable, *trained)
+    freeze(root)
+
+
+def take_forms(root: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it."""
+    record, modules = record_of(root), named_modules(root)
+    changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
+    for _, _, path, key in record.hosts() if record else ():
+        prefix = join(path, CHILD, key)
+        delta = cast(Delta, modules[prefix])
+        own = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+        before = delta, dict(delta._parameters), dict(delta._buffers)
+        if delta.take_form(own):
+            changed.append(before)
+    if changed:
+        renew(root)
+
+    def back() -> None:
+        for delta, parameters, buffers in changed:
+            delta._parameters.update(parameters)
+            delta._buffers.update(buffers)
+        renew(root)
+
+    return back if changed else lambda: None
+
+
 def _keep_originals(root: nn.Module, record: Adaptation) -> None:
     trained, own = set(record.trained_names), set(record.delta_names)
     for name, tensor in named_tensors(root):
         mutable = name in trained or not isinstance(tensor, nn.Parameter)
         if mutable and name not in own and name not in record.originals:
-            record.originals[name] = tensor.detach().clone()
+            # In host memory: a method may train the whole model.
+            record.originals[name] = tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def _in_scope(record: Adaptation, name: str) -> bool:

@@ -18,6 +18,8 @@ from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
 from lightning_pet.layers.delta import Delta, Tied
 
+_ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
+
 
 class Adapted:
     """A model with its deltas.
@@ -143,6 +145,7 @@ class Adapted:
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), set()).add(name)
         hosts = [(a.key, t, modules[path], modules[join(path, CHILD, key)]) for a, t, path, key in self.record.hosts()]
+        hosts.sort(key=lambda item: _ORDER.index(cast(Delta, item[3]).path))
         served: dict[tuple[str, int], set[int]] = {}
         for method, target, host, _ in hosts:
             served.setdefault((method, id(host._parameters.get(target.parameter))), set()).add(id(host))
@@ -167,6 +170,10 @@ class Adapted:
                 )
             weight = merged[id(base)][1] if id(base) in merged else base.detach()
             merged[id(base)] = (base, delta.merged(weight))
+            bias = host._parameters.get("bias") if target.parameter == "weight" else None
+            if bias is not None and delta.changes_bias:
+                old = merged[id(bias)][1] if id(bias) in merged else bias.detach()
+                merged[id(bias)] = (bias, delta.merged_bias(old))
         return list(merged.values())
 
     def _mute(self, on: bool) -> None:

@@ -25,7 +25,7 @@ class Applied:
         method: short name of the method.
         name: the user's name for the instance.
         config: constructor arguments.
-        targets: the resolved places.
+        targets: the resolved places: those of the deltas, in the order of ``hosts``, then those without one.
         hosts: (host path, key) of every inserted delta.
         readers: reader path of every inserted delta, or ``None``.
         trained: base parameters that it trains as they are.
@@ -77,7 +77,7 @@ class Adaptation:
     def hosts(self) -> Iterable[tuple[Applied, Target, str, str]]:
         """Every inserted delta as (method, target, host path, key)."""
         for applied in self.applied:
-            for target, (path, key) in zip(applied.targets, applied.hosts, strict=True):
+            for target, (path, key) in zip(applied.targets, applied.hosts, strict=False):
                 yield applied, target, path, key
 
 

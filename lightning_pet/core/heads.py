@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.structure import Target
 from lightning_pet.core.targets import suggest
@@ -57,7 +58,7 @@ def _children_of_models(root: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in named_modules(root).items():
         if path and type(module).__name__.endswith(_FRESH_HEAD_CLASSES):
             pairs += [(join(path, canonical(name)), child) for name, child in module.named_children()]
-    return pairs
+    return [(path, child) for path, child in pairs if path.rpartition(".")[2] != CHILD]
 
 
 def parameters_below(root: nn.Module, paths: Sequence[str], option: str) -> tuple[str, ...]:
@@ -75,9 +76,8 @@ def parameters_below(root: nn.Module, paths: Sequence[str], option: str) -> tupl
     names: dict[str, None] = {}
     for wanted in paths:
         hits = [p for p in modules if p == wanted or p.endswith(f".{wanted}")]
-        found = [
-            join(p, canonical(n)) for p in hits for n, _ in modules[p].named_parameters() if ".pet." not in f".{n}"
-        ]
+        below = [join(p, canonical(n)) for p in hits for n, _ in modules[p].named_parameters()]
+        found = [name for name in below if CHILD not in name.split(".")]
         if not found:
             raise TargetError(f"{option}: no module with parameters is called {wanted!r}.{suggest(wanted, modules)}")
         names |= dict.fromkeys(found)

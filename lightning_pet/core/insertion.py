@@ -9,21 +9,25 @@ with it, and it costs more per call; and the weight path needs the swap anyway. 
 Paths (see :class:`~lightning_pet.layers.delta.Delta`): *activation* deltas change what a call
 returns; *around* deltas run in its place and call it; *weight* deltas change what is read from a
 parameter while its reader's forward runs. Outside that scope the parameter is the base's, so sharding
-engines never see an effective weight. *Shared* deltas belong to others of their method and are never
-called by their host.
+engines never see an effective weight. *Generate* deltas wrap the host's ``generate``. *Shared* deltas
+belong to others of their method and are never called by their host.
 """
 
+import inspect
 from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from lightning_pet.core.fast_path import forbid, restore
+from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.structure import Target
 from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta
 
-CHILD = "pet"
 _SCOPE = "_pet_scope"  # this module's weight deltas are visible now
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
 _TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere
@@ -114,13 +118,14 @@ class _WeightHost(_AroundHost):
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
         readable = [self, *self.__dict__.get(_READS, ())]
+        before = [module.__dict__.get(_SCOPE, False) for module in readable]  # a reader may be inside another
         for module in readable:
             module.__dict__[_SCOPE] = True
         try:
             return super()._pet_base_forward(*args, **kwargs)
         finally:
-            for module in readable:
-                module.__dict__[_SCOPE] = False
+            for module, scope in zip(readable, before, strict=True):
+                module.__dict__[_SCOPE] = scope
 
     def _pet_weight(self, name: str) -> Tensor | None:
         weight = self._parameters[name]
@@ -137,13 +142,14 @@ class _RecurrentHost(_WeightHost):
     """LSTM, GRU and RNN read their weights from a list of their own."""
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        before, flat = self.__dict__.get(_SCOPE, False), self.__dict__["_flat_weights"]
         self.__dict__[_SCOPE] = True
-        flat = self.__dict__["_flat_weights"]
         self.__dict__["_flat_weights"] = [getattr(self, n) for n in cast(list[str], self._flat_weights_names)]
         try:
             return super()._pet_base_forward(*args, **kwargs)
         finally:
             self.__dict__["_flat_weights"] = flat
+            self.__dict__[_SCOPE] = before
 
 
 _SWAPPED: dict[tuple[type[nn.Module], type[_Host], tuple[str, ...]], type[nn.Module]] = {}
@@ -164,12 +170,33 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__pet_base__": base,
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
-        "__pet_fusable__": _has_plain_forward(base),
+        # Computing the product itself, a delta would read the weight past the weight deltas.
+        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (mixin, base), members)
+    members["forward"] = _with_signature(mixin.forward, base.forward)
+    if callable(getattr(base, "generate", None)):
+        members["generate"] = _generate
+    bases = (mixin, WithoutDeltas, base) if issubclass(base, SEQUENCES) else (mixin, base)
+    return type(base.__name__, bases, members)
+
+
+def _with_signature(function: Any, like: Any) -> Any:
+    """The same function, showing another one's signature: transformers looks at it to choose arguments."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return copy
+
+
+def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
+    call: Any = partial(cast(Any, type(self).__pet_base__).generate, self)
+    for delta in self.pet.active("generate"):
+        call = partial(delta, call)
+    return call(*args, **kwargs)
 
 
 def _effective(name: str) -> property:
@@ -234,15 +261,17 @@ def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) ->
     """The module whose forward reads the target's weight, if it is not the host itself.
 
     ``nn.MultiheadAttention`` reads ``out_proj.weight`` and never calls ``out_proj``; some models do
-    the same with ordinary linears, which only a forward can tell (``called``).
+    the same with ordinary linears, which only a forward can tell (``called``). The reader is then taken
+    to be the nearest module around it that was called.
     """
-    parent = target.module.rpartition(".")[0]
-    modules = named_modules(root)
-    if isinstance(modules.get(parent), nn.MultiheadAttention):
-        return parent
-    if called is not None and target.module not in called and parent in called:
-        return parent
-    return None
+    above = target.module.rpartition(".")[0]
+    if isinstance(named_modules(root).get(above), nn.MultiheadAttention):
+        return above
+    if called is None or target.module in called:
+        return None
+    while above and above not in called:
+        above = above.rpartition(".")[0]
+    return above if above in called else None
 
 
 def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str | None = None) -> None:
@@ -264,24 +293,26 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     check_attachable(host, target, key)
     delta.parameter = target.parameter
     if delta.path == "shared":
-        _adopt(host)
+        _swap(host, _Host) if isinstance(host, SEQUENCES) else _adopt(host)
     elif delta.path == "weight":
         _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
+        reader = reader if target.reads is None else target.reads
         if reader is not None:
             _swap(modules[reader], _WeightHost)
-            modules[reader].__dict__.setdefault(_READS, []).append(host)
+            reads = modules[reader].__dict__.setdefault(_READS, [])
+            reads += [] if host in reads else [host]
     else:
         _swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
     pet[key] = delta
     pet.train(host.training)
-    if target.reads is not None:
+    if target.reads is not None and delta.path != "weight":
         delta.slot = Slot(pet, key)
         _swap(modules[target.reads], _AroundHost)
         modules[target.reads].__dict__.setdefault(_TAPS, []).append(delta.slot)
     for path, module in modules.items():
         if f"{target.module}.".startswith(f"{path}." if path else ""):
-            _forbid_fast_path(module)
+            forbid(module)
 
 
 def mute(root: nn.Module, paths: set[str], on: bool) -> None:
@@ -292,7 +323,7 @@ def mute(root: nn.Module, paths: set[str], on: bool) -> None:
         pet.muted = frozenset(pet._modules) if on else frozenset()
         for above, module in modules.items():
             if f"{path}.".startswith(f"{above}." if above else ""):
-                _restore_fast_path(module) if on else _forbid_fast_path(module)
+                restore(module) if on else forbid(module)
 
 
 def check_attachable(host: nn.Module, target: Target, key: str) -> None:
@@ -329,7 +360,8 @@ def detach(root: nn.Module, path: str, key: str) -> None:
                 _restore(module)
         _restore(host)
     for module in modules.values():
-        _allow_fast_path(module)
+        if not any(isinstance(inner, Deltas) for inner in module.modules()):
+            restore(module)
 
 
 def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:
@@ -353,30 +385,3 @@ def _restore(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
     del module._modules[CHILD]
     module.__class__ = base_class(module)
-
-
-# In eval mode the fast path hands a layer's raw weights to one fused operator, past every delta, and the
-# encoder packs its input into a nested tensor for it. These flags are conditions of the two, and nothing else.
-_FAST_PATH: tuple[tuple[type[nn.Module], str, Any], ...] = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-
-
-def _forbid_fast_path(module: nn.Module) -> None:
-    for cls, flag, off in _FAST_PATH:
-        if isinstance(module, cls) and hasattr(module, flag):
-            module.__dict__.setdefault("_pet_fast_path", getattr(module, flag))
-            setattr(module, flag, off)
-
-
-def _allow_fast_path(module: nn.Module) -> None:
-    if not any(isinstance(m, Deltas) for m in module.modules()):
-        _restore_fast_path(module)
-
-
-def _restore_fast_path(module: nn.Module) -> None:
-    if "_pet_fast_path" in module.__dict__:
-        for cls, flag, _ in _FAST_PATH:
-            if isinstance(module, cls):
-                setattr(module, flag, module.__dict__.pop("_pet_fast_path"))

@@ -18,11 +18,13 @@ class Insertion:
         target: the host's parameter.
         delta: the module to insert.
         suffix: tells several deltas of one method on one host apart (``"q"`` and ``"v"`` of a fused projection).
+        replaces: methods that leave when this delta comes (``"adapter_sst2"``: short name and user's name).
     """
 
     target: Target
     delta: Delta
     suffix: str = ""
+    replaces: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -48,6 +50,10 @@ class Method(Protocol):
         Raises:
             TargetError: if a requested place does not exist.
         """
+        ...
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Size the method for these places, if it was given a budget; asked once for newly found places."""
         ...
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:

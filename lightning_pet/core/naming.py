@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+CHILD = "pet"
+"""Name under which a host holds its deltas."""
+
 # torch.compile, FSDP1 and activation checkpointing each put a level into the names of what they wrap.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_pet.core.applied import Adaptation
-from lightning_pet.core.naming import canonical, join
+from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.preparation import is_shared
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class PlanRow:
         role: what the host does in the model, if known.
         detail: shape of what was inserted.
         parameters: trained numbers.
+        frozen: numbers that belong to the delta and stay as they are (fused adapters).
     """
 
     method: str
@@ -25,6 +27,7 @@ class PlanRow:
     role: str
     detail: str
     parameters: int
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Plan:
         return sum(row.parameters for row in self.rows)
 
     @property
+    def frozen(self) -> int:
+        """Numbers in the delta that stay as they are."""
+        return sum(row.frozen for row in self.rows)
+
+    @property
     def share(self) -> float:
         """Trained numbers as a share of the base."""
         return self.trainable / self.base if self.base else 0.0
@@ -57,22 +65,39 @@ class Plan:
             for row in self.rows
         ]
         lines.append(f"trainable {self.trainable:,} of {self.base:,} ({self.share:.3%})")
+        if self.frozen:
+            lines.append(f"frozen in the delta {self.frozen:,}")
         return "\n".join(lines)
 
 
 def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     """Read the plan off an adapted model."""
     parameters = {canonical(n): p for n, p in root.named_parameters(remove_duplicate=False)}
-    rows = []
+    rows, users, modules = [], _users(record), named_modules(root)
     for applied, target, path, key in record.hosts():
         own = {n: p for n, p in parameters.items() if n.startswith(join(path, "pet", key) + ".")}
+        if not own and applied.key in users:
+            continue  # it has nothing but what is shared
         trained = [p for n, p in own.items() if n in record.trainable_names]
         label = applied.method if applied.name == "default" else f"{applied.method}:{applied.name}"
-        detail = " ".join("×".join(map(str, p.shape)) for p in trained)
-        rows.append(PlanRow(label, target.path, target.role or "", detail, sum(p.numel() for p in trained)))
+        place = f"shared by {users[applied.key]} places" if is_shared(target) else target.path
+        note = getattr(modules[join(path, "pet", key)], "note", "")
+        detail = " ".join(["×".join(map(str, p.shape)) for p in trained] + [note] * bool(note))
+        numbers = sum(p.numel() for p in trained)
+        frozen = sum(p.numel() for p in own.values()) - numbers
+        rows.append(PlanRow(label, place, target.role or "", detail, numbers, frozen))
     for name in record.trained_names:
         parameter = parameters[name]
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
     delta = set(record.delta_names)
     base = sum(p.numel() for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
     return Plan(tuple(rows), base)
+
+
+def _users(record: Adaptation) -> dict[str, int]:
+    """Methods that share something, with the number of places that use it."""
+    return {
+        applied.key: sum(not is_shared(target) for target in applied.targets)
+        for applied in record.applied
+        if any(is_shared(target) for target in applied.targets)
+    }

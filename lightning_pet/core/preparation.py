@@ -15,7 +15,16 @@ from lightning_pet.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Prepared:
-    """A planned and built method: all that could fail has been done, and nothing was changed yet."""
+    """A planned and built method: all that could fail has been done, and nothing was changed yet.
+
+    Attributes:
+        method: the method.
+        targets: places of the insertions, in their order, then those that train without a delta.
+        insertions: the deltas and their places.
+        readers: path of the module that reads each place's parameter, or ``None``.
+        trained: base parameters that train as they are.
+        scope: submodule that the method is confined to.
+    """
 
     method: Method
     targets: tuple[Target, ...]
@@ -66,6 +75,7 @@ def prepare(
             targets = tuple(target for target in resolved[index] if not is_shared(target))
         else:
             targets = _resolve(root, method, structure or Structure(), scope)
+            method.spend_budget(root, targets)  # a file's options hold the width that was picked
         prepared.append(_build(root, method, targets, scope, structure))
     return prepared
 
@@ -98,17 +108,25 @@ def _build(
         if target.reads is not None:
             check_attachable(modules[target.reads], target, key)
     called = structure.called if structure else None
+    trained = method.trained(root, targets)
+    places = [insertion.target for insertion in insertions]
+    # Places without a delta are kept, so that loading finds again what trains as it is.
+    places += [t for t in targets if t not in places and not is_shared(t) and _trains(trained, t)]
     return Prepared(
         method=method,
-        targets=tuple(insertion.target for insertion in insertions),
+        targets=tuple(places),
         insertions=insertions,
         readers=tuple(
             reader_of(root, insertion.target, called) if insertion.target.parameter else None
             for insertion in insertions
         ),
-        trained=method.trained(root, targets),
+        trained=trained,
         scope=scope,
     )
+
+
+def _trains(trained: Sequence[str], target: Target) -> bool:
+    return any(f"{name}.".startswith(f"{target.path}.") for name in trained)
 
 
 def delta_key(method: Method, insertion: Insertion) -> str:

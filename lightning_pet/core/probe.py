@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_pet.core.attention_observer import Observer, Seen, with_routes
 from lightning_pet.core.cores import Core, find_cores
 from lightning_pet.core.fused import Rows, count, rows_feeding
 from lightning_pet.core.graph import Edge, Graph, tensors
@@ -47,9 +48,11 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
     """
     with undisturbed(model):
         recorder = Recorder(model)
+        observer = Observer(recorder)
         with recorder.attached() as record:
             try:
-                result = forward()
+                with observer:
+                    result = forward()
             except Exception as error:
                 raise TargetError(
                     f"the probing forward of {type(model).__name__} failed: {type(error).__name__}: {error}. It runs "
@@ -63,7 +66,7 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
                 "Return the outputs or the loss, and do not run the model under torch.no_grad()."
             )
         try:
-            return _Reading(model, record).structure()
+            return _Reading(model, record, observer.seen).structure()
         except Exception as error:
             raise TargetError(
                 f"the autograd graph of {type(model).__name__} could not be read: {type(error).__name__}: {error}. "
@@ -123,9 +126,10 @@ def _first_success(model: nn.Module, forward: Callable[[], Any] | None) -> tuple
 class _Reading:
     """The graph of one recorded forward, and what follows from it."""
 
-    def __init__(self, model: nn.Module, record: Record) -> None:
+    def __init__(self, model: nn.Module, record: Record, seen: Sequence[Seen]) -> None:
         self.model = model
         self.record = record
+        self.seen = seen
         self.owners = _owners(model)
         parameters = {id(p): p.dim() for p in model.parameters()}
         self.graph = Graph(record.outputs, parameters)
@@ -142,12 +146,13 @@ class _Reading:
         embedding = input_embedding(self.model) or self.record.embedding
         if embedding is not None:
             targets.append(Target(embedding, role="embedding"))
+        consumer = self.record.consumer  # the root is "", which is false
         return Structure(
             targets=in_module_order(self.model, targets),
             sites=self._sites(),
             attention=self._attention(),
             embedding=embedding,
-            consumer=self.record.consumer or static_consumer(self.model, embedding),
+            consumer=consumer if consumer is not None else static_consumer(self.model, embedding),
             called=frozenset(call.path for call in self.record.calls),
             source="probe",
             unresolved=in_module_order(self.model, unresolved),
@@ -218,7 +223,7 @@ class _Reading:
         for core in self.cores:
             owner = self.taps.owner(sequence[core.first], sequence[core.last])
             found.setdefault((owner, core.cross), self._core(owner, core))
-        return tuple(found.values())
+        return with_routes(tuple(found.values()), self.seen)
 
     def _core(self, owner: str, core: Core) -> AttentionCore:
         key_dim = self.graph.shape(core.q)[-1]

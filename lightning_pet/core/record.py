@@ -70,6 +70,14 @@ class Recorder:
         self._stack: list[Call] = []
         self._paths = {module: path for path, module in named_places(model).items()}
 
+    def running(self) -> list[Call]:
+        """Calls that have not returned yet, outermost first."""
+        return list(self._stack)
+
+    def path_of(self, module: nn.Module) -> str | None:
+        """First name of a module, ``None`` if it is none of the model's."""
+        return self._paths.get(module)
+
     @contextlib.contextmanager
     def attached(self) -> Iterator[Record]:
         """Record every call until the block is left; the hooks are gone afterwards, whatever happens."""

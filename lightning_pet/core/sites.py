@@ -86,6 +86,7 @@ def _site(
     ffn: frozenset[int],
 ) -> Site:
     start, end = graph.sequence[addition.x], graph.sequence[addition.add]
+    width, kept = _last_dimension(taps, branch)
     inputs = [
         tap.call.path
         for tap in taps.inputs[addition.x]
@@ -97,11 +98,12 @@ def _site(
     blocks = sorted(taps.outputs[total], key=lambda tap: (-tap.call.depth, tap.order))
     return Site(
         kind=_kind(graph, taps, addition, branch, cores, ffn),
-        branch=_unique(tap.call.path for tap in branch),
+        branch=_unique(tap.call.path for tap in kept or branch),
         inputs=_unique(inputs),
         after_norm=_unique(norms),
-        after_out=_unique(tap.call.path for tap in blocks),
-        width=_width(taps, branch[-1]),
+        after_out=_unique(tap.call.path for tap in blocks if not kept or tap.call.output_shape[-1:] == (width,)),
+        width=width,
+        channels_first=not kept,
     )
 
 
@@ -109,10 +111,21 @@ def _unique(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
-def _width(taps: Taps, tap: Tap) -> int:
-    module, shape = taps.module(tap.call.path), tap.call.output_shape
+def _last_dimension(taps: Taps, branch: Sequence[Tap]) -> tuple[int, list[Tap]]:
+    """Width of the stream, and those branch calls that return it as their last dimension."""
+    first = branch[0]
+    module, shape = taps.module(first.call.path), first.call.output_shape
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.BatchNorm2d)
-    return shape[1] if convolution and len(shape) > 2 else shape[-1] if shape else 0
+    ahead = convolution and len(shape) > 2
+    width = shape[1] if ahead else shape[-1] if shape else 0
+    kept = []
+    for tap in branch:
+        if tap.call.output_shape != shape:  # a change of layout shows, unless all sizes are equal
+            shape = tap.call.output_shape
+            ahead = shape[-1:] != (width,)
+        if not ahead:
+            kept.append(tap)
+    return width, kept
 
 
 def _branch(graph: Graph, taps: Taps, addition: Addition) -> list[Tap]:

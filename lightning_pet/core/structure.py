@@ -22,11 +22,20 @@ Role = Literal[
     "ffn.output",
     "ffn.norm",
     "mixer.output",
+    "mixer.norm",
     "embedding",
+    "prompt.call",
+    "prompt.rows",
+    "prompt.guard",
+    "prompt.memory",
+    "prompt.generate",
 ]
-"""What a place does. ``output`` is f(x) of a residual sum, ``norm`` the norm that reads the sum, and
-``core`` the softmax attention itself; the others are projections, and the token embedding."""
+"""What a place does. ``output`` is f(x) of a residual sum (or the sum, where the module returns that), ``norm`` the
+norm that reads the sum, and ``core`` the softmax attention itself; ``prompt`` places are those of virtual tokens (see
+:mod:`lightning_pet.core.prompt_places`); the others are projections, and the token embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
+Route = Literal["", "interface", "functional"]
+"""How a prefix gets into an attention: transformers' table of attention functions, torch's own, or not at all."""
 
 
 @dataclass(frozen=True, order=True)
@@ -40,7 +49,8 @@ class Target:
         cross: the place belongs to cross-attention.
         rows: half-open ranges of *output features* in a fused projection (``((0, 768),)`` for q in
             GPT-2's ``c_attn``); ``None`` means all of them.
-        reads: path of the module whose input the delta reads; ``None``: the host's own.
+        reads: path of the module whose input the delta reads; for a delta on a weight, of the module that
+            reads that weight; ``None``: the host's own.
         sizes: sizes at the place that no weight of the host tells, such as the width of the stream.
     """
 
@@ -69,6 +79,7 @@ class Site:
         after_norm: norms that read s (post-norm models).
         after_out: modules whose output is s (pre-norm models: the block).
         width: features of the residual stream at this site.
+        channels_first: no branch module returns the features as its last dimension (convolutional blocks).
     """
 
     kind: SiteKind
@@ -77,6 +88,7 @@ class Site:
     after_norm: tuple[str, ...] = ()
     after_out: tuple[str, ...] = ()
     width: int = 0
+    channels_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,8 @@ class AttentionCore:
         kv_heads: key/value heads (may be fewer than query heads).
         key_dim: features of one key head.
         value_dim: features of one value head.
+        route: how a prefix gets there.
+        scale: factor of the scores, where the owner forms them by a product of its own.
     """
 
     owner: str
@@ -96,6 +110,8 @@ class AttentionCore:
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    route: Route = ""
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from lightning_pet.core.naming import canonical, join
 from lightning_pet.core.structure import Role, Structure, Target
 from lightning_pet.errors import TargetError
 
-__all__ = ["layer_index", "output_heads", "resolve_targets", "role_names", "suggest"]
+__all__ = ["layer_index", "name_matcher", "output_heads", "resolve_targets", "role_names", "suggest"]
 
 Hosts = Callable[[nn.Module, str], bool]
 
@@ -215,7 +215,7 @@ class _Scope:
         return targets
 
     def _by_name(self, pattern: str) -> list[Target]:
-        matches = _matcher(pattern)
+        matches = name_matcher(pattern)
         targets: list[Target] = []
         for module, path in self.first.items():
             own = _weights(module)
@@ -257,7 +257,7 @@ class _Scope:
         )
 
     def _missing(self, pattern: str) -> str:
-        containers = [p for m, p in self.first.items() if any(map(_matcher(pattern), self.names[p])) and p]
+        containers = [p for m, p in self.first.items() if any(map(name_matcher(pattern), self.names[p])) and p]
         if containers:
             inside = [path for path, _ in self._hostable() if path.startswith(f"{containers[0]}.")]
             hint = f"name a part of it, for example {inside[0]!r}" if inside else "choose another module"
@@ -310,7 +310,12 @@ class _Scope:
 # -- pieces -----------------------------------------------------------------------------------------
 
 
-def _matcher(pattern: str) -> Callable[[str], bool]:
+def name_matcher(pattern: str) -> Callable[[str], bool]:
+    """What a pattern that is no role says of a dotted name.
+
+    Raises:
+        TargetError: if it is no regular expression, but should be.
+    """
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_pet.data.base import Example, TableDataModule, check_columns, split_off
+from lightning_pet.data.choices import ChoiceCollator, choice_lists, right_choices
 from lightning_pet.data.tables import Table, read_splits, read_table
 from lightning_pet.errors import ArgumentError
 
@@ -15,7 +16,9 @@ _ALIASES = {"source": ("source", "input", "document"), "target": ("target", "out
 class Seq2SeqData(TableDataModule):
     """Source texts with a target text each, for :class:`~lightning_pet.modules.seq2seq.Seq2SeqModule`.
 
-    Columns are ``source`` (or ``input``, ``document``) and ``target`` (or ``output``, ``summary``).
+    Columns are ``source`` (or ``input``, ``document``) and ``target`` (or ``output``, ``summary``). A column
+    ``choices`` holds the possible answers of each row, of which the target is one: a list of texts, or in a CSV
+    file a JSON list. With them the module can rank answers and train with T-Few's losses.
 
     Args:
         train: a CSV, TSV, JSON, JSON lines or Parquet file; a folder with files named by split; or a hub
@@ -25,6 +28,7 @@ class Seq2SeqData(TableDataModule):
         test: file with the test split.
         predict: file with source texts to predict.
         columns: which columns hold the texts, such as ``{"source": "article", "target": "title"}``.
+        choices: possible answers of every row, where they are the same for all (instead of a column).
         prefix: text put before every source, such as ``"summarize: "``.
         tokenizer: name of a tokenizer; ``None`` takes the LightningModule's.
         max_length: longest source in tokens; longer ones are cut, and how many is reported.
@@ -50,6 +54,7 @@ class Seq2SeqData(TableDataModule):
         test: str | None = None,
         predict: str | None = None,
         columns: dict[str, str] | None = None,
+        choices: list[str] | None = None,
         prefix: str = "",
         tokenizer: str | None = None,
         max_length: int = 512,
@@ -63,7 +68,10 @@ class Seq2SeqData(TableDataModule):
         super().__init__(tokenizer, max_length, batch_size, similar_lengths, num_workers)
         if max_target_length < 1:
             raise ArgumentError(f"max_target_length={max_target_length}: expected at least 1")
-        self.columns = check_columns(columns, tuple(_ALIASES))
+        if choices is not None and len(set(choices)) < max(2, len(choices)):
+            raise ArgumentError(f"choices={choices}: expected at least two distinct answers")
+        self.columns = check_columns(columns, (*_ALIASES, "choices"))
+        self.choices = choices
         self.train, self.val, self.test, self.predict = train, val, test, predict
         self.prefix = prefix
         self.max_target_length = max_target_length
@@ -97,10 +105,29 @@ class Seq2SeqData(TableDataModule):
             )
             for example, ids in zip(examples, labels["input_ids"], strict=True):
                 example["labels"] = ids
+        self._add_choices(examples, table, tokenizer, targets)
         return examples
+
+    def _add_choices(self, examples: list[Example], table: Table, tokenizer: Any, targets: bool) -> None:
+        column = self.columns.get("choices", "choices")
+        if column in table.columns or "choices" in self.columns:
+            choices = choice_lists(table, table.find([column]))
+        elif self.choices is not None:
+            choices = [self.choices] * len(examples)
+        else:
+            return
+        known: dict[str, list[int]] = {}  # most tasks have few answers and many rows
+        for text in dict.fromkeys(text for row in choices for text in row):
+            known[text] = tokenizer(text_target=text, truncation=True, max_length=self.max_target_length)["input_ids"]
+        for example, row in zip(examples, choices, strict=True):
+            example["choices"] = [known[text] for text in row]
+        if targets:
+            right = right_choices(choices, self._texts(table, "target"), table.source)
+            for example, index in zip(examples, right, strict=True):
+                example["choice"] = index
 
     def collator(self, tokenizer: Any) -> Any:
         """Pad sources to the longest of the batch, and targets with -100."""
         from transformers import DataCollatorForSeq2Seq
 
-        return DataCollatorForSeq2Seq(tokenizer)
+        return ChoiceCollator(DataCollatorForSeq2Seq(tokenizer))

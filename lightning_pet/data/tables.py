@@ -1,4 +1,4 @@
-"""Tables of examples from CSV, TSV, JSON and JSON lines (standard library), Parquet and the hub (``datasets``)."""
+"""Tables of examples from CSV, TSV, JSON, JSON lines and text (standard library), Parquet and the hub."""
 
 import csv
 import importlib
@@ -80,7 +80,8 @@ def read_table(path: Path) -> Table:
     """Read one file.
 
     Args:
-        path: ``.csv``, ``.tsv`` (without quoting), ``.json`` (a list of objects), ``.jsonl`` or ``.parquet``.
+        path: ``.csv``, ``.tsv`` (without quoting), ``.json`` (a list of objects), ``.jsonl``, ``.parquet``, or
+            ``.txt`` (a text per line, as the column ``text``).
 
     Raises:
         ArgumentError: the file does not exist, has an unknown ending, is empty or malformed, or is Parquet and
@@ -183,6 +184,11 @@ def _read_tsv(path: Path) -> Table:
     return _read_delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
+def _read_text(path: Path) -> Table:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    return Table(str(path), {"text": [line for line in lines if line]})
+
+
 def _read_json_lines(path: Path) -> Table:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
@@ -256,4 +262,5 @@ _READERS: Mapping[str, Callable[[Path], Table]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
 }

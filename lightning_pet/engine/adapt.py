@@ -1,7 +1,7 @@
 """Applying methods to a model, with or without a Trainer: one code path."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from lightning_pet.errors import ArgumentError
 
 _log = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=Method)
+M = TypeVar("M", bound="StartingMethod")
 
 
 class StartingMethod(Method, Protocol):
@@ -34,6 +34,10 @@ class StartingMethod(Method, Protocol):
     @property
     def base_check(self) -> str:
         """What to do about another base model: ``"error"``, ``"warn"`` or ``"off"``."""
+        ...
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over the width that an equal budget has picked before."""
         ...
 
 
@@ -94,7 +98,7 @@ def start(model: nn.Module, methods: Sequence[StartingMethod]) -> None:
             start_from(adapted, method, method.start_from, method.base_check)
 
 
-def is_applied(root: nn.Module, method: Method) -> bool:
+def is_applied(root: nn.Module, method: StartingMethod) -> bool:
     """Whether this very method was applied already (eagerly, or in an earlier run).
 
     Raises:
@@ -103,6 +107,7 @@ def is_applied(root: nn.Module, method: Method) -> bool:
     record = record_of(root)
     for applied in record.applied if record else ():
         if (applied.method, applied.name) == (method.method, method.name):
+            method.adopt(applied.config)
             if applied.config == method.config():
                 return True
             differing = [k for k, v in method.config().items() if applied.config.get(k) != v]

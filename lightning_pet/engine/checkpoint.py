@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import changed_buffers
+from lightning_pet.core.adaptation import changed_buffers, take_forms
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import base_check
@@ -128,11 +128,16 @@ class Checkpoints:
         entry = read_entry(checkpoint, path)
         base_check.check_methods(entry, adapted.record, path)
         check_tensors(checkpoint, entry, path)
-        for key in _STATES:
-            if key in checkpoint:
-                self._check_fit(checkpoint[key], path)
         saved, whole = saved_fingerprint(entry, path), run.adapter.whole
-        base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, whole=whole)
+        undo = take_forms(adapted.root, self._split(checkpoint["state_dict"])[0])
+        try:
+            for key in _STATES:
+                if key in checkpoint:
+                    self._check_fit(checkpoint[key], path)
+            base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, whole=whole)
+        except BaseException:
+            undo()
+            raise
         if "resume" in entry and run.trainer.state.fn == TrainerFn.FITTING:
             run.resume.load_state(entry["resume"])
         self._optimizer_names, self._optimizer_classes = entry.get("optimizers"), entry.get("optimizer_classes")

@@ -1,7 +1,7 @@
 """What happens around a model during a Trainer's run, for all PET callbacks of that Trainer together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -9,7 +9,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_pet.core.adaptation import freeze, host_parameter, outgrown, refresh, required_gradients, take_out, undo
+from lightning_pet.core.adaptation import (
+    freeze,
+    host_parameter,
+    outgrown,
+    refresh,
+    renew,
+    required_gradients,
+    take_out,
+    undo,
+)
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, record_of
 from lightning_pet.core.method import key_of
@@ -22,13 +31,15 @@ from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdat
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
-from lightning_pet.errors import DeadSiteError, PETError, TargetError
+from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 
 _ATTRIBUTE = "_pet_controller"
 
@@ -37,9 +48,14 @@ class TrainerMethod(StartingMethod, Protocol):
     """What the controller asks of a callback, besides what every method answers."""
 
     verbose: bool
+    shards: ClassVar[bool]
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
+        ...
+
+    def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Optimizer options of those of its own parameters that do not train with their group's."""
         ...
 
 
@@ -121,6 +137,8 @@ class Controller:
         refuse_averaging_first(self.trainer.callbacks, self.methods[0])  # type: ignore[attr-defined]
         self.adapter = adapter_for(self.trainer)
         self.adapter.check(self.trainer)
+        if self.adapter.shards:
+            self._refuse_unsharded()
         self._warn_spawn()
         self._new, self._trained = [], False
         self._checked.clear()
@@ -137,6 +155,14 @@ class Controller:
         install_durable_io(self.trainer.strategy)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
+
+    def _refuse_unsharded(self) -> None:
+        unfit = [type(method).__name__ for method in self.methods if not method.shards]
+        if unfit:
+            raise UnsupportedStrategyError(
+                f"{', '.join(unfit)}: not tested with parameters that are sharded over processes, as "
+                f"{type(self.trainer.strategy).__name__} shards them. Use strategy='ddp'."
+            )
 
     def rules(self) -> Checkpoints | None:
         """The rules for checkpoints, while there is a delta."""
@@ -220,6 +246,9 @@ class Controller:
     def _configure_optimizers(self, original: Callable[[], Any]) -> Any:
         record, prefix = self.adapted.record, self.root_path
         freeze(self.adapted.root)
+        if not any(parameter.requires_grad for parameter in self.module.parameters()):
+            # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
+            return None
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
         delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.trainable_names}
         hosts = {
@@ -229,13 +258,26 @@ class Controller:
             if name.startswith(join(path, "pet", key) + ".")
         }
         ratios: dict[str, float] = {}
+        options: dict[str, dict[str, float]] = {}
         for method in self.methods:
             places = [join(path, "pet", key) for a, _, path, key in record.hosts() if a.key == key_of(method)]
             own = [name for name in record.delta_names if any(name.startswith(f"{place}.") for place in places)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
-        returned = optim.hold_delta(original(), self.module, delta, hosts, ratios)
+            options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
+        returned = optim.hold_delta(original(), self.module, delta, hosts, ratios, options)
         self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
+
+    def exchange(self, exchanges: Sequence[Exchange]) -> None:
+        """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""
+        root = self.adapted.root
+        renew(root)
+        names = names_of(self.module)
+        new_names = [names.get(id(change.new), "") for change in exchanges]
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        exchange(self.trainer.optimizers, schedulers, exchanges, new_names)
+        optim.check(self.trainer.optimizers, self.module)
+        self.adapter.wrap_again()
 
     def on_fit_start(self) -> None:
         """Optimizers exist and the checkpoint, if any, was read: check, and show the table."""
@@ -248,6 +290,7 @@ class Controller:
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
+        self._undo.append(measure_losses(self.module, root))
         if self._plan is not None and any(method.verbose for method in self.methods):
             show_plan(self._plan)
 

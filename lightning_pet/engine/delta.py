@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import commit, copy_in
+from lightning_pet.core.adaptation import commit, copy_in, renew
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
@@ -161,6 +161,13 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
         DeltaFileError: if the file has no such method, or its tensors do not fit.
     """
     stored = read(path)
+    holds = ", ".join(f"{m.method}:{m.name}" for m in stored.methods)
+    if not any((m.method, m.name) == (method.method, method.name) for m in stored.methods):
+        raise DeltaFileError(
+            f"start_from={str(path)!r}: there is no {method.method}:{method.name} in it, it holds {holds}. "
+            "Give the file, the method and the name that go together.",
+            "mismatch",
+        )
     if stored.base is not None:
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
         check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then)
@@ -170,12 +177,15 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
     ]
     if problems:
         raise DeltaFileError(
-            f"start_from={str(path)!r}: {problems[0]}. It holds "
-            f"{', '.join(f'{m.method}:{m.name}' for m in stored.methods)}; give the options it was trained with.",
+            f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
             "mismatch",
         )
     for prefix, delta in deltas.items():
         delta.unpack(_below(stored.tensors, prefix))
+    renew(adapted.root)
+    mine = next(applied.trained for applied in adapted.record.applied if applied.key == key_of(method))
+    if absent := [name for name in mine if name not in stored.tensors]:
+        rank_zero_warn(f"{path} does not hold {', '.join(absent[:4])}; they start with the values of the model.")
     copy_in(adapted.root, {name: stored.tensors[name] for name in _same_heads(adapted, stored)})
 
 
@@ -222,6 +232,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
     for prefix, delta in _deltas(root, record).items():
         if tensors := _below(stored.tensors, prefix):
             delta.unpack(tensors)
+    renew(root)
     own = set(record.delta_names)
     copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
     return Adapted(root)

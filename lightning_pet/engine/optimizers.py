@@ -6,30 +6,17 @@ LightningModule (:func:`lightning_pet.core.naming.canonical`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_pet.core.naming import canonical
-from lightning_pet.engine import private
+from lightning_pet.engine.parameter_groups import Place, Wish, names_of, places_of, regroup, shown, trainable_of
 from lightning_pet.errors import OptimizerMismatchError
 
 T = TypeVar("T")
-
-_LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr")
-_LR_LISTS = ("base_lrs", private.LAST_LR, "min_lrs", "max_lrs")
-_SHOWN = 6
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One parameter group of one optimizer."""
-
-    optimizer: int
-    group: int
 
 
 def hold_delta(
@@ -38,6 +25,7 @@ def hold_delta(
     delta: Mapping[str, nn.Parameter],
     host_of: Mapping[str, str],
     lr_ratio: Mapping[str, float],
+    options: Mapping[str, Mapping[str, float]] | None = None,
 ) -> T:
     """Let the optimizers hold exactly the trainable parameters of ``module``; call after freezing.
 
@@ -45,8 +33,8 @@ def hold_delta(
     * An absent delta parameter joins the group of its host, which keeps layer-wise learning rates; if no
       optimizer held the host, the first group of the only optimizer. So does any other trainable
       parameter that no optimizer holds (an unfrozen head).
-    * Delta parameters with a ratio other than 1 move to a new group, a copy of theirs with every learning
-      rate scaled; the schedulers of that optimizer are extended.
+    * Delta parameters with a ratio other than 1, or with options, move to a new group, a copy of theirs with
+      every learning rate scaled and the options set; the schedulers of that optimizer are extended.
 
     Args:
         returned: what ``configure_optimizers`` returned, in any form that Lightning accepts.
@@ -54,6 +42,7 @@ def hold_delta(
         delta: the delta's parameters by name; frozen ones may be among them.
         host_of: name of the host's base parameter, by delta name.
         lr_ratio: factor on the host's learning rate, by delta name; 1 where absent.
+        options: options of an optimizer's group, by delta name; those that the optimizer does not have are left out.
 
     Returns:
         ``returned`` itself; the optimizers in it have been changed in place.
@@ -70,18 +59,22 @@ def hold_delta(
                 f"{type(module).__name__}.configure_optimizers, for example torch.optim.AdamW(self.parameters())."
             )
         return returned
-    names = _names(module)
+    names = names_of(module)
     delta_names = {names.get(id(parameter), name): name for name, parameter in delta.items()}
     aliases = {canonical(name): names[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
-    places = _places(optimizers, names)
+    places = places_of(optimizers, names)
     _drop_frozen_and_stale(optimizers, module, names)
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in _trainable(module).items():
+    for name, parameter in trainable_of(module).items():
         if id(parameter) not in held:
             host = host_of.get(delta_names.get(name, name), "")
             place = places.get(aliases.get(host, host))
             _join(optimizers, place or _only_place(optimizers, name), name, parameter)
-    _scale(optimizers, schedulers, module, {name: lr_ratio.get(delta_names[name], 1.0) for name in delta_names})
+    wishes = {
+        name: Wish(lr_ratio.get(own, 1.0), tuple(sorted((options or {}).get(own, {}).items())))
+        for name, own in delta_names.items()
+    }
+    regroup(optimizers, schedulers, module, wishes)
     _warn_empty(optimizers)
     return returned
 
@@ -102,19 +95,19 @@ def check(optimizers: Iterable[Any], module: nn.Module, delta: Mapping[str, nn.P
     for parameter in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
         times[id(parameter)] = times.get(id(parameter), 0) + 1
         frozen += not parameter.requires_grad
-    names = _names(module)
+    names = names_of(module)
     outside = {n: p for n, p in (delta or {}).items() if p.requires_grad and id(p) not in names}
-    trainable = _trainable(module) | outside
+    trainable = trainable_of(module) | outside
     absent = [name for name, parameter in trainable.items() if id(parameter) not in times]
     twice = [name for name, parameter in trainable.items() if times.get(id(parameter), 0) > 1]
     if absent:
         raise OptimizerMismatchError(
-            f"{len(absent)} of {len(trainable)} trainable parameters are in no optimizer: {_shown(absent)}. They were "
+            f"{len(absent)} of {len(trainable)} trainable parameters are in no optimizer: {shown(absent)}. They were "
             "added or unfrozen after configure_optimizers ran; do that in setup or configure_model."
         )
     if twice:
         raise OptimizerMismatchError(
-            f"{len(twice)} parameters are in more than one group and would be stepped twice: {_shown(twice)}. "
+            f"{len(twice)} parameters are in more than one group and would be stepped twice: {shown(twice)}. "
             "Give each parameter to one group in configure_optimizers."
         )
     if frozen:
@@ -130,7 +123,7 @@ def parameter_names(optimizers: Iterable[Any], module: nn.Module) -> list[list[l
     Raises:
         OptimizerMismatchError: if an optimizer holds a parameter that the module does not have.
     """
-    names = _names(module)
+    names = names_of(module)
     result = []
     for index, optimizer in enumerate(optimizers):
         groups = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
@@ -198,25 +191,6 @@ def collect(value: Any, *attributes: str) -> list[Any]:
     return list(found.values())
 
 
-def _names(module: nn.Module) -> dict[int, str]:
-    """Return the first name of every parameter, by identity."""
-    return {id(parameter): canonical(name) for name, parameter in module.named_parameters()}
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {canonical(name): p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _places(optimizers: list[Any], names: Mapping[int, str]) -> dict[str, _Place]:
-    return {
-        names[id(parameter)]: _Place(i, j)
-        for i, optimizer in enumerate(optimizers)
-        for j, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-        if id(parameter) in names
-    }
-
-
 def _drop_frozen_and_stale(optimizers: list[Any], module: nn.Module, names: Mapping[int, str]) -> None:
     strangers: list[str] = []
     for optimizer in optimizers:
@@ -234,75 +208,25 @@ def _drop_frozen_and_stale(optimizers: list[Any], module: nn.Module, names: Mapp
     if strangers:
         rank_zero_warn(
             f"Dropped {len(strangers)} tensors from the optimizers that are not parameters of {type(module).__name__}, "
-            f"of shapes {_shown(strangers)}. If they are meant to be trained, register them in the module."
+            f"of shapes {shown(strangers)}. If they are meant to be trained, register them in the module."
         )
 
 
-def _only_place(optimizers: list[Any], name: str) -> _Place:
+def _only_place(optimizers: list[Any], name: str) -> Place:
     if len(optimizers) > 1:
         raise OptimizerMismatchError(
             f"The trainable parameter {name!r} is in none of the {len(optimizers)} optimizers, nor was its host, "
             "so it cannot be told which one should train it. Give it, or its host's parameters, to one of them in "
             "configure_optimizers."
         )
-    return _Place(0, 0)
+    return Place(0, 0)
 
 
-def _join(optimizers: list[Any], place: _Place, name: str, parameter: nn.Parameter) -> None:
+def _join(optimizers: list[Any], place: Place, name: str, parameter: nn.Parameter) -> None:
     group = optimizers[place.optimizer].param_groups[place.group]
     group["params"].append(parameter)
     if "param_names" in group:
         group["param_names"].append(name)
-
-
-def _scale(optimizers: list[Any], schedulers: list[Any], module: nn.Module, ratios: Mapping[str, float]) -> None:
-    """Move parameters with a ratio to groups of their own, in an order that only places and ratios decide."""
-    moving: dict[tuple[int, int, float], list[str]] = {}
-    places = _places(optimizers, _names(module))
-    for name, place in places.items():
-        if (ratio := ratios.get(name, 1.0)) != 1.0:
-            moving.setdefault((place.optimizer, place.group, ratio), []).append(name)
-    parameters = _trainable(module)
-    for (i, j, ratio), names in sorted(moving.items()):
-        optimizer = optimizers[i]
-        if private.uses_first_group_only(optimizer):
-            raise OptimizerMismatchError(
-                f"{type(optimizer).__name__} steps one parameter group only, so {_shown(names)} cannot have {ratio} "
-                "times the learning rate of the others. Set the ratio to 1, or use another optimizer."
-            )
-        chosen = {name: parameters[name] for name in names}
-        _leave(optimizer.param_groups[j], chosen)
-        _add_scaled_group(optimizer, [s for s in schedulers if s.optimizer is optimizer], j, chosen, ratio)
-
-
-def _leave(group: dict[str, Any], chosen: Mapping[str, nn.Parameter]) -> None:
-    leaving = {id(parameter) for parameter in chosen.values()}
-    kept = [id(parameter) not in leaving for parameter in group["params"]]
-    for key in ("params", "param_names"):
-        if key in group:
-            group[key][:] = [item for item, keep in zip(group[key], kept, strict=True) if keep]
-
-
-def _add_scaled_group(
-    optimizer: Any, schedulers: list[Any], source: int, parameters: Mapping[str, nn.Parameter], ratio: float
-) -> None:
-    original = optimizer.param_groups[source]
-    group = {
-        key: value.clone() if isinstance(value, Tensor) else value
-        for key, value in original.items()
-        if key not in ("params", "param_names")
-    }
-    for key in _LR_KEYS:
-        if isinstance(group.get(key), (int, float, Tensor)):
-            group[key] = group[key] * ratio
-    named = "param_names" in original
-    optimizer.add_param_group({**group, "params": list(parameters.items() if named else parameters.values())})
-    groups = len(optimizer.param_groups) - 1
-    for scheduler in (inner for outer in schedulers for inner in private.nested_schedulers(outer)):
-        for attribute in (*_LR_LISTS, "lr_lambdas"):
-            values = getattr(scheduler, attribute, None)
-            if isinstance(values, list) and len(values) == groups:
-                values.append(values[source] if attribute == "lr_lambdas" else values[source] * ratio)
 
 
 def _warn_empty(optimizers: list[Any]) -> None:
@@ -356,8 +280,8 @@ def _same_names(index: int, saved: Sequence[Sequence[str]], current: Sequence[Se
     gone, new = [n for n in then if n not in set(now)], [n for n in now if n not in set(then)]
     if gone or new:
         raise OptimizerMismatchError(
-            f"The state of optimizer {index} belongs to other parameters: the checkpoint has {_shown(gone) or 'no'} "
-            f"that are absent now, and lacks {_shown(new) or 'none'} of the present ones. Resume with the callbacks "
+            f"The state of optimizer {index} belongs to other parameters: the checkpoint has {shown(gone) or 'no'} "
+            f"that are absent now, and lacks {shown(new) or 'none'} of the present ones. Resume with the callbacks "
             "and targets of the checkpoint, or load the delta only and start a new run."
         )
 
@@ -391,8 +315,3 @@ def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
 def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     left, right = ({key: value for key, value in group.items() if key != "param_names"} for group in (a, b))
     return left.keys() == right.keys() and all(bool(left[key] == right[key]) for key in left)
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -20,7 +20,9 @@ name                                                      used for
 ``LRScheduler._last_lr``, ``._schedulers``                extending schedulers by a parameter group
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
+``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
+``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
@@ -29,6 +31,7 @@ name                                                      used for
 ``Node._saved_weight``, ``torch._C._autograd``
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names, in ``core``;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
+``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
@@ -36,6 +39,7 @@ name                                                      used for
 ``._hp_optimizer_states_linked``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
@@ -75,6 +79,11 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
             setattr(owner, name, before)
 
     return undo
+
+
+def finds_unused_parameters(strategy: Any) -> bool:
+    """Whether a DDP strategy looks in every step for parameters without a gradient."""
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
@@ -207,6 +216,11 @@ def uses_first_group_only(optimizer: Any) -> bool:
     """Whether an optimizer steps the parameters of its first group only, as LBFGS does."""
     params = getattr(optimizer, "_params", None)
     return params is not None and params is optimizer.param_groups[0]["params"]
+
+
+def unscales_itself(optimizer: Any) -> bool:
+    """Whether an optimizer takes scaled gradients and unscales them in its step, as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def average_of(callback: Any) -> Any:

@@ -1,6 +1,7 @@
 """Which module of what the user hands over is adapted, and how it is fed for a look at its structure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -82,16 +83,23 @@ def batch_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[
     def forward() -> Any:
         batch = _first_batch(private.loader_of_run(trainer))
         step = module.predict_step if trainer.state.fn == TrainerFn.PREDICTING else module.training_step
-        logs: dict[str, Any] = {name: module.__dict__[name] for name in _LOGS if name in module.__dict__}
-        module.__dict__.update(dict.fromkeys(_LOGS, lambda *args, **kwargs: None))
-        try:
+        with silenced(module):
             return step(_first_rows(batch, 2), 0)
-        finally:
-            for name in _LOGS:
-                del module.__dict__[name]
-            module.__dict__.update(logs)
 
     return forward
+
+
+@contextmanager
+def silenced(module: pl.LightningModule) -> Iterator[None]:
+    """Within the block ``module.log`` does nothing."""
+    logs: dict[str, Any] = {name: module.__dict__[name] for name in _LOGS if name in module.__dict__}
+    module.__dict__.update(dict.fromkeys(_LOGS, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        for name in _LOGS:
+            del module.__dict__[name]
+        module.__dict__.update(logs)
 
 
 def _first_batch(loader: Any) -> Any:

@@ -7,13 +7,14 @@ callback hook runs. Engines that shard have adapters of their own; :mod:`lightni
 knows which is whose.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
 from lightning_pet.core.naming import canonical
@@ -203,6 +204,15 @@ class StrategyAdapter(Generic[S]):
     def class_names(self) -> list[str]:
         """Classes of the optimizers."""
         return [type(optimizer).__name__ for optimizer in self.optimizers()]
+
+    def wrap_again(self) -> None:
+        """Parameters of the model have been exchanged during a fit: let the strategy know the new ones."""
+        strategy = self.strategy
+        if isinstance(strategy, DDPStrategy):
+            # The old reducer's hooks go with it: nothing else may hold it when the new one is made.
+            strategy.model = strategy.lightning_module
+            gc.collect()
+            strategy.configure_ddp()
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

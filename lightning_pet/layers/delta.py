@@ -9,10 +9,33 @@ from torch import Tensor, nn
 from lightning_pet.errors import NotMergeableError
 from lightning_pet.layers.sharding import placed
 
-Path = Literal["activation", "around", "weight", "shared"]
+Path = Literal["activation", "around", "weight", "generate", "shared"]
 
 
-class Delta(nn.Module):
+class Part(nn.Module):
+    """A module inside a delta, or a delta: a base checkpoint, which holds none of its keys, loads strictly."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
+        # A checkpoint that holds some of the keys of the whole delta is a damaged delta.
+        parts = prefix.split(".")
+        depth = len(parts) - parts[::-1].index("pet") + 1 if "pet" in parts else 0
+        delta = ".".join(parts[:depth]) + "." if depth else prefix
+        if any(name.startswith(delta) for name in state_dict):
+            missing_keys.extend(own)
+
+
+class Delta(Part):
     """What one method adds to one host module.
 
     A delta is registered as a child of its host, holds raw :class:`torch.nn.Parameter` objects
@@ -29,6 +52,7 @@ class Delta(nn.Module):
       ``call(*args, **kwargs)`` runs the host with its activation and weight deltas, any number of times.
     * ``"weight"``: ``delta(weight)`` returns the effective value of one parameter, for hosts whose weight
       is read without the host being called, and for methods on parameters of every kind.
+    * ``"generate"``: ``delta(call, *args, **kwargs)`` runs in place of the host's ``generate``.
     * ``"shared"``: never called by its host, the adapted root. It holds what several deltas of one method
       use together; they keep it outside of module registration (``self.__dict__["rule"] = shared``), so
       that it has one name, is counted once and stored once.
@@ -36,7 +60,9 @@ class Delta(nn.Module):
 
     path: ClassVar[Path] = "activation"
     fuses_linear: ClassVar[bool] = False
-    optional_gradient: ClassVar[bool] = False
+    changes_bias: ClassVar[bool] = False
+    """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
+    optional_gradient: bool = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
 
     parameter: str = "weight"
@@ -44,6 +70,11 @@ class Delta(nn.Module):
 
     slot: Any = None
     """Where x comes from if not from the host's call; set when it is inserted."""
+
+    @property
+    def note(self) -> str:
+        """What the plan says of this delta beside the shapes of its parameters."""
+        return ""
 
     def reset_parameters(self) -> None:
         """Initialise the parameters in place; also called after materialisation from the meta device."""
@@ -67,6 +98,10 @@ class Delta(nn.Module):
         raise NotMergeableError(
             f"{type(self).__name__} cannot be added into a base weight exactly; keep it attached instead of merging."
         )
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """Return the host's bias that goes with :meth:`merged`; only asked for where ``changes_bias``."""
+        return bias
 
     def packed(self) -> dict[str, Tensor]:
         """What a delta file holds, by name from this module. The default: parameters and persistent buffers."""
@@ -93,22 +128,13 @@ class Delta(nn.Module):
                 if not own[name].is_meta:
                     own[name].copy_(placed(tensor, own[name]))
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A base checkpoint holds none of our keys and must load into an adapted model, strictly.
-        # One that holds some of them is a damaged delta.
-        own: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
-        if len(own) < len(self.state_dict()):
-            missing_keys.extend(own)
+    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
+
+        Returns:
+            Whether it has other tensors now. The default has one form and does nothing.
+        """
+        return False
 
 
 class Tied(Delta):

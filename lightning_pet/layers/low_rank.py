@@ -115,7 +115,7 @@ class LowRankLinear(LowRank):
             )
         dtype = compute_dtype(x)
         x = x.to(dtype)
-        a, b = self.a.to(dtype), self._spread(self.b).to(dtype)
+        a, b = self._flat_a().to(dtype), self._spread(self.b).to(dtype)
         if weight is None:
             return self._add(output, x, self._drop(x), a, b)  # type: ignore[arg-type]
         matrix = self._matrix(weight)

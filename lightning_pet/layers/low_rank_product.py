@@ -83,7 +83,10 @@ class _LowRankLinear(torch.autograd.Function):
             return F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias), None
         inner = a @ x.reshape(-1, x.shape[-1]).t()
         output = F.linear(x, weight, bias).contiguous()
-        output.view(-1, output.shape[-1]).addmm_(inner.t(), b.t(), alpha=scale)
+        flat = output.view(-1, output.shape[-1])
+        if torch.compiler.is_compiling():  # torch 2.11 loses the node's gradients when it traces the form below
+            return torch.addmm(flat, inner.t(), b.t(), alpha=scale).view(output.shape), inner
+        flat.addmm_(inner.t(), b.t(), alpha=scale)
         return output, inner
 
     @staticmethod

@@ -31,7 +31,9 @@ class Net(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], index: int) -> None:
-        self.log("val/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        scores = self(batch[0])
+        self.log("val/loss", nn.functional.cross_entropy(scores, batch[1]))
+        self.log("val/accuracy", (scores.argmax(-1) == batch[1]).float().mean())
 
     def test_step(self, batch: list[Tensor], index: int) -> None:
         self.log("test/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))

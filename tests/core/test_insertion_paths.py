@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pet import Adapted, NotMergeableError
+from lightning_pet import Adapted, LoRACallback, NotMergeableError, apply
 from lightning_pet.core.adapted import adapt
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.structure import Structure, Target
@@ -101,6 +101,9 @@ class Method:
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         return ()
+
+    def spend_budget(self, root: nn.Module, targets: Any) -> None:
+        pass
 
     def insertions(self, root: nn.Module, targets: Any) -> list[Insertion]:
         return self._insertions
@@ -214,3 +217,54 @@ def test_a_place_without_a_weight_does_not_merge() -> None:
     _, adapted, _ = build(*parallel())
     with pytest.raises(NotMergeableError, match="Parallel"):
         adapted.merge_()
+
+
+@pytest.mark.parametrize("container", [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).eval()])
+def test_the_deltas_of_a_container_are_none_of_its_children(container: nn.Sequential) -> None:
+    children, before = list(container), container(X)
+    adapted = adapt(container, [Method([Insertion(Target("", ""), Gate(), "gate")])], Structure())
+    assert torch.equal(container(X), before)
+    assert list(container) == children
+    assert len(container) == 3
+    assert container[-1] is children[-1]
+    assert type(container[:2]) is nn.Sequential
+    assert list(container[1:]) == children[1:]
+    adapted.remove()
+    assert list(container.children()) == children
+
+
+def test_a_weight_delta_and_a_fusing_delta_on_one_host() -> None:
+    """A delta that computes the host's product itself must not pass over one on the weight."""
+    host = nn.Linear(4, 4).double()
+    model = nn.ModuleDict({"host": host})
+    apply(model, [LoRACallback(r=2, target_modules="host", modules_to_save=[])])
+    with torch.no_grad():
+        host.pet["lora_default"].b.normal_()
+    x = X.double()
+    expected = host(x) + 0.5 * x.sum(1, keepdim=True)
+    shift = Shift()
+    adapt(model, [Method([Insertion(Target("host"), shift)])], Structure())
+    with torch.no_grad():
+        shift.by.fill_(0.5)
+    assert (host(x) - expected).abs().max() < 1e-12
+
+
+class Outer(nn.Module):
+    """Reads its child's weight before and after it calls it, inside a module that reads it as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight + self.inner(x) + x @ self.inner.weight
+
+
+def test_a_weight_that_is_read_again_after_its_module_was_called() -> None:
+    model = Outer()
+    before = model(X)
+    shift = Shift()
+    adapt(model, [Method([Insertion(Target("inner", reads=""), shift)])], Structure())
+    with torch.no_grad():
+        shift.by.fill_(0.5)
+    assert torch.allclose(model(X), before + 3 * 0.5 * X.sum(1, keepdim=True))

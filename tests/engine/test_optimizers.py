@@ -10,8 +10,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from lightning_pet.engine import optimizers as engine
-from lightning_pet.engine import private
+from lightning_pet.engine import parameter_groups, private
 from lightning_pet.engine.optimizers import check, hold_delta, parameter_names, reorder_state
 from lightning_pet.errors import OptimizerMismatchError
 
@@ -472,4 +471,4 @@ def test_private_names_exist():
     assert len(list(private.nested_schedulers(SCHEDULERS["nested"](optimizer)))) == 5
     assert private.uses_first_group_only(lbfgs(Module()))
     assert not private.uses_first_group_only(optimizer)
-    assert private.LAST_LR in engine._LR_LISTS
+    assert private.LAST_LR in parameter_groups._LR_LISTS

@@ -86,6 +86,30 @@ def test_rank_and_alpha_patterns() -> None:
     assert layer[1].attention.self.value.pet["lora_default"].scale == pytest.approx(3.0 / 2)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dora_on_experts_scales_their_output_features(transposed: bool) -> None:
+    class Experts(nn.Module):
+        is_transposed = transposed
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Parameter(torch.randn(2, 3, 5) if transposed else torch.randn(2, 5, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bi,nio->nbo" if transposed else "bi,noi->nbo", x, self.proj)
+
+    model, x = nn.Sequential(Experts(), nn.Tanh()), torch.randn(4, 3)
+    adapted = apply(model, [LoRACallback(r=2, target_modules="0.proj", use_dora=True)], forward=lambda: model(x))
+    delta = model[0].pet["lora_default_proj"]
+    assert (delta.a.shape, delta.b.shape, delta.magnitude.shape) == ((2, 2, 3), (2, 5, 2), (2, 5))
+    before = model[0](x)
+    with torch.no_grad():
+        delta.magnitude[:, 1] *= 2
+    assert torch.allclose(model[0](x)[..., 1], 2 * before[..., 1], atol=1e-5)
+    assert torch.allclose(model[0](x)[..., [0, 2, 3, 4]], before[..., [0, 2, 3, 4]], atol=1e-5)
+    adapted.remove()
+
+
 def test_layers_and_exclusion() -> None:
     model, _ = zoo.bert()
     adapted = apply(model, [LoRACallback(r=2, layers_to_transform=[1], exclude_modules=["value"])])

@@ -62,6 +62,22 @@ def embedding() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return _seeded(Embedder), _on((torch.tensor([[1, 2, 3, 3], [4, 11, 0, 1]]),))
 
 
+class Recurrent(nn.Module):
+    """LSTM, last state, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, batch_first=True)
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x)[0][:, -1])
+
+
+def lstm() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return _seeded(Recurrent), _on((torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1)),))
+
+
 def conv1d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     model = _seeded(lambda: nn.Sequential(nn.Conv1d(4, 6, 3, padding=1, stride=2), nn.Tanh(), nn.Conv1d(6, 4, 1)))
     return model, _on((torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(1)),))
@@ -137,6 +153,48 @@ def t5() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return _seeded(lambda: T5ForConditionalGeneration(config)), run
 
 
+def gemma2() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=24,
+        sliding_window=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _seeded(lambda: Gemma2ForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
+
+
+def bart() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        init_std=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    run = _on((), input_ids=_ids(), decoder_input_ids=_ids(2, 4), use_cache=False)
+    return _seeded(lambda: BartForConditionalGeneration(config)), run
+
+
 def mixtral() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -197,3 +255,73 @@ def whisper() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     features = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
     run = _on((), input_features=features, decoder_input_ids=_ids(2, 4), use_cache=False)
     return _seeded(lambda: WhisperForConditionalGeneration(config)), run
+
+
+def bloom() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    return _seeded(lambda: BloomForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
+
+
+class _Scale(nn.Module):
+    """LayerScale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class _FusedAttention(nn.Module):
+    """Self-attention with one projection for q, k and v."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(rows, length, width))
+
+
+class ScaledBlock(nn.Module):
+    """A vision block as in timm: norms in front, LayerScale behind."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = _FusedAttention(width, heads)
+        self.ls1, self.ls2 = _Scale(width), _Scale(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ScaledBlocks(nn.Module):
+    """Patches, blocks, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, stride=4)
+        self.blocks = nn.ModuleList([ScaledBlock(), ScaledBlock()])
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def scaled_blocks() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return _seeded(ScaledBlocks), _on((pixels,))

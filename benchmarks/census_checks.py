@@ -1,0 +1,227 @@
+"""What the census checks of one method on one model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lightning_pet
+from lightning_pet import Adapted, PETCallback, PETError
+from lightning_pet.core.adapted import adapt
+from lightning_pet.core.naming import canonical
+from lightning_pet.core.probe import analyse
+from lightning_pet.core.structure import Structure
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as the census applies it.
+
+    Attributes:
+        name: column of the table.
+        callback: class in :mod:`lightning_pet`.
+        options: its arguments.
+        identity: a fresh delta leaves the output bit-equal (``None``: it promises no such thing).
+        tolerance: how far a fresh delta may move the output, relative to its size.
+        needs: what an architecture must have to count: ``"any"``, ``"attention"``, ``"text"``.
+        generates: also compare cached with uncached generation.
+    """
+
+    name: str
+    callback: str
+    options: dict[str, Any]
+    identity: bool | None = True
+    tolerance: float = 0.0
+    needs: str = "any"
+    generates: bool = False
+
+    def build(self) -> PETCallback:
+        """A new callback."""
+        cls: type[PETCallback] = getattr(lightning_pet, self.callback)
+        return cls(**self.options, modules_to_save=[])
+
+
+@dataclass
+class Outcome:
+    """What one method did on one architecture: ``ok``, ``refused`` or ``failed``, and why."""
+
+    status: str
+    why: str = ""
+    sites: int = 0
+
+
+@dataclass
+class Subject:
+    """One architecture, ready to be adapted."""
+
+    name: str
+    kind: str
+    model: nn.Module
+    forward: Callable[[], Any]
+    structure: Structure
+    generator: nn.Module | None = None
+
+
+def outcome(subject: Subject, method: Method) -> Outcome:
+    """Apply, check, and take out again."""
+    before = snapshot(subject.model)
+    found = attempt(subject, method)
+    difference = changed(before, snapshot(subject.model))
+    if difference:
+        return Outcome("failed", f"after removal {difference}", found.sites)
+    return found
+
+
+def attempt(subject: Subject, method: Method) -> Outcome:
+    """The checks; the model is left as it was."""
+    adapted: Adapted | None = None
+    try:
+        base = output(subject)
+        if not same(base, output(subject)):
+            return Outcome("failed", "the base is not repeatable")
+        try:
+            adapted = adapt(subject.model, [method.build()], subject.structure)
+        except PETError as error:
+            return Outcome("refused", f"{type(error).__name__}: {str(error)[:300]}")
+        sites = len(adapted.record.delta_names)
+        why = check(subject, method, adapted, base)
+        adapted.remove()
+        adapted = None
+        if not why and not same(base, output(subject)):
+            why = "removal does not give the base's output back"
+        if not why and method.generates and subject.generator is not None:
+            why = check_generation(subject.generator, method)
+        return Outcome("failed" if why else "ok", why, sites)
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return Outcome("failed", f"{type(error).__name__}: {str(error)[:200]}")
+    finally:
+        if adapted is not None:
+            adapted.remove()
+
+
+def check(subject: Subject, method: Method, adapted: Adapted, base: list[Tensor]) -> str:
+    """The first property that does not hold; empty if all do."""
+    fresh = output(subject)
+    if method.identity and not close(fresh, base, 1e-5):
+        return "a fresh delta moves the output"
+    perturb(adapted)
+    moved = output(subject)
+    if same(moved, base):
+        return "a moved delta has no effect"
+    if not all(torch.isfinite(value).all() for value in moved):
+        return "the output is not finite"
+    silent = without_gradient(subject, adapted)
+    if silent:
+        return f"no gradient at {silent[0]} ({len(silent)} in all)"
+    with adapted.disabled():
+        if not same(output(subject), base):
+            return "the output of the switched-off delta is not the base's"
+    return ""
+
+
+def perturb(adapted: Adapted, scale: float = 0.2) -> None:
+    """Move the delta by a fixed random step."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapted.root.named_parameters():
+            if canonical(name) in adapted.record.trainable_names:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def output(subject: Subject) -> list[Tensor]:
+    """All float tensors of a forward, with fixed random numbers."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return floats(subject.forward())
+
+
+def floats(value: Any) -> list[Tensor]:
+    """Float tensors in a nest, without caches."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        return [x for key, item in value.items() if "past_key_values" not in key for x in floats(item)]
+    return [x for item in value for x in floats(item)] if isinstance(value, list | tuple) else []
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Bitwise, with NaN equal to NaN."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True)
+    )
+
+
+def close(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
+    """Up to rounding."""
+    return len(a) == len(b) and all(
+        torch.allclose(x, y, atol=tolerance * (1 + float(y.abs().max()) if y.numel() else 1), equal_nan=True)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def without_gradient(subject: Subject, adapted: Adapted) -> list[str]:
+    """Delta parameters that no output depends on."""
+    torch.manual_seed(1)
+    for parameter in adapted.root.parameters():
+        parameter.grad = None
+    loss = sum(
+        (value * torch.linspace(0.5, 1.5, value.numel()).view(value.shape)).sum()
+        for value in floats(subject.forward())
+        if value.requires_grad
+    )
+    if isinstance(loss, Tensor):
+        loss.backward()
+    names = {canonical(name): p for name, p in adapted.root.named_parameters() if p.requires_grad}
+    silent = [n for n in adapted.record.delta_names if n in names and names[n].grad is None]
+    for parameter in names.values():
+        parameter.grad = None
+    return silent
+
+
+def check_generation(model: nn.Module, method: Method) -> str:
+    """Greedy generation with and without a cache gives the same tokens, if the base does so."""
+    ids = torch.arange(5, 11).remainder(int(model.config.get_text_config().vocab_size)).view(1, -1).repeat(2, 1)
+
+    def tokens(cache: bool) -> Tensor:
+        torch.manual_seed(1)
+        result: Tensor = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False,
+            use_cache=cache,
+        )  # fmt: skip
+        return result
+
+    try:
+        if not torch.equal(tokens(True), tokens(False)):
+            return ""
+    except Exception:
+        return ""  # the base does not generate from so little
+    adapted = adapt(model, [method.build()], analyse(model))
+    try:
+        perturb(adapted, 1.0)
+        return "" if torch.equal(tokens(True), tokens(False)) else "cached generation differs from uncached"
+    finally:
+        adapted.remove()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """What removal must restore: names, identities, values, classes."""
+    state = {f"tensor {name}": value.detach().clone() for name, value in model.state_dict().items()}
+    names = {f"id {n}": id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    kinds = {f"class {n}": type(m) for n, m in model.named_modules()}
+    return {**state, **names, **kinds}
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The first difference."""
+    for key in before.keys() | after.keys():
+        a, b = before.get(key), after.get(key)
+        equal = (
+            torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        )
+        if not equal:
+            return f"{key} differs"
+    return ""

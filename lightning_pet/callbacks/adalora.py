@@ -1,0 +1,316 @@
+"""AdaLoRA: low-rank deltas whose ranks are allocated while they train (Zhang et al. 2023)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.insertion import host_kind, reader_of
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.targets import resolve_targets
+from lightning_pet.engine.controller import Controller
+from lightning_pet.errors import ArgumentError, TargetError, UnsupportedStrategyError
+from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores
+from lightning_pet.layers.svd_low_rank import SvdLowRank, SvdLowRankLinear, SvdLowRankParameter
+
+_HOSTS = ("linear", "conv1d_hf", "weight")
+
+
+class AdaLoRACallback(PETCallback):
+    r"""AdaLoRA: :math:`y = W x + s\,B\,\mathrm{diag}(e) A x` with :math:`s = \alpha / r_{init}`.
+
+    Every matrix starts with ``init_r`` triplets (a column of B, a number of e, a row of A). While training,
+    the triplets of all matrices are compared by importance (sensitivity times uncertainty of their gradients),
+    and the number of those that stay falls from ``init_r`` to ``target_r`` per matrix on average: matrices that
+    matter keep more. A penalty keeps A and B orthonormal. e starts at zero, so the model starts as the base, bit for
+    bit. The file holds the triplets that are left. Source: Zhang et al. 2023, *Adaptive Budget Allocation for
+    Parameter-Efficient Fine-Tuning*.
+
+    Ranks are allocated after the optimizer's step, from the gradients that it used: ``on_train_batch_end``.
+
+    Args:
+        target_r: average rank at the end.
+        init_r: rank of every matrix at the start; at most min(in, out) of every target.
+        alpha: numerator of the scale.
+        tinit: steps before the first triplet goes. ``None``: a tenth of the run.
+        tfinal: steps after the last one has gone. ``None``: three tenths of the run.
+        delta_t: steps from one allocation to the next.
+        beta1: share of the past in the running sensitivity.
+        beta2: share of the past in the running uncertainty.
+        orth_reg_weight: factor of the penalty, the mean of ‖A Aᵀ − 1‖ and ‖Bᵀ B − 1‖ over all matrices.
+        total_step: optimizer steps of the run. ``None``: what the Trainer's limits and data give.
+        dropout: probability of dropping an input of the low-rank branch.
+        target_modules: roles, suffixes, globs, or ``"re:…"``; see :class:`LoRACallback`.
+        exclude_modules: patterns of the same kinds, taken out again.
+        layers_to_transform: only these layer indices.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if a number is out of range.
+
+    Example:
+        >>> from lightning_pet import AdaLoRACallback
+        >>> AdaLoRACallback(target_r=8, init_r=4)
+        Traceback (most recent call last):
+        lightning_pet.errors.ArgumentError: target_r=8 is more than init_r=4: ranks only fall; start with init_r=12.
+    """
+
+    method: ClassVar[str] = "adalora"
+    width: ClassVar[str | None] = "init_r"
+    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
+        "dropout",
+        "orth_reg_weight",
+        "total_step",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+    }
+
+    def __init__(
+        self,
+        target_r: int = 8,
+        init_r: int = 12,
+        alpha: float = 16,
+        tinit: int | None = None,
+        tfinal: int | None = None,
+        delta_t: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        orth_reg_weight: float = 0.5,
+        total_step: int | None = None,
+        dropout: float = 0.0,
+        target_modules: list[str] | str = ["attention", "ffn"],  # noqa: B006  # never mutated; the CLI shows it
+        exclude_modules: list[str] | None = None,
+        layers_to_transform: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.target_r = target_r
+        self.init_r = init_r
+        self.alpha = alpha
+        self.tinit = tinit
+        self.tfinal = tfinal
+        self.delta_t = delta_t
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.orth_reg_weight = orth_reg_weight
+        self.total_step = total_step
+        self.dropout = dropout
+        self.target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        self.exclude_modules = exclude_modules
+        self.layers_to_transform = layers_to_transform
+        self._validate()
+        self._importance: dict[str, Importance] = {}
+        self._seen = 0  # optimizer steps that were looked at
+        self._first = self._last = 0  # steps between which triplets go
+
+    def _validate(self) -> None:
+        for label, number, least in (
+            ("target_r", self.target_r, 1),
+            ("init_r", self.init_r, 1),
+            ("delta_t", self.delta_t, 1),
+            ("tinit", self.tinit, 0),
+            ("tfinal", self.tfinal, 0),
+            ("total_step", self.total_step, 1),
+        ):
+            optional = label in ("tinit", "tfinal", "total_step")
+            if not (optional and number is None) and (
+                not isinstance(number, int) or isinstance(number, bool) or number < least
+            ):
+                raise ArgumentError(f"{label}={number}: must be an integer of at least {least}.")
+        if self.target_r > self.init_r:
+            raise ArgumentError(
+                f"target_r={self.target_r} is more than init_r={self.init_r}: ranks only fall; start with "
+                f"init_r={math.ceil(1.5 * self.target_r)}."
+            )
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ArgumentError(f"alpha={self.alpha}: must be a positive number; 2·r is a usual choice.")
+        for label, share in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 < share < 1:
+                raise ArgumentError(f"{label}={share}: a share of the past in (0, 1), e.g. 0.85.")
+        if not math.isfinite(self.orth_reg_weight) or self.orth_reg_weight < 0:
+            raise ArgumentError(f"orth_reg_weight={self.orth_reg_weight}: must be at least 0; 0 is no penalty.")
+        if not 0 <= self.dropout < 1:
+            raise ArgumentError(f"dropout={self.dropout}: a probability in [0, 1), e.g. 0.05.")
+        if not self.target_modules:
+            raise ArgumentError(
+                "target_modules is empty: name at least one role, suffix or pattern, e.g. 'attention.q'."
+            )
+
+    # --- places and deltas ----------------------------------------------------------------------
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
+        return resolve_targets(
+            root,
+            self.target_modules,
+            structure,
+            exclude=self.exclude_modules or (),
+            layers=self.layers_to_transform,
+            hosts=lambda module, parameter: host_kind(module, parameter) in _HOSTS,
+        )
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build one delta of triplets per target.
+
+        Raises:
+            TargetError: if ``init_r`` is larger than a target allows.
+        """
+        found = super().insertions(root, targets)
+        deltas = [cast(SvdLowRank, insertion.delta) for insertion in found]
+        matrices = sum(2 * delta.e[..., 0].numel() for delta in deltas)
+        for delta in deltas:
+            delta.penalty.weight = self.orth_reg_weight / matrices
+        return found
+
+    def build(self, root: nn.Module, target: Target) -> SvdLowRank:
+        """Build the delta that fits the host's class."""
+        host = named_modules(root)[target.module]
+        weight = host._parameters[target.parameter]
+        assert weight is not None  # resolve_targets returned it
+        kind = host_kind(host, target.parameter)
+        outputs, inputs = weight.shape[-2:]
+        if kind == "linear":  # a quantised layer's weight may be packed; its declared sizes are right
+            inputs, outputs = getattr(host, "in_features", inputs), getattr(host, "out_features", outputs)
+        transposed = kind == "conv1d_hf" or (weight.ndim == 3 and bool(getattr(host, "is_transposed", False)))
+        inputs, outputs = (outputs, inputs) if transposed else (inputs, outputs)
+        if self.init_r > min(inputs, outputs):
+            raise TargetError(
+                f"{target.path} is {outputs}×{inputs}: its rank can be at most {min(inputs, outputs)}, not "
+                f"{self.init_r}. Lower init_r, or exclude it."
+            )
+        common: dict[str, Any] = {
+            "scale": self.alpha / self.init_r,
+            "transposed": transposed,
+            "rows": target.rows,
+            "device": weight.device,
+            # Full precision even on a half-precision base: updates are far smaller than the values.
+            "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        }
+        if kind != "weight" and reader_of(root, target, None) is None:
+            return SvdLowRankLinear(inputs, outputs, self.init_r, dropout=self.dropout, **common)
+        if self.dropout:
+            raise TargetError(
+                f"{target.path}: dropout={self.dropout} needs the input of a linear layer, but this weight is read, "
+                "not called. Exclude it with exclude_modules, or set dropout=0."
+            )
+        return SvdLowRankParameter(tuple(weight.shape), self.init_r, **common)
+
+    def set_width(self, width: int) -> None:
+        """Start with this rank; the rank at the end is no larger."""
+        super().set_width(width)
+        self.target_r = min(self.target_r, width)
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over both ranks that an equal budget has led to before."""
+        super().adopt(config)
+        if self.budget is not None and self.budget == config.get("budget"):
+            self.target_r = config["target_r"]
+
+    # --- the schedule ---------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fit the schedule to the length of the run.
+
+        Raises:
+            ArgumentError: if the run has no end, or leaves no step to reduce ranks in.
+        """
+        super().on_train_start(trainer, pl_module)
+        total = self.total_step or trainer.estimated_stepping_batches
+        if not math.isfinite(total) or total < 1:
+            raise ArgumentError(
+                "the run has no last step, and ranks are reduced over the length of the run. Give the Trainer "
+                "max_epochs or max_steps, or AdaLoRACallback(total_step=…)."
+            )
+        total = int(total)
+        self._first = total // 10 if self.tinit is None else self.tinit
+        self._last = total - (3 * total // 10 if self.tfinal is None else self.tfinal)
+        if self._first >= self._last:
+            raise ArgumentError(
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of a run of {total} to reduce ranks in. "
+                "Lower them, or train longer."
+            )
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a step: note the importance of every number, and keep the triplets that the budget pays for."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        step = trainer.global_step
+        if step == self._seen:
+            return  # gradients are still being accumulated
+        self._seen = step
+        deltas = self._triplets(trainer)
+        if step < self._last or (step == self._last and not self._importance):
+            self._look(deltas)
+        for delta, own in zip(deltas.values(), self._allocation(step, deltas), strict=True):
+            delta.keep(own)
+        if step >= self._last:
+            self._importance.clear()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how the ranks were allocated."""
+        super().on_train_end(trainer, pl_module)
+        ranks = [delta.rank for delta in self._triplets(trainer).values()]
+        mean = sum(ranks) / len(ranks)
+        if trainer.global_step < self._last:
+            rank_zero_warn(
+                f"the run ended after step {trainer.global_step}, before the ranks were to reach target_r="
+                f"{self.target_r} in step {self._last}: they are {mean:.1f} on average. Set total_step to the length "
+                "of the run."
+            )
+        rank_zero_info(f"AdaLoRA: ranks {min(ranks)} to {max(ranks)}, {mean:.1f} on average.")
+
+    def _triplets(self, trainer: pl.Trainer) -> dict[str, SvdLowRank]:
+        root = Controller.get(trainer).adapted.root
+        return {f"{target.path}:{target.role}": cast(SvdLowRank, delta) for target, delta in self.deltas(root)}
+
+    @torch.no_grad()
+    def _look(self, deltas: dict[str, SvdLowRank]) -> None:
+        named = {f"{path}.{name}": getattr(d, name) for path, d in deltas.items() for name in ("a", "b", "e")}
+        gradients = {name: parameter.grad for name, parameter in named.items()}
+        lost = [name for name, g in gradients.items() if g is None or type(g) is not Tensor or g.numel() == 0]
+        if lost:
+            raise UnsupportedStrategyError(
+                f"AdaLoRA reads the whole gradients after every step, and {lost[0]} has none: they were reset right "
+                "after the step (manual optimization: call zero_grad before backward), or are sharded (use 'ddp')."
+            )
+        if not all(bool(g.isfinite().all()) for g in gradients.values() if g is not None):
+            return  # the gradient scaler has skipped this step
+        for name, value in named.items():
+            gradient = cast(Tensor, gradients[name])
+            before = self._importance.get(name) or Importance(torch.zeros_like(value), torch.zeros_like(value))
+            on_device = Importance(*(tensor.to(value.device) for tensor in before))
+            self._importance[name] = on_device.updated(value, gradient, self.beta1, self.beta2)
+
+    def _allocation(self, step: int, deltas: dict[str, SvdLowRank]) -> list[Tensor]:
+        """Which triplets stay after a step."""
+        due = self._first < step < self._last and step % self.delta_t == 0
+        if not self._importance or not (due or step == self._last):
+            # Between allocations any triplet may come back; after the last one momentum must bring back none.
+            return [delta.kept if step > self._last else torch.ones_like(delta.kept) for delta in deltas.values()]
+        initial = sum(delta.e.numel() for delta in deltas.values())
+        final = self.target_r * (initial // self.init_r)
+        scores = [
+            triplet_scores(*(self._importance[f"{path}.{name}"].score() for name in ("a", "b", "e"))) for path in deltas
+        ]
+        return allocate(scores, rank_budget(step, self._first, self._last, initial, final))
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running importance, so that a resumed run allocates as the uninterrupted one would have."""
+        return {**super().state_dict(), "importance": {name: list(pair) for name, pair in self._importance.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it over."""
+        super().load_state_dict(state_dict)
+        self._importance = {name: Importance(*pair) for name, pair in state_dict["importance"].items()}

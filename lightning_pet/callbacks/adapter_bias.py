@@ -1,0 +1,153 @@
+"""AdapterBias (Fu et al. 2022)."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.heads import parameters_below
+from lightning_pet.core.insertion import host_kind
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.names import features, named_places
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.parameters import is_norm
+from lightning_pet.core.placement import delta_options, resolve_sites
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.targets import resolve_targets
+from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.adapter_bias import TokenScore, TokenShift
+from lightning_pet.layers.delta import Delta
+
+Form = Literal["authors", "survey"]
+_CALLED = ("linear", "conv1d_hf")
+
+
+class AdapterBiasCallback(PETCallback):
+    r"""AdapterBias: one shift per layer, :math:`y = f(x) + \alpha(h)\, v`, whose size depends on the token.
+
+    v [width] starts at zero, so the model starts as the base, bit for bit. Source: Fu et al. 2022.
+
+    Args:
+        form: what alpha reads. ``"authors"``: the feed-forward's intermediate activation (with a bias), as in
+            the paper and its code. ``"survey"``: the input x of the feed-forward sub-layer (without a bias), as in
+            the overview of Ding et al. 2022.
+        share_alpha: one alpha for all layers; v stays per layer.
+        layer_norms: also train the norm of every adapted feed-forward and that of the embedding, as the
+            paper does.
+        exclude_modules: patterns of feed-forwards that stay as they are.
+        layers_to_transform: only these layer indices.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if an option is not one of its values.
+
+    Example:
+        >>> from lightning_pet import AdapterBiasCallback
+        >>> AdapterBiasCallback(form="paper")
+        Traceback (most recent call last):
+        lightning_pet.errors.ArgumentError: form='paper': use one of 'authors', 'survey'.
+    """
+
+    method: ClassVar[str] = "adapter_bias"
+    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
+
+    def __init__(
+        self,
+        form: Form = "authors",
+        share_alpha: bool = False,
+        layer_norms: bool = False,
+        exclude_modules: list[str] | None = None,
+        layers_to_transform: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if form not in get_args(Form):
+            raise ArgumentError(f"form={form!r}: use one of {', '.join(map(repr, get_args(Form)))}.")
+        self.form = form
+        self.share_alpha = share_alpha
+        self.layer_norms = layer_norms
+        self.exclude_modules = exclude_modules
+        self.layers_to_transform = layers_to_transform
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the feed-forwards.
+
+        Raises:
+            TargetError: if there is none, or the projection that alpha's input goes into is never called.
+        """
+        exclude, layers = self.exclude_modules or (), self.layers_to_transform
+        if self.form == "survey":
+            return resolve_sites(root, structure, "parallel", layers=layers, exclude=exclude)
+        targets = resolve_targets(root, "ffn.down", structure, exclude=exclude, layers=layers)
+        for target in targets:
+            called = structure.called is None or target.module in structure.called
+            if host_kind(named_modules(root)[target.module], target.parameter) not in _CALLED or not called:
+                raise TargetError(
+                    f"{target.path} is read without being called as a layer (experts, for example), so the "
+                    "activation in front of it is not seen. Exclude it with exclude_modules, or use form='survey'."
+                )
+        return targets
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build one shift per layer, after the alpha that they share, if they do.
+
+        Raises:
+            ArgumentError: if alpha is shared by layers of several sizes.
+        """
+        alpha = None
+        if self.share_alpha:
+            read = sorted({self._sizes(root, target)[0] for target in targets})
+            if len(read) > 1:
+                raise ArgumentError(
+                    f"share_alpha=True needs layers of one size, but alpha would read {read} features. "
+                    "Set share_alpha=False, or exclude some of them."
+                )
+            alpha = TokenScore(read[0], bias=self.form == "authors", **delta_options(root, targets[0]))
+        shifts = [Insertion(target, self._shift(root, target, alpha)) for target in targets]
+        return shifts if alpha is None else [Insertion(Target("", ""), alpha, "alpha"), *shifts]
+
+    def build(self, root: nn.Module, target: Target) -> Delta:
+        """Build the shift for one place, with an alpha of its own."""
+        return self._shift(root, target, None)
+
+    def _sizes(self, root: nn.Module, target: Target) -> tuple[int, int]:
+        if target.parameter:
+            return features(named_modules(root)[target.module])
+        return target.sizes[0], target.sizes[0]
+
+    def _shift(self, root: nn.Module, target: Target, alpha: TokenScore | None) -> TokenShift:
+        options = {"bias": self.form == "authors", "alpha": alpha, **delta_options(root, target)}
+        return TokenShift(*self._sizes(root, target), **options)
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of base parameters that train as they are: heads, and norms by option."""
+        heads = super().trained(root, targets)
+        norms = _norms(root, targets) if self.layer_norms else ()
+        return tuple(dict.fromkeys((*heads, *parameters_below(root, norms, "layer_norms"))))
+
+
+def _norms(root: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """The norm of every adapted feed-forward, and that of the embedding.
+
+    A feed-forward's norm is the last one in the innermost module around it that has any: in a post-norm block it
+    reads the sum, in a pre-norm block it stands in front of the feed-forward.
+    """
+    children: dict[str, list[str]] = {}
+    modules = named_places(root)
+    for path, module in modules.items():
+        if is_norm(module):
+            children.setdefault(path.rpartition(".")[0], []).append(path)
+    found: list[str] = []
+    for target in targets:
+        around = target.module
+        while around and around not in children:
+            around = around.rpartition(".")[0]
+        if around not in children:
+            raise TargetError(f"layer_norms=True: there is no norm around {target.path}. Set layer_norms=False.")
+        found.append(children[around][-1])
+    for parent, norms in children.items():
+        beside = any(isinstance(module, nn.Embedding) for module in modules[parent].children())
+        apart = not any(f"{target.module}.".startswith(f"{parent}." if parent else "") for target in targets)
+        found += [norm for norm in norms if (beside and apart) or "embed" in norm.rpartition(".")[2]]
+    return found

@@ -1,0 +1,291 @@
+"""AutoPrompt (Shin et al. 2020): a search for trigger tokens that is guided by gradients."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.tokens import load_tokenizer, sampled_ids, special_ids, text_ids
+from lightning_pet.engine.controller import Controller
+from lightning_pet.engine.roots import silenced
+from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
+from lightning_pet.layers.trigger import TriggerRows, best_tokens, first_order_scores
+
+
+class AutoPromptCallback(PETCallback):
+    r"""AutoPrompt: real tokens before the input, found by search instead of trained.
+
+    The score of a trigger is the loss of your ``training_step``, so it works on any module. An iteration takes
+    two windows of batches. In the first, the gradient of the loss with respect to the trigger's embeddings
+    is summed, and the tokens with the largest :math:`-w_{in}^\top \nabla` for one random position are the
+    candidates. In the second, every candidate is evaluated in full, without dropout, and the best replaces the
+    present token if it lowers the loss of these batches. Nothing trains, and no optimizer is needed; a head that
+    is new (``modules_to_save``) trains as usual. Source: Shin et al. 2020.
+
+    Args:
+        length: tokens of the trigger.
+        candidates: tokens tried in each iteration; the paper uses 10 to 100.
+        accumulation: batches in each of the two windows.
+        init_text: words to start from, repeated or cut to ``length``; ``None``: the tokenizer's mask token,
+            else random common tokens.
+        tokenizer: name or folder of the model's tokenizer, to show the trigger as text; ``"bytes"``: UTF-8 bytes.
+        exclude: token ids that are never tried; ``None``: the special tokens of the model's configuration.
+        where: part of an encoder-decoder whose input gets the trigger.
+        seed: decides the positions.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if a number is out of range, or an option lacks its tokenizer.
+        UnsupportedStrategyError: if the run has several processes.
+
+    Example:
+        >>> from lightning_pet import AutoPromptCallback
+        >>> AutoPromptCallback(candidates=0)
+        Traceback (most recent call last):
+        lightning_pet.errors.ArgumentError: candidates=0: must be at least 1, e.g. 10.
+    """
+
+    method: ClassVar[str] = "auto_prompt"
+    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
+        "candidates",
+        "accumulation",
+        "init_text",
+        "tokenizer",
+        "exclude",
+    }
+
+    def __init__(
+        self,
+        length: int = 3,
+        candidates: int = 10,
+        accumulation: int = 10,
+        init_text: str | None = None,
+        tokenizer: str | None = None,
+        exclude: list[int] | None = None,
+        where: Where = "encoder",
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for label, value in (("length", length), ("candidates", candidates), ("accumulation", accumulation)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"{label}={value}: must be at least 1, e.g. {3 if label == 'length' else 10}.")
+        if where not in get_args(Where) or where == "both":
+            raise ArgumentError(f"where={where!r}: use 'encoder' or 'decoder'; the search has one trigger.")
+        if init_text is not None and tokenizer is None:
+            raise ArgumentError("init_text needs a tokenizer: pass tokenizer='…', the model's name or folder.")
+        self.length = length
+        self.candidates = candidates
+        self.accumulation = accumulation
+        self.init_text = init_text
+        self.tokenizer = tokenizer
+        self.exclude = exclude
+        self.where: Where = where
+        self.seed = seed
+        self._start: list[int] = [0] * length
+        self._search = _Search()
+        self._words: Any = None
+
+    # --- what a method answers ------------------------------------------------------------------
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find where the model takes its ids, and the trigger to start from."""
+        targets = prompt_targets(root, structure, self.where)
+        table = named_modules(root)[targets[1].module]
+        self._start = self._first_trigger(cast(nn.Embedding, table).num_embeddings, getattr(root, "config", None))
+        return targets
+
+    def _first_trigger(self, vocabulary: int, config: Any) -> list[int]:
+        words: Any = load_tokenizer(self.tokenizer, "init_text") if self.tokenizer is not None else None
+        if self.init_text is not None:
+            ids = text_ids(words, self.init_text)
+        elif getattr(words, "mask_token_id", None) is not None:
+            ids = [words.mask_token_id]
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                ids = [row[0] for row in sampled_ids(self.length, vocabulary, special_ids(config))]
+        if max(ids) >= vocabulary:
+            raise ArgumentError(
+                f"tokenizer={self.tokenizer!r} makes id {max(ids)}, but the model has {vocabulary} rows: it is another "
+                "model's tokenizer."
+            )
+        return [ids[index % len(ids)] for index in range(self.length)]
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build the trigger and all that puts it into place."""
+        return prompt_insertions(root, targets, lambda target: self.build(root, target))
+
+    def build(self, root: nn.Module, target: Target) -> TriggerRows:
+        """Build the trigger for a token table."""
+        table = cast(nn.Embedding, named_modules(root)[target.module])
+        return TriggerRows(self._start, table.num_embeddings, table.weight.device)
+
+    # --- the search -----------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Insert the trigger."""
+        if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy):
+            raise UnsupportedStrategyError(
+                f"AutoPromptCallback searches in one process, but the strategy is {type(trainer.strategy).__name__}. "
+                "Use Trainer(devices=1), without a strategy."
+            )
+        super().setup(trainer, pl_module, stage)
+        if self._words is None and self.tokenizer is not None:
+            self._words = load_tokenizer(self.tokenizer, "the trigger's text")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the training step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        rows, _ = self._rows(trainer)
+        rows.watching = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add one batch to the window; at its end, choose candidates or decide."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        rows, table = self._rows(trainer)
+        gradient, search = rows.take_gradient(), self._search
+        rows.watching = False
+        if gradient is None:
+            raise DeadSiteError(
+                "the trigger received no gradient: training_step did not run the model, or ran it without gradients."
+            )
+        if not search.tried:
+            search.add_gradient(gradient)
+            if search.batches == self.accumulation:
+                excluded = special_ids(getattr(Controller.get(trainer).adapted.root, "config", None))
+                excluded = excluded if self.exclude is None else self.exclude
+                search.propose(rows.ids, table, self.candidates, excluded, self.seed)
+            return
+        losses = [self._loss(trainer, pl_module, rows, trigger, batch, batch_idx) for trigger in search.triggers()]
+        search.add_losses(torch.stack(losses))
+        if search.batches == self.accumulation:
+            chosen, loss = search.decide()
+            pl_module.log(f"trigger/{self.name}", loss, prog_bar=True, batch_size=1)
+            if chosen != rows.ids.tolist():
+                rows.ids.copy_(torch.tensor(chosen))
+                rank_zero_info(f"trigger {self.name}: {self._shown(chosen)} (loss {loss:.4f})")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what was found."""
+        super().on_train_end(trainer, pl_module)
+        rank_zero_info(f"trigger {self.name}: {self._shown(self._rows(trainer)[0].ids.tolist())}")
+
+    def _rows(self, trainer: pl.Trainer) -> tuple[TriggerRows, Tensor]:
+        """The trigger and the weight of its token table."""
+        root = Controller.get(trainer).adapted.root
+        target, rows = next(found for found in self.deltas(root) if found[0].role == "prompt.rows")
+        return cast(TriggerRows, rows), cast(nn.Embedding, named_modules(root)[target.module]).weight.detach()
+
+    def _loss(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        rows: TriggerRows,
+        trigger: Sequence[int],
+        batch: Any,
+        batch_idx: int,
+    ) -> Tensor:
+        """Loss of a training step with this trigger, without dropout, gradients or logs."""
+        before = rows.ids.clone()
+        rows.ids.copy_(torch.tensor(trigger))
+        try:
+            with torch.no_grad(), _evaluating(module), silenced(module), trainer.precision_plugin.train_step_context():
+                returned = module.training_step(batch, batch_idx)
+        finally:
+            rows.ids.copy_(before)
+        loss = returned["loss"] if isinstance(returned, Mapping) else returned
+        return cast(Tensor, loss).detach().float().cpu()
+
+    def _shown(self, ids: Sequence[int]) -> str:
+        return f"{ids}" if self._words is None else f"{self._words.decode(ids)!r} {list(ids)}"
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search between two batches; the trigger itself is in the delta."""
+        return super().state_dict() | self._search.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the search of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._search = _Search(**state_dict)
+
+
+class _Search:
+    """One iteration in progress: first a sum of gradients, then the losses of the triggers that are tried."""
+
+    def __init__(
+        self,
+        iteration: int = 0,
+        batches: int = 0,
+        present: Sequence[int] = (),
+        position: int = 0,
+        tried: Sequence[int] = (),
+        gradient: Tensor | None = None,
+        losses: Tensor | None = None,
+    ) -> None:
+        self.iteration, self.batches, self.position = iteration, batches, position
+        self.present, self.tried = list(present), list(tried)
+        self.gradient, self.losses = gradient, losses
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as plain data."""
+        return dict(vars(self))
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """One more batch of the first window."""
+        self.gradient = gradient if self.gradient is None else self.gradient.to(gradient.device) + gradient
+        self.batches += 1
+
+    def propose(self, present: Tensor, table: Tensor, count: int, excluded: Sequence[int], seed: int) -> None:
+        """Choose a position and the tokens to try there."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.iteration)
+        self.position = int(torch.randint(len(present), (), generator=generator))
+        self.present = present.tolist()
+        scores = first_order_scores(table, cast(Tensor, self.gradient)[self.position])
+        self.tried = best_tokens(scores, count, excluded)
+        self.batches, self.gradient = 0, None
+
+    def triggers(self) -> Iterator[list[int]]:
+        """The present trigger, then one for each token."""
+        for token in (self.present[self.position], *self.tried):
+            yield [*self.present[: self.position], token, *self.present[self.position + 1 :]]
+
+    def add_losses(self, losses: Tensor) -> None:
+        """One more batch of the second window."""
+        self.losses = losses if self.losses is None else self.losses + losses
+        self.batches += 1
+
+    def decide(self) -> tuple[list[int], float]:
+        """The best trigger (the present one if no other is better) and its mean loss; starts the next iteration."""
+        losses = cast(Tensor, self.losses)
+        best = int(losses.argmin())  # the first of equals: the present one
+        chosen, loss = list(self.triggers())[best], float(losses[best]) / self.batches
+        self.__init__(self.iteration + 1)  # type: ignore[misc]
+        return chosen, loss
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,162 @@
+"""BitFit (Ben Zaken et al. 2022): train the biases only."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.biases import bias_of, is_norm
+from lightning_pet.core.insertion import reader_of
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.names import features, is_linear, named_places
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.stacks import names_of_base
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.targets import resolve_targets
+from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.added_bias import AddedBias, BiasRows
+from lightning_pet.layers.delta import Delta
+
+
+class BitFitCallback(PETCallback):
+    """Train the biases of a model, and nothing else of it but the head.
+
+    The base's own bias parameters train as they are. Where only a part of one is asked for (v in a fused
+    projection), a vector for those rows is added to it. A model without biases (T5, Llama) can be given
+    some that start at zero. Source: Ben Zaken et al. 2022.
+
+    Args:
+        biases: ``"all"``, or which ones: roles (``["attention.q", "ffn.up"]`` are the paper's
+            {b_q, b_m2}), ends of names, globs or ``"re:…"`` of the modules that have them. ``"all"`` may be
+            one of several. A parameter is a bias if its own name has "bias" in it; those of the head
+            train with the head.
+        exclude_modules: patterns of the same kinds, taken out again.
+        add_missing: give the chosen modules without a bias one that starts at zero; with ``"all"``
+            these are all linear layers outside of the head and all norms. Such a delta stays
+            attached: the base has no place to merge it into.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if ``biases`` is empty.
+
+    Example:
+        >>> import torch
+        >>> from lightning_pet import BitFitCallback, apply
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> apply(net, [BitFitCallback()]).record.trained_names
+        ('0.bias', '2.bias')
+    """
+
+    method: ClassVar[str] = "bitfit"
+
+    def __init__(
+        self,
+        biases: list[str] | str = "all",
+        exclude_modules: list[str] | None = None,
+        add_missing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.biases = [biases] if isinstance(biases, str) else list(biases)
+        self.exclude_modules = exclude_modules
+        self.add_missing = add_missing
+        if not self.biases:
+            raise ArgumentError("biases is empty: use 'all', or name at least one role, suffix or pattern.")
+
+    def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of the parameters of task heads; a bias in a module does not keep it from being one."""
+        return super().head_parameters(root, ())
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the biases, and the modules that get one.
+
+        Raises:
+            TargetError: if a pattern hits no module, or none with a bias and ``add_missing`` is off.
+        """
+        found: list[Target] = []
+        for pattern in self.biases:
+            here = self._present(root) if pattern == "all" else ()
+            places = [_bias_at(root, place) for place in self._places(root, structure, pattern)]
+            missing = [place for place in places if not place.parameter]
+            here = here or [place for place in places if place.parameter]
+            if not here and not self.add_missing:
+                raise TargetError(
+                    f"biases={pattern!r}: {type(root).__name__} has no bias there. Set add_missing=True to add biases "
+                    "that start at zero, or choose another method."
+                )
+            found += [*here, *(place for place in missing if self.add_missing and _can_add(root, structure, place))]
+        dropped = {place.module for place in self._excluded(root, structure)}
+        kept = [place for place in dict.fromkeys(found) if place.module not in dropped]
+        if not kept:
+            raise TargetError(f"nothing is left of biases={self.biases} after exclude_modules={self.exclude_modules}.")
+        return tuple(kept)
+
+    def _present(self, root: nn.Module) -> list[Target]:
+        heads = set(self.head_parameters(root, ()))
+        split = [name.rpartition(".") for name in names_of_base(root) if name not in heads]
+        return [Target(module, parameter) for module, _, parameter in split if "bias" in parameter]
+
+    def _places(self, root: nn.Module, structure: Structure, pattern: str) -> list[Target]:
+        """Weights that a bias may belong to."""
+        if pattern != "all":
+            return list(resolve_targets(root, pattern, structure, hosts=_any))
+        norms = [Target(path) for path, module in named_places(root).items() if is_norm(module)]
+        heads = {name.rpartition(".")[0] for name in self.head_parameters(root, ())}
+        linear = resolve_targets(root, "all-linear", structure) if _has_linear(root) else ()
+        return [place for place in (*linear, *norms) if place.module not in heads]
+
+    def _excluded(self, root: nn.Module, structure: Structure) -> Sequence[Target]:
+        return resolve_targets(root, self.exclude_modules, structure, hosts=_any) if self.exclude_modules else ()
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build a delta where a bias is missing, or where only some of its rows train."""
+        return super().insertions(root, [place for place in targets if not _trains_as_it_is(place)])
+
+    def build(self, root: nn.Module, target: Target) -> Delta:
+        """Build the vector for one place."""
+        host = named_modules(root)[target.module]
+        reference = host._parameters[target.parameter] if target.parameter else next(iter(host._parameters.values()))
+        assert reference is not None  # resolve chose it
+        wide = reference.dtype in (torch.float32, torch.float64)
+        options: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype if wide else torch.float32}
+        if target.parameter:
+            return BiasRows(reference.shape, target.rows, **options)
+        return AddedBias([_width(host)], target.rows, **options)
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of heads and of the biases that train as they are."""
+        own = (place.path for place in targets if _trains_as_it_is(place))
+        return tuple(dict.fromkeys((*self.head_parameters(root, targets), *own)))
+
+
+def _bias_at(root: nn.Module, place: Target) -> Target:
+    """The bias that goes with a weight; ``parameter=""`` if there is none."""
+    found = bias_of(named_modules(root)[place.module], place.parameter, place.rows)
+    if found is None:
+        return replace(place, parameter="")
+    return replace(place, parameter=found[0], rows=found[1])
+
+
+def _trains_as_it_is(place: Target) -> bool:
+    return bool(place.parameter) and place.rows is None
+
+
+def _can_add(root: nn.Module, structure: Structure, place: Target) -> bool:
+    module = named_modules(root)[place.module]
+    called = reader_of(root, Target(place.module), structure.called) is None
+    return called and (is_linear(module) or is_norm(module))
+
+
+def _width(host: nn.Module) -> int:
+    return features(host)[1] if is_linear(host) else len(host._parameters["weight"])  # type: ignore[arg-type]
+
+
+def _has_linear(root: nn.Module) -> bool:
+    return any(is_linear(module) or isinstance(module, nn.MultiheadAttention) for module in root.modules())
+
+
+def _any(module: nn.Module, parameter: str) -> bool:
+    return True

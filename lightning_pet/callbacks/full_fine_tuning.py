@@ -1,0 +1,61 @@
+"""Full fine-tuning, as one more method: the point of reference for all others."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.naming import canonical
+from lightning_pet.core.stacks import names_of_base
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.errors import TargetError
+
+
+class FullFineTuningCallback(PETCallback):
+    """Every parameter trains as it is; nothing is inserted and nothing is frozen.
+
+    Comparisons, checkpoints and delta files treat it like any other method. The delta is then all of the
+    model's parameters, so a file is as large as the model, and loading it onto any base of the same shape
+    gives the same model. Switching it off (``Adapted.disabled``) and taking it out need the weights as
+    they were: a copy of them stays in host memory.
+
+    Args:
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`. With ``module`` only that
+            submodule (and the heads) trains.
+
+    Example:
+        >>> import torch
+        >>> from lightning_pet import FullFineTuningCallback, apply
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> apply(net, [FullFineTuningCallback()]).plan().share
+        1.0
+    """
+
+    method: ClassVar[str] = "full_fine_tuning"
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """The whole model.
+
+        Raises:
+            TargetError: if a weight is stored in a form that cannot train.
+        """
+        fixed = [canonical(n) for n, p in root.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+        if fixed:
+            dtype = dict(root.named_parameters())[fixed[0]].dtype
+            raise TargetError(
+                f"{fixed[0]} is stored as {dtype} and cannot train: full fine-tuning needs a base in floating point. "
+                "Load it without quantisation, or use LoRACallback."
+            )
+        return (Target("", ""),)
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build nothing."""
+        return []
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """All parameters of the model, or of the submodule and the heads."""
+        places = [target.module for target in targets] or [""]
+        names = [name for place in places for name in names_of_base(root, place)]
+        return tuple(dict.fromkeys((*names, *self.head_parameters(root, ()))))

@@ -1,0 +1,249 @@
+"""Layer freezing and gradual unfreezing (Howard & Ruder 2018)."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.adaptation import freeze
+from lightning_pet.core.applied import record_of
+from lightning_pet.core.method import Insertion, key_of
+from lightning_pet.core.naming import canonical
+from lightning_pet.core.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.targets import suggest
+from lightning_pet.engine.controller import Controller
+from lightning_pet.engine.unfreezing import check_long_enough, check_strategy, elapsed
+from lightning_pet.errors import ArgumentError, TargetError
+
+Norms = Literal["none", "final", "all"]
+Interval = Literal["epoch", "step"]
+
+
+class LayerFreezingCallback(PETCallback):
+    """Train some layers as they are and freeze the rest.
+
+    Below the lowest trained layer there is no backward work. Layers are found by themselves, in each
+    stack (encoder, decoder) on its own; the head of a classification model trains as with every method.
+
+    With ``unfreeze_every`` they start to train one after the other from the top (gradual unfreezing): at
+    first the head and final norms (if there are any, else the top layer), and then one more layer of each
+    stack after every so many epochs or steps; the embeddings come last. The optimizer holds all of them
+    from the start and passes over those that are frozen, so a resumed run goes on exactly. Source: Howard &
+    Ruder 2018 (ULMFiT).
+
+    Args:
+        train_last: how many layers at the top of each stack train; 0: none (only heads, norms, embeddings).
+        train_layers: instead, which layers: indices (from the end if negative) and ranges such as
+            ``"8-11"``, which includes both ends.
+        stacks: only these stacks, by path or a part of it (``["decoder"]``); the others are frozen.
+        embeddings: train all that is before the layers, too: embeddings with their norms.
+        norms: norms that train, too: ``"final"`` (those outside of the layers: after them, in most models)
+            or ``"all"``.
+        unfreeze_every: epochs or optimizer steps after which one more layer of each stack trains;
+            ``None``: all from the start.
+        unfreeze_interval: whether ``unfreeze_every`` counts epochs or optimizer steps.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_pet import LayerFreezingCallback, apply
+        >>> net = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+        >>> apply(net, [LayerFreezingCallback(train_last=1)]).record.trained_names
+        ('2.weight', '2.bias')
+    """
+
+    method: ClassVar[str] = "layer_freezing"
+
+    def __init__(
+        self,
+        train_last: int = 2,
+        train_layers: list[int | str] | None = None,
+        stacks: list[str] | None = None,
+        embeddings: bool = False,
+        norms: Norms = "none",
+        unfreeze_every: int | None = None,
+        unfreeze_interval: Interval = "epoch",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.train_last = train_last
+        self.train_layers = train_layers
+        self.stacks = stacks
+        self.embeddings = embeddings
+        self.norms = norms
+        self.unfreeze_every = unfreeze_every
+        self.unfreeze_interval = unfreeze_interval
+        self._unfrozen: int | None = None  # groups that train at the moment
+        self._validate()
+
+    def _validate(self) -> None:
+        if not _is_count(self.train_last, 0):
+            raise ArgumentError(f"train_last={self.train_last!r}: a number of layers, 0 or more, e.g. 2.")
+        for item in self.train_layers or ():
+            if not _is_count(item) and not (isinstance(item, str) and re.fullmatch(r"\d+-\d+", item)):
+                raise ArgumentError(f"train_layers: {item!r} is neither an index nor a range such as '8-11'.")
+        if self.train_layers is not None and not self.train_layers:
+            raise ArgumentError("train_layers is empty: name at least one layer, or use train_last=0.")
+        for label, value, allowed in (
+            ("norms", self.norms, get_args(Norms)),
+            ("unfreeze_interval", self.unfreeze_interval, get_args(Interval)),
+        ):
+            if value not in allowed:
+                raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
+        if self.unfreeze_every is not None and not _is_count(self.unfreeze_every, 1):
+            raise ArgumentError(f"unfreeze_every={self.unfreeze_every!r}: a number of epochs or steps, 1 or more.")
+
+    # --- what trains ------------------------------------------------------------------------------
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the layers to train, then the norms and embeddings.
+
+        Raises:
+            TargetError: if the model has no numbered layers, not the wanted ones, or nothing would train.
+        """
+        stacks = layer_stacks(root, structure)
+        if not stacks:
+            raise TargetError(
+                f"{type(root).__name__} has no numbered layers (no ModuleList or Sequential). Name the parts to train "
+                "with modules_to_save and set train_last=0, or put its layers in a ModuleList."
+            )
+        layers = [layer for stack in self._chosen(stacks) for layer in self._wanted(stack)]
+        targets = [Target(layer, "") for layer in layers]
+        heads = self.head_parameters(root, ())
+        beside = outside(root, stacks, heads)
+        norms = beside.norms if self.norms != "none" else ()
+        if self.norms == "all":
+            frozen = [layer for stack in stacks for layer in stack.layers if layer not in layers]
+            norms = (*norms, *norms_inside(root, frozen))
+        targets += [_parameter(name, "ffn.norm") for name in norms]
+        targets += [_parameter(name, "embedding") for name in beside.embeddings if self.embeddings]
+        if not targets and not heads:
+            raise TargetError("train_last=0 and no head, norm or embedding trains: there is nothing left to train.")
+        return tuple(targets)
+
+    def _chosen(self, stacks: Sequence[Stack]) -> list[Stack]:
+        if self.stacks is None:
+            return list(stacks)
+        for name in self.stacks:
+            if not any(_names(name, stack) for stack in stacks):
+                found = [stack.path for stack in stacks]
+                shown = ", ".join(map(repr, found))
+                raise TargetError(f"stacks: {name!r} is none of {shown}.{suggest(name, found)}")
+        return [stack for stack in stacks if any(_names(name, stack) for name in self.stacks)]
+
+    def _wanted(self, stack: Stack) -> list[str]:
+        count = len(stack.layers)
+        if self.train_layers is None:
+            if self.train_last > count:
+                raise TargetError(f"train_last={self.train_last}: {stack.path!r} has only {count} layers. Lower it.")
+            return list(stack.layers[count - self.train_last :])
+        wanted: set[int] = set()
+        for item in self.train_layers:
+            first, last = map(int, item.split("-")) if isinstance(item, str) else (item, item)
+            found = range(first, last + 1) if first >= 0 else range(count + first, count + first + 1)
+            if not found or found[0] < 0 or found[-1] >= count:
+                raise TargetError(
+                    f"train_layers: {item!r} is not in {stack.path!r}, which has the layers 0 to {count - 1}. "
+                    "Change it, or choose other stacks."
+                )
+            wanted.update(found)
+        return [stack.layers[index] for index in sorted(wanted)]
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build nothing."""
+        return []
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of all parameters that train in the course of the run."""
+        names = [name for group in self._groups(root, targets) for name in group]
+        return tuple(dict.fromkeys(names))
+
+    def _groups(self, root: nn.Module, targets: Sequence[Target]) -> list[tuple[str, ...]]:
+        """Parameters in the order in which they start to train."""
+        first = [*self.head_parameters(root, ()), *(target.path for target in targets if target.role == "ffn.norm")]
+        stacks: dict[str, list[Target]] = {}
+        for target in targets:
+            if not target.parameter:
+                stacks.setdefault(target.module.rpartition(".")[0], []).insert(0, target)
+        depth = max((len(stack) for stack in stacks.values()), default=0)
+        layers = []
+        for i in range(depth):
+            level = [stack[i].module for stack in stacks.values() if i < len(stack)]
+            layers.append(tuple(name for path in level for name in names_of_base(root, path)))
+        last = tuple(target.path for target in targets if target.role == "embedding")
+        return [group for group in (tuple(first), *layers, last) if group]
+
+    # --- gradual unfreezing -----------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse strategies under which a parameter cannot start to train in the middle of a run."""
+        if self.unfreeze_every is not None and stage == "fit":
+            check_strategy(trainer, self)
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run that ends before the last layer starts to train."""
+        super().on_train_start(trainer, pl_module)
+        self._unfrozen = None
+        if self.unfreeze_every is not None:
+            groups = self._groups(*self._applied(trainer))
+            check_long_enough(trainer, self.unfreeze_every, self.unfreeze_interval, len(groups))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the next layer train, if it is time."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._unfreeze(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the next layer train, if it is time."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._unfreeze(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the model as the plan says: all trained layers require a gradient."""
+        super().on_train_end(trainer, pl_module)
+        if self.unfreeze_every is not None:
+            freeze(self._applied(trainer)[0])
+
+    def _applied(self, trainer: pl.Trainer) -> tuple[nn.Module, tuple[Target, ...]]:
+        root = Controller.get(trainer).adapted.root
+        record = record_of(root)
+        applied = record.applied if record else ()
+        return root, next(item.targets for item in applied if item.key == key_of(self))
+
+    def _unfreeze(self, trainer: pl.Trainer) -> None:
+        if self.unfreeze_every is None:
+            return
+        # From the counters alone, which a checkpoint restores.
+        unfrozen = 1 + elapsed(trainer, self.unfreeze_interval) // self.unfreeze_every
+        if unfrozen == self._unfrozen:
+            return
+        self._unfrozen = unfrozen
+        root, targets = self._applied(trainer)
+        waiting = {name for group in self._groups(root, targets)[unfrozen:] for name in group}
+        freeze(root)
+        for name, parameter in root.named_parameters(remove_duplicate=False):
+            if canonical(name) in waiting:
+                parameter.requires_grad_(False)
+
+
+def _is_count(value: object, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _names(name: str, stack: Stack) -> bool:
+    return f".{name}." in f".{stack.path}." or name == stack.path
+
+
+def _parameter(name: str, role: Any) -> Target:
+    module, _, parameter = name.rpartition(".")
+    return Target(module, parameter, role)

@@ -1,0 +1,297 @@
+"""Prefix tuning (Li and Liang 2021)."""
+
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.activations import word_activations
+from lightning_pet.core.attention import AttentionPrefix, PrefixSite, site_target
+from lightning_pet.core.method import Insertion
+from lightning_pet.core.names import layer_index
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.structure import AttentionCore, Structure, Target
+from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.prefix import PrefixNetwork
+
+Init = Literal["random", "vocabulary", "text"]
+Attention = Literal["self", "cross", "both"]
+Where = Literal["encoder", "decoder", "both"]
+
+
+class PrefixTuningCallback(PETCallback):
+    r"""Prefix tuning: every attention gets l trained keys and values in front of its own.
+
+    .. math:: \mathrm{head}(x) = \mathrm{softmax}(x W_q [P_k; C W_k]^\top)\,[P_v; C W_v]
+
+    The prefix is seen by every position, under every mask; it enters no cache and moves no position. While it
+    trains, it is the output of a small network, :math:`P = B \tanh(A P' + a) + b`, one per stack of layers and kind
+    of attention; in inference it is folded to keys and values. A fresh prefix changes the output of the model.
+    Sources: Li and Liang 2021; He et al. 2022 for the view as a gated addition.
+
+    Args:
+        length: positions of the prefix, l.
+        projection: train it through the network; otherwise the keys and values themselves.
+        projection_size: hidden features of the network, m.
+        init: ``"random"``; or the keys and values that words have in this model: ``"vocabulary"`` (a random sample
+            of its tokens) or ``"text"``. The paper advises words when data is scarce.
+        init_text: the words of ``init="text"``; repeated or cut to ``length`` tokens.
+        tokenizer: name or folder of the tokenizer for them.
+        attention: which attentions: ``"self"``, ``"cross"`` or ``"both"``.
+        where: in an encoder-decoder model: ``"encoder"``, ``"decoder"`` or ``"both"``.
+        layers_to_transform: only these layer indices.
+        exclude_modules: attentions to leave out, by the end of their name or by glob.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+
+    Raises:
+        ArgumentError: if a number is out of range, or an option misses another that it needs.
+
+    Example:
+        >>> from lightning_pet import PrefixTuningCallback
+        >>> PrefixTuningCallback(init="text", init_text="summarize")
+        Traceback (most recent call last):
+        lightning_pet.errors.ArgumentError: init='text' needs a tokenizer: pass tokenizer='<name or folder>'.
+    """
+
+    method: ClassVar[str] = "prefix_tuning"
+    width: ClassVar[str | None] = "length"
+    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
+        "init",
+        "init_text",
+        "tokenizer",
+        "layers_to_transform",
+        "exclude_modules",
+    }
+
+    def __init__(
+        self,
+        length: int = 30,
+        projection: bool = True,
+        projection_size: int = 512,
+        init: Init = "random",
+        init_text: str | None = None,
+        tokenizer: str | None = None,
+        attention: Attention = "both",
+        where: Where = "both",
+        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.length = length
+        self.projection = projection
+        self.projection_size = projection_size
+        self.init = init
+        self.init_text = init_text
+        self.tokenizer = tokenizer
+        self.attention = attention
+        self.where = where
+        self.layers_to_transform = layers_to_transform
+        self.exclude_modules = exclude_modules
+        self._words: list[tuple[Tensor, Tensor]] | None = None
+        self._validate()
+
+    def _validate(self) -> None:
+        for label, value in (("length", self.length), ("projection_size", self.projection_size)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"{label}={value}: must be a positive integer.")
+        choices = (("init", self.init, Init), ("attention", self.attention, Attention), ("where", self.where, Where))
+        for label, choice, allowed in choices:
+            if choice not in get_args(allowed):
+                raise ArgumentError(f"{label}={choice!r}: use one of {', '.join(map(repr, get_args(allowed)))}.")
+        if self.init == "text" and not self.init_text:
+            raise ArgumentError("init='text' needs the words: pass init_text='...'.")
+        if self.init == "text" and not self.tokenizer:
+            raise ArgumentError("init='text' needs a tokenizer: pass tokenizer='<name or folder>'.")
+        if self.init != "text" and self.init_text is not None:
+            raise ArgumentError(f"init_text is given, but init={self.init!r} does not use it: set init='text'.")
+        if self.init != "random" and self.budget is not None:
+            raise ArgumentError(f"budget={self.budget} with init={self.init!r}: words need a length; give it instead.")
+        if self.init != "random" and self.projection and self.projection_size < self.length:
+            raise ArgumentError(
+                f"projection_size={self.projection_size} with init={self.init!r}: the network can give the words' keys "
+                f"and values only if it has at least length={self.length} hidden features. Raise it, or set "
+                "projection=False."
+            )
+
+    # --- where -----------------------------------------------------------------------------------
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the attentions, and what words would be in them if the prefix starts from words.
+
+        Raises:
+            TargetError: if there is none, or a prefix cannot get into one of them.
+        """
+        cores = self._chosen(root, structure)
+        for core in cores:
+            if not core.route:
+                raise TargetError(
+                    f"prefix tuning: {core.owner!r} ({type(named_modules(root)[core.owner]).__name__}) computes its "
+                    "attention in a way that a prefix cannot join. Leave it out by "
+                    f"exclude_modules=[{core.owner.rpartition('.')[2]!r}], or choose adapters or LoRA."
+                )
+        widths = {group: _width(structure, cores, group) for group in map(_group, cores)}
+        if self.init != "random":
+            self._words = self._activations(root, structure, cores)
+        return tuple(site_target(core, widths[_group(core)]) for core in cores)
+
+    def _chosen(self, root: nn.Module, structure: Structure) -> list[AttentionCore]:
+        name = type(root).__name__
+        if not structure.attention:
+            how = "" if structure.source == "probe" else " No forward could be run; pass forward= or a batch."
+            raise TargetError(
+                f"prefix tuning: no softmax attention was found in {name}, so there is nothing that could see a "
+                f"prefix.{how} Recurrent, convolutional and state-space models have none; use adapters or LoRA."
+            )
+        decoders = {_stack(core.owner) for core in structure.attention if core.cross}
+        if self.where != "both" and not decoders:
+            raise TargetError(f"where={self.where!r}: {name} has no cross-attention; leave where='both'.")
+        chosen = [
+            core
+            for core in structure.attention
+            if (self.attention == "both" or core.cross is (self.attention == "cross"))
+            and (self.where == "both" or (_stack(core.owner) in decoders) is (self.where == "decoder"))
+        ]
+        chosen = self._in_layers(self._not_excluded(chosen))
+        if not chosen:
+            raise TargetError(
+                f"prefix tuning: no attention of {name} is left with attention={self.attention!r}, "
+                f"where={self.where!r}, layers_to_transform={self.layers_to_transform} and "
+                f"exclude_modules={self.exclude_modules}. Relax one of them."
+            )
+        owners = Counter(core.owner for core in chosen)
+        if twice := [owner for owner, count in owners.items() if count > 1]:
+            raise TargetError(f"prefix tuning: {twice[0]!r} is self- and cross-attention in one; exclude it.")
+        return chosen
+
+    def _not_excluded(self, cores: list[AttentionCore]) -> list[AttentionCore]:
+        for pattern in self.exclude_modules or ():
+            if not any(_matches(pattern, core.owner) for core in cores):
+                raise TargetError(
+                    f"exclude_modules: {pattern!r} hits none of the attentions {_some(core.owner for core in cores)}."
+                )
+        return [core for core in cores if not any(_matches(p, core.owner) for p in self.exclude_modules or ())]
+
+    def _in_layers(self, cores: list[AttentionCore]) -> list[AttentionCore]:
+        if self.layers_to_transform is None:
+            return cores
+        present = {index for core in cores if (index := layer_index(core.owner)) is not None}
+        if unknown := sorted(set(self.layers_to_transform) - present):
+            raise TargetError(
+                f"layers_to_transform={self.layers_to_transform}: there is no attention in layer {unknown[0]}; "
+                f"there is in {sorted(present)}."
+            )
+        return [core for core in cores if layer_index(core.owner) in self.layers_to_transform]
+
+    # --- what ------------------------------------------------------------------------------------
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build a prefix per attention, and a network per stack of layers and kind of attention."""
+        networks: dict[tuple[str, bool], Insertion] = {}
+        sites: list[Insertion] = []
+        for target in targets:
+            group = (_stack(target.module), target.cross)
+            if self.projection and group not in networks:
+                made = self._network(root, target)
+                networks[group] = Insertion(Target("", ""), made, f"network{len(networks)}")
+            network = networks[group].delta if self.projection else None
+            sites.append(Insertion(target, self._prefix(root, target, network)))
+        words, self._words = self._words, None
+        for insertion, (key, value) in zip(sites, words or (), strict=words is not None):
+            assert isinstance(insertion.delta, AttentionPrefix)
+            insertion.delta.set_key_value(key, value)
+        return [*networks.values(), *sites]
+
+    def build(self, root: nn.Module, target: Target) -> Delta:
+        """Build the prefix of one attention, without a network."""
+        return self._prefix(root, target, None)
+
+    def _prefix(self, root: nn.Module, target: Target, network: Delta | None) -> AttentionPrefix:
+        site = PrefixSite.read(target.sizes)
+        return AttentionPrefix(site, self.length, network=network, **_factory(root, target))
+
+    def _network(self, root: nn.Module, target: Target) -> PrefixNetwork:
+        width = PrefixSite.read(target.sizes).width
+        return PrefixNetwork(self.length, width, self.projection_size, **_factory(root, target))
+
+    # --- words -----------------------------------------------------------------------------------
+
+    def _activations(
+        self, root: nn.Module, structure: Structure, cores: Sequence[AttentionCore]
+    ) -> list[tuple[Tensor, Tensor]]:
+        found = word_activations(root, structure.consumer, self._ids(root, structure))
+        words = []
+        for core in cores:
+            key, value = found.get(core.owner, (torch.empty(0), torch.empty(0)))
+            shapes = [(core.kv_heads, self.length, dim) for dim in (core.key_dim, core.value_dim)]
+            if [tuple(key.shape), tuple(value.shape)] != shapes:
+                raise TargetError(
+                    f"init={self.init!r}: {core.owner!r} has no keys and values of {self.length} words "
+                    f"({tuple(key.shape)} instead of {shapes[0]}). Use init='random', or leave it out."
+                )
+            words.append((key, value))
+        return words
+
+    def _ids(self, root: nn.Module, structure: Structure) -> Tensor:
+        if self.init == "vocabulary":
+            table = named_modules(root).get(structure.embedding or "") if structure.embedding is not None else None
+            if not isinstance(table, nn.Embedding) or table.num_embeddings < self.length:
+                raise TargetError(
+                    f"init='vocabulary': {type(root).__name__} has no table of at least {self.length} tokens. "
+                    "Use init='random'."
+                )
+            return torch.randperm(table.num_embeddings)[: self.length]
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"tokenizer={self.tokenizer!r} could not be loaded: {error}") from error
+        ids = tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ArgumentError(f"init_text={self.init_text!r} has no token.")
+        return torch.tensor((ids * (self.length // len(ids) + 1))[: self.length])
+
+
+def _stack(owner: str) -> str:
+    """The stack of layers of a module: its path before the first number."""
+    parts = owner.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[:first])
+
+
+def _group(core: AttentionCore) -> tuple[str, bool]:
+    return _stack(core.owner), core.cross
+
+
+def _width(structure: Structure, cores: Sequence[AttentionCore], group: tuple[str, bool]) -> int:
+    """Features of the residual stream around a group; where no residual sum was seen, those of its keys."""
+    stack = group[0]
+    widths = Counter(
+        site.width for site in structure.sites if site.width and any(_stack(path) == stack for path in site.branch)
+    )
+    if widths:
+        return widths.most_common(1)[0][0]
+    return max(core.kv_heads * core.key_dim for core in cores if _group(core) == group)
+
+
+def _factory(root: nn.Module, target: Target) -> dict[str, Any]:
+    """Where, and in which type, to make parameters: full precision even on a half-precision base."""
+    host = named_modules(root)[target.module]
+    parameter = next((p for p in (*host.parameters(), *root.parameters()) if p.is_floating_point()), torch.empty(0))
+    dtype = parameter.dtype if parameter.dtype in (torch.float32, torch.float64) else torch.float32
+    return {"device": parameter.device, "dtype": dtype}
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
+def _some(names: Any) -> str:
+    listed = list(names)
+    return ", ".join(map(repr, listed[:4])) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

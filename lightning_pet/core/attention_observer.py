@@ -1,0 +1,230 @@
+"""Watch a forward, and note every softmax attention: which module runs it, by which route, with what shapes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from lightning_pet.core import attention_einsum
+from lightning_pet.core import attention_functions as functions
+from lightning_pet.core.attention_interface import observed
+from lightning_pet.core.record import Call, Recorder
+from lightning_pet.core.structure import AttentionCore, Route
+
+
+@dataclass
+class Seen:
+    """One attention.
+
+    Attributes:
+        owner: path of the module that ran it.
+        route: how a prefix can get there; ``""``: not at all.
+        heads: key/value heads, 0 if the layout does not tell.
+        key_dim: features of a key.
+        value_dim: features of a value.
+        scale: factor of the scores, where they were formed by a product of their own.
+        key: the keys, if they were to be kept; likewise ``value``.
+    """
+
+    owner: str
+    route: Route
+    heads: int
+    key_dim: int
+    value_dim: int
+    scale: float | None = None
+    key: Tensor | None = field(default=None, repr=False)
+    value: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class _Product:
+    left: Tensor
+    right: Tensor
+    result: Tensor
+    made: GradientEdge | None  # as the product made it: it may be written to in place
+    stack: tuple[Call, ...]
+    factor: float = 1.0
+
+    def is_near(self, stack: Sequence[Call]) -> bool:
+        """Whether the module around the one that made it is still running."""
+        around = self.stack[:-1]
+        return len(stack) >= len(around) and all(a is b for a, b in zip(around, stack, strict=False))
+
+
+class Observer(TorchFunctionMode):
+    """Fills :attr:`seen` while a recorded forward runs.
+
+    Args:
+        recorder: knows which modules are running.
+        keep: also keep the keys and values.
+    """
+
+    def __init__(self, recorder: Recorder, keep: bool = False) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.keep = keep
+        self.seen: list[Seen] = []
+        self._inside = 0  # within a function that was noted already
+        self._products: list[_Product] = []
+        self._score: _Product | None = None
+        self._shape: torch.Size | None = None
+        self._scale: float | None = None
+        self._table = observed(self)
+
+    def __enter__(self) -> "Observer":
+        """Start to watch."""
+        self._table.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        """Stop."""
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
+        self._table.__exit__(*details)
+
+    def _note(self, stack: Sequence[Call], route: Route, heads: int, key: Tensor, value: Tensor) -> Seen:
+        seen = Seen(stack[-1].path if stack else "", route, heads, key.shape[-1], value.shape[-1])
+        if self.keep:
+            seen.key, seen.value = key.detach(), value.detach()
+        self.seen.append(seen)
+        return seen
+
+    def interface(self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor) -> Any:
+        """One attention of transformers' table."""
+        path = self.recorder.path_of(module)
+        stack = [call for call in self.recorder.running() if call.path == path]
+        route: Route = "interface" if key.dim() == 4 and stack else ""
+        self._note(stack or self.recorder.running(), route, key.shape[-3] if key.dim() > 2 else 0, key, value)
+        self._inside += 1
+        try:
+            return attend()
+        finally:
+            self._inside -= 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See :class:`torch.overrides.TorchFunctionMode`."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        kind = None if self._inside else functions.FUNCTIONS.get(func)
+        if kind == functions.PRODUCT:
+            self._saw_product(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())), result)
+        elif kind == functions.ADDED_PRODUCT:
+            left, right, factor = functions.added_operands(args, kwargs)
+            self._products.append(_Product(left, right, result, _edge(result), tuple(self.recorder.running()), factor))
+        elif kind == functions.SUM:
+            self._saw_sum(args, result)
+        elif kind == functions.SOFTMAX:
+            self._saw_softmax(args[0] if args else kwargs["input"], args[1:], kwargs, result)
+        elif kind == functions.SDPA:
+            key, value = (args[i] if len(args) > i else kwargs[name] for i, name in ((1, "key"), (2, "value")))
+            heads = key.shape[-3] if key.dim() > 3 else 0
+            self._note(self.recorder.running(), "functional" if key.dim() in (3, 4) else "", heads, key, value)
+        elif kind == functions.MULTI_HEAD:
+            self._saw_multi_head(args, kwargs)
+        return result
+
+    def _saw_multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = functions.bind_multi_head(args, kwargs)
+        with torch.no_grad():
+            _, key, value = functions.project(bound)
+        plain = functions.is_plain_multi_head(bound)
+        self._note(self.recorder.running(), "functional" if plain else "", key.shape[1], key, value)
+
+    def _saw_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
+        stack = tuple(self.recorder.running())
+        self._products = [product for product in self._products if product.is_near(stack)]
+        if self._score is not None and self._shape is not None and functions.same_shape(left, self._shape):
+            self._saw_values(left, right, stack)
+        else:
+            self._products.append(_Product(left, right, result, _edge(result), stack))
+
+    def _saw_sum(self, args: tuple[Any, ...], result: Tensor) -> None:
+        stack = tuple(self.recorder.running())
+        shares = None if self._score is None else functions.sum_operand_like(args, self._shape)
+        if shares is not None:
+            if (found := attention_einsum.values(args, shares)) is not None:
+                self._saw_values(found.left, found.right.mT, stack)
+        elif (score := attention_einsum.scores(args)) is not None:
+            self._products.append(_Product(score.left, score.right.mT, result, _edge(result), stack))
+
+    def _saw_values(self, left: Tensor, right: Tensor, stack: tuple[Call, ...]) -> None:
+        score, self._score = self._score, None
+        assert score is not None
+        common = [a for a, b in zip(score.stack, stack, strict=False) if a is b]
+        heads = score.right.shape[1] if score.right.dim() == 4 else 0  # of the keys: 1 where all queries share them
+        known = self._scale is not None and left.dim() in (3, 4)
+        seen = self._note(common, "functional" if known else "", heads, score.right.mT, right)
+        seen.scale = self._scale
+
+    def _saw_softmax(self, scores: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], shares: Tensor) -> None:
+        found = next((p for p in self._products if functions.same_scores(p.result, scores)), None)
+        if found is None:
+            return
+        self._products.remove(found)
+        last = kwargs.get("dim", args[0] if args else None) in (-1, scores.dim() - 1)
+        self._score, self._shape = found, shares.shape
+        scale = _scale(found.made, scores) if last and found.left.dim() in (3, 4) else None
+        self._scale = None if scale is None else scale * found.factor
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    return None if tensor.grad_fn is None else get_gradient_edge(tensor)
+
+
+def _scale(product: GradientEdge | None, scores: Tensor) -> float | None:
+    """The factor between a product and the scores that came of it, if it is one number."""
+    if product is None or not scores.requires_grad or scores.is_meta:
+        return None
+    found = torch.autograd.grad(scores, [product], torch.ones_like(scores), retain_graph=True, allow_unused=True)
+    gradient = cast(Tensor | None, found[0])
+    if gradient is None:
+        return None
+    factors = gradient[gradient != 0]
+    if not factors.numel() or (factors - factors[0]).abs().max() > 1e-6 * factors[0].abs():
+        return None
+    return float(factors[0])
+
+
+def with_routes(cores: Sequence[AttentionCore], seen: Sequence[Seen]) -> tuple[AttentionCore, ...]:
+    """The cores that a graph shows, with what was seen of them while they ran; and those that only ran."""
+    runs: dict[str, list[Seen]] = {}
+    for one in seen:
+        runs.setdefault(one.owner, []).append(one)
+    taken = {core.owner for core in cores}
+    merged: list[AttentionCore] = []
+    for core in cores:
+        owner = core.owner if core.owner in runs else _nearest(core.owner, runs.keys() - taken)
+        if owner is None:
+            merged.append(core)
+        else:
+            taken.add(owner)
+            merged.append(_routed(replace(core, owner=owner), runs[owner]))
+    merged += [_routed(AttentionCore(owner), own) for owner, own in runs.items() if owner not in taken]
+    return tuple(merged)
+
+
+def _nearest(owner: str, others: Iterable[str]) -> str | None:
+    """The one module inside or around a module."""
+    inside = [other for other in others if other.startswith(f"{owner}.") or owner.startswith(f"{other}.")]
+    return inside[0] if len(inside) == 1 else None
+
+
+def _routed(core: AttentionCore, runs: Sequence[Seen]) -> AttentionCore:
+    first = runs[0]
+    heads = first.heads or core.kv_heads
+    alike = {(run.heads or heads, run.key_dim, run.value_dim, run.route) for run in runs}
+    scales = {run.scale for run in runs if run.scale is not None}
+    return replace(
+        core,
+        kv_heads=heads,
+        key_dim=first.key_dim,
+        value_dim=first.value_dim,
+        route=first.route if heads and len(alike) == 1 and len(scales) < 2 else "",
+        scale=next(iter(scales), None),
+    )

@@ -1,0 +1,38 @@
+"""Which bias goes with which weight."""
+
+import re
+
+from torch import nn
+
+from lightning_pet.core.fused import Rows
+
+
+def bias_of(module: nn.Module, parameter: str = "weight", rows: Rows | None = None) -> tuple[str, Rows | None] | None:
+    """Name of the bias that is added to a product with this weight, and the rows of it that are meant.
+
+    Args:
+        module: the host.
+        parameter: the weight inside the host.
+        rows: output features of a fused weight; the same ones of the bias are meant.
+
+    Returns:
+        ``None`` if the host has no such bias.
+
+    >>> bias_of(nn.Linear(2, 2)), bias_of(nn.Linear(2, 2, bias=False))
+    (('bias', None), None)
+    >>> bias_of(nn.MultiheadAttention(4, 2, kdim=3), "k_proj_weight")
+    ('in_proj_bias', ((4, 8),))
+    """
+    if isinstance(module, nn.MultiheadAttention) and parameter in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        first = "qkv".index(parameter[0]) * module.embed_dim
+        parameter, rows = "in_proj_weight", ((first, first + module.embed_dim),)
+    for name in (parameter.replace("weight", "bias"), f"{parameter}_bias"):
+        if name != parameter and module._parameters.get(name) is not None:
+            return name, rows
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation with a weight per feature, judged by its class name."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 1 and re.search("norm", type(module).__name__, re.I) is not None

@@ -1,0 +1,81 @@
+"""How sparse a difference is over a fit: logged by layer, kept over a resume, drawn at the end."""
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import lightning.pytorch as pl
+
+from lightning_pet.engine.figures import Curve, save_figure
+
+
+class Sparse(Protocol):
+    """A difference whose entries may be zero."""
+
+    size: int
+
+    def count_nonzero(self) -> int:
+        """Entries that are not zero in evaluation."""
+        ...
+
+    def expected_nonzero(self) -> float:
+        """Entries that are not zero in training, on average."""
+        ...
+
+
+class DensityCurve:
+    """Density (share of non-zero entries) in evaluation and expected in training, step by step.
+
+    Attributes:
+        history: rows of step, density, expected density; plain, for checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[list[float]] = []
+
+    def note(self, step: int, parts: Sequence[tuple[str, Sparse]]) -> dict[str, float]:
+        """Measure now, and keep the result.
+
+        Args:
+            step: optimizer steps so far.
+            parts: the differences, with the module that each belongs to.
+
+        Returns:
+            ``density``, ``expected_density`` and ``density/LAYER`` for every layer.
+        """
+        layers = _by_layer(parts)
+        size = sum(of for _, of in layers.values())
+        density = sum(found for found, _ in layers.values()) / size
+        expected = sum(part.expected_nonzero() for _, part in parts) / size
+        if not self.history or self.history[-1][0] != step:  # several batches may accumulate for one step
+            self.history.append([float(step), density, expected])
+        shares = {f"density/{layer}": found / of for layer, (found, of) in layers.items()}
+        return {"density": density, "expected_density": expected, **shares}
+
+    def draw(self, trainer: pl.Trainer, name: str, parts: Sequence[tuple[str, Sparse]]) -> None:
+        """Save the curves, and the densities of the layers beside them, as ``name.png`` in the log folder."""
+        if not self.history:
+            return
+        steps, density, expected = (list(column) for column in zip(*self.history, strict=True))
+        bars = {layer: found / size for layer, (found, size) in _by_layer(parts).items()}
+        curves = [Curve("density", steps, density), Curve("expected density", steps, expected)]
+        save_figure(trainer, name, curves, bars, ("density", "step", "density of a layer"))
+
+
+def _by_layer(parts: Sequence[tuple[str, Sparse]]) -> dict[str, tuple[int, int]]:
+    """Non-zero entries and entries of every layer."""
+    layers: dict[str, tuple[int, int]] = {}
+    for module, part in parts:
+        found, size = layers.get(layer := layer_of(module), (0, 0))
+        layers[layer] = found + part.count_nonzero(), size + part.size
+    return layers
+
+
+def layer_of(module: str) -> str:
+    """A module's name up to its first number, else without its last part.
+
+    >>> layer_of("encoder.layer.3.output.dense"), layer_of("embeddings.words"), layer_of("head")
+    ('encoder.layer.3', 'embeddings', 'head')
+    """
+    numbered = re.match(r"(?:.*?\.)?\d+(?=\.|$)", module)
+    return numbered.group() if numbered else module.rpartition(".")[0] or module or "root"

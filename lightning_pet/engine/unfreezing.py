@@ -1,0 +1,60 @@
+"""Parameters that start to train in the middle of a run: when, and where that works."""
+
+import math
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_pet.engine import private
+from lightning_pet.errors import ArgumentError, UnsupportedStrategyError
+
+
+def elapsed(trainer: pl.Trainer, interval: str) -> int:
+    """Epochs or optimizer steps done; equal after a resume."""
+    return trainer.current_epoch if interval == "epoch" else trainer.global_step
+
+
+def check_strategy(trainer: pl.Trainer, method: object) -> None:
+    """Some strategies decide once, at the start, which parameters have gradients.
+
+    Raises:
+        UnsupportedStrategyError: naming the strategy to use.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy):
+        return
+    if type(strategy) is DDPStrategy:
+        if private.finds_unused_parameters(strategy):
+            return
+        raise UnsupportedStrategyError(
+            f"{type(method).__name__}(unfreeze_every=…) under DDP: layers without a gradient must be looked for in "
+            "every step. Use strategy='ddp_find_unused_parameters_true', or unfreeze_every=None."
+        )
+    raise UnsupportedStrategyError(
+        f"{type(method).__name__}(unfreeze_every=…) does not work under {type(strategy).__name__}, which fixes at the "
+        "start of a run what trains. Use one device or DDP, or unfreeze_every=None."
+    )
+
+
+def check_long_enough(trainer: pl.Trainer, every: int, interval: str, groups: int) -> None:
+    """The last group must get to train, if the length of the run is known.
+
+    Raises:
+        ArgumentError: if the run ends before.
+    """
+    needed = every * (groups - 1)
+    length = _length(trainer, interval)
+    if length <= needed:
+        raise ArgumentError(
+            f"unfreeze_every={every}: the last of {groups} groups of layers would start to train after {needed} "
+            f"{interval}s, but the run ends after {length:g}. Train longer, unfreeze more often, or train fewer layers."
+        )
+
+
+def _length(trainer: pl.Trainer, interval: str) -> float:
+    steps = trainer.estimated_stepping_batches
+    if interval == "step":
+        return steps
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return min(epochs, math.ceil(steps / per_epoch)) if per_epoch else epochs

@@ -1,0 +1,142 @@
+"""Bottleneck adapters: down, a non-linearity, up."""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_pet.errors import ArgumentError
+from lightning_pet.layers.activations import activation
+from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.low_rank_product import compute_dtype
+
+Init = Literal["normal", "lora"]
+
+
+class Bottleneck(Delta):
+    """A sequential adapter on what its host returns: ``h + s · up(act(down(norm(h))))``.
+
+    Sources: Houlsby et al. 2019, Pfeiffer et al. 2020; Lin et al. 2020 for the norm at its entrance.
+
+    Args:
+        width: features of h, d.
+        bottleneck: features in between, k.
+        non_linearity: a name in :data:`~lightning_pet.layers.activations.ACTIVATIONS`.
+        scale: factor s.
+        bias: train biases of both layers: k + d more parameters.
+        inner_norm: normalise h on the way in, with trained weight and bias: 2d more parameters.
+        init: ``"normal"``: both layers normal with standard deviation ``init_std``, cut at two of them: nearly the
+            identity. ``"lora"``: down uniform within ±1/√d, up zero: exactly the identity.
+        init_std: see ``init``.
+        device: where the parameters live.
+        dtype: their dtype; products run in that of h, or autocast's.
+
+    Raises:
+        ArgumentError: if a size is not positive, or a name is unknown.
+    """
+
+    path: ClassVar[Path] = "activation"
+
+    dropped: bool = False
+    """Pass over this adapter: it costs nothing and gets no gradient."""
+
+    def __init__(
+        self,
+        width: int,
+        bottleneck: int,
+        *,
+        non_linearity: str = "gelu",
+        scale: float = 1.0,
+        bias: bool = True,
+        inner_norm: bool = False,
+        init: Init = "normal",
+        init_std: float = 1e-3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for label, size in (("width", width), ("bottleneck", bottleneck)):
+            if size < 1:
+                raise ArgumentError(f"{label}={size}: an adapter needs at least one feature.")
+        if init not in get_args(Init):
+            raise ArgumentError(f"init={init!r}: use one of {', '.join(map(repr, get_args(Init)))}.")
+        activation(non_linearity)
+        self.non_linearity, self.scale, self.init, self.init_std = non_linearity, scale, init, init_std
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.norm_weight = empty(width) if inner_norm else None
+        self.norm_bias = empty(width) if inner_norm else None
+        self.down = empty(bottleneck, width)
+        self.down_bias = empty(bottleneck) if bias else None
+        self.up = empty(width, bottleneck)
+        self.up_bias = empty(width) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the layers as ``init`` says; biases are zero, and the norm starts without effect of its own."""
+        if self.init == "lora":
+            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+            nn.init.zeros_(self.up)
+        else:
+            edge = math.erf(2 / math.sqrt(2))  # two standard deviations
+            for weight in (self.down, self.up):
+                weight.uniform_(-edge, edge).erfinv_().mul_(self.init_std * math.sqrt(2))
+        for parameter in (self.down_bias, self.up_bias, self.norm_bias):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
+
+    def update(self, h: Tensor) -> Tensor:
+        """Up, before it is scaled: [..., width] in the dtype in which the product ran."""
+        dtype = compute_dtype(h)
+        h = h.to(dtype)
+        if self.norm_weight is not None:
+            h = F.layer_norm(h, h.shape[-1:], self.norm_weight.to(dtype), _cast(self.norm_bias, dtype))
+        hidden = activation(self.non_linearity)(F.linear(h, self.down.to(dtype), _cast(self.down_bias, dtype)))
+        return F.linear(hidden, self.up.to(dtype), _cast(self.up_bias, dtype))
+
+    def added(self, h: Tensor, seen: Tensor) -> Tensor:
+        """``h + s · update(seen)`` in the dtype of ``h``."""
+        return torch.add(h, self.update(seen).to(h.dtype), alpha=self.scale)
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Adapt ``output`` [..., width]; the host's input is not used."""
+        return output if self.dropped else self.added(output, output)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        bottleneck, width = self.down.shape
+        return f"{width} → {bottleneck} → {width}, {self.non_linearity}, scale={self.scale:g}"
+
+
+class ParallelBottleneck(Bottleneck):
+    """An adapter beside its host: ``f(x) + s · up(act(down(norm(x))))``. Source: He et al. 2022."""
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Add the adapted ``x`` [..., width] to ``output`` of the same shape."""
+        return output if self.dropped else self.added(output, x)
+
+
+class BehindNorm(Bottleneck):
+    """A sequential adapter between a norm and the sum in front of it: ``LN(s + up(act(down(LN(s)))))``.
+
+    It needs no access to the addends of the sum s, as the norm reads it. Source: Pfeiffer et al. 2020.
+    """
+
+    path: ClassVar[Path] = "around"
+
+    def forward(self, call: Callable[..., Any], s: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Run the norm ``call`` on ``s`` [..., width], and again on the adapted sum."""
+        normed = call(s, *args, **kwargs)
+        return normed if self.dropped else call(self.added(s, normed), *args, **kwargs)
+
+
+def _cast(parameter: nn.Parameter | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parameter is None else parameter.to(dtype)

@@ -1,0 +1,265 @@
+"""A weight plus a gated difference, ``θ + z ⊙ w``, with gates that are drawn anew in every step.
+
+One operator computes it and one its gradients, in pieces that stay in the processor's cache. Nothing of the
+size of the weight is kept for the backward pass: the gates are drawn again from the same seed. So gates are
+also the same where a layer is called several times in a step or recomputed by gradient checkpointing, and in
+every process of a distributed run.
+
+They are torch operators and not an autograd function, because seed and scale of the penalty change from step
+to step, and a compiler would bake those of the first step into its graph.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Final, Literal
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from lightning_pet.errors import PETError
+from lightning_pet.layers.hard_concrete import HardConcrete, mixed
+from lightning_pet.layers.side_loss import Penalty
+
+Form = Literal["product", "sum"]
+_PIECE: Final = {"cpu": 1 << 15}
+_PIECE_ELSEWHERE: Final = 1 << 24
+
+_keys = count()
+_alive: WeakValueDictionary[int, "Gates"] = WeakValueDictionary()
+
+
+class Gates:
+    """Draws the gates of one weight, and knows their penalty.
+
+    Outside of a Trainer the gates change with the first forward after a backward. A Trainer's glue says with
+    :meth:`begin` which step it is, and then they depend on that alone.
+
+    Args:
+        law: distribution of every gate.
+        penalty: the expected number of open gates, as a penalty; its own gradient is not asked for.
+        form: how it counts (:func:`expected_open`).
+        seed: tells these gates apart from those of other weights and runs.
+    """
+
+    def __init__(self, law: HardConcrete, penalty: Penalty, form: Form = "product", seed: int = 0) -> None:
+        self.law = law
+        self.penalty = penalty
+        self.form = form
+        self.seed = seed
+        self.key = next(_keys)
+        self._moment: tuple[int, ...] = (0,)
+        self._counts = True
+        self._used = False
+        _alive[self.key] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Gates, (self.law, self.penalty, self.form, self.seed)
+
+    def begin(self, *moment: int) -> None:
+        """From now on draw the gates of this step, until the next call."""
+        self._moment, self._counts = moment, False
+
+    def count(self) -> None:
+        """From now on change the gates by themselves, after every backward."""
+        self._counts = True
+
+    def arm(self) -> None:
+        """A forward begins; one inside of a backward is a recomputation."""
+        self.penalty.arm()
+        if self._counts and self._used and torch._C._current_graph_task_id() == -1:
+            self._moment, self._used = (self._moment[0] + 1,), False
+
+    def take(self) -> Tensor | float:
+        """A backward begins; returns the factor of the penalty's gradient."""
+        self._used = True
+        return self.penalty.take()
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The random numbers of the present step."""
+        return torch.Generator(device).manual_seed(mixed(self.seed, *self._moment))
+
+
+def expected_open(*parameters: Tensor, law: HardConcrete, per_weight: int = 1, form: Form = "product") -> Tensor:
+    """Expected number of open gates: E‖z‖₀ of one weight, a tensor without dimensions.
+
+    Args:
+        *parameters: α of the weights, α of their group (one element), or both.
+        law: their distribution.
+        per_weight: weights that a group gate alone stands for; 1 where each has a gate of its own.
+        form: with both kinds of gates ``"product"`` counts weights whose two gates are open, which is
+            E‖z·z_g‖₀; ``"sum"`` counts open gates of either kind.
+    """
+    opens = [law.open(alpha).sum() for alpha in parameters]
+    if len(opens) == 1:
+        return opens[0] * per_weight
+    return opens[0] * opens[1] if form == "product" else opens[0] + opens[1]
+
+
+@dataclass
+class _Group:
+    """The gate of the whole weight: z, dz/dα, P(z > 0), without dimensions."""
+
+    z: Tensor
+    slope: Tensor
+    open: Tensor
+
+
+def _group(gates: Gates, alpha: Tensor, generator: torch.Generator, dtype: torch.dtype) -> _Group:
+    law, alpha = gates.law, alpha.reshape(()).to(dtype)
+    s = law.concrete(alpha, law.uniform(alpha, generator))
+    stretched = s * law.width + law.low
+    inside = (stretched > 0) & (stretched < 1)
+    return _Group(stretched.clamp(0, 1), inside * s * (1 - s) * (law.width / law.temperature), law.open(alpha))
+
+
+def _pieces(size: int, device: torch.device) -> Iterator[slice]:
+    step = _PIECE.get(device.type, _PIECE_ELSEWHERE)
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _forward(gates: Gates, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None) -> Tensor:
+    law, generator = gates.law, gates.generator(w.device)
+    whole = None if group is None else _group(gates, group, generator, w.dtype)
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    base, difference, result = weight.reshape(-1), w.reshape(-1), out.view(-1)
+    gate = None if alpha is None else alpha.reshape(-1)
+    for piece in _pieces(w.numel(), w.device):
+        if gate is None:
+            moved = difference[piece].clone()
+        else:
+            a = gate[piece].to(w.dtype)
+            moved = law.concrete(a, law.uniform(a, generator)).mul_(law.width).add_(law.low).clamp_(0, 1)
+            moved.mul_(difference[piece])
+        if whole is not None:
+            moved.mul_(whole.z)
+        # Added in the precision of w, and rounded once: as merging does.
+        torch.add(moved, base[piece], out=moved if weight.dtype != w.dtype else result[piece])
+        if weight.dtype != w.dtype:
+            result[piece] = moved
+    return out
+
+
+def _backward(gates: Gates, g: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None) -> list[Tensor]:
+    generator = gates.generator(w.device)
+    factor = torch.as_tensor(gates.take(), dtype=w.dtype, device=w.device)
+    whole = None if group is None else _group(gates, group, generator, w.dtype)
+    g = g.reshape(-1)
+    if alpha is None:
+        assert group is not None
+        assert whole is not None
+        dw = (g * whole.z).to(w.dtype).view(w.shape)
+        flow = torch.dot(g.to(w.dtype), w.reshape(-1))
+        slope = whole.open * (1 - whole.open) * factor * w.numel()
+        return [dw, (flow * whole.slope + slope).to(group.dtype).view(group.shape)]
+    dw, dalpha, flow, opened = _of_weights(gates, g, w, alpha, generator, whole, factor)
+    if group is None or whole is None:
+        return [dw, dalpha]
+    count = opened if gates.form == "product" else 1.0
+    slope = whole.open * (1 - whole.open) * factor * count
+    return [dw, dalpha, (flow * whole.slope + slope).to(group.dtype).view(group.shape)]
+
+
+def _of_weights(
+    gates: Gates,
+    g: Tensor,
+    w: Tensor,
+    alpha: Tensor,
+    generator: torch.Generator,
+    whole: _Group | None,
+    factor: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of w and α, Σ g w z, and the expected number of open gates."""
+    law = gates.law
+    dw, dalpha = torch.empty_like(w), torch.empty_like(alpha)
+    flow, opened = (torch.zeros((), dtype=w.dtype, device=w.device) for _ in range(2))
+    if whole is not None and gates.form == "product":
+        factor = factor * whole.open
+    difference, gate, to_w, to_alpha = w.reshape(-1), alpha.reshape(-1), dw.view(-1), dalpha.view(-1)
+    for piece in _pieces(w.numel(), w.device):
+        a, up = gate[piece].to(w.dtype), g[piece].to(w.dtype)
+        s = law.concrete(a, law.uniform(a, generator))
+        stretched = (s * law.width).add_(law.low)
+        moved = up * difference[piece]
+        slope = torch.addcmul(s, s, s, value=-1).mul_(moved)
+        slope = torch.ops.aten.hardtanh_backward(slope, stretched, 0, 1)  # 0 where z is clamped
+        slope.mul_(law.width / law.temperature)
+        z = stretched.clamp_(0, 1)
+        if whole is not None:
+            flow += torch.dot(moved, z)
+            slope.mul_(whole.z)
+            z.mul_(whole.z)
+        torch.mul(up, z, out=to_w[piece])
+        p = law.open(a)
+        opened += p.sum()
+        to_alpha[piece] = slope.addcmul_(torch.addcmul(p, p, p, value=-1), factor)
+    return dw, dalpha, flow, opened
+
+
+def _of_key(key: int) -> Gates:
+    if (gates := _alive.get(key)) is None:
+        raise PETError("the gates of a weight were removed between forward and backward; remove a delta after both.")
+    return gates
+
+
+@torch.library.custom_op("lightning_pet::gated_weight", mutates_args=())
+def _gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> Tensor:
+    gates = _of_key(key)
+    gates.arm()
+    return _forward(gates, weight, w, alpha, group)
+
+
+@torch.library.custom_op("lightning_pet::gated_weight_backward", mutates_args=())
+def _gated_weight_backward(
+    gradient: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int
+) -> list[Tensor]:
+    return _backward(_of_key(key), gradient, w, alpha, group)
+
+
+@_gated_weight.register_fake
+def _(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+@_gated_weight_backward.register_fake
+def _(gradient: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (w, alpha, group) if tensor is not None]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, w, alpha, group, ctx.key = inputs
+    ctx.present = [tensor is not None for tensor in (alpha, group)]
+    ctx.save_for_backward(w, *(tensor for tensor in (alpha, group) if tensor is not None))
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    w, *rest = ctx.saved_tensors
+    alpha, group = (rest.pop(0) if present else None for present in ctx.present)
+    dw, *found = _gated_weight_backward(gradient, w, alpha, group, ctx.key)
+    dalpha, dgroup = (found.pop(0) if present else None for present in ctx.present)
+    return gradient, dw, dalpha, dgroup, None
+
+
+_gated_weight.register_autograd(_differentiate, setup_context=_keep)
+
+
+def gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, gates: Gates) -> Tensor:
+    """``weight + z · z_g · w`` with gates drawn for this step.
+
+    The backward adds the gradient of the gates' penalty to α, scaled as the loss is, once per forward pass
+    (:mod:`lightning_pet.layers.side_loss`).
+
+    Args:
+        weight: θ, of any shape and floating dtype.
+        w: difference of the same shape, float32 or float64; z and the sum are computed in its dtype.
+        alpha: α of every weight, of the same shape; ``None``: all of these gates are 1.
+        group: α_g of the whole weight, one element; ``None``: that gate is 1. One of the two must be given.
+        gates: draws them.
+
+    Returns:
+        A new tensor like ``weight``.
+    """
+    moved: Tensor = _gated_weight(weight, w, alpha, group, gates.key)
+    return moved

@@ -1,0 +1,97 @@
+"""Hard-concrete gates (Louizos et al. 2018): numbers in [0, 1] that are exactly 0 or 1 with positive probability.
+
+A gate with parameter α is drawn as
+
+    s = σ((log u − log(1 − u) + α) / β),  u uniform;   z = min(1, max(0, s (r − l) + l))
+
+with l < 0 < 1 < r, so that both ends are reached. The number of open gates has a closed form, hence a
+gradient, though each gate is a step in effect.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_pet.errors import ArgumentError
+
+EPSILON = 1e-4
+"""Uniform numbers are kept this far from 0 and 1."""
+
+
+@dataclass(frozen=True)
+class HardConcrete:
+    """The law of a gate, given its α.
+
+    Attributes:
+        low: l, below 0.
+        high: r, above 1.
+        temperature: β, above 0; the smaller, the nearer to a coin.
+
+    Raises:
+        ArgumentError: if one is out of range.
+
+    >>> law = HardConcrete()
+    >>> law.open(torch.tensor([5.0]))  # P(z > 0)
+    tensor([0.9933])
+    >>> law.full(torch.tensor([5.0]))  # P(z = 1)
+    tensor([0.9674])
+    """
+
+    low: float = -1.5
+    high: float = 1.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.low, self.high, self.temperature)
+        if not all(map(math.isfinite, numbers)) or not (self.low < 0 and self.high > 1 and self.temperature > 0):
+            raise ArgumentError(
+                f"stretch=({self.low}, {self.high}), temperature={self.temperature}: the first number must be below 0, "
+                "the second above 1 and the temperature positive, e.g. stretch=(-1.5, 1.5), temperature=1.0."
+            )
+
+    @property
+    def width(self) -> float:
+        """R − l."""
+        return self.high - self.low
+
+    @property
+    def shift(self) -> float:
+        """β log(−l/r): what α must exceed for a gate that is open more often than not."""
+        return self.temperature * math.log(-self.low / self.high)
+
+    def open(self, alpha: Tensor) -> Tensor:
+        """P(z > 0) of every gate."""
+        return torch.sigmoid(alpha - self.shift)
+
+    def full(self, alpha: Tensor) -> Tensor:
+        """P(z = 1) of every gate."""
+        return torch.sigmoid(alpha - self.temperature * math.log((1 - self.low) / (self.high - 1)))
+
+    def typical(self, alpha: Tensor) -> Tensor:
+        """The gate without noise: min(1, max(0, σ(α) (r − l) + l)), differentiable."""
+        return (torch.sigmoid(alpha) * self.width + self.low).clamp(0, 1)
+
+    def concrete(self, alpha: Tensor, u: Tensor) -> Tensor:
+        """The number s in (0, 1) for uniform numbers ``u``, before it is stretched and clamped."""
+        if self.temperature == 1:
+            # The same as the formula above without its logarithms; exp may be infinite, s is 0 then.
+            return u / torch.neg(alpha).exp_().mul_(1 - u).add_(u)
+        return torch.logit(u).add_(alpha).div_(self.temperature).sigmoid_()
+
+    def uniform(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Uniform numbers of the shape of ``like``; the same for every dtype of it."""
+        u = torch.empty(like.shape, dtype=torch.float32, device=like.device).uniform_(generator=generator)
+        return u.clamp_(EPSILON, 1 - EPSILON).to(like.dtype)
+
+
+def mixed(*parts: int | str) -> int:
+    """A seed of 63 bits that looks random, from several numbers and names, the same in every process.
+
+    >>> mixed(1, 2) == mixed(1, 2) != mixed(2, 1)
+    True
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

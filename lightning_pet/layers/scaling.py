@@ -1,0 +1,184 @@
+"""Rescaling by learned vectors, the mathematics of (IA)³.
+
+Every vector starts at one. A product with one is exact, so the first output is the base's bit for bit.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.layers import rows as ranges
+from lightning_pet.layers.delta import Delta, Path
+
+
+class _Scaling(Delta):
+    """What all scalings share: the vector l, named ``scale``, [..., size]."""
+
+    def __init__(
+        self, shape: Sequence[int], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set l to one: the delta does nothing."""
+        nn.init.ones_(self.scale)
+
+    def extra_repr(self) -> str:
+        """Shape of l."""
+        return f"scale={tuple(self.scale.shape)}"
+
+
+class OutputScaling(_Scaling):
+    """``y = l ⊙ (W x + b)``, on some of the output features.
+
+    Args:
+        features: output features of the host.
+        rows: half-open ranges of output features in a fused projection, for each of which l has a
+            number; ``None``: all features.
+        transposed: the host's weight is [in, out] (transformers' ``Conv1D``).
+        device: where l lives.
+        dtype: dtype of l; the product is taken in the wider one of it and the output's.
+    """
+
+    changes_bias: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        features: int,
+        rows: Sequence[Sequence[int]] | None = None,
+        *,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.features = features
+        self.rows = ranges.whole(rows, features)
+        self.transposed = transposed
+        super().__init__([ranges.size(self.rows)], device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Rescale ``output``, [..., features]; its dtype stays."""
+        return (output * self._spread()).to(output.dtype)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """diag(l) W."""
+        scale = self._spread()
+        return (weight * (scale if self.transposed else scale.unsqueeze(-1))).to(weight.dtype)
+
+    @torch.no_grad()
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """``l ⊙ b``."""
+        return (bias * self._spread()).to(bias.dtype)
+
+    def _spread(self) -> Tensor:
+        return ranges.spread(self.scale, self.rows, self.features, 1.0)
+
+
+class InputScaling(_Scaling):
+    """``y = W (l ⊙ x) + b``: between the non-linearity of a feed-forward layer and its last product.
+
+    Args:
+        features: input features of the host.
+        transposed: the host's weight is [in, out] (transformers' ``Conv1D``).
+        device: where l lives.
+        dtype: dtype of l; the product is taken in the wider one of it and the input's.
+    """
+
+    path: ClassVar[Path] = "around"
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.transposed = transposed
+        super().__init__([features], device=device, dtype=dtype)
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the host on ``l ⊙ x``; the dtype of x, [..., features], stays."""
+        return call((x * self.scale).to(x.dtype), *args, **kwargs)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """W diag(l)."""
+        return (weight * (self.scale.unsqueeze(-1) if self.transposed else self.scale)).to(weight.dtype)
+
+
+class ScaledWeight(_Scaling):
+    """diag(l) W or W diag(l), for hosts whose weight is read without a call.
+
+    Args:
+        shape: shape of the weight: two dimensions, or [n, ...] for n experts with a vector each.
+        axis: the dimension that l runs along: -1 or -2.
+        rows: half-open ranges along that dimension; ``None``: all of it.
+        device: where l lives.
+        dtype: dtype of l; the product is taken in the wider one of it and the weight's.
+    """
+
+    path: ClassVar[Path] = "weight"
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        axis: int,
+        rows: Sequence[Sequence[int]] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.axis = axis
+        self.features = shape[axis]
+        self.rows = ranges.whole(rows, self.features)
+        super().__init__([*shape[:-2], ranges.size(self.rows)], device=device, dtype=dtype)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the shape and dtype of ``weight``."""
+        scale = ranges.spread(self.scale, self.rows, self.features, 1.0)
+        return (weight * scale.unsqueeze(-2 if self.axis == -1 else -1)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective weight as a new tensor."""
+        effective: Tensor = self(weight)
+        return effective
+
+
+class ScaledBias(Delta):
+    """``l ⊙ b``: the bias that goes with a :class:`ScaledWeight`. It has no vector of its own.
+
+    Args:
+        source: the scaling of the weight; held outside of module registration, so that l is counted and
+            stored once.
+        features: length of the bias.
+        rows: half-open ranges of the bias that l belongs to; ``None``: all of it.
+    """
+
+    path: ClassVar[Path] = "weight"
+
+    def __init__(self, source: ScaledWeight, features: int, rows: Sequence[Sequence[int]] | None = None) -> None:
+        super().__init__()
+        self.__dict__["source"] = source
+        self.features = features
+        self.rows = ranges.whole(rows, features)
+
+    def reset_parameters(self) -> None:
+        """Nothing of its own."""
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """The effective bias, in the shape and dtype of ``bias``."""
+        scale = ranges.spread(self.__dict__["source"].scale, self.rows, self.features, 1.0)
+        return (bias * scale).to(bias.dtype)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective bias as a new tensor."""
+        effective: Tensor = self(weight)
+        return effective

@@ -1,0 +1,169 @@
+"""Penalties of a method's own, beside the user's loss, without the user's loss knowing of them.
+
+A delta passes a tensor through :func:`with_penalty`: an identity whose backward adds the gradient of a
+penalty to some parameters. The gradient is scaled as the user's loss is (the factor of a gradient scaler,
+of accumulation, of an engine): the factor is *measured* on the loss by :func:`measure`, which the Trainer's
+glue calls. Without it, as in a plain loop, the factor is 1.
+
+Once per forward pass: a module that is called several times, is shared, or is recomputed by gradient
+checkpointing adds its penalty once. One whose forward does not run adds none.
+
+These are torch operators and not an autograd function: a compiler would bake the factor of the first
+step into an autograd function's graph.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+Gradient = Callable[..., Sequence[Tensor]]
+
+_keys = count()
+_alive: WeakValueDictionary[int, "Penalty"] = WeakValueDictionary()
+
+
+class Penalty:
+    """A scalar function of some parameters, to be minimised beside the loss.
+
+    A delta makes one in its ``__init__`` and keeps it as an attribute; copies and pickles of the delta get
+    one of their own. Parameters of less than 32 bits reach the functions as float32.
+
+    Args:
+        function: ``function(*parameters)`` returns the penalty as a tensor without dimensions.
+        gradient: ``gradient(*parameters)`` returns its gradient with respect to each of them, where a
+            closed form is cheaper than differentiating ``function`` (the default).
+        weight: factor on both; may be changed at any time.
+
+    >>> w = torch.tensor([3.0], requires_grad=True)
+    >>> decay = Penalty(lambda w: w.square().sum(), weight=0.1)
+    >>> with_penalty(2 * w, [w], decay).sum().backward()
+    >>> w.grad  # 2 of the loss, 0.1 · 2 · 3 of the penalty
+    tensor([2.6000])
+    """
+
+    def __init__(self, function: Function, gradient: Gradient | None = None, weight: float = 1.0) -> None:
+        self.function = function
+        self.gradient = gradient
+        self.weight = weight
+        self.key = next(_keys)
+        self._due = False
+        _alive[self.key] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Penalty, (self.function, self.gradient, self.weight)
+
+    def __call__(self, *parameters: Tensor) -> Tensor:
+        """The weighted penalty, detached: for logging."""
+        with torch.no_grad():
+            return self.weight * self.function(*(_wide(parameter) for parameter in parameters))
+
+    def arm(self) -> None:
+        """Note that a forward pass has used it. A forward that runs inside of a backward is a recomputation."""
+        if torch._C._current_graph_task_id() == -1:
+            self._due = True
+
+    def take(self) -> Tensor | float:
+        """The factor of the gradient in this backward pass: 0 if it was taken already since the last forward."""
+        due, self._due = self._due, False
+        return self.weight * _loss.scale if due else 0.0
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The scaled gradient with respect to each parameter, in its dtype; zeros if it was taken already."""
+        factor = self.take()
+        if isinstance(factor, float) and factor == 0:
+            return [torch.zeros_like(parameter) for parameter in parameters]
+        values = [_wide(parameter) for parameter in parameters]
+        if self.gradient is not None:
+            found = self.gradient(*values)
+        else:
+            found = torch.func.grad(self.function, argnums=tuple(range(len(values))))(*values)
+        return [(g * factor).to(p.dtype) for g, p in zip(found, parameters, strict=True)]
+
+
+class _Loss:
+    """What is known of the loss whose backward pass runs."""
+
+    scale: Tensor | float = 1.0  # d(what backward is called on) / d(the user's loss)
+
+
+_loss = _Loss()
+
+
+def measure(loss: Tensor) -> None:
+    """Scale the penalties of the coming backward pass as this loss will be scaled.
+
+    Call it on the user's loss, before anything multiplies it. A plain loop needs it only with a gradient
+    scaler or with accumulation.
+    """
+    if loss.requires_grad:
+        loss.register_hook(_note_scale)  # type: ignore[no-untyped-call]
+
+
+def forget_scale() -> None:
+    """Go back to the factor 1."""
+    _loss.scale = 1.0
+
+
+def _note_scale(gradient: Tensor) -> None:
+    _loss.scale = gradient.detach().float().reshape(())
+
+
+def with_penalty(value: Tensor, parameters: Sequence[Tensor], penalty: Penalty) -> Tensor:
+    """Return ``value``; its backward adds the penalty's gradient to the parameters.
+
+    Args:
+        value: any tensor that the loss depends on; a copy is made, so choose a small one.
+        parameters: arguments of the penalty's function, in its order.
+        penalty: what to add.
+
+    Returns:
+        A tensor equal to ``value``.
+    """
+    passed: Tensor = _side(value, list(parameters), penalty.key)
+    return passed
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return value.float() if value.dtype.itemsize < 4 else value
+
+
+@torch.library.custom_op("lightning_pet::side", mutates_args=())
+def _side(value: Tensor, parameters: list[Tensor], key: int) -> Tensor:
+    if (penalty := _alive.get(key)) is not None:
+        penalty.arm()
+    return value.clone()
+
+
+@torch.library.custom_op("lightning_pet::side_gradients", mutates_args=())
+def _side_gradients(gradient: Tensor, parameters: list[Tensor], key: int) -> list[Tensor]:
+    if (penalty := _alive.get(key)) is not None:
+        return penalty.gradients(parameters)
+    return [torch.zeros_like(parameter) for parameter in parameters]
+
+
+@_side.register_fake
+def _(value: Tensor, parameters: list[Tensor], key: int) -> Tensor:
+    return torch.empty_like(value)
+
+
+@_side_gradients.register_fake
+def _(gradient: Tensor, parameters: list[Tensor], key: int) -> list[Tensor]:
+    return [torch.empty_like(parameter) for parameter in parameters]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parameters, ctx.key = inputs
+    ctx.save_for_backward(*parameters)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor], None]:
+    return gradient, _side_gradients(gradient, list(ctx.saved_tensors), ctx.key), None
+
+
+_side.register_autograd(_backward, setup_context=_keep)

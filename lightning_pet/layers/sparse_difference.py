@@ -1,0 +1,218 @@
+"""The difference that diff pruning learns for one weight: first gated, then a few values at fixed places."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.gated_weight import Form, Gates, expected_open, gated_weight
+from lightning_pet.layers.hard_concrete import HardConcrete
+from lightning_pet.layers.side_loss import Penalty
+
+Kind = Literal["both", "weight", "group"]
+
+
+class SparseDifference(Delta):
+    r"""A difference that is added to a weight of any shape, in one of two forms.
+
+    * *Gated*: :math:`\theta + z_g\, z \odot w`, with a hard-concrete gate z for every weight and z_g for the
+      weight as a whole. In training mode gates are drawn for every step, in evaluation mode each takes its
+      typical value, :math:`\min(1, \max(0, \sigma(\alpha)(r - l) + l))`. w starts at zero, so the model
+      starts as the base.
+    * *Fixed* (after :meth:`fix`): values at fixed places. Only they are a parameter, so that nothing, no
+      optimizer and no decay, can move any other entry.
+
+    The sum is computed in the dtype of w and rounded once to that of the weight, attached and merged alike.
+
+    Args:
+        shape: of the weight.
+        law: distribution of the gates.
+        kind: gates of every ``"weight"``, of the ``"group"`` (all of this weight), or ``"both"``.
+        form: how the penalty counts open gates; see :func:`~lightning_pet.layers.gated_weight.expected_open`.
+        l0_weight: factor of the penalty.
+        alpha: start of every α.
+        seed: tells its gates apart from those of other weights.
+        device: where the parameters live.
+        dtype: dtype of w, float32 or float64.
+        gate_dtype: dtype of α (``None``: that of w).
+    """
+
+    path = "weight"
+    optional_gradient = True  # "every weight" includes those that a batch does not reach
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        law: HardConcrete,
+        *,
+        kind: Kind = "both",
+        form: Form = "product",
+        l0_weight: float = 0.0,
+        alpha: float = 5.0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        gate_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.size = torch.Size(shape).numel()
+        self.law = law
+        self.kind = kind
+        self.alpha_start = alpha
+        self.gate_dtype = gate_dtype
+        self.register_buffer("indices", None)
+        self.register_parameter("values", None)
+        count = partial(expected_open, law=law, per_weight=self.size if kind == "group" else 1, form=form)
+        self.penalty = Penalty(count, weight=l0_weight)
+        self.gates = Gates(law, self.penalty, form, seed)
+        self._take_gated_form(torch.empty(0, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def _take_gated_form(self, like: Tensor) -> None:
+        def made(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=like.device, dtype=dtype or like.dtype))
+
+        self.values: nn.Parameter | None = None
+        self.indices: Tensor | None = None
+        self.w: nn.Parameter | None = made(*self.shape)
+        self.alpha = made(*self.shape, dtype=self.gate_dtype) if self.kind != "group" else None
+        self.alpha_group = made(1) if self.kind != "weight" else None
+
+    def reset_parameters(self) -> None:
+        """No difference, gates open; a fixed difference becomes zero."""
+        for parameter in (self.w, self.values):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+        for parameter in self.gate_parameters:
+            nn.init.constant_(parameter, self.alpha_start)
+
+    @property
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """α of the weights and of the group, as far as there are such gates."""
+        return [parameter for parameter in (self.alpha, self.alpha_group) if parameter is not None]
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the places are decided."""
+        return self.w is None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight; the weight itself where no place was kept."""
+        if self.w is None:
+            return self._moved(weight)
+        if self.training:
+            return gated_weight(weight, self.w, self.alpha, self.alpha_group, self.gates)
+        return (self.difference() + weight).to(weight.dtype)
+
+    def _moved(self, weight: Tensor) -> Tensor:
+        assert self.indices is not None
+        assert self.values is not None
+        if not self.values.numel():
+            return weight
+        flat, places = weight.reshape(-1), self.indices.long()
+        moved = flat.index_select(0, places).to(self.values.dtype) + self.values
+        return flat.index_copy(0, places, moved.to(weight.dtype)).view(weight.shape)
+
+    def difference(self) -> Tensor:
+        """The difference as evaluation uses it, dense, in the weight's shape."""
+        if self.w is None:
+            assert self.indices is not None
+            assert self.values is not None
+            return self.values.new_zeros(self.size).index_copy(0, self.indices.long(), self.values).view(self.shape)
+        difference: Tensor = self.w
+        if self.alpha is not None:
+            difference = self.law.typical(self.alpha.to(self.w.dtype)) * difference
+        if self.alpha_group is not None:
+            difference = self.law.typical(self.alpha_group) * difference
+        return difference
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight with the difference added."""
+        with torch.no_grad():
+            if self.w is None:
+                return self._moved(weight)
+            return (self.difference() + weight).to(weight.dtype)
+
+    def count_nonzero(self) -> int:
+        """Non-zero entries of the difference as evaluation uses it."""
+        with torch.no_grad():
+            return int((self.difference() if self.values is None else self.values).count_nonzero())
+
+    def expected_nonzero(self) -> float:
+        """Expected number of non-zero entries: E‖z·z_g‖₀ while gated, those that were kept afterwards."""
+        if self.indices is not None:
+            return float(self.indices.numel())
+        per_weight = self.size if self.alpha is None else 1
+        parameters = [parameter.detach().float() for parameter in self.gate_parameters]
+        return expected_open(*parameters, law=self.law, per_weight=per_weight).item()
+
+    # --- the two forms ------------------------------------------------------------------------------
+
+    def fix(self, places: Tensor) -> None:
+        """Keep the difference at these places only, and train it there from now on.
+
+        It starts with the values that evaluation used. Without any place it is frozen, and costs nothing.
+
+        Args:
+            places: flat indices, rising.
+        """
+        self._take_fixed_form(places, self.difference().detach().reshape(-1)[places])
+
+    def _take_fixed_form(self, places: Tensor, values: Tensor) -> None:
+        self.w = self.alpha = self.alpha_group = None
+        index = torch.int32 if self.size < 2**31 else torch.int64
+        self.indices = places.to(device=values.device, dtype=index)
+        self.values = nn.Parameter(values.clone(), requires_grad=values.numel() > 0)
+
+    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Become fixed with as many entries as these tensors have, or gated if they are of a gated difference."""
+        if not tensors or self.misfits(tensors):
+            return False
+        present = self.values if self.w is None else self.w
+        assert present is not None
+        if "values" in tensors:
+            self._take_fixed_form(*(tensors[name].to(present.device) for name in ("indices", "values")))
+        elif self.w is None:
+            self._take_gated_form(present)
+        else:
+            return False
+        return True
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Why these tensors do not fit: neither a gated difference of this weight nor a fixed one."""
+        if tensors.keys() & {"indices", "values"}:
+            expected: dict[str, tuple[int, ...]] = dict.fromkeys(("indices", "values"), ())
+        else:
+            expected = {"w": self.shape}
+            expected |= {"alpha": self.shape} if self.kind != "group" else {}
+            expected |= {"alpha_group": (1,)} if self.kind != "weight" else {}
+        wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+        wrong += [f"{name} is unexpected" for name in sorted(tensors.keys() - expected.keys())]
+        if "values" in expected:
+            return wrong or self._wrong_places(tensors["indices"], tensors["values"])
+        return wrong + [
+            f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ]
+
+    def _wrong_places(self, places: Tensor, values: Tensor) -> list[str]:
+        if places.ndim != 1 or places.shape != values.shape or places.dtype not in (torch.int32, torch.int64):
+            kind = str(places.dtype).removeprefix("torch.")
+            return [f"indices ({kind}) have shape {tuple(places.shape)}, values {tuple(values.shape)}"]
+        if not values.is_floating_point():
+            return [f"values have dtype {values.dtype}"]
+        if places.is_meta or not places.numel():
+            return []
+        if places[0] < 0 or places[-1] >= self.size or not (places[1:] > places[:-1]).all():
+            return [f"indices are not rising numbers below {self.size}"]
+        return []
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a file, and their form."""
+        self.take_form(tensors)
+        super().unpack(tensors)

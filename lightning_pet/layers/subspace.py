@@ -1,0 +1,98 @@
+"""Training a model inside a random subspace of all its weights (intrinsic dimension)."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.fastfood import fastfood, padded_length
+
+
+class Subspace(Delta):
+    """The numbers that train: one vector for all tensors of the model and, if wanted, one factor for each.
+
+    Args:
+        size: length of the vector θ.
+        tensors: number of factors λ; 0: none.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+    """
+
+    path = "shared"
+
+    def __init__(
+        self,
+        size: int,
+        tensors: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.factors = nn.Parameter(torch.empty(tensors, device=device, dtype=dtype)) if tensors else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """θ = 0 and λ = 1: nothing is changed yet."""
+        nn.init.zeros_(self.vector)
+        if self.factors is not None:
+            nn.init.ones_(self.factors)
+
+
+class Projected(Delta):
+    """One tensor of the model, moved by its own projection of the common vector: ``W + λ P θ``.
+
+    λ is applied before the projection, which is linear, so that autograd keeps d numbers and not a weight's.
+
+    Args:
+        subspace: holds θ and λ.
+        index: this tensor's place in λ.
+        numel: numbers in the tensor.
+        seed: what P is a function of.
+        authors_gradient: divide θ's gradient by the length of the transform, as the paper's code does.
+    """
+
+    path = "weight"
+
+    def __init__(
+        self, subspace: Subspace, index: int, numel: int, seed: int, *, authors_gradient: bool = False
+    ) -> None:
+        super().__init__()
+        self.__dict__["subspace"] = subspace
+        self.index = index
+        self.numel = numel
+        self.seed = seed
+        self.authors_gradient = authors_gradient
+        self.ran = False
+
+    def reset_parameters(self) -> None:
+        """Nothing of its own."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Effective weight, in the dtype of the base; the sum is made in at least float32.
+
+        Args:
+            weight: [...], ``numel`` numbers.
+        """
+        if not torch.compiler.is_compiling():
+            self.ran = True
+        subspace = cast(Subspace, self.__dict__["subspace"])
+        vector: Tensor = subspace.vector
+        if self.authors_gradient:
+            constant = vector.detach()
+            vector = constant + (vector - constant) / padded_length(len(vector), self.numel)
+        if subspace.factors is not None:
+            vector = vector * subspace.factors[self.index]
+        change: Tensor = fastfood(vector.to(weight.device), self.numel, self.seed)
+        return (weight + change.view(weight.shape)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective weight as a new tensor; see :meth:`Delta.merged`."""
+        return cast(Tensor, self(weight))
+
+    def extra_repr(self) -> str:
+        """What P is."""
+        return f"numel={self.numel}, seed={self.seed}"

@@ -1,0 +1,146 @@
+"""Low-rank deltas in the form of a singular value decomposition (AdaLoRA): ``W + s · B diag(e) A``.
+
+Every triplet (column of B, number of e, row of A) can be switched off by its number alone, so that the
+rank of each matrix can change while it trains. A penalty keeps the rows of A and the columns of B orthonormal.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
+from lightning_pet.layers.low_rank_base import LowRank
+from lightning_pet.layers.side_loss import Penalty, with_penalty
+
+_STD = 0.02
+
+
+class SvdLowRank(LowRank):
+    """What makes a low-rank delta one of triplets; mixed in before its class.
+
+    Attributes:
+        e: [..., r], trained; starts at zero, so that the delta does nothing.
+        kept: [..., r] of 0 and 1, a buffer: the triplets that the last allocation of ranks has left.
+        penalty: its weight is that of this delta's distance from orthonormality.
+    """
+
+    e: nn.Parameter
+    kept: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.e = nn.Parameter(torch.empty(self.a.shape[:-1], device=self.a.device, dtype=self.a.dtype))
+        self.register_buffer("kept", torch.empty(self.e.shape, device=self.a.device, dtype=torch.int32))
+        self.penalty = Penalty(orthogonality, orthogonality_gradient, 0.0)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A and B, set e to zero, keep every triplet."""
+        if "e" not in self._parameters:
+            return  # called by the constructor of the base, before there is one
+        nn.init.normal_(self.a, std=_STD)
+        nn.init.normal_(self.b, std=_STD)
+        nn.init.zeros_(self.e)
+        self.kept.fill_(1)
+
+    def _flat_a(self) -> Tensor:
+        if "e" not in self._parameters:
+            return self.a
+        e: Tensor = self.e
+        if self.penalty.weight and torch.is_grad_enabled():
+            e = with_penalty(e, [self.a, self.b], self.penalty)
+        return e.unsqueeze(-1) * self.a
+
+    @property
+    def rank(self) -> int:
+        """Triplets that are left."""
+        return int(self.kept.sum())
+
+    @property
+    def note(self) -> str:
+        """For the plan."""
+        return "" if self.kept.is_meta or bool(self.kept.all()) else f"rank {self.rank} of {self.kept.numel()}"
+
+    @torch.no_grad()
+    def keep(self, kept: Tensor) -> None:
+        """Switch all other triplets off.
+
+        Args:
+            kept: [..., r], bool.
+        """
+        self.kept.copy_(kept)
+        self.e.mul_(self.kept)
+
+    # --- files hold the triplets that are left ------------------------------------------------------
+
+    def packed(self) -> dict[str, Tensor]:
+        """What a delta file holds: the triplets that are left, and which ones they are."""
+        kept = self.kept.bool()
+        if bool(kept.all()):
+            return super().packed()
+        return {name: rows.detach()[kept] for name, rows in self._rows().items()} | {"kept": self.kept}
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Why these tensors do not fit: those of a delta file, or of a checkpoint, which holds all triplets."""
+        full = self.state_dict()
+        if tensors.keys() != full.keys() or tensors["kept"].shape != self.kept.shape:
+            return super().misfits(tensors)
+        if tensors["a"].shape == self.a.shape:
+            return super().misfits(tensors)
+        rank = int(tensors["kept"].bool().sum())
+        expected = {name: (rank, *rows.shape[self.e.ndim :]) for name, rows in self._rows().items()}
+        return [
+            f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+            for name, shape in expected.items()
+            if tuple(tensors[name].shape) != shape
+        ]
+
+    @torch.no_grad()
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the triplets of a file over; those that it does not hold are zero from then on."""
+        if self.kept.is_meta:
+            return
+        if tensors["a"].shape == self.a.shape and tensors["b"].shape == self.b.shape:
+            super().unpack(tensors)
+            return
+        self.kept.copy_(tensors["kept"])
+        kept = self.kept.bool()
+        for name, rows in self._rows().items():
+            rows.zero_()
+            rows[kept] = tensors[name].to(rows)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """The parameters with triplets first: [..., r, in], [..., r, out] and [..., r]."""
+        return {"a": self.a, "b": self.b.mT, "e": self.e}
+
+
+class SvdLowRankLinear(SvdLowRank, LowRankLinear):
+    """AdaLoRA on a linear layer; arguments of :class:`~lightning_pet.layers.low_rank.LowRankLinear`."""
+
+
+class SvdLowRankParameter(SvdLowRank, LowRankParameter):
+    """AdaLoRA on a bare parameter; arguments of :class:`~lightning_pet.layers.low_rank.LowRankParameter`."""
+
+
+def orthogonality(a: Tensor, b: Tensor) -> Tensor:
+    """``‖A Aᵀ − 1‖ + ‖Bᵀ B − 1‖`` (Frobenius), summed over leading dimensions."""
+    return _distance(a)[1].sum() + _distance(b.mT)[1].sum()
+
+
+def orthogonality_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of :func:`orthogonality`; zero where the rows are orthonormal already."""
+    return _gradient(a), _gradient(b.mT).mT
+
+
+def _distance(rows: Tensor) -> tuple[Tensor, Tensor]:
+    difference = rows @ rows.mT - torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
+    return difference, torch.linalg.matrix_norm(difference)
+
+
+def _gradient(rows: Tensor) -> Tensor:
+    difference, norm = _distance(rows)
+    scale = torch.where(norm > 0, 2 / norm, torch.zeros_like(norm))
+    return scale[..., None, None] * (difference @ rows)

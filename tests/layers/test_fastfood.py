@@ -1,0 +1,139 @@
+"""The Fastfood projection against its formula, and the properties that make it a good projection."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_pet.layers import fastfood as layer
+from lightning_pet.layers.fastfood import fastfood, fastfood_transposed, hadamard_
+
+SIZES = [(64, 64), (100, 128), (20, 100), (60, 1000), (300, 100), (5, 1), (1, 7), (2, 2), (1, 1)]
+
+
+def hadamard(n: int) -> Tensor:
+    """Sylvester's construction."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def projection(d: int, numel: int, seed: int) -> Tensor:
+    """The matrix P [numel, d]."""
+    return torch.stack([fastfood(row, numel, seed) for row in torch.eye(d, dtype=torch.float64)], 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 256])
+def test_the_transform_is_the_matrix(n: int) -> None:
+    x = torch.randn(n, dtype=torch.float64)
+    matrix = hadamard(n)
+    assert (hadamard_(x.clone()) - matrix @ x).abs().max() < 1e-12
+    assert torch.equal(matrix @ matrix.T, n * torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("d", "length"), [(64, 64), (16, 128), (4, 64), (1, 8)])
+def test_the_projection_is_h_g_permutation_h_b(d: int, length: int) -> None:
+    """What is left of P without the outer H: every row of H B equally often, times a number of its own."""
+    inner = hadamard(length) @ projection(d, length, 3) / length  # G Π H B
+    g = inner[:, :1]
+    assert torch.allclose(inner.abs(), g.abs().expand_as(inner), rtol=1e-9)
+    assert len(g.abs().unique()) == length
+    rows = (inner / g).round()
+    # The rows of H are a group under multiplication, so that B drops out.
+    found, counts = torch.unique(rows * rows[0], dim=0, return_counts=True)
+    assert (counts == length // d).all()
+    assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in hadamard(d).tolist()}
+
+
+@pytest.mark.parametrize(("d", "numel"), SIZES)
+def test_transposed(d: int, numel: int) -> None:
+    back = torch.stack([fastfood_transposed(row, d, 3) for row in torch.eye(numel, dtype=torch.float64)], 1)
+    assert (back - projection(d, numel, 3).T).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize(("d", "numel"), SIZES)
+def test_linear(d: int, numel: int) -> None:
+    a, b = torch.randn(2, d, dtype=torch.float64)
+    left = fastfood(2 * a - 3 * b, numel, 7)
+    assert (left - (2 * fastfood(a, numel, 7) - 3 * fastfood(b, numel, 7))).abs().max() < 1e-13
+
+
+def test_columns_have_norm_one() -> None:
+    """Exactly where the tensor fills the transform, on average elsewhere."""
+    for d, numel in ((64, 64), (100, 128), (256, 4096)):
+        assert (projection(d, numel, 1).norm(dim=0) - 1).abs().max() < 1e-14
+    for d, numel in ((60, 1000), (300, 700)):
+        norms = projection(d, numel, 1).norm(dim=0)
+        assert (norms - 1).abs().max() > 1e-6
+        assert abs(norms.mean() - 1) < 0.01
+
+
+@pytest.mark.parametrize(("d", "numel"), [(64, 64), (60, 1000), (300, 100), (20, 5000)])
+def test_isometry_in_expectation(d: int, numel: int) -> None:
+    vector = torch.randn(d, dtype=torch.float64)
+    ratios = torch.stack([fastfood(vector, numel, seed).square().sum() / vector.square().sum() for seed in range(300)])
+    assert abs(ratios.mean() - 1) < 4 * ratios.std() / math.sqrt(300)
+
+
+def test_directions_are_nearly_orthogonal() -> None:
+    gram = projection(100, 20_000, 2)
+    gram = gram.T @ gram
+    assert (gram - torch.diag(gram.diag())).abs().max() < 0.08
+
+
+def test_seeds() -> None:
+    vector = torch.randn(50)
+    assert torch.equal(fastfood(vector, 3000, 5), fastfood(vector, 3000, 5))
+    cosine = torch.cosine_similarity(fastfood(vector, 3000, 5), fastfood(vector, 3000, 6), dim=0)
+    assert abs(cosine) < 0.1
+
+
+def test_a_seed_means_this_projection_for_ever() -> None:
+    """Files hold seeds: these numbers must never change."""
+    out = fastfood(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), 70_000, 11)
+    golden = [-0.001276836608700679, 0.004347457784151823, -0.0013065379296365368, -0.004927195812137533]
+    assert out[[0, 1, 32_768, 69_999]].tolist() == pytest.approx(golden, rel=1e-9)
+
+
+def test_float32_is_the_same_projection() -> None:
+    vector = torch.randn(100, dtype=torch.float64)
+    wide, narrow = fastfood(vector, 5000, 9), fastfood(vector.float(), 5000, 9)
+    assert (wide - narrow).abs().max() < 1e-5 * wide.abs().max()
+
+
+def test_zero_stays_zero() -> None:
+    assert not fastfood(torch.zeros(20), 1000, 1).any()
+
+
+def test_gradients() -> None:
+    vector = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: fastfood(v, 50, 7), vector)
+    assert torch.autograd.gradgradcheck(lambda v: fastfood(v, 50, 7).square(), vector)
+
+
+def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU draws more at a time than a CPU."""
+    vector = torch.randn(50, dtype=torch.float64)
+    expected = fastfood(vector, 200_000, 1), fastfood_transposed(fastfood(vector, 200_000, 1), 50, 1)
+    monkeypatch.setitem(layer._PIECE, "cpu", 1 << 17)
+    changed = fastfood(vector, 200_000, 1), fastfood_transposed(fastfood(vector, 200_000, 1), 50, 1)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(expected, changed, strict=True))
+
+
+def test_the_numbers_are_normal() -> None:
+    numbers = layer._normal(torch.arange(1 << 18, dtype=torch.int32), 1 << 15, layer._keys(4), torch.float64)
+    n = len(numbers)
+    for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(numbers.pow(power).mean() - moment) < 4 * math.sqrt(spread / n)
+    assert abs((numbers[:-1] * numbers[1:]).mean()) < 4 / math.sqrt(n)
+    half = numbers.view(-1, 2, 1 << 14)
+    assert abs((half[:, 0] * half[:, 1]).mean()) < 4 / math.sqrt(n / 2)
+
+
+def test_the_permutation_is_one() -> None:
+    for bits in (1, 2, 5, 16):
+        index = layer._permuted(torch.arange(1 << bits, dtype=torch.int32), bits, layer._keys(bits))
+        assert torch.equal(index.sort().values, torch.arange(1 << bits, dtype=torch.int32))
+    assert (index[1:] - index[:-1]).abs().float().mean() > 0.3 * (1 << 16)

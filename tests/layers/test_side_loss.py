@@ -1,0 +1,188 @@
+"""The side loss in plain torch: its gradient against that of a penalty added by hand."""
+
+import copy
+import gc
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_pet.layers.side_loss import Penalty, forget_scale, measure, with_penalty
+
+
+def cross(a: Tensor, b: Tensor, power: int = 2) -> Tensor:
+    return (a.pow(power).sum() * b.exp().sum()).log()
+
+
+def cross_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return 2 * a / a.square().sum(), b.exp() / b.exp().sum()
+
+
+class Gate(nn.Module):
+    """Multiplies by a, shifts by b, and carries a penalty on both."""
+
+    def __init__(self, weight: float = 0.3, gradient: object = None) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        self.b = nn.Parameter(torch.tensor([0.1, 0.2]))
+        self.penalty = Penalty(partial(cross, power=2), gradient, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = with_penalty(self.a, [self.a, self.b], self.penalty)
+        return (x * a).tanh() + self.b.sum()
+
+
+def truth(gate: Gate, scale: float = 1.0, calls: int = 1) -> list[Tensor]:
+    """Gradients of ``scale · (loss + penalty)``, by plain autograd."""
+    x, (a, b) = torch.linspace(-1, 1, 3), (p.detach().clone().requires_grad_() for p in (gate.a, gate.b))
+    for _ in range(calls):
+        x = (x * a).tanh() + b.sum()
+    (scale * (x.square().sum() + gate.penalty.weight * cross(a, b))).backward()
+    return [a.grad, b.grad]
+
+
+def loss_of(model: nn.Module, calls: int = 1, **checkpointing: bool) -> Tensor:
+    x = torch.linspace(-1, 1, 3)
+    if checkpointing.get("use_reentrant"):
+        x.requires_grad_()
+    for _ in range(calls):
+        x = checkpoint(model, x, **checkpointing) if checkpointing else model(x)
+    return x.square().sum()
+
+
+def gradients(gate: Gate) -> list[Tensor]:
+    found = [gate.a.grad, gate.b.grad]
+    gate.zero_grad()
+    return found
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", [None, cross_gradient])
+def test_value_and_gradient(gradient: object) -> None:
+    gate = Gate(gradient=gradient)
+    assert torch.equal(with_penalty(gate.a, [gate.a, gate.b], gate.penalty), gate.a)
+    for _ in range(2):
+        loss_of(gate).backward()
+        close(gradients(gate), truth(gate))
+    assert torch.allclose(gate.penalty(gate.a, gate.b), 0.3 * cross(gate.a, gate.b))
+    assert not gate.penalty(gate.a, gate.b).requires_grad
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("checkpointing", [{}, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_once_however_often_it_is_called_or_recomputed(calls: int, checkpointing: dict[str, bool]) -> None:
+    gate = Gate()
+    for _ in range(2):
+        loss_of(gate, calls, **checkpointing).backward()
+        close(gradients(gate), truth(gate, calls=calls))
+
+
+def test_once_per_forward_of_an_accumulation() -> None:
+    gate = Gate()
+    for _ in range(4):
+        loss = loss_of(gate)
+        measure(loss)
+        (loss / 4).backward()
+    forget_scale()
+    close(gradients(gate), truth(gate))
+
+
+def test_a_second_backward_through_one_forward_adds_nothing() -> None:
+    gate = Gate()
+    loss = loss_of(gate)
+    loss.backward(retain_graph=True)
+    gradients(gate)
+    loss.backward()
+    gate.penalty.weight = 0.0
+    close(gradients(gate), truth(gate))
+
+
+def test_scaled_as_the_loss_is() -> None:
+    gate = Gate()
+    for scale in (7.0, 2.0**16, 0.25):
+        loss = loss_of(gate)
+        measure(loss)
+        (loss * scale).backward()
+        found = gradients(gate)
+        close([g / scale for g in found], [g / scale for g in truth(gate, scale)])
+    forget_scale()
+    loss_of(gate).backward()
+    close(gradients(gate), truth(gate))
+
+
+def test_the_weight_may_change() -> None:
+    gate = Gate()
+    for weight in (0.0, 2.0):
+        gate.penalty.weight = weight
+        loss_of(gate).backward()
+        close(gradients(gate), truth(gate))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_compiled_in_one_graph(backend: str, calls: int) -> None:
+    torch._dynamo.reset()
+    gate = Gate()
+    compiled = torch.compile(gate, backend=backend, fullgraph=True)
+    for scale in (1.0, 7.0, 0.5):  # a factor that was baked in would stay 1
+        loss = loss_of(compiled, calls)
+        measure(loss)
+        (loss * scale).backward()
+        close(gradients(gate), truth(gate, scale, calls))
+    forget_scale()
+
+
+def test_compiled_layers_keep_their_own_penalties() -> None:
+    torch._dynamo.reset()
+    gates = [Gate(weight) for weight in (0.1, 1.0, 3.0)]
+    for gate in gates:
+        gate.compile(backend="aot_eager", fullgraph=True)
+    for gate in gates:
+        loss_of(gate).backward()
+        close(gradients(gate), truth(gate))
+
+
+def test_half_precision_parameters() -> None:
+    gate = Gate().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gate(torch.ones(3)).float().sum().mul(0).backward()
+    expected = torch.autograd.grad(0.3 * cross(*(p.float() for p in (gate.a, gate.b))), (gate.a, gate.b))
+    assert gate.a.grad.dtype == torch.bfloat16
+    close(gradients(gate), [g.bfloat16() for g in expected])
+
+
+def test_copies_have_penalties_of_their_own() -> None:
+    gate = Gate()
+    for twin in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
+        assert twin.penalty.key != gate.penalty.key
+        twin.penalty.weight = 5.0
+        loss_of(twin).backward()
+        close(gradients(twin), truth(twin))
+    loss_of(gate).backward()
+    close(gradients(gate), truth(gate))
+
+
+def test_a_forward_without_gradient_changes_nothing() -> None:
+    gate = Gate()
+    loss = loss_of(gate)
+    with torch.no_grad():
+        loss_of(gate)
+    loss.backward()
+    close(gradients(gate), truth(gate))
+
+
+def test_a_gate_that_went_away_adds_nothing() -> None:
+    gate = Gate()
+    loss, (a, b) = loss_of(gate), (gate.a, gate.b)
+    gate.penalty.weight = 0.0
+    expected = truth(gate)
+    del gate
+    gc.collect()
+    loss.backward()
+    close([a.grad, b.grad], expected)
