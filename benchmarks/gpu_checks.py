@@ -182,6 +182,72 @@ def compiles(folder: Path) -> None:
             torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRACallback": {"target_modules": ["all-linear"], "use_dora": True},
+    "AdaLoRACallback": {"target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 1},
+    "IA3Callback": {},
+    "IntrinsicDimensionCallback": {"d": 500},
+    "AdapterCallback": {"robust_drop": True},
+    "CompacterCallback": {"bottleneck_size": 4},
+    "AdapterBiasCallback": {},
+    "PrefixTuningCallback": {"length": 4, "projection_size": 8},
+    "PromptTuningCallback": {"length": 4},
+    "BitFitCallback": {},
+    "LayerFreezingCallback": {"train_last": 1, "unfreeze_every": 1},
+    "DiffPruningCallback": {"density": 0.05},
+    "FullFineTuningCallback": {},
+}
+
+
+class Classifier(Module):
+    """A small BERT with dropout."""
+
+    def __init__(self) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+        torch.manual_seed(0)
+        super().__init__(BertForSequenceClassification(config))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The model's own loss."""
+        loss: Tensor = self.net(**batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+
+def every_method_trains_and_resumes(folder: Path) -> None:
+    """Two epochs, and again from the middle: the same losses (embeddings sum gradients in no fixed order)."""
+    import lightning_pet
+
+    ids = torch.randint(3, 50, (48, 7), generator=torch.Generator().manual_seed(1))
+    loader = DataLoader([{"input_ids": row, "labels": row[0] % 2} for row in ids], batch_size=8, shuffle=True)
+    for name, options in METHODS.items():
+        runs = []
+        for path in (None, folder / name / "step=4.ckpt"):
+            module = Classifier()
+            method = getattr(lightning_pet, name)(**options, verbose=False)
+            saving = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+            trainer = pl.Trainer(
+                accelerator="gpu" if DEVICE == "cuda" else "cpu",
+                devices=1,
+                max_epochs=2,
+                callbacks=[method, saving] if path is None else [method],
+                logger=False,
+                enable_checkpointing=path is None,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            torch.manual_seed(2 if path is None else 99)
+            trainer.fit(module, loader, ckpt_path=path)
+            runs.append(module.losses)
+        assert len(runs[0]) == 12, (name, runs)
+        torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0][4:]), atol=1e-4, rtol=1e-4, msg=name)
+        print(f"        {name}: {runs[0][0]:.4f} to {runs[0][-1]:.4f}", flush=True)
+
+
 CHECKS: list[Callable[[Path], None]] = [
     resumes_bit_for_bit,
     resumes_in_mixed_precision,
@@ -189,6 +255,7 @@ CHECKS: list[Callable[[Path], None]] = [
     merges,
     loads_a_delta_file,
     compiles,
+    every_method_trains_and_resumes,
 ]
 
 
