@@ -29,7 +29,7 @@ def candidate_forwards(model: nn.Module) -> Iterator[Callable[[], Any]]:
             yield _bind(model, {**inputs, **extra})
 
 
-class _NothingPadded(TorchDispatchMode):
+class _NothingPadded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """On the meta device a mask has no values: asked whether all of it holds, it says yes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,7 +41,7 @@ class _NothingPadded(TorchDispatchMode):
 def _bind(model: nn.Module, arguments: dict[str, Any]) -> Callable[[], Any]:
     def forward() -> Any:
         on_meta = any(isinstance(value, Tensor) and value.is_meta for value in arguments.values())
-        with _NothingPadded() if on_meta else contextlib.nullcontext():
+        with _NothingPadded() if on_meta else contextlib.nullcontext():  # type: ignore[no-untyped-call]
             return model(**arguments)
 
     return forward
