@@ -22,6 +22,7 @@ from rich.table import Table
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback
+from lightning_pet.core.applied import adapted_root
 from lightning_pet.core.method import METHODS
 from lightning_pet.data.reference import ReferencePoints
 from lightning_pet.errors import ArgumentError, PETError
@@ -239,7 +240,8 @@ def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float
         console.print(table)
     path = getattr(checkpoint, "best_model_path", "")
     if path and os.path.isfile(path):
-        console.print(f"delta checkpoint: {path} ({os.path.getsize(path) / 1024:,.0f} KiB)", soft_wrap=True)
+        kind = "checkpoint" if adapted_root(trainer.lightning_module) is None else "delta checkpoint"
+        console.print(f"{kind}: {path} ({os.path.getsize(path) / 1024:,.0f} KiB)", soft_wrap=True)
 
 
 # What users of other libraries write.

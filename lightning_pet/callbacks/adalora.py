@@ -1,7 +1,7 @@
 """AdaLoRA: low-rank deltas whose ranks are allocated while they train (Zhang et al. 2023)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
@@ -203,6 +203,17 @@ class AdaLoRACallback(PETCallback):
             )
         return SvdLowRankParameter(tuple(weight.shape), self.init_r, **common)
 
+    def set_width(self, width: int) -> None:
+        """Start with this rank; the rank at the end is no larger."""
+        super().set_width(width)
+        self.target_r = min(self.target_r, width)
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over both ranks that an equal budget has led to before."""
+        super().adopt(config)
+        if self.budget is not None and self.budget == config.get("budget"):
+            self.target_r = config["target_r"]
+
     # --- the schedule ---------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -287,7 +298,7 @@ class AdaLoRACallback(PETCallback):
             # Between allocations any triplet may come back; after the last one momentum must bring back none.
             return [delta.kept if step > self._last else torch.ones_like(delta.kept) for delta in deltas.values()]
         initial = sum(delta.e.numel() for delta in deltas.values())
-        final = min(self.target_r, self.init_r) * (initial // self.init_r)
+        final = self.target_r * (initial // self.init_r)
         scores = [
             triplet_scores(*(self._importance[f"{path}.{name}"].score() for name in ("a", "b", "e"))) for path in deltas
         ]

@@ -214,7 +214,7 @@ class AdapterFusionCallback(PETCallback):
         if other:
             raise ArgumentError(
                 f"{found.source} trained {len(other)} tensors of the base besides its adapters ({other[0]}), which "
-                "differ between tasks and cannot be fused. Train it with layer_norms=False and modules_to_save=[]."
+                "differ between tasks and cannot be fused. Train it with layer_norms=False and no modules_to_save."
             )
         if found.base is not None:
             record = record_of(root) or Adaptation()
@@ -226,6 +226,7 @@ class AdapterFusionCallback(PETCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Lower the temperature; it depends on the step alone, so that a resumed run goes on exactly."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.temperature > 1:
             now = max(1.0, self.temperature * (1 - trainer.global_step / 1000))
             for _, delta in self.deltas(Controller.get(trainer).adapted.root):

@@ -17,10 +17,10 @@ from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import every_parameter, tied
 from lightning_pet.core.structure import Structure, Target
+from lightning_pet.engine.averaging import refuse_averages
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.density import DensityCurve
-from lightning_pet.engine.exchanges import clip_norm, refuse_exchanges
-from lightning_pet.engine.parameter_groups import Exchange
+from lightning_pet.engine.parameter_groups import Exchange, clip_norm
 from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
@@ -127,6 +127,7 @@ class DiffPruningCallback(PETCallback):
         self.seed = seed
         self.plot = plot
         self._validate()
+        self._law()
         self._curve = DensityCurve()
         self._live: list[tuple[Target, SparseDifference]] = []  # during a fit
         self._gate_groups: list[dict[str, Any]] = []
@@ -154,7 +155,6 @@ class DiffPruningCallback(PETCallback):
                 raise ArgumentError(f"{label}={getattr(self, label)!r}: use {' or '.join(map(repr, words))}.")
         if len(self.stretch) != 2:
             raise ArgumentError(f"stretch={tuple(self.stretch)}: two numbers, e.g. (-1.5, 1.5).")
-        self._law()
 
     def _law(self) -> HardConcrete:
         return HardConcrete(self.stretch[0], self.stretch[1], self.temperature)
@@ -219,7 +219,8 @@ class DiffPruningCallback(PETCallback):
     def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Nothing decays; gates have a learning rate of their own."""
         plain = {"weight_decay": 0.0}
-        return {name: {**plain, "lr": self.alpha_lr} if _is_gate(name) else plain for name in delta_names}
+        gates = ("alpha", "alpha_group")
+        return {n: {**plain, "lr": self.alpha_lr} if n.rpartition(".")[2] in gates else plain for n in delta_names}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -248,7 +249,7 @@ class DiffPruningCallback(PETCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse runs in which parameters cannot be exchanged."""
         if stage == "fit":
-            refuse_exchanges(trainer, type(self).__name__)
+            refuse_averages(trainer.callbacks, type(self).__name__)  # type: ignore[attr-defined]
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -305,7 +306,7 @@ class DiffPruningCallback(PETCallback):
         self._cut_if_due(trainer)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._note(trainer, pl_module)
-        if self._cut_at <= self._end_at <= trainer.global_step < trainer.estimated_stepping_batches:
+        if self._end_at <= trainer.global_step < trainer.estimated_stepping_batches:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -315,9 +316,10 @@ class DiffPruningCallback(PETCallback):
                 f"the fit ended after {trainer.global_step} of {self._cut_at} steps of the first stage: its difference "
                 f"is cut to density {self.density} as it is, without fine-tuning."
             )
-            self._exchange(trainer)
+            self._cut_if_due(trainer, due=True)
         if self.plot and trainer.is_global_zero:
-            self._curve.draw(trainer, f"{self.method}_{self.name}", self._parts())
+            parts = [(target.module, delta) for target, delta in self._live]
+            self._curve.draw(trainer, f"{self.method}_{self.name}", parts)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the gates change by themselves again."""
@@ -326,14 +328,11 @@ class DiffPruningCallback(PETCallback):
         self._live, self._gate_groups = [], []
         super().teardown(trainer, pl_module, stage)
 
-    def _cut_if_due(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step >= self._cut_at and not self._is_cut:
-            self._exchange(trainer)
-
-    def _exchange(self, trainer: pl.Trainer) -> None:
-        controller = Controller.get(trainer)
-        controller.exchange(self.cut(controller.adapted.root))
-        self._gate_groups = []
+    def _cut_if_due(self, trainer: pl.Trainer, due: bool = False) -> None:
+        if not self._is_cut and (due or trainer.global_step >= self._cut_at):
+            controller = Controller.get(trainer)
+            controller.exchange(self.cut(controller.adapted.root))
+            self._gate_groups = []
 
     def cut(self, root: nn.Module) -> list[Exchange]:
         """Keep the entries of largest magnitude, at fixed places, and forget the gates.
@@ -350,33 +349,28 @@ class DiffPruningCallback(PETCallback):
             PETError: if a difference is not finite, or all are zero.
         """
         deltas = [delta for _, delta in self.differences(root)]
-        wanted, size = self._budget(sum(delta.size for delta in deltas)), sum(delta.size for delta in deltas)
+        size = sum(delta.size for delta in deltas)
+        wanted = self._budget(size)
         try:
-            places = largest([delta.difference for delta in deltas], wanted)
+            with torch.no_grad():
+                places = largest([delta.difference for delta in deltas], wanted)
         except ValueError:
             raise PETError("the difference holds NaN or infinity; lower the learning rate.") from None
         kept = sum(len(place) for place in places)
         if not kept:
             raise PETError("every difference is zero: nothing was learnt, or l0_weight closed all gates; lower it.")
         if kept < wanted:
-            rank_zero_warn(
-                f"only {kept} of {wanted} entries are not zero; a lower l0_weight would keep more gates open."
-            )
+            rank_zero_warn(f"only {kept} of {wanted} entries are not zero; a lower l0_weight keeps more gates open.")
         exchanges = [change for delta, place in zip(deltas, places, strict=True) for change in _fixed(delta, place)]
         renew(root)
         stored = sum(t.numel() * t.element_size() for delta in deltas for t in delta.packed().values())
-        rank_zero_info(
-            f"diff pruning: kept {kept:,} of {size:,} entries ({kept / size:.3%}), {stored / 2**20:.2f} MiB."
-        )
+        rank_zero_info(f"diff pruning: kept {kept:,} of {size:,} entries ({kept / size:.3%}), {stored:,} bytes.")
         return exchanges
 
     # --- what is reported -------------------------------------------------------------------------
 
-    def _parts(self) -> list[tuple[str, SparseDifference]]:
-        return [(target.module, delta) for target, delta in self._live]
-
     def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        values = self._curve.note(trainer.global_step, self._parts())
+        values = self._curve.note(trainer.global_step, [(target.module, delta) for target, delta in self._live])
         if not self._is_cut:
             values["penalty"] = sum(float(delta.penalty(*delta.gate_parameters)) for _, delta in self._live)
         for label, value in values.items():
@@ -398,10 +392,6 @@ def _fixed(delta: SparseDifference, places: Tensor) -> list[Exchange]:
     delta.fix(places)
     new = delta.values if places.numel() else None
     return [Exchange(before[0], new, places), *(Exchange(parameter) for parameter in before[1])]
-
-
-def _is_gate(name: str) -> bool:
-    return name.rpartition(".")[2] in ("alpha", "alpha_group")
 
 
 def _suffix(target: Target) -> str:

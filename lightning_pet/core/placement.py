@@ -16,15 +16,16 @@ A model may have several stacks (encoder and decoder); each counts its layers fr
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 
 from lightning_pet.core.adaptation import host_parameter
-from lightning_pet.core.names import layer_index, named_places
+from lightning_pet.core.names import layer_index, named_places, without_numbers
 from lightning_pet.core.naming import canonical, join
 from lightning_pet.core.structure import Role, Site, SiteKind, Structure, Target
 from lightning_pet.core.targets import name_matcher
@@ -77,8 +78,8 @@ def resolve_sites(
     finder = _Finder(root, structure, placement)
     kinds: list[SiteKind] = list(sublayers or DEFAULT_SUBLAYERS[placement])
     kinds += ["cross"] if cross_attention else []
-    optional = sublayers is None and placement == "houlsby"
-    finder.check_present(kinds, ["cross"] * cross_attention if optional else kinds)
+    optional = get_args(Sublayer) if sublayers is None and placement == "houlsby" else ()
+    finder.check_present(kinds, [kind for kind in kinds if kind not in optional])
     keep = finder.selection(layers, exclude)
     sites = [site for site in structure.sites if site.kind in kinds and keep(*finder.names(site))]
     finder.check_covered(kinds, keep)
@@ -122,7 +123,8 @@ class _Finder:
         self.placement = placement
         self.modules = named_places(root)
         self.uses = _uses(structure.sites)
-        self.depths = _depths(structure.sites)
+        self.layers = _layers(structure.sites)
+        self.depths = _depths(self.layers)
 
     @staticmethod
     def names(site: Site) -> tuple[str, ...]:
@@ -132,7 +134,7 @@ class _Finder:
     # -- what there is ----------------------------------------------------------------------------
 
     def check_present(self, kinds: Sequence[SiteKind], required: Sequence[SiteKind]) -> None:
-        """Every required kind must be there (none required: any of ``kinds``)."""
+        """Every required kind must be there, and any of ``kinds``."""
         found = {site.kind for site in self.structure.sites}
         missing = [kind for kind in required if kind not in found]
         if found.intersection(kinds) and not missing:
@@ -168,24 +170,33 @@ class _Finder:
         return chosen
 
     def check_covered(self, kinds: Sequence[SiteKind], keep: _Selection) -> None:
-        """Every projection that ends a wanted sub-layer must end in a known sum: nothing is passed over in silence."""
-        ends: dict[tuple[str | None, bool], SiteKind] = {
-            ("attention.o", False): "attention",
-            ("attention.o", True): "cross",
-            ("ffn.down", False): "ffn",
-        }
+        """Every layer with projections of a wanted kind must have a sum of it: nothing is passed over in silence."""
+        summed = {(layer, site.kind) for site, layer in self.layers.items()}
         branches = [branch for site in self.structure.sites for branch in site.branch]
+        patterns = {without_numbers(layer) for layer, _ in summed if layer is not None}
         called = self.structure.called
+        lost: dict[tuple[str, SiteKind], list[Target]] = defaultdict(list)
         for target in self.structure.targets:
-            if ends.get((target.role, target.cross)) not in kinds or not keep(target.module):
+            kind = _kind(target)
+            if kind is None or kind not in kinds or not keep(target.module):
                 continue
-            if called is not None and not called.intersection((target.module, target.module.rpartition(".")[0])):
-                _log.warning("%s did not run in the probing forward, and gets no adapter.", target.path)
-            elif not any(_inside(target.module, branch) for branch in branches):
-                raise TargetError(
-                    f"{target.path!r} ends a sub-layer ({target.role}), but into which sum its output goes could not "
-                    f"be found out. Leave it out by exclude_modules=[{target.module!r}], or use LoRACallback there."
-                )
+            around = _numbered(target.module)
+            layer = _first((path for path in reversed(around) if without_numbers(path) in patterns), around)
+            if (layer, kind) in summed or any(_inside(target.module, branch) for branch in branches):
+                continue
+            ran = called is None or bool(called.intersection((target.module, target.module.rpartition(".")[0])))
+            if layer is not None and ran:
+                lost[layer, kind].append(target)
+            else:
+                why = "is in no layer" if ran else "did not run in the probing forward"
+                _log.warning("%s (%s) %s: no adapter there.", target.path, target.role, why)
+        for (layer, kind), targets in lost.items():
+            names = list(dict.fromkeys(target.module for target in targets))
+            raise TargetError(
+                f"{layer!r} has a sub-layer of kind {kind!r} ({names[0]!r} is its {targets[0].role}), but into which "
+                "sum its output goes could not be found out. Leave it out by "
+                f"exclude_modules={names}, or use LoRACallback."
+            )
 
     # -- one site ---------------------------------------------------------------------------------
 
@@ -256,24 +267,36 @@ def _uses(sites: Sequence[Site]) -> Mapping[str, set[tuple[SiteKind, str]]]:
     return uses
 
 
-def _depths(sites: Sequence[Site]) -> dict[Site, int]:
-    """Depth of each site's layer in its stack: how many layers of the stack run before it.
+def _kind(target: Target) -> SiteKind | None:
+    """The kind of sub-layer that a projection belongs to."""
+    family = (target.role or "").partition(".")[0]
+    return "cross" if target.cross else family if family in ("attention", "ffn") else None  # type: ignore[return-value]
 
-    A layer is the innermost numbered module with several sums in it (``encoder.block.0``, not its part
-    ``encoder.block.0.layer.1``; ``layers.0.blocks.1`` in models with stages), else the outermost numbered one. A stack
-    is what stands before the first number. Sites without a number in their name have no depth.
+
+def _layers(sites: Sequence[Site]) -> dict[Site, str | None]:
+    """The layer that each site is in.
+
+    It is the innermost numbered module with several sums in it (``encoder.block.0``, not its part
+    ``encoder.block.0.layer.1``; ``layers.0.blocks.1`` in models with stages), else the outermost numbered one.
     """
     inside: dict[str, int] = defaultdict(int)
     for site in sites:
         for path in _numbered(site.branch[0]):
             inside[path] += 1
-    stacks: dict[str, dict[str, int]] = defaultdict(dict)
-    depths: dict[Site, int] = {}
+    layers: dict[Site, str | None] = {}
     for site in sites:
         around = _numbered(site.branch[0])
-        if around:
-            layer = next((path for path in reversed(around) if inside[path] > 1), around[0])
-            stack = stacks[around[0].rpartition(".")[0]]
+        layers[site] = _first((path for path in reversed(around) if inside[path] > 1), around)
+    return layers
+
+
+def _depths(layers: Mapping[Site, str | None]) -> dict[Site, int]:
+    """How many layers of its stack run before that of a site. A stack is what stands before the first number."""
+    stacks: dict[str, dict[str, int]] = defaultdict(dict)
+    depths: dict[Site, int] = {}
+    for site, layer in layers.items():
+        if layer is not None:
+            stack = stacks[_numbered(layer)[0].rpartition(".")[0]]
             depths[site] = stack.setdefault(layer, len(stack))
     return depths
 
@@ -281,6 +304,10 @@ def _depths(sites: Sequence[Site]) -> dict[Site, int]:
 def _numbered(path: str) -> list[str]:
     """``a.0.b.1.c`` → ``a.0``, ``a.0.b.1``."""
     return [path[: found.end()] for found in _NUMBER.finditer(path)]
+
+
+def _first(preferred: Iterable[str], otherwise: Sequence[str]) -> str | None:
+    return next(chain(preferred, otherwise), None)
 
 
 def _inside(path: str, whole: str) -> bool:

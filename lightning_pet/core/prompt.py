@@ -242,10 +242,11 @@ class PromptGenerate(Delta):
 
     def _start(self, batch: int, given: dict[str, Any], names: Sequence[str]) -> Tensor:
         host: Any = self.__dict__["host"]
-        for source in (given, vars(given.get("generation_config") or object), vars(host.generation_config)):
-            for name in names:
-                if isinstance(source.get(name), int):
-                    return torch.full((batch, 1), source[name], device=host.device)
+        for name in names:
+            for config in (given.get("generation_config"), host.generation_config):
+                token = given.get(name, getattr(config, name, None))
+                if isinstance(token, int):
+                    return torch.full((batch, 1), token, device=host.device)
         raise ArgumentError(f"generate got no ids, and the model has no {names[0]}: pass input_ids.")
 
     def _real(self, ids: Tensor, given: dict[str, Any]) -> Tensor:

@@ -29,6 +29,20 @@ def refuse_averaging_first(callbacks: Sequence[pl.Callback], first: object) -> N
             )
 
 
+def refuse_averages(callbacks: Iterable[pl.Callback], method: str) -> None:
+    """A method that exchanges parameters during the fit leaves nothing that could be averaged over it.
+
+    Raises:
+        UnsupportedStrategyError: if a callback averages.
+    """
+    for callback in callbacks:
+        if isinstance(callback, _AVERAGING):
+            raise UnsupportedStrategyError(
+                f"{type(callback).__name__} averages over steps, and {method} exchanges parameters between them. "
+                "Leave one of the two out."
+            )
+
+
 def refuse_outdated_averages(callbacks: Iterable[pl.Callback], module: nn.Module) -> None:
     """The copies must have the delta.
 

@@ -23,6 +23,7 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, record_of
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
+from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
@@ -73,6 +74,7 @@ class Controller:
         self.resume = ExactResume()
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
+        self._plan: Plan | None = None
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
@@ -217,6 +219,8 @@ class Controller:
         self.adapter.after_insertion(root, complete=last)
         if last and self._new:
             start(self.module, self._new)
+        if last:
+            self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
 
     def _insert(self) -> None:
         root = root_of(self.module)[1]
@@ -261,7 +265,7 @@ class Controller:
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
         returned = optim.hold_delta(original(), self.module, delta, hosts, ratios, options)
-        self.adapter.optimizers_made(optim.optimizers_in(returned), self.module)
+        self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
 
     def exchange(self, exchanges: Sequence[Exchange]) -> None:
@@ -287,8 +291,8 @@ class Controller:
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
         self._undo.append(measure_losses(self.module, root))
-        if any(method.verbose for method in self.methods):
-            show_plan(self.adapted.plan())
+        if self._plan is not None and any(method.verbose for method in self.methods):
+            show_plan(self._plan)
 
     def check_gradients(self, optimizer: Any) -> None:
         """Once per optimizer, before its first step: every parameter that it holds has a gradient.

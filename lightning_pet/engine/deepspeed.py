@@ -6,6 +6,7 @@ for single parameters can gather and set everything, so that the checkpoint is t
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -69,9 +70,12 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         """Listen for gradients: the engine moves them away as soon as they are there."""
         self._arrived.clear()
         self._hooks = [
-            parameter.register_hook(lambda gradient, name=name: self._arrived.add(name))  # type: ignore[no-untyped-call]
+            parameter.register_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
             for name, parameter in trainable(module).items()
         ]
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        self._arrived.add(name)
 
     def parameter_names(self, module: nn.Module) -> list[list[list[str]]]:
         """Names of the parameters of each group of the optimizer that ``configure_optimizers`` returned."""
@@ -96,11 +100,14 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
 
         inner = self._inner()
         parameters = self._trained()
+        if inner.state:
+            private.link_partition_states(self._zero())  # DeepSpeed does after the step of the first group only
         flat: dict[str, Any] = next((state for state in inner.state.values() if state), {})
         tensors = [key for key, value in flat.items() if isinstance(value, Tensor) and value.ndim]
-        rest = {key: value for key, value in flat.items() if key not in tensors}
+        rest = [key for key in flat if key not in tensors]
         states = {
-            i: self._kept((key, safe_get_full_optimizer_state(parameters[name], key)) for key in tensors) | rest
+            i: self._kept((key, safe_get_full_optimizer_state(parameters[name], key)) for key in tensors)
+            | {key: _copy(flat[key]) for key in rest}  # one counter for all would count every parameter's step
             for i, name in enumerate(flat_names(self._names[0]) if flat else ())
         }
         positions = iter(range(len(flat_names(self._names[0]))))
@@ -126,7 +133,8 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
                 self._set(parameters[names[position]], values[key], key)
 
     def _make_room(self, inner: Any, example: Mapping[str, Any]) -> None:
-        for partition in chain.from_iterable(group["params"] for group in inner.param_groups):
+        groups = chain.from_iterable(group["params"] for group in inner.param_groups)
+        for partition in getattr(self._zero(), "fp32_partitioned_groups_flat", groups):  # ZeRO-3 has more than groups
             inner.state[partition] = {
                 key: torch.zeros_like(partition) if isinstance(value, Tensor) and value.ndim else _copy(value)
                 for key, value in example.items()

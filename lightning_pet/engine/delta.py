@@ -161,6 +161,13 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
         DeltaFileError: if the file has no such method, or its tensors do not fit.
     """
     stored = read(path)
+    holds = ", ".join(f"{m.method}:{m.name}" for m in stored.methods)
+    if not any((m.method, m.name) == (method.method, method.name) for m in stored.methods):
+        raise DeltaFileError(
+            f"start_from={str(path)!r}: there is no {method.method}:{method.name} in it, it holds {holds}. "
+            "Give the file, the method and the name that go together.",
+            "mismatch",
+        )
     if stored.base is not None:
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
         check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then)
@@ -170,13 +177,15 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
     ]
     if problems:
         raise DeltaFileError(
-            f"start_from={str(path)!r}: {problems[0]}. It holds "
-            f"{', '.join(f'{m.method}:{m.name}' for m in stored.methods)}; give the options it was trained with.",
+            f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
             "mismatch",
         )
     for prefix, delta in deltas.items():
         delta.unpack(_below(stored.tensors, prefix))
     renew(adapted.root)
+    mine = next(applied.trained for applied in adapted.record.applied if applied.key == key_of(method))
+    if absent := [name for name in mine if name not in stored.tensors]:
+        rank_zero_warn(f"{path} does not hold {', '.join(absent[:4])}; they start with the values of the model.")
     copy_in(adapted.root, {name: stored.tensors[name] for name in _same_heads(adapted, stored)})
 
 

@@ -47,7 +47,8 @@ class DensityCurve:
         size = sum(of for _, of in layers.values())
         density = sum(found for found, _ in layers.values()) / size
         expected = sum(part.expected_nonzero() for _, part in parts) / size
-        self.history.append([float(step), density, expected])
+        if not self.history or self.history[-1][0] != step:  # several batches may accumulate for one step
+            self.history.append([float(step), density, expected])
         shares = {f"density/{layer}": found / of for layer, (found, of) in layers.items()}
         return {"density": density, "expected_density": expected, **shares}
 

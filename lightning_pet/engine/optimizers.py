@@ -51,7 +51,7 @@ def hold_delta(
         OptimizerMismatchError: if a trainable parameter has no optimizer to join, or an optimizer cannot
             have another group.
     """
-    optimizers, schedulers = optimizers_in(returned), _collect(returned, "step", "optimizer")
+    optimizers, schedulers = collect(returned, "param_groups"), collect(returned, "step", "optimizer")
     if not optimizers:
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise OptimizerMismatchError(
@@ -170,15 +170,10 @@ def reorder_state(
     ]
 
 
-def optimizers_in(returned: Any) -> list[Any]:
-    """The distinct optimizers in what ``configure_optimizers`` returned, in order."""
-    return _collect(returned, "param_groups")
-
-
 # ---- holding -----------------------------------------------------------------------------------------
 
 
-def _collect(value: Any, *attributes: str) -> list[Any]:
+def collect(value: Any, *attributes: str) -> list[Any]:
     """Return the distinct objects with all these attributes in nested lists, tuples and dicts, in order."""
     found: dict[int, Any] = {}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_pet.core.naming import canonical
@@ -201,3 +202,14 @@ def _remove_group(optimizer: Any, schedulers: list[Any], index: int) -> None:
             values = getattr(scheduler, attribute, None)
             if isinstance(values, list) and len(values) == groups:
                 del values[index]
+
+
+def clip_norm(trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
+    """Clip the gradients of some parameters to a norm, before the optimizer steps.
+
+    Gradients that the optimizer itself will unscale are still scaled, and so is the norm then.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and private.unscales_itself(optimizer):
+        norm *= scaler.get_scale()
+    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], norm)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.naming import join, named_modules
+from lightning_pet.engine.agreement import agreed
 from lightning_pet.engine.strategy import CheckpointRules, Named, StrategyAdapter
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded, placed, whole
-from lightning_pet.store.archive import read_checkpoint
 
 P = TypeVar("P", bound=ParallelStrategy)
 
@@ -89,16 +89,15 @@ class ShardedAdapter(StrategyAdapter[P]):
     ) -> None:
         """Complete the checkpoint, then write one file."""
         rules.before_save(checkpoint)
-        Strategy.save_checkpoint(self.strategy, checkpoint, self.strategy.broadcast(filepath), storage_options)
+        path = self.strategy.broadcast(filepath)
+        agreed(f"saving {path}", lambda: Strategy.save_checkpoint(self.strategy, checkpoint, path, storage_options))
 
     def load_checkpoint(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
     ) -> dict[str, Any]:
         """Read one file in every process and check it."""
         path = self.strategy.broadcast(checkpoint_path)
-        checkpoint = read_checkpoint(path, lambda: Strategy.load_checkpoint(self.strategy, path, weights_only))
-        rules.after_load(checkpoint, path)
-        return checkpoint
+        return self._read(rules, path, lambda: Strategy.load_checkpoint(self.strategy, path, weights_only))
 
     def load_model_state_dict(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_pet.core.naming import canonical
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
+from lightning_pet.engine.agreement import agreed
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
 
@@ -115,14 +116,17 @@ class StrategyAdapter(Generic[S]):
     ) -> None:
         """Complete the checkpoint, then write it."""
         rules.before_save(checkpoint)
-        original(checkpoint, filepath, storage_options=storage_options)
+        agreed(f"saving {filepath}", lambda: original(checkpoint, filepath, storage_options=storage_options))
 
     def load_checkpoint(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
     ) -> dict[str, Any]:
         """Read a checkpoint and check it."""
-        checkpoint = read_checkpoint(checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only))
-        rules.after_load(checkpoint, checkpoint_path)
+        return self._read(rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only))
+
+    def _read(self, rules: CheckpointRules, path: Any, load: Callable[[], Any]) -> dict[str, Any]:
+        checkpoint = agreed(f"reading {path}", lambda: read_checkpoint(path, load))
+        rules.after_load(checkpoint, path)
         return checkpoint
 
     def load_model_state_dict(

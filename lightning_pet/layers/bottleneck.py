@@ -84,8 +84,9 @@ class Bottleneck(Delta):
             nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
             nn.init.zeros_(self.up)
         else:
+            edge = math.erf(2 / math.sqrt(2))  # two standard deviations
             for weight in (self.down, self.up):
-                nn.init.trunc_normal_(weight, std=self.init_std, a=-2 * self.init_std, b=2 * self.init_std)
+                weight.uniform_(-edge, edge).erfinv_().mul_(self.init_std * math.sqrt(2))
         for parameter in (self.down_bias, self.up_bias, self.norm_bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)

@@ -165,8 +165,9 @@ def lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> i
     """Virtual tokens of the prompts that come before this one on the same host."""
     before = 0
     for other in () if host is None else cast(nn.ModuleDict, host.pet).values():
-        if other is delta:
+        inner = other._modules.get("_fsdp_wrapped_module") or other
+        if inner is delta:
             break
-        if isinstance(other, kind):
-            before += cast(int, other.length)
+        if isinstance(inner, kind):
+            before += cast(int, inner.length)
     return before

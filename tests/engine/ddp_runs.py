@@ -21,7 +21,7 @@ from models import Data, Module, Net, cosine, digest, lora, trainer  # noqa: E40
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
 from lightning_pet.engine.delta import save_delta  # noqa: E402
-from lightning_pet.errors import DeltaFileError  # noqa: E402
+from lightning_pet.errors import DeltaFileError, PETError  # noqa: E402
 
 
 class Mean(Module):
@@ -52,6 +52,22 @@ def run(folder: Path, strategy: str, *callbacks, dropout: float, path=None, seed
     return module, fitted
 
 
+def on_a_full_disk(fitted, path: Path) -> str:
+    """The error of a save that fails in the process that writes."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    fitted.strategy.checkpoint_io.save_checkpoint = refuse
+    try:
+        fitted.save_checkpoint(path)
+    except (OSError, PETError) as error:
+        return str(error)
+    finally:
+        del fitted.strategy.checkpoint_io.save_checkpoint
+    return ""
+
+
 def main(folder: Path, strategy: str) -> dict[str, object]:
     found: dict[str, object] = {}
     module, fitted = run(folder / "plain", strategy, dropout=0.0)
@@ -60,6 +76,7 @@ def main(folder: Path, strategy: str) -> dict[str, object]:
         save_delta(module, folder / "delta.pet.safetensors")
     if strategy != "ddp":
         return found
+    found["full"] = on_a_full_disk(fitted, folder / "full.ckpt")
     noisy, _ = run(folder / "noisy", strategy, dropout=0.3)
     again, fitted = run(folder / "again", strategy, dropout=0.3, path=folder / "noisy" / "step=3.ckpt", seed=99)
     found["noisy"], found["again"] = noisy.losses, again.losses

@@ -9,6 +9,8 @@ from models import Net, cosine
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+PLUS = {"lora_plus_ratio": 4.0}  # two groups of parameters with learning rates of their own
+
 
 def shard(net: nn.Module, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
@@ -95,7 +97,7 @@ def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
     if engine.startswith("fsdp2"):
         return sharding(base, engine.removeprefix("fsdp2").removeprefix("-"))(dropout), model_parallel()
     if engine.startswith("fsdp"):
-        options = {"auto_wrap_policy": {nn.Linear}} if engine.endswith("layers") else {}
+        options: dict[str, Any] = {"auto_wrap_policy": {nn.Linear}} if engine.endswith("layers") else {}
         return base(Net(dropout=dropout), cosine), CPUFSDP(process_group_backend="gloo", **options)
     if engine.startswith("zero"):
         return base(Net(dropout=dropout), cosine), CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo")
@@ -105,6 +107,8 @@ def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
 def trained_parameters(trainer: Any, engine: str) -> list[int]:
     """Numbers that this process holds, and steps, of each parameter (or partition) that trains."""
     if engine.startswith("zero"):
-        return [p.numel() for group in trainer.optimizers[0].optimizer.param_groups for p in group["params"]]
+        (zero,) = trainer.optimizers
+        groups = [p for group in zero.optimizer.param_groups for p in group["params"]]
+        return [p.numel() for p in getattr(zero, "fp32_partitioned_groups_flat", groups)]
     parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
     return [(p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters]

@@ -13,8 +13,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from ddp_runs import Dealt, Mean  # noqa: E402  # it silences warnings and logs, too
-from engines import make, trained_parameters  # noqa: E402
+from ddp_runs import Dealt, Mean, on_a_full_disk  # noqa: E402  # it silences warnings and logs, too
+from engines import PLUS, make, trained_parameters  # noqa: E402
 from models import Data, every_step, lora, trainer  # noqa: E402
 
 from lightning_pet.errors import PETError  # noqa: E402
@@ -33,8 +33,11 @@ def run(folder: Path, engine: str, *, dropout: float = 0.0, path=None, seed: int
     """One fit (or validate); with dropout every rank draws its own numbers."""
     module, strategy = make(engine, Mean, dropout)
     torch.manual_seed(seed + (int(os.environ["RANK"]) if dropout else 0))
-    callbacks = [lora(**options), Gradients(), *([every_step(folder)] if method == "fit" else [])]
-    fitted = trainer(*callbacks, strategy=strategy, devices=2, use_distributed_sampler=dropout > 0)
+    callbacks = [lora(**PLUS, **options), Gradients(), *([every_step(folder)] if method == "fit" else [])]
+    precision = "32-true"
+    if engine.endswith("bf16"):  # DeepSpeed casts the delta, too, and keeps float32 copies of its own
+        precision = "bf16-mixed" if engine.startswith("zero") else "bf16-true"
+    fitted = trainer(*callbacks, strategy=strategy, devices=2, use_distributed_sampler=dropout > 0, precision=precision)
     data = Data(batch_size=2) if dropout else Dealt(batch_size=2)
     getattr(fitted, method)(module, datamodule=data, ckpt_path=path)
     return module, fitted
@@ -62,6 +65,7 @@ def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
     checked.save_checkpoint(folder / "validated.ckpt", weights_only=True)
     started, _ = run(folder / "started", engine, start_from=str(folder / "after.ckpt"), seed=97)
     found["started"] = started.losses[0]
+    found["full"] = on_a_full_disk(fitted, folder / "full.ckpt")
     try:
         run(folder / "refused", engine, path=folder / "after.ckpt", r=1)
     except PETError as error:
@@ -70,5 +74,5 @@ def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     print("FOUND " + json.dumps(main(Path(sys.argv[1]), sys.argv[2])), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # DeepSpeed leaves threads behind, whose end takes long

@@ -78,6 +78,13 @@ def test_resumed_bit_for_bit(two):
         assert rank["validated"] == digest(module) != rank["again_digest"]
 
 
+def test_a_full_disk_stops_every_rank(two):
+    first, second = (rank["full"] for rank in two[1])
+    assert first == "[Errno 28] No space left on device"
+    assert "failed in process 0, so that this one stops as well: OSError: [Errno 28]" in second
+    assert not (two[0] / "full.ckpt").exists()
+
+
 def test_refused_on_every_rank(two):
     assert [rank["refused"] for rank in two[1]] == ["mismatch", "mismatch"]
 

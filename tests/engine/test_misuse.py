@@ -1,14 +1,21 @@
 """Every misuse is a named error before the first step, whose text says what to do, and leaves the model as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, trainer
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_pet.callbacks.lora import LoRACallback
 from lightning_pet.engine.adapt import apply
+from lightning_pet.engine.fsdp import FSDPAdapter
+from lightning_pet.engine.model_parallel import ModelParallelAdapter
 from lightning_pet.errors import (
     ArgumentError,
     DeadSiteError,
@@ -182,7 +189,7 @@ def test_arguments(options, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy])
+@pytest.mark.parametrize("kind", [XLAStrategy, SingleDeviceXLAStrategy])
 def test_unsupported_strategies(kind):
     """Refused in setup, by name. Without their hardware they cannot be built in full; their class is what counts."""
     method, module = lora(), Module(Net())
@@ -193,6 +200,53 @@ def test_unsupported_strategies(kind):
     assert kind.__name__ in str(caught.value)
     assert "strategy='auto' or 'ddp'" in str(caught.value)
     assert is_pristine(module)
+
+
+def two_by_two():
+    strategy = ModelParallelStrategy(2, 2)
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    return strategy
+
+
+def with_optimizer():
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    strategy.config = {"optimizer": {"type": "AdamW"}}
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "callbacks", "words"),
+    [
+        (lambda: FSDPStrategy(use_orig_params=False), [], "use_orig_params=False"),
+        (lambda: FSDPStrategy(sharding_strategy="NO_SHARD"), [], "strategy='ddp'"),
+        (lambda: FSDPStrategy(), [EMAWeightAveraging()], "EMAWeightAveraging keeps a copy"),
+        (two_by_two, [], "tensor_parallel_size=1"),
+        (with_optimizer, [], "return the optimizer from configure_optimizers"),
+    ],
+)
+def test_options_of_strategies(strategy, callbacks, words):
+    """What an engine cannot do with a delta is refused before anything is changed."""
+    run = trainer(lora(), *callbacks)
+    run._accelerator_connector.strategy = strategy()
+    module = Module(Net())
+    with pytest.raises(UnsupportedStrategyError, match=words):
+        run.callbacks[0].setup(run, module, "fit")
+    assert is_pristine(module)
+
+
+def test_parameters_that_fully_shard_left_out():
+    module = Module(Net())
+    fitted = SimpleNamespace(world_size=2, optimizers=[torch.optim.SGD(module.parameters(), lr=0.1)])
+    with pytest.raises(UnsupportedStrategyError, match="call fully_shard on the whole model"):
+        ModelParallelAdapter(fitted).check_wrapped(module)
+
+
+def test_a_model_that_is_wrapped_already():
+    net = Net()
+    net.fc1 = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(net.fc1)
+    with pytest.raises(UnsupportedStrategyError, match="build the module anew"):
+        FSDPAdapter(FSDPStrategy()).after_insertion(net, complete=False)
 
 
 def test_modules_that_setup_replaces_in_a_later_run():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import PLUS
 from launch import launch
 from models import Data, Module, Net, cosine, every_step, fit, lora, trainer
 
@@ -13,8 +14,8 @@ from lightning_pet.engine.delta import load_delta
 
 SCRIPT = str(Path(__file__).with_name("sharded_runs.py"))
 PADDING = 5  # numbers, one in each unit of FSDP1 at most
-ENGINES = ["fsdp2", "fsdp", "zero1", "zero2", "zero3"]
-VARIANTS = ["fsdp-layers", "fsdp2-early", "fsdp2-meta", "fsdp2-late"]
+ENGINES = ["fsdp2", "fsdp", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"))]
+VARIANTS = ["fsdp-bf16", "fsdp2-bf16", "zero2-bf16", "fsdp-layers", "fsdp2-early", "fsdp2-meta", "fsdp2-late"]
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,7 @@ def one(tmp_path_factory):
     """One process on the global batch, with a checkpoint of each step."""
     folder = tmp_path_factory.mktemp("single")
     module = Module(Net(dropout=0), cosine)
-    fit(module, lora(), every_step(folder), data=Data(shuffle=False))
+    fit(module, lora(**PLUS), every_step(folder), data=Data(shuffle=False))
     return folder, module
 
 
@@ -33,7 +34,7 @@ def run(engine, one, factory):
             pytest.skip("DeepSpeed builds an operator for the CPU at its first run, and there is no g++")
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
-    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=200)
+    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=300)
     assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return folder, [json.loads(output.split("FOUND ")[1].splitlines()[0]) for output in outputs]
 
@@ -75,13 +76,15 @@ def check_resuming(two):
 
 
 def test_variants_train_and_resume(one, variant):
-    if not variant[0].name.startswith(("fsdp2-meta", "fsdp2-late")):
+    folder, ranks = variant
+    if folder.name.startswith(("fsdp-layers", "fsdp2-early")):
         check_training(one, variant)
-    else:  # what fills the meta device draws other numbers for the delta's start
-        for rank in variant[1]:
-            assert rank["losses"] == variant[1][0]["losses"]
-            assert rank["losses"][0] == pytest.approx(one[1].losses[0], rel=1e-5)
-            assert rank["losses"][-1] < rank["losses"][0]
+    # What fills the meta device draws other numbers for the delta's start; bfloat16 rounds.
+    assert ranks[0]["losses"] == ranks[1]["losses"]
+    assert ranks[0]["losses"][0] == pytest.approx(one[1].losses[0], rel=1e-2)
+    assert ranks[0]["losses"][-1] < ranks[0]["losses"][0]
+    saved = state(folder / "after.ckpt")["state_dict"]
+    assert {value.dtype for name, value in saved.items() if ".pet." in name} == {torch.float32}
     check_resuming(variant)
 
 
@@ -95,7 +98,7 @@ def test_resumed_bit_for_bit(two):
 
 def test_files_hold_what_those_of_one_process_hold(one, two):
     there, here = state(one[0] / "step=4.ckpt"), state(two[0] / "plain" / "step=4.ckpt")
-    assert there.keys() == here.keys()
+    assert there.keys() == here.keys() - {"deepspeed"}
     assert there["lightning_pet"].keys() == here["lightning_pet"].keys()
     for key in ("methods", "base", "optimizers", "optimizer_classes", "root"):
         assert there["lightning_pet"][key] == here["lightning_pet"][key], key
@@ -121,7 +124,7 @@ def test_resumes_what_one_process_began(one, two):
 
 def test_one_process_resumes_it(one, two):
     module = Module(Net(dropout=0), cosine)
-    fit(module, lora(), data=Data(shuffle=False), ckpt=two[0] / "plain" / "step=4.ckpt")
+    fit(module, lora(**PLUS), data=Data(shuffle=False), ckpt=two[0] / "plain" / "step=4.ckpt")
     assert module.losses == pytest.approx(one[1].losses[4:], rel=1e-5)
 
 
@@ -142,12 +145,19 @@ def test_starts_from_a_file(one, two):
     assert [rank["started"] for rank in two[1]] == pytest.approx([expected] * 2, rel=1e-5)
 
 
+def test_a_full_disk_stops_every_rank(two):
+    first, second = (rank["full"] for rank in two[1])
+    assert first == "[Errno 28] No space left on device"
+    assert "failed in process 0, so that this one stops as well: OSError: [Errno 28]" in second
+    assert not (two[0] / "full.ckpt").exists()
+
+
 def test_refused_on_every_rank(two):
     assert [rank["refused"] for rank in two[1]] == ["mismatch", "mismatch"]
 
 
 def test_validates_in_one_process(two):
     module = Module(Net(dropout=0))
-    trainer(lora()).validate(module, datamodule=Data(), ckpt_path=two[0] / "after.ckpt", verbose=False)
+    trainer(lora(**PLUS)).validate(module, datamodule=Data(), ckpt_path=two[0] / "after.ckpt", verbose=False)
     saved = state(two[0] / "after.ckpt")["state_dict"]
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in saved.items())

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pet import (
+    AdapterCallback,
     AdapterFusionCallback,
     ArgumentError,
     BaseMismatchError,
@@ -36,19 +38,19 @@ from .battery import Battery, Case, output_in_a_new_process, perturb
 D, D64 = 16, torch.float64
 FILES = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, FILES, True)
-COMPACTER = {"bottleneck_size": 8}
+SIZE = {"bottleneck_size": 8}
 
 
 def stage_one(model: str, name: str, method: type[PETCallback] = CompacterCallback, **options: Any) -> str:
-    """The file of an adapter that was moved away from its start, the same for the same arguments."""
-    return _stage_one(model, name, method, tuple(sorted((COMPACTER | options).items())))
+    """The file of an adapter that was moved away from its start; one file for the same arguments."""
+    return _stage_one(model, name, method, json.dumps(SIZE | options, sort_keys=True))
 
 
 @functools.cache
-def _stage_one(model: str, name: str, method: type[PETCallback], options: tuple[tuple[str, Any], ...]) -> str:
+def _stage_one(model: str, name: str, method: type[PETCallback], options: str) -> str:
     path = FILES / f"{model}-{name}-{len(list(FILES.iterdir()))}.pet.safetensors"
     base, run = getattr(zoo, model)()
-    adapted = apply(base, [method(name=name, **dict(options))], forward=lambda: run(base))
+    adapted = apply(base, [method(name=name, **json.loads(options))], forward=lambda: run(base))
     perturb(adapted, 0.3 if name == "a" else -0.2)
     save_delta(base, path)
     return str(path)
@@ -56,16 +58,25 @@ def _stage_one(model: str, name: str, method: type[PETCallback], options: tuple[
 
 @dataclass(frozen=True)
 class Fusion(Case):
-    """A fusion of two adapters with the given options of stage 1."""
+    """A fusion of two adapters, the second of which may be of another method."""
 
-    stage: tuple[tuple[str, Any], ...] = ()
+    stage: tuple[tuple[type[PETCallback], dict[str, Any]], ...] = ()
+
+    @property
+    def id(self) -> str:
+        methods = (f"{m.method}={'+'.join(map(str, options.values()))}" for m, options in self.stage)
+        return "-".join([super().id, *methods])
 
     def callback(self) -> PETCallback:
-        files = [stage_one(self.model, name, **dict(self.stage)) for name in ("a", "b")]
+        files = [
+            stage_one(self.model, name, method, **options)
+            for name, (method, options) in zip("ab", self.stage, strict=True)
+        ]
         return AdapterFusionCallback(adapters=files, **self.options)
 
 
-def case(model: str, sites: int, stage: dict[str, Any] | None = None, compiles: bool = True, **options: Any) -> Fusion:
+def case(model: str, sites: int, *stage: tuple[type[PETCallback], dict[str, Any]], **options: Any) -> Fusion:
+    compiles = options.pop("compiles", True)
     return Fusion(
         model,
         AdapterFusionCallback,
@@ -76,16 +87,20 @@ def case(model: str, sites: int, stage: dict[str, Any] | None = None, compiles: 
         parameters=sites * (3 * D * D + 2 * D),
         needs_values=True,
         compiles=compiles,
-        stage=tuple((stage or {}).items()),
+        stage=(stage[0], stage[-1]),
     )
+
+
+PFEIFFER: dict[str, Any] = {"placement": "pfeiffer", "sublayers": ["ffn"]}
+PARALLEL = {"placement": "parallel", "scale": 4.0}
 
 
 class TestAdapterFusion(Battery):
     cases: ClassVar[list[Case]] = [
-        case("bert", 2, {"placement": "ffn", "phm_dim": 1}, temperature=50.0),
-        case("gpt2", 4, {"factorized": False}),
-        case("t5", 8, compiles=False),
-        case("transformer_encoder", 4),
+        case("bert", 2, (AdapterCallback, PFEIFFER), temperature=50.0),
+        case("gpt2", 4, (CompacterCallback, {}), (AdapterCallback, {"bottleneck_size": 4})),
+        case("t5", 4, (AdapterCallback, PARALLEL), compiles=False),
+        case("transformer_encoder", 2, (CompacterCallback, {"placement": "ffn", "phm_dim": 1})),
     ]
 
 
@@ -113,17 +128,25 @@ def test_formula_in_float64() -> None:
     assert (weights.sum(-1) - 1).abs().max() < 1e-15
 
 
-@pytest.mark.parametrize(("off_diagonal", "tolerance"), [(0.0, 1e-12), (1e-6, 1e-4)])
-def test_one_adapter_is_that_adapter(off_diagonal: float, tolerance: float) -> None:
-    file = stage_one("bert", "a")
-    alone, run = zoo.bert()
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(CompacterCallback, {}), (AdapterCallback, {}), (AdapterCallback, PFEIFFER), (AdapterCallback, PARALLEL)],
+)
+def test_one_adapter_is_that_adapter(model: str, method: type[PETCallback], options: dict[str, Any]) -> None:
+    file = stage_one(model, "a", method, **options)
+    alone, run = getattr(zoo, model)()
     load_delta(alone, file)
-    fused, _ = zoo.bert()
-    apply(fused, [AdapterFusionCallback(adapters=[file], off_diagonal=off_diagonal)])
-    head = alone.classifier.weight
-    fused.classifier.load_state_dict(alone.classifier.state_dict())
-    difference = (run(fused.double()) - run(alone.double())).abs().max()
-    assert difference <= tolerance * head.abs().sum()
+    fused, _ = getattr(zoo, model)()
+    for off_diagonal, tolerance in ((0.0, 1e-12), (1e-6, 1e-3)):
+        callback = AdapterFusionCallback(adapters=[file], off_diagonal=off_diagonal)
+        adapted = apply(fused, [callback])
+        base = {name: value for name, value in alone.state_dict().items() if "pet" not in name.split(".")}
+        fused.load_state_dict(base)  # the head of the task
+        expected = run(alone.double())
+        assert (run(fused.double()) - expected).abs().max() <= tolerance * expected.abs().max()
+        adapted.remove()
+        fused.float()
 
 
 def test_regulariser_is_added_to_the_gradient_once() -> None:
@@ -170,6 +193,7 @@ def test_the_plan_shows_what_is_frozen() -> None:
     one = 3 * (D + 8)
     assert [row.frozen for row in plan.rows if row.method == "adapter_fusion"] == [64, 64, *[2 * one] * 4]
     assert plan.frozen == 2 * 64 + 8 * one
+    assert "64 frozen" in plan.rows[0].detail
     assert f"frozen in the delta {plan.frozen:,}" in str(plan)
 
 
@@ -322,3 +346,24 @@ def test_errors_leave_the_model_alone(tmp_path: Path) -> None:
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         AdapterFusionCallback(**options)
+
+
+def test_confined_to_a_submodule(tmp_path: Path) -> None:
+    first = Task()
+    perturb(apply(first, [CompacterCallback(**SIZE, module="net.bert")]))
+    save_delta(first, tmp_path / "first.pet.safetensors")
+    second = Task()
+    source = str(tmp_path / "first.pet.safetensors")
+    adapted = apply(second, [AdapterFusionCallback(adapters=[source], module="net.bert")])
+    assert adapted.record.scopes == ("bert",)
+    assert len(mixtures(second.net.bert)) == 4
+
+
+def test_an_equal_callback_finds_its_fusion_again() -> None:
+    model, run = zoo.bert()
+    files = [stage_one("bert", name) for name in ("a", "b")]
+    apply(model, [AdapterFusionCallback(adapters=files)])
+    expected = run(model)
+    apply(model, [AdapterFusionCallback(adapters=files)])
+    assert torch.equal(run(model), expected)
+    assert len(mixtures(model)) == 4

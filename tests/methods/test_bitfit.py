@@ -1,5 +1,6 @@
 """BitFit: the battery, golden properties, and its own errors."""
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from lightning_pet import (
     ArgumentError,
     BitFitCallback,
+    DeltaFileError,
     LoRACallback,
     NotMergeableError,
     TargetError,
     apply,
+    save_delta,
 )
 
 from . import zoo
@@ -26,7 +29,6 @@ class TestBitFit(Battery):
         Case("transformer_encoder", BitFitCallback, {"biases": ["attention.q", "ffn.up"]}, parameters=2 * 16),
         Case("bert", BitFitCallback),
         Case("gpt2", BitFitCallback, {"biases": ["attention.q", "ffn.up"]}, parameters=2 * 16),
-        Case("t5", BitFitCallback, {"add_missing": True}, **ADDED),
         Case("llama", BitFitCallback, {"biases": ["attention.v", "ffn"], "add_missing": True}, **ADDED),
     ]
 
@@ -132,6 +134,24 @@ def test_with_lora_on_the_same_layer(order: tuple[int, int]) -> None:
     adapted.merge_()
     assert torch.allclose(run(model), attached, atol=1e-10)
     assert not torch.allclose(attached, before)
+
+
+def test_start_from_a_file(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model, run = zoo.bert()
+    perturb(apply(model, [BitFitCallback(["attention.q", "ffn"])]))
+    path = str(tmp_path / "d.pet.safetensors")
+    save_delta(model, path)
+    again, _ = zoo.bert()
+    apply(again, [BitFitCallback(["attention.q", "ffn"], start_from=path)])
+    assert torch.equal(run(again), run(model))
+    assert not recwarn.list
+    more, _ = zoo.bert()
+    with pytest.warns(UserWarning, match=r"does not hold .*attention.self.value.bias"):
+        apply(more, [BitFitCallback(["attention.q", "attention.v", "ffn"], start_from=path)])
+    assert torch.equal(run(more), run(model))
+    for other in (LoRACallback(r=2, start_from=path), BitFitCallback(name="second", start_from=path)):
+        with pytest.raises(DeltaFileError, match="it holds bitfit:default"):
+            apply(zoo.bert()[0], [other])
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ class TestIA3(Battery):
     cases: ClassVar[list[Case]] = [
         Case("mlp", IA3Callback, {"target_modules": "0", "feedforward_modules": "2"}, parameters=8 + 8),
         Case("transformer_encoder", IA3Callback, parameters=2 * (16 + 16 + 24)),
-        Case("bert", IA3Callback, parameters=2 * (16 + 16 + 24)),
         Case("gpt2", IA3Callback, parameters=2 * (16 + 16 + 64)),
         Case("llama", IA3Callback, parameters=2 * (8 + 8 + 24)),
         Case("t5", IA3Callback, parameters=2 * (16 + 16 + 24) + 2 * (2 * 16 + 2 * 16 + 24)),

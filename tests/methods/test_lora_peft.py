@@ -1,12 +1,16 @@
 """LoRA against an independent implementation: HF PEFT with the same weights."""
 
 import copy
+import warnings
 from typing import Any
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_pet import LoRACallback, apply
 
@@ -131,3 +135,107 @@ def test_equal_parameter_counts(model: str, targets: list[str], theirs: Any) -> 
     expected = sum(p.numel() for n, p in wrapped.named_parameters() if "lora_" in n)
     adapted = apply(base, [LoRACallback(r=3, target_modules=targets, modules_to_save=[])])
     assert adapted.plan().trainable == expected
+
+
+# --- training, not only outputs ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", ["bert", "gpt2", "llama"])
+def test_equal_gradients(model: str, variant: str) -> None:
+    theirs, ours = MODELS[model]
+    their_options, our_options = VARIANTS[variant]
+    if model == "gpt2":
+        their_options = {**their_options, "fan_in_fan_out": True}
+    base, run = getattr(zoo, model)()
+    wrapped = peft_model(base, theirs, **their_options)
+    apply(base, [LoRACallback(r=3, alpha=6, target_modules=ours, modules_to_save=[], **our_options)])
+    copy_weights(wrapped, base)
+    for network in (wrapped, base):
+        out = run(network)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    layers = dict(wrapped.base_model.model.named_modules())
+    for path, host in base.named_modules():
+        if hasattr(host, "pet"):
+            (delta,) = host.pet.values()
+            pairs = [(delta.a, layers[path].lora_A), (delta.b, layers[path].lora_B)]
+            for mine, other in pairs:
+                assert torch.allclose(mine.grad, other["default"].weight.grad, rtol=1e-4, atol=1e-5), path
+            if delta.magnitude is not None:
+                expected = layers[path].lora_magnitude_vector["default"].weight.grad
+                assert torch.allclose(delta.magnitude.grad, expected.view_as(delta.magnitude), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(  # PEFT's OLoRA fails on a transposed weight
+    ("init", "model"),
+    [("pissa", "bert"), ("pissa", "gpt2"), ("pissa", "llama"), ("olora", "bert"), ("olora", "llama")],
+)
+def test_decompositions_start_with_the_same_product(init: str, model: str) -> None:
+    """On every host, and the model itself computes what the base did."""
+    theirs, ours = MODELS[model]
+    base, run = getattr(zoo, model)()
+    before = run(base)
+    options = {"fan_in_fan_out": True} if model == "gpt2" else {}
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=theirs, init_lora_weights=init, **options)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    apply(base, [LoRACallback(r=3, alpha=3, target_modules=ours, init=init, modules_to_save=[])])
+    layers, hosts = dict(wrapped.base_model.model.named_modules()), 0
+    for path, host in base.named_modules():
+        if hasattr(host, "pet"):
+            (delta,) = host.pet.values()
+            a, b = layers[path].lora_A["default"].weight, layers[path].lora_B["default"].weight
+            assert (delta.b @ delta.a - b @ a).abs().max() < TOLERANCE, path
+            hosts += 1
+    assert hosts > 3
+    assert (run(base) - before).abs().max() < TOLERANCE
+    assert (run(wrapped) - before).abs().max() < 10 * TOLERANCE  # theirs went through the base weight
+
+
+class Fit(pl.LightningModule):
+    """Three steps of Adam on a fixed batch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return loss_of(self.net(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.net.parameters(), lr=0.01, weight_decay=0.0)
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return (out - torch.linspace(-1, 1, out.numel()).view_as(out)).square().sum()
+
+
+def test_lora_plus_trains_as_pefts_optimizer_does() -> None:
+    base, _ = zoo.mlp()
+    batch = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    wrapped = peft_model(base, ["0", "2"])
+    callback = LoRACallback(
+        r=3, alpha=6, target_modules=["0", "2"], modules_to_save=[], lora_plus_ratio=8.0, verbose=False
+    )
+    apply(base, [callback])
+    copy_weights(wrapped, base)
+    optimizer = create_loraplus_optimizer(wrapped, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8.0, weight_decay=0.0)
+    for _ in range(3):
+        loss_of(wrapped(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trainer = pl.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    before = base(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Fit(base), DataLoader(batch.repeat(3, 1), batch_size=5))
+    expected = wrapped(batch)
+    assert (base(batch) - expected).abs().max() <= TOLERANCE
+    assert (expected - before).abs().max() > 100 * TOLERANCE

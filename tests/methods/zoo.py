@@ -262,3 +262,66 @@ def bloom() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
     config = BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     return _seeded(lambda: BloomForCausalLM(config)), _on((), input_ids=_ids(), use_cache=False)
+
+
+class _Scale(nn.Module):
+    """LayerScale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class _FusedAttention(nn.Module):
+    """Self-attention with one projection for q, k and v."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(rows, length, width))
+
+
+class ScaledBlock(nn.Module):
+    """A vision block as in timm: norms in front, LayerScale behind."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = _FusedAttention(width, heads)
+        self.ls1, self.ls2 = _Scale(width), _Scale(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ScaledBlocks(nn.Module):
+    """Patches, blocks, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, stride=4)
+        self.blocks = nn.ModuleList([ScaledBlock(), ScaledBlock()])
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def scaled_blocks() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return _seeded(ScaledBlocks), _on((pixels,))
