@@ -68,6 +68,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 ADAPTER_BIAS = "Fu et al. 2022 (AdapterBias)"
 COMPACTER = "Karimi Mahabadi et al. 2021 (Compacter), Table 1"
 HE = "He et al. 2022, XSum"
+HE_GLUE = "He et al. 2022, GLUE"
 HOULSBY = "Houlsby et al. 2019"
 LORA_2 = "Hu et al. 2021 (LoRA), Table 2"
 LORA_3 = "Hu et al. 2021 (LoRA), Table 3"
@@ -82,6 +83,10 @@ def _compacter(**options: Any) -> Methods:
 
 
 _BIAS: Methods = (("AdapterBiasCallback", {"layer_norms": True}),)
+
+
+def _prefix(length: int) -> Methods:
+    return (("PrefixTuningCallback", {"length": length, "projection": False}),)
 
 
 _PLAIN = {"placement": "parallel", "bias": False}  # He et al. count no biases
@@ -149,6 +154,24 @@ ROWS: tuple[Row, ...] = (
         29_491_200,
         "7.2%",
         "no biases; truncated",
+    ),
+    Row(HE, "bart-large", _prefix(200), 14_745_600, "3.6%", "36 attentions, without the network"),
+    Row(HE, "bart-large", _prefix(512), 37_748_736, "9.2%", "36 attentions, without the network; truncated"),
+    Row(
+        HE,
+        "bart-large",
+        (*_prefix(30), *_adapter(**_PLAIN, bottleneck_size=512)),
+        27_377_664,
+        "6.7%",
+        "MAM: 36 attentions and 24 feed-forward layers, no biases",
+    ),
+    Row(
+        HE_GLUE,
+        "roberta-base",
+        (*_prefix(16), *_adapter(**_PLAIN, bottleneck_size=16)),
+        589_824,
+        "0.5%",
+        "MAM, no biases",
     ),
     Row(
         HOULSBY,
