@@ -285,7 +285,7 @@ def test_sparse_file_and_merge_equal_dense(dtype: torch.dtype, tmp_path: Path) -
         assert torch.equal(merged, (base.to(wide) + difference).to(dtype))
 
 
-@pytest.mark.parametrize("name", ["gpt2"])
+@pytest.mark.parametrize("name", ["lstm"])
 def test_a_new_process_loads_bit_exactly(name: str, tmp_path: Path) -> None:
     model, run = getattr(zoo, name)()
     callback = DIFF(density=0.05)
