@@ -344,5 +344,5 @@ except SystemExit as end:
 heavy = sorted({{"lightning", "torch", "transformers"}} & set(sys.modules))
 print("heavy:", heavy)
 """
-    for argv in (["--help"], ["inspect", "--help"], ["merge", "--help"]):
+    for argv in (["--help"], ["inspect", "--help"], ["merge", "--help"], ["intrinsic-dimension", "--help"]):
         assert python(code.format(argv=argv)).splitlines()[-1] == "heavy: []", argv
