@@ -395,3 +395,26 @@ def test_a_cut_of_nothing_is_refused() -> None:
     with pytest.raises(PETError, match="NaN"):
         callback.cut(model)
     assert not any(delta.is_fixed for delta in deltas(model))
+
+
+def test_raw_parameters_and_lists_of_them() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.shifts = nn.ParameterList([torch.zeros(3), torch.ones(3)])
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.attention(x, x, x)[0][..., :3]
+            return y * self.scale + self.shifts[0] - self.shifts[1]
+
+    model, x = Raw(), torch.randn(2, 5, 4)
+    adapted = apply(model, [DIFF(density=0.2)], forward=lambda: model(x))
+    model.train()(x).square().sum().backward()
+    assert {row.place for row in adapted.plan().rows} == {n for n, _ in Raw().named_parameters()}
+    assert all(delta.w.grad.count_nonzero() > 0 for delta in deltas(model))
+    perturb(adapted)
+    attached = model.eval()(x)
+    adapted.merge_()
+    torch.testing.assert_close(model(x), attached)
