@@ -21,8 +21,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pet import LoRACallback, apply, load_delta, save_delta
+from lightning_pet import DiffPruningCallback, LoRACallback, PETCallback, apply, load_delta, save_delta
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.hard_concrete import HardConcrete
+from lightning_pet.layers.sparse_difference import SparseDifference
 
 DEVICE = "cuda"
 
@@ -78,14 +80,21 @@ def lora(**options: Any) -> LoRACallback:
     return LoRACallback(**{"r": 4, "dropout": 0.1, "target_modules": ["up", "down"], "verbose": False} | options)
 
 
-def fit(module: Module, folder: Path, seed: int = 2, **options: Any) -> pl.Trainer:
+def diff(**options: Any) -> DiffPruningCallback:
+    """Diff pruning whose cut is after seven of the twelve steps."""
+    return DiffPruningCallback(**{"density": 0.1, "l0_weight": 1e-6, "verbose": False, "plot": False} | options)
+
+
+def fit(
+    module: Module, folder: Path, seed: int = 2, method: Callable[[], PETCallback] = lora, **options: Any
+) -> pl.Trainer:
     """Two epochs, a checkpoint after every step."""
     path = options.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="gpu" if DEVICE == "cuda" else "cpu",
         devices=1,
         max_epochs=2,
-        callbacks=[lora(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        callbacks=[method(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -248,6 +257,54 @@ def every_method_trains_and_resumes(folder: Path) -> None:
         print(f"        {name}: {runs[0][0]:.4f} to {runs[0][-1]:.4f}", flush=True)
 
 
+def diff_pruning_resumes_in_both_stages(folder: Path) -> None:
+    """With gates and at fixed places, in float32 and under a gradient scaler; the file is the model."""
+    for precision in ("32-true", "16-mixed" if DEVICE == "cuda" else "bf16-mixed"):
+        whole = Module(base())
+        fit(whole, folder / precision, method=diff, precision=precision)
+        for step in (3, 7, 9):
+            resumed, path = Module(base()), folder / precision / f"step={step}.ckpt"
+            fit(resumed, folder / f"{precision}{step}", seed=99, method=diff, precision=precision, ckpt_path=path)
+            assert resumed.losses == whole.losses[step:], (precision, step)
+            assert same(whole, resumed), (precision, step)
+    save_delta(whole, folder / "delta.pet.safetensors")
+    loaded, net = base().to(DEVICE), whole.net.to(DEVICE).eval()
+    load_delta(loaded, folder / "delta.pet.safetensors")
+    x = torch.randn(32, 64, device=DEVICE)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x), net(x))
+    kept = sum(int(d.count_nonzero()) for d in net.modules() if hasattr(d, "count_nonzero"))
+    assert kept == int(0.1 * sum(p.numel() for p in base().parameters()))
+
+
+def drawn(law: HardConcrete, alpha: Tensor, generator: torch.Generator) -> Tensor:
+    """Gates by their definition."""
+    u = law.uniform(alpha.detach(), generator)
+    return (torch.sigmoid(torch.logit(u) + alpha) * law.width + law.low).clamp(0, 1)
+
+
+def gates_have_the_gradients_of_their_definition(folder: Path) -> None:
+    """The fused operator on the device against plain autograd on the same gates."""
+    net = base().to(DEVICE)
+    apply(net, [diff(l0_weight=0.01)])
+    for delta in (m for m in net.modules() if isinstance(m, SparseDifference)):
+        w, alpha, group = delta.w, delta.alpha, delta.alpha_group
+        nn.init.normal_(w, generator=torch.Generator(DEVICE).manual_seed(4))
+        delta.gates.begin(1)
+        weight = torch.zeros_like(w)
+        out = delta.train()(weight)
+        found = torch.autograd.grad(out.square().sum(), [w, alpha, group])
+        generator, law = delta.gates.generator(w.device), delta.law
+        z_g = drawn(law, group.reshape(()), generator)
+        pieces = alpha.flatten().split(1 << 15 if DEVICE == "cpu" else 1 << 24)
+        z = torch.cat([drawn(law, piece, generator) for piece in pieces])
+        expected = z.view_as(w) * z_g * w
+        torch.testing.assert_close(out, expected)
+        penalty = 0.01 * law.open(alpha).sum() * law.open(group).sum()
+        truth = torch.autograd.grad(expected.square().sum() + penalty, [w, alpha, group])
+        torch.testing.assert_close(list(found), list(truth), atol=1e-4, rtol=1e-3)
+
+
 CHECKS: list[Callable[[Path], None]] = [
     resumes_bit_for_bit,
     resumes_in_mixed_precision,
@@ -256,6 +313,8 @@ CHECKS: list[Callable[[Path], None]] = [
     loads_a_delta_file,
     compiles,
     every_method_trains_and_resumes,
+    diff_pruning_resumes_in_both_stages,
+    gates_have_the_gradients_of_their_definition,
 ]
 
 
