@@ -44,7 +44,12 @@ def test_a_part_parses_on_top_of_a_task(path: Path, capsys: pytest.CaptureFixtur
     part = yaml.safe_load(path.read_text(encoding="utf-8"))
     config = printed(capsys, "-c", str(CONFIGS / "docstring_topics.yaml"), "-c", str(path))
     for key, value in part.get("trainer", {}).items():
-        assert config["trainer"][key] == value
+        given = config["trainer"][key]
+        if isinstance(value, dict):
+            assert given["class_path"] == value["class_path"]
+            given, value = given["init_args"], value["init_args"]
+            given = {name: given[name] for name in value}
+        assert given == value
     for method, given in zip(part.get("pet", []), config["pet"], strict="pet" in part):
         assert method["init_args"].items() <= given["init_args"].items()
 
@@ -63,6 +68,8 @@ def test_a_method_file_shows_the_defaults_of_its_callback() -> None:
     from lightning_pet.core.method import METHODS
 
     for path in sorted((CONFIGS / "method").glob("*.yaml")):
+        if path.stem not in METHODS:
+            continue  # a combination: what it changes is its point
         (method,) = yaml.safe_load(path.read_text(encoding="utf-8"))["pet"]
         assert method["init_args"].items() <= METHODS[path.stem]().config().items()
 

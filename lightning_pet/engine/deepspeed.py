@@ -100,6 +100,8 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
 
         inner = self._inner()
         parameters = self._trained()
+        if inner.state:
+            private.link_partition_states(self._zero())  # DeepSpeed does after the step of the first group only
         flat: dict[str, Any] = next((state for state in inner.state.values() if state), {})
         tensors = [key for key, value in flat.items() if isinstance(value, Tensor) and value.ndim]
         rest = [key for key in flat if key not in tensors]

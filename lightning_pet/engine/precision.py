@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import is_sharded
 
 
 def keep_delta_precision(trainer: pl.Trainer) -> None:
@@ -20,19 +21,30 @@ def keep_delta_precision(trainer: pl.Trainer) -> None:
 
     def convert_module(module: nn.Module) -> nn.Module:
         deltas = [part for m in module.modules() if isinstance(m, Delta) for part in m.modules()]
-        parameters = [(p, p.data) for part in deltas for p in part.parameters(recurse=False)]
+        parameters = [(part, name, p.data) for part in deltas for name, p in part.named_parameters(recurse=False)]
         buffers = [(part, name, b) for part in deltas for name, b in part.named_buffers(recurse=False)]
         module = original(module)
-        for parameter, data in parameters:
-            if _narrowed(parameter, data):
-                parameter.data = data.to(parameter.device)
+        for part, name, data in parameters:
+            _restore(part, name, data)
         for part, name, buffer in buffers:
             # A conversion makes new buffers, where it fills parameters anew.
             if _narrowed(now := part.get_buffer(name), buffer):
                 part._buffers[name] = buffer.to(now.device)
+        if any(is_sharded(data) for _, _, data in parameters):
+            module.to(trainer.strategy.root_device)  # FSDP2 looks for new parameters whenever a module moves
         return module
 
     plugin.convert_module = convert_module  # type: ignore[method-assign]
+
+
+def _restore(part: nn.Module, name: str, data: Tensor) -> None:
+    now = part.get_parameter(name)
+    if not _narrowed(now, data):
+        return
+    if is_sharded(now):
+        part._parameters[name] = nn.Parameter(data.to(now.device), requires_grad=now.requires_grad)
+    else:
+        now.data = data.to(now.device)
 
 
 def _narrowed(now: Tensor, before: Tensor) -> bool:

@@ -35,10 +35,12 @@ name                                                      used for
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
-``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2 before the first step
+``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
+``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
+``aten._local_scalar_dense``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
@@ -263,7 +265,7 @@ def unwrapped_name(name: str) -> str:
 
 
 def link_partition_states(zero: Any) -> None:
-    """Let the parameters of a ZeRO-1 or ZeRO-2 optimizer find their parts of its states, before its first step."""
+    """Let the parameters of a ZeRO-1 or ZeRO-2 optimizer find their parts of its states."""
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

@@ -54,6 +54,10 @@ class Written(nn.Module):
         shares = (torch.einsum("ibnd,jbnd->bnij", q / math.sqrt(DIM), k)).softmax(dim=-1)
         return torch.einsum("jbnd,bnij->ibnd", v, shares).permute(1, 2, 0, 3)
 
+    def windows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unsqueeze(2) for x in (q, k, v))
+        return ((q @ k.mT / math.sqrt(DIM)).softmax(-1) @ v).squeeze(2)
+
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -99,7 +103,8 @@ def gated(q: Tensor, k: Tensor, v: Tensor, prefix: AttentionPrefix, mask: Tensor
 
 
 FORMS = [
-    "scaled_scores", "scaled_queries", "flat_bmm", "sums", "turned_sums", "fused", "fused_flat", "fused_causal"
+    "scaled_scores", "scaled_queries", "flat_bmm", "sums", "turned_sums", "windows", "fused", "fused_flat",
+    "fused_causal",
 ]  # fmt: skip
 
 

@@ -200,3 +200,13 @@ def test_published_counts(options: dict[str, Any], expected: int) -> None:
         model = T5ForConditionalGeneration(T5Config(**sizes))
     plan = apply(model, [CompacterCallback(**options, layer_norms=True)]).plan()
     assert (plan.trainable, plan.base) == (expected, 222_882_048)
+
+
+def test_a_base_checkpoint_loads_strictly_and_half_a_delta_does_not() -> None:
+    model, _ = zoo.bert()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply(model, [CompacterCallback(**SIZE)])
+    model.load_state_dict(base, strict=True)
+    half = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("down.left")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*down\.left"):
+        model.load_state_dict(half, strict=True)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from lightning_pet import (
     Adapted,
+    AdapterCallback,
     ArgumentError,
+    BitFitCallback,
     DeltaFileError,
+    PrefixTuningCallback,
     PromptTuningCallback,
     TargetError,
     apply,
@@ -30,12 +33,10 @@ class TestPromptTuning(Battery):
     cases: ClassVar[list[Case]] = [
         Case("embedding", options={"length": 3, "modules_to_save": []}, parameters=3 * 6, **FREE),
         Case("bert", options={"length": 3}, parameters=3 * 16, **FREE),
-        Case("gpt2", options={"length": 3}, parameters=3 * 16, **FREE),
         Case("gpt2", options={"length": 3, "init": "vocabulary"}, parameters=3 * 16, needs_values=True, **FREE),
         Case(
             "llama", options={"length": 3, "encoder": "mlp", "encoder_size": 8}, parameters=3 * 16 + TWO_LAYERS, **FREE
         ),
-        Case("t5", options={"length": 3}, parameters=3 * 16, **FREE),
         Case("t5", options={"length": 3, "where": "both"}, parameters=2 * 3 * 16, **FREE),
         Case("whisper", options={"length": 3, "where": "decoder"}, parameters=3 * 16, **FREE),
     ]
@@ -117,6 +118,26 @@ def test_two_prompts_stand_one_after_the_other() -> None:
     assert torch.equal(
         model.generate(ids, max_new_tokens=6, do_sample=False), one.generate(ids, max_new_tokens=6, do_sample=False)
     )
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("step", [1, -1], ids=["first", "last"])
+def test_together_with_prefix_adapter_and_biases(name: str, step: int, tmp_path: Path) -> None:
+    model, run = getattr(zoo, name)()
+    before = frozen_output(model, run)
+    methods = [PromptTuningCallback(length=3), PrefixTuningCallback(length=2), AdapterCallback(), BitFitCallback()]
+    handle = apply(model, methods[::step], forward=lambda: run(model))
+    perturb(handle, 0.1)
+    together = frozen_output(model, run)
+    assert together.shape == before.shape
+    save_delta(model, tmp_path / "delta.pet.safetensors")
+    fresh, _ = getattr(zoo, name)()
+    load_delta(fresh, tmp_path / "delta.pet.safetensors")
+    assert torch.equal(frozen_output(fresh, run), together)
+    with handle.disabled():
+        assert torch.equal(frozen_output(model, run), before)
+    handle.remove()
+    assert torch.equal(frozen_output(model, run), before)
 
 
 # --- what the consumer is called with ------------------------------------------------------------
@@ -223,6 +244,37 @@ def test_no_place_is_an_error_that_names_the_model() -> None:
         with pytest.raises(TargetError, match=message):
             apply(model, [PromptTuningCallback(where=where)], forward=lambda m=model, r=run: r(m))
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+class Tagger(nn.Module):
+    """Plain torch: no mask, no configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.lstm(self.table(tokens))[0])
+
+
+class Odd(Tagger):
+    def forward(self, sentence: Tensor) -> Tensor:
+        return super().forward(sentence)
+
+
+def test_a_plain_recurrent_model() -> None:
+    model, ids = Tagger(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    handle = apply(model, [PromptTuningCallback(length=4)], forward=lambda: model(ids))
+    ours = model(ids)
+    with handle.disabled():
+        embedded = torch.cat([rows_of(model)[0].prompt.expand(2, -1, -1), model.table(ids)], 1)
+        reference = model.out(model.lstm(embedded)[0])[:, 4:]
+    assert (ours - reference).abs().max() < 1e-6
+    odd = Odd()
+    with pytest.raises(TargetError, match="Odd: no module around the token table 'table'"):
+        apply(odd, [PromptTuningCallback()], forward=lambda: odd(ids))
 
 
 def test_more_than_the_positions_is_an_error() -> None:
