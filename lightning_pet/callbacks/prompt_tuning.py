@@ -52,6 +52,7 @@ class PromptTuningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "prompt_tuning"
+    shards = True
     width: ClassVar[str | None] = "length"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"init", "init_text", "class_labels", "tokenizer"}
 
