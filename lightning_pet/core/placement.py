@@ -233,6 +233,8 @@ class _Finder:
             return None
         if not site.inputs:
             raise self._refusal(site, "has an input x that no module of it receives as it is")
+        if any(isinstance(self.modules[path], nn.Conv1d | nn.Conv2d | nn.Conv3d) for path in site.inputs):
+            raise self._refusal(site, "takes its features as the second dimension (a convolutional block)")
         return next((path for path in reversed(site.inputs) if len(self.uses[path]) == 1), site.inputs[-1])
 
     def _at(self, site: Site, path: str, end: str, reads: str | None = None) -> Target:
