@@ -68,12 +68,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 COMPACTER = "Karimi Mahabadi et al. 2021 (Compacter), Table 1"
 HE = "He et al. 2022, XSum"
 HOULSBY = "Houlsby et al. 2019"
+HE_GLUE = "He et al. 2022, GLUE"
 LORA_2 = "Hu et al. 2021 (LoRA), Table 2"
 LORA_3 = "Hu et al. 2021 (LoRA), Table 3"
 
 
 def _adapter(**options: Any) -> Methods:
     return (("AdapterCallback", options),)
+
+
+def _lora(r: int, *roles: str) -> Methods:
+    return (("LoRACallback", {"r": r, "target_modules": list(roles or ("attention.q", "attention.v"))}),)
+
+
+def _prefix(length: int) -> Methods:
+    return (("PrefixTuningCallback", {"length": length, "projection": False}),)
 
 
 _PLAIN = {"placement": "parallel", "bias": False}  # He et al. count no biases
@@ -104,6 +113,8 @@ ROWS: tuple[Row, ...] = (
         "0.494%",
         "28 adapters; biases; all 62 norms, those of the dropped layers too",
     ),
+    Row(LORA_2, "roberta-base", _lora(8), 294_912, "0.3M", "q and v"),
+    Row(LORA_2, "roberta-large", _lora(8), 786_432, "0.8M", "q and v"),
     Row(LORA_2, "roberta-large", _adapter(placement="pfeiffer", bottleneck_size=16), 811_392, "0.8M", "biases"),
     Row(LORA_2, "roberta-large", _adapter(bottleneck_size=8), 835_968, "0.8M", "biases"),
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=6), 368_784, "0.37M", "biases, inner norms"),
@@ -128,6 +139,26 @@ ROWS: tuple[Row, ...] = (
         29_491_200,
         "7.2%",
         "no biases; truncated",
+    ),
+    Row(HE, "bart-large", _prefix(200), 14_745_600, "3.6%", "36 attentions; the prefix without its network"),
+    Row(HE, "bart-large", _prefix(512), 37_748_736, "9.2%", "36 attentions; truncated"),
+    Row(HE, "bart-large", _lora(200), 29_491_200, "7.2%", "q and v of 36 attentions; truncated"),
+    Row(HE, "bart-large", _lora(102, "ffn.up", "ffn.down"), 25_067_520, "6.1%", "truncated"),
+    Row(
+        HE,
+        "bart-large",
+        (*_prefix(30), *_adapter(**_PLAIN, bottleneck_size=512)),
+        27_377_664,
+        "6.7%",
+        "MAM: prefix on 36 attentions, parallel adapter on 24 feed-forwards; no biases",
+    ),
+    Row(
+        HE_GLUE,
+        "roberta-base",
+        (*_prefix(16), *_adapter(**_PLAIN, bottleneck_size=16)),
+        589_824,
+        "0.5%",
+        "MAM; no biases",
     ),
     Row(
         HOULSBY,
