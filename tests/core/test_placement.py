@@ -127,6 +127,28 @@ def test_what_did_not_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
 
 
+class Pooled(nn.Module):
+    """Layers, and a head whose sum only one position leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.Sequential(Layer(), Layer()), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x)
+        return (x + self.head(x))[:, 0]
+
+
+def test_a_place_outside_of_the_layers_may_have_no_host(caplog: pytest.LogCaptureFixture) -> None:
+    model = Pooled()
+    structure = analyse(model, lambda: model(torch.randn(2, 5, WIDTH)))
+    assert resolve_sites(model, structure, sublayers=["ffn"])[-1] == Target("head", "", "ffn.output", sizes=(WIDTH,))
+    with caplog.at_level(logging.WARNING, logger="lightning_pet.core.placement"):
+        targets = resolve_sites(model, structure, "pfeiffer")
+    assert [target.module for target in targets] == ["layers.0.ffn", "layers.1.ffn"]
+    assert "'head' (Linear) is summed where no module returns the sum" in caplog.text
+
+
 def test_without_a_forward_the_way_out_is_named() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 24, batch_first=True), 1)
     with pytest.raises(TargetError, match=r"no forward could be run.*example_input_array"):
