@@ -83,7 +83,7 @@ def resolve_sites(
     keep = finder.selection(layers, exclude)
     sites = [site for site in structure.sites if site.kind in kinds and keep(*finder.names(site))]
     finder.check_covered(kinds, keep)
-    targets = [finder.target(site) for site in sites]
+    targets = finder.targets(sites)
     kept = [target for target in targets if len(target.sizes) < 2 or target.sizes[1] >= drop_layers]
     if not kept:
         given = {"layers": layers, "drop_layers": drop_layers, "exclude": list(exclude)}
@@ -199,6 +199,19 @@ class _Finder:
             )
 
     # -- one site ---------------------------------------------------------------------------------
+
+    def targets(self, sites: Sequence[Site]) -> list[Target]:
+        """The hosts for these sites. One outside of all layers (a pooling head) may have none, which is said."""
+        layered = any(self.layers[site] is not None for site in sites)
+        found = []
+        for site in sites:
+            try:
+                found.append(self.target(site))
+            except TargetError as error:
+                if self.layers[site] is not None or not layered:
+                    raise
+                _log.warning("no adapter outside of the layers: %s", error)
+        return found
 
     def target(self, site: Site) -> Target:
         """The host for a site.

@@ -85,6 +85,10 @@ def _compacter(**options: Any) -> Methods:
 _BIAS: Methods = (("AdapterBiasCallback", {"layer_norms": True}),)
 
 
+def _lora(r: int, *roles: str) -> Methods:
+    return (("LoRACallback", {"r": r, "target_modules": list(roles or ("attention.q", "attention.v"))}),)
+
+
 def _prefix(length: int) -> Methods:
     return (("PrefixTuningCallback", {"length": length, "projection": False}),)
 
@@ -130,6 +134,8 @@ ROWS: tuple[Row, ...] = (
     Row(COMPACTER, "t5-base", _compacter(placement="ffn"), 104_704, "0.047%", "Compacter++; biases; all 62 norms"),
     Row(ADAPTER_BIAS, "bert-base", _BIAS, 66_060, "0.06M", "norms of the feed-forwards and the embedding; truncated"),
     Row(ADAPTER_BIAS, "bert-large", _BIAS, 174_104, "0.17M", "norms of the feed-forwards and the embedding"),
+    Row(LORA_2, "roberta-base", _lora(8), 294_912, "0.3M", "q and v"),
+    Row(LORA_2, "roberta-large", _lora(8), 786_432, "0.8M", "q and v"),
     Row(LORA_2, "roberta-large", _adapter(placement="pfeiffer", bottleneck_size=16), 811_392, "0.8M", "biases"),
     Row(LORA_2, "roberta-large", _adapter(bottleneck_size=8), 835_968, "0.8M", "biases"),
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=6), 368_784, "0.37M", "biases, inner norms"),
@@ -156,6 +162,8 @@ ROWS: tuple[Row, ...] = (
         "no biases; truncated",
     ),
     Row(HE, "bart-large", _prefix(200), 14_745_600, "3.6%", "36 attentions, without the network"),
+    Row(HE, "bart-large", _lora(200), 29_491_200, "7.2%", "q and v of 36 attentions; truncated"),
+    Row(HE, "bart-large", _lora(102, "ffn.up", "ffn.down"), 25_067_520, "6.1%", "truncated"),
     Row(HE, "bart-large", _prefix(512), 37_748_736, "9.2%", "36 attentions, without the network; truncated"),
     Row(
         HE,
