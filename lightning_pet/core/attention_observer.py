@@ -115,7 +115,7 @@ class Observer(TorchFunctionMode):
         result = func(*args, **kwargs)
         kind = None if self._inside else functions.FUNCTIONS.get(func)
         if kind == functions.PRODUCT:
-            self._saw_product(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())), result)
+            self._saw_product(*functions.operands(args, kwargs), result)
         elif kind == functions.ADDED_PRODUCT:
             left, right, factor = functions.added_operands(args, kwargs)
             self._products.append(_Product(left, right, result, _edge(result), tuple(self.recorder.running()), factor))
