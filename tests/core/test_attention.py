@@ -227,8 +227,17 @@ class Turned(Written):
         return (v.mT @ shares).mT
 
 
-def test_an_unknown_form_is_refused_and_named() -> None:
-    model, x = Turned("scaled_scores"), batch(torch.float32)
+class Half(Written):
+    """Two attentions in one, of which a prefix could join the first."""
+
+    def scaled_scores(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = torch.cat([q @ k[:, :, :2].mT, q @ k[:, :, 2:].mT], -1).softmax(-1)
+        return super().scaled_scores(q, k, v) + parts[..., :2] @ v[:, :, :2] + parts[..., 2:] @ v[:, :, 2:]
+
+
+@pytest.mark.parametrize("kind", [Turned, Half])
+def test_an_unknown_form_is_refused_and_named(kind: type[Written]) -> None:
+    model, x = kind("scaled_scores").eval(), batch(torch.float32)
     before = model(x)
     with pytest.raises(TargetError, match="prefix tuning"):
         apply(model, [PrefixTuningCallback(length=P)], forward=lambda: model(x))
