@@ -56,6 +56,12 @@ def softmax_options(args: tuple[Any, ...], kwargs: Mapping[str, Any], scores: Te
     return {"dtype": given[0]} if given else {}
 
 
+def operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Both operands of a product."""
+    first, second = (*args, *kwargs.values())[:2]
+    return first, second
+
+
 def added_operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, float]:
     """Both operands of a ``baddbmm``, and the factor of their product."""
     left = args[1] if len(args) > 1 else kwargs["batch1"]
@@ -111,7 +117,7 @@ class FunctionalRoute(TorchFunctionMode):
         return self._sdpa(args, kwargs) if kind == SDPA else _multi_head(self.live, args, kwargs)
 
     def finish(self) -> None:
-        """The host has run: nothing may be left over."""
+        """The host, or one attention in it, has run: nothing may be left over."""
         if self.shares is not None:
             raise TargetError(
                 "prefix tuning: an attention's shares were not multiplied with values in a way that is known. "
@@ -122,7 +128,7 @@ class FunctionalRoute(TorchFunctionMode):
 
     def _product(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result: Tensor = func(*args, **kwargs)
-        left: Tensor = args[0]
+        left, _ = operands(args, kwargs)
         if self.shares is not None and self.shape is not None and same_shape(left, self.shape):
             return self._with_values(result)
         self.products.append(_Product(left, result))
@@ -148,6 +154,7 @@ class FunctionalRoute(TorchFunctionMode):
         found = next((product for product in self.products if same_scores(product.result, scores)), None)
         if found is None:
             return func(*args, **kwargs)
+        self.finish()
         self.products.remove(found)
         options = softmax_options(args[1:], kwargs, scores)
         theirs, self.shares = attend_with_prefix(scores, self._scores(found.query, scores), **options)

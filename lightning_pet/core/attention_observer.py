@@ -1,5 +1,6 @@
 """Watch a forward, and note every softmax attention: which module runs it, by which route, with what shapes."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -115,7 +116,7 @@ class Observer(TorchFunctionMode):
         result = func(*args, **kwargs)
         kind = None if self._inside else functions.FUNCTIONS.get(func)
         if kind == functions.PRODUCT:
-            self._saw_product(args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())), result)
+            self._saw_product(*functions.operands(args, kwargs), result)
         elif kind == functions.ADDED_PRODUCT:
             left, right, factor = functions.added_operands(args, kwargs)
             self._products.append(_Product(left, right, result, _edge(result), tuple(self.recorder.running()), factor))
@@ -194,19 +195,24 @@ def _scale(product: GradientEdge | None, scores: Tensor, shares: Tensor) -> floa
 
 
 def with_routes(cores: Sequence[AttentionCore], seen: Sequence[Seen]) -> tuple[AttentionCore, ...]:
-    """The cores that a graph shows, with what was seen of them while they ran; and those that only ran."""
+    """The cores that a graph shows (one per call), with what was seen of them while they ran; and those that only ran.
+
+    Each module once per kind. A module of which the graph shows more than was seen has no route.
+    """
     runs: dict[str, list[Seen]] = {}
     for one in seen:
         runs.setdefault(one.owner, []).append(one)
-    taken = {core.owner for core in cores}
+    shown = Counter(core.owner for core in cores)
+    taken = set(shown)
     merged: list[AttentionCore] = []
-    for core in cores:
+    for core in {(core.owner, core.cross): core for core in reversed(cores)}.values():
         owner = core.owner if core.owner in runs else _nearest(core.owner, runs.keys() - taken)
-        if owner is None:
+        if owner is None or len(runs[owner]) < shown[core.owner]:
             merged.append(core)
         else:
             taken.add(owner)
             merged.append(_routed(replace(core, owner=owner), runs[owner]))
+    merged.reverse()
     merged += [_routed(AttentionCore(owner), own) for owner, own in runs.items() if owner not in taken]
     return tuple(merged)
 

@@ -218,12 +218,12 @@ class _Reading:
         return tuple(dict.fromkeys(site for _, site in pairs))
 
     def _attention(self) -> tuple[AttentionCore, ...]:
-        found: dict[tuple[str, bool], AttentionCore] = {}
+        found: list[AttentionCore] = []
         sequence = self.graph.sequence
         for core in self.cores:
             owner = self.taps.owner(sequence[core.first], sequence[core.last])
-            found.setdefault((owner, core.cross), self._core(owner, core))
-        return with_routes(tuple(found.values()), self.seen)
+            found.append(self._core(owner, core))
+        return with_routes(found, self.seen)
 
     def _core(self, owner: str, core: Core) -> AttentionCore:
         key_dim = self.graph.shape(core.q)[-1]

@@ -197,6 +197,28 @@ def test_dropout_reaches_the_shares_of_the_prefix() -> None:
 # --- what cannot be joined is refused ------------------------------------------------------------
 
 
+class Unfinished(Written):
+    """Shares that reach their values in no form that is known, next to an attention of a known one."""
+
+    unknown = False
+
+    def scaled_scores(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shares = (torch.matmul(input=q, other=k.mT) / math.sqrt(DIM)).softmax(-1)
+        if self.unknown:
+            out = (shares[..., None] * v[:, :, None]).sum(-2)
+            return out + super().scaled_scores(q, k, v)
+        return shares @ v
+
+
+def test_shares_that_never_reach_their_values_are_an_error() -> None:
+    model, x = Unfinished("scaled_scores").eval(), batch(torch.float32)
+    adapt(model, x)
+    model(x)
+    model.unknown = True
+    with pytest.raises(TargetError, match="not multiplied with values"):
+        model(x)
+
+
 class Turned(Written):
     """Shares with the keys in front: no form that is known."""
 
@@ -205,8 +227,17 @@ class Turned(Written):
         return (v.mT @ shares).mT
 
 
-def test_an_unknown_form_is_refused_and_named() -> None:
-    model, x = Turned("scaled_scores"), batch(torch.float32)
+class Half(Written):
+    """Two attentions in one, of which a prefix could join the first."""
+
+    def scaled_scores(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = torch.cat([q @ k[:, :, :2].mT, q @ k[:, :, 2:].mT], -1).softmax(-1)
+        return super().scaled_scores(q, k, v) + parts[..., :2] @ v[:, :, :2] + parts[..., 2:] @ v[:, :, 2:]
+
+
+@pytest.mark.parametrize("kind", [Turned, Half])
+def test_an_unknown_form_is_refused_and_named(kind: type[Written]) -> None:
+    model, x = kind("scaled_scores").eval(), batch(torch.float32)
     before = model(x)
     with pytest.raises(TargetError, match="prefix tuning"):
         apply(model, [PrefixTuningCallback(length=P)], forward=lambda: model(x))
