@@ -63,15 +63,31 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "gpt2-medium": ("GPT2LMHeadModel", "GPT2Config", _gpt2(1024, 24), 354_823_168),
     "gpt2-large": ("GPT2LMHeadModel", "GPT2Config", _gpt2(1280, 36), 774_030_080),
     "bart-large": ("BartModel", "BartConfig", {}, 406_291_456),
+    "t0-11b": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "d_model": 4096,
+            "d_ff": 10240,
+            "d_kv": 64,
+            "num_layers": 24,
+            "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        },
+        # With the output layer tied, as transformers builds it; untied, as published, it is 11,135,332,352.
+        11_003_736_064,
+    ),
 }
 
 ADAPTER_BIAS = "Fu et al. 2022 (AdapterBias)"
 COMPACTER = "Karimi Mahabadi et al. 2021 (Compacter), Table 1"
+GUO = "Guo et al. 2021 (diff pruning), Table 1"
 HE = "He et al. 2022, XSum"
 HE_GLUE = "He et al. 2022, GLUE"
 HOULSBY = "Houlsby et al. 2019"
 LORA_2 = "Hu et al. 2021 (LoRA), Table 2"
 LORA_3 = "Hu et al. 2021 (LoRA), Table 3"
+T_FEW = "Liu et al. 2022 (T-Few), Section 3.3"
 
 
 def _adapter(**options: Any) -> Methods:
@@ -190,4 +206,43 @@ ROWS: tuple[Row, ...] = (
         "biases and all 49 norms; the share is of the encoder without embeddings (of the whole model: 1.92%)",
     ),
     Row(HOULSBY, "bert-base", _adapter(bottleneck_size=2, layer_norms=True), 130_608, "0.1%", "biases, all 25 norms"),
+    Row(
+        LORA_2,
+        "roberta-base",
+        (("BitFitCallback", {"biases": "encoder.layer.*"}),),
+        101_376,
+        "0.1M",
+        "the layers; not the norm of the embeddings and the pooler",
+    ),
+    Row(
+        COMPACTER,
+        "t5-base",
+        (
+            (
+                "BitFitCallback",
+                {"biases": ["all", "lm_head"], "exclude_modules": ["*coder.final_layer_norm"], "add_missing": True},
+            ),
+        ),
+        280_932,
+        "0.126%",
+        "biases added to all linear layers, to the 60 norms of the blocks and to the output layer",
+    ),
+    Row(
+        LORA_3,
+        "gpt2-medium",
+        (("LayerFreezingCallback", {"train_last": 2}),),
+        25_192_448,
+        "25.19M",
+        "the last two blocks; not the final norm and the embeddings",
+    ),
+    Row(LORA_3, "gpt2-large", (("FullFineTuningCallback", {}),), 774_030_080, "774.03M", "everything"),
+    Row(GUO, "bert-large", (("LayerFreezingCallback", {"train_last": 1}),), 12_596_224, "3.8%", "the last block"),
+    Row(
+        T_FEW,
+        "t0-11b",
+        (("IA3Callback", {}),),
+        1_081_344,
+        "0.01%",
+        "24 (d_k + d_v + d_ff) in the encoder, 24 (2 d_k + 2 d_v + d_ff) in the decoder",
+    ),
 )
