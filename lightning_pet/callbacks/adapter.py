@@ -62,6 +62,7 @@ class AdapterCallback(PETCallback):
     """
 
     method: ClassVar[str] = "adapter"
+    shards = True
     width: ClassVar[str | None] = "bottleneck_size"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
 

@@ -50,6 +50,7 @@ class AdapterBiasCallback(PETCallback):
     """
 
     method: ClassVar[str] = "adapter_bias"
+    shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
 
     def __init__(

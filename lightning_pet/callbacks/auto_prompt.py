@@ -15,7 +15,7 @@ from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.tokens import load_tokenizer, sampled_ids, special_ids, text_ids
+from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.roots import silenced
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
@@ -39,7 +39,8 @@ class AutoPromptCallback(PETCallback):
         init_text: words to start from, repeated or cut to ``length``; ``None``: the tokenizer's mask token,
             else random common tokens.
         tokenizer: name or folder of the model's tokenizer, to show the trigger as text; ``"bytes"``: UTF-8 bytes.
-        exclude: token ids that are never tried; ``None``: the special tokens of configuration and tokenizer.
+        exclude: token ids that are never tried; ``None``: special tokens, and with a tokenizer all that are
+            no text.
         where: part of an encoder-decoder whose input gets the trigger.
         seed: decides the positions.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
@@ -185,7 +186,7 @@ class AutoPromptCallback(PETCallback):
 
     def _excluded(self, trainer: pl.Trainer, vocabulary: int) -> list[int]:
         special = special_ids(getattr(Controller.get(trainer).adapted.root, "config", None))
-        special += [] if self._words is None else self._words.all_special_ids
+        special += [] if self._words is None else control_ids(self._words, vocabulary)
         return [token for token in (special if self.exclude is None else self.exclude) if token < vocabulary]
 
     def _rows(self, trainer: pl.Trainer) -> tuple[TriggerRows, Tensor]:

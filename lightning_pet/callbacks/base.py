@@ -57,7 +57,7 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
-    shards: ClassVar[bool] = False
+    shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
 
     def __init__(

@@ -51,6 +51,7 @@ class BitFitCallback(PETCallback):
     """
 
     method: ClassVar[str] = "bitfit"
+    shards = True
 
     def __init__(
         self,

@@ -57,6 +57,7 @@ class CompacterCallback(PETCallback):
     """
 
     method: ClassVar[str] = "compacter"
+    shards = True
     width: ClassVar[str | None] = "bottleneck_size"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
 

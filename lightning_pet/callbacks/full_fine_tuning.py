@@ -34,6 +34,7 @@ class FullFineTuningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "full_fine_tuning"
+    shards = True
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """The whole model.

@@ -49,6 +49,7 @@ class IA3Callback(PETCallback):
     """
 
     method: ClassVar[str] = "ia3"
+    shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "target_modules",
         "feedforward_modules",

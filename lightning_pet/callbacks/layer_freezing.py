@@ -79,6 +79,7 @@ class LayerFreezingCallback(PETCallback):
         self.embeddings = embeddings
         self.norms = norms
         self.unfreeze_every = unfreeze_every
+        self.shards = unfreeze_every is None  # engines that shard fix at their set-up what trains
         self.unfreeze_interval = unfreeze_interval
         self._unfrozen: int | None = None  # groups that train at the moment
         self._validate()

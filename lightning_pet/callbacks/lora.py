@@ -61,7 +61,7 @@ class LoRACallback(PETCallback):
     """
 
     method: ClassVar[str] = "lora"
-    shards: ClassVar[bool] = True
+    shards = True
     width: ClassVar[str | None] = "r"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",

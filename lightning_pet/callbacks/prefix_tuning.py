@@ -59,6 +59,7 @@ class PrefixTuningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "prefix_tuning"
+    shards = True
     width: ClassVar[str | None] = "length"
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "init",

@@ -1,7 +1,7 @@
 """What happens around a model during a Trainer's run, for all PET callbacks of that Trainer together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -48,7 +48,7 @@ class TrainerMethod(StartingMethod, Protocol):
     """What the controller asks of a callback, besides what every method answers."""
 
     verbose: bool
-    shards: ClassVar[bool]
+    shards: bool
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""

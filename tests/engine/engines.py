@@ -65,10 +65,6 @@ def fill(net: nn.Module, values: dict[str, torch.Tensor]) -> None:
             own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
 
 
-def model_parallel() -> Strategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-
-
 class CPUFSDP(FSDPStrategy):
     """FSDP1 on the CPU: Lightning passes the index of a CUDA device, which here is none."""
 
@@ -92,16 +88,24 @@ class CPUDeepSpeed(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
 
-def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy]:
-    """The module and strategy of an engine."""
+def strategy_of(engine: str, **options: Any) -> Strategy | str:
+    """The strategy of an engine."""
+    if engine == "ddp":
+        return engine
     if engine.startswith("fsdp2"):
-        return sharding(base, engine.removeprefix("fsdp2").removeprefix("-"))(dropout), model_parallel()
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     if engine.startswith("fsdp"):
-        options: dict[str, Any] = {"auto_wrap_policy": {nn.Linear}} if engine.endswith("layers") else {}
-        return base(Net(dropout=dropout), cosine), CPUFSDP(process_group_backend="gloo", **options)
-    if engine.startswith("zero"):
-        return base(Net(dropout=dropout), cosine), CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo")
-    raise ValueError(engine)
+        return CPUFSDP(process_group_backend="gloo", **options)
+    return CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo")
+
+
+def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy | str]:
+    """The module and strategy of an engine and its variant (``engine-variant``)."""
+    name, _, variant = engine.partition("-")
+    strategy = strategy_of(name, **({"auto_wrap_policy": {nn.Linear}} if variant == "layers" else {}))
+    if name == "fsdp2":
+        return sharding(base, variant)(dropout), strategy
+    return base(Net(dropout=dropout), cosine), strategy
 
 
 def trained_parameters(trainer: Any, engine: str) -> list[int]:

@@ -65,8 +65,10 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "bart-large": ("BartModel", "BartConfig", {}, 406_291_456),
 }
 
+ADAPTER_BIAS = "Fu et al. 2022 (AdapterBias)"
 COMPACTER = "Karimi Mahabadi et al. 2021 (Compacter), Table 1"
 HE = "He et al. 2022, XSum"
+HE_GLUE = "He et al. 2022, GLUE"
 HOULSBY = "Houlsby et al. 2019"
 LORA_2 = "Hu et al. 2021 (LoRA), Table 2"
 LORA_3 = "Hu et al. 2021 (LoRA), Table 3"
@@ -74,6 +76,17 @@ LORA_3 = "Hu et al. 2021 (LoRA), Table 3"
 
 def _adapter(**options: Any) -> Methods:
     return (("AdapterCallback", options),)
+
+
+def _compacter(**options: Any) -> Methods:
+    return (("CompacterCallback", {"layer_norms": True, **options}),)
+
+
+_BIAS: Methods = (("AdapterBiasCallback", {"layer_norms": True}),)
+
+
+def _prefix(length: int) -> Methods:
+    return (("PrefixTuningCallback", {"length": length, "projection": False}),)
 
 
 _PLAIN = {"placement": "parallel", "bias": False}  # He et al. count no biases
@@ -104,6 +117,19 @@ ROWS: tuple[Row, ...] = (
         "0.494%",
         "28 adapters; biases; all 62 norms, those of the dropped layers too",
     ),
+    Row(COMPACTER, "t5-base", _compacter(phm_dim=1), 161_664, "0.073%", "low-rank adapter; biases; all 62 norms"),
+    Row(
+        COMPACTER,
+        "t5-base",
+        _compacter(phm_dim=12, factorized=False),
+        398_976,
+        "0.179%",
+        "PHM adapter: n³ for each of two rules in every adapter; biases; all 62 norms",
+    ),
+    Row(COMPACTER, "t5-base", _compacter(), 161_728, "0.073%", "Compacter: one rule; biases; all 62 norms"),
+    Row(COMPACTER, "t5-base", _compacter(placement="ffn"), 104_704, "0.047%", "Compacter++; biases; all 62 norms"),
+    Row(ADAPTER_BIAS, "bert-base", _BIAS, 66_060, "0.06M", "norms of the feed-forwards and the embedding; truncated"),
+    Row(ADAPTER_BIAS, "bert-large", _BIAS, 174_104, "0.17M", "norms of the feed-forwards and the embedding"),
     Row(LORA_2, "roberta-large", _adapter(placement="pfeiffer", bottleneck_size=16), 811_392, "0.8M", "biases"),
     Row(LORA_2, "roberta-large", _adapter(bottleneck_size=8), 835_968, "0.8M", "biases"),
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=6), 368_784, "0.37M", "biases, inner norms"),
@@ -128,6 +154,24 @@ ROWS: tuple[Row, ...] = (
         29_491_200,
         "7.2%",
         "no biases; truncated",
+    ),
+    Row(HE, "bart-large", _prefix(200), 14_745_600, "3.6%", "36 attentions, without the network"),
+    Row(HE, "bart-large", _prefix(512), 37_748_736, "9.2%", "36 attentions, without the network; truncated"),
+    Row(
+        HE,
+        "bart-large",
+        (*_prefix(30), *_adapter(**_PLAIN, bottleneck_size=512)),
+        27_377_664,
+        "6.7%",
+        "MAM: 36 attentions and 24 feed-forward layers, no biases",
+    ),
+    Row(
+        HE_GLUE,
+        "roberta-base",
+        (*_prefix(16), *_adapter(**_PLAIN, bottleneck_size=16)),
+        589_824,
+        "0.5%",
+        "MAM, no biases",
     ),
     Row(
         HOULSBY,

@@ -259,9 +259,26 @@ class Tagger(nn.Module):
         return self.out(self.lstm(self.table(tokens))[0])
 
 
+class Scored(Tagger):
+    """Takes its labels where it takes its ids."""
+
+    def forward(self, input_ids: Tensor, kinds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(input_ids) + kinds.unsqueeze(-1)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
 class Odd(Tagger):
     def forward(self, sentence: Tensor) -> Tensor:
         return super().forward(sentence)
+
+
+def test_labels_inside_the_consumer_leave_the_prompt_out() -> None:
+    model, ids = Scored(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    kinds, labels = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0, 1, 2], [2, 1, 0]])
+    apply(model, [PromptTuningCallback(length=4)], forward=lambda: model(ids, kinds, labels))
+    loss, logits = model(ids, kinds, labels=labels)
+    assert logits.shape == (2, 3, 3)
+    assert torch.allclose(loss, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
 def test_a_plain_recurrent_model() -> None:
@@ -343,6 +360,16 @@ def test_class_labels_start_from_the_mean_of_their_tokens(words: str) -> None:
     assert torch.allclose(prompt[0], (table[4] + table[5]) / 2)
     assert torch.equal(prompt[1], table[3])
     assert len(set(row_numbers(model, prompt[2:]))) == 3
+
+
+def test_a_tokenizer_keeps_tokens_that_are_no_text_out_of_the_sample(tmp_path: Path) -> None:
+    from transformers import BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{i}]" for i in range(35)), *"abcdefghij"]
+    BertTokenizer(vocab={name: index for index, name in enumerate(names)}).save_pretrained(tmp_path / "bert")
+    model, _ = zoo.bert()
+    apply(model, [PromptTuningCallback(length=10, init="vocabulary", tokenizer=str(tmp_path / "bert"))])
+    assert sorted(row_numbers(model, rows_of(model)[0].prompt)) == list(range(40, 50))
 
 
 def test_text_is_repeated_or_cut(words: str) -> None:
