@@ -25,7 +25,7 @@ from typing import Any
 
 import plain_models
 import torch
-from census_checks import Method, Subject, outcome
+from census_checks import Method, Subject, idle_parameters, outcome
 from torch import nn
 from zoo import CHOICES, DEEP, SECONDS, deadline, running, working_forward
 
@@ -141,7 +141,8 @@ def subject_of(name: str, row: dict[str, Any]) -> Subject:
     if name in plain_models.ALL:
         model, forward = plain_models.ALL[name]()
         model.requires_grad_(False)  # torch chooses other kernels for weights that require grad, even without autograd
-        return Subject(name, "plain torch", model, forward, analyse(model, forward))
+        structure = analyse(model, forward)
+        return Subject(name, "plain torch", model, forward, structure, idle=idle_parameters(model, forward))
     model, forward = running(name, row, CHOICES)
     structure = analyse(model, forward)
     if not structure.attention:  # perhaps a hybrid with its attention further up
@@ -156,7 +157,7 @@ def subject_of(name: str, row: dict[str, Any]) -> Subject:
     if kind in ("causal", "seq2seq"):
         with contextlib.suppress(Exception):
             generator = with_head(name, model, kind)
-    return Subject(name, kind, model, forward, structure, generator)
+    return Subject(name, kind, model, forward, structure, generator, idle_parameters(model, forward))
 
 
 def kind_of(name: str, model: nn.Module) -> str:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 import lightning_pet
 from lightning_pet import Adapted, PETCallback, PETError
+from lightning_pet.core.adaptation import host_parameter
 from lightning_pet.core.adapted import adapt
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.insertion import CHILD
+from lightning_pet.core.naming import canonical, join
 from lightning_pet.core.probe import analyse
 from lightning_pet.core.structure import Structure
 
@@ -62,6 +64,8 @@ class Subject:
     forward: Callable[[], Any]
     structure: Structure
     generator: nn.Module | None = None
+    idle: frozenset[str] = frozenset()
+    """Base parameters on which no output depends differentiably: the image tower of a model that is given text."""
 
 
 def outcome(subject: Subject, method: Method) -> Outcome:
@@ -114,7 +118,7 @@ def check(subject: Subject, method: Method, adapted: Adapted, base: list[Tensor]
         return "a moved delta has no effect"
     if not all(torch.isfinite(value).all() for value in moved):
         return "the output is not finite"
-    silent = without_gradient(subject, adapted)
+    silent = [name for name in without_gradient(subject, adapted) if not excused(subject, adapted, name)]
     if silent:
         return f"no gradient at {silent[0]} ({len(silent)} in all)"
     with adapted.disabled():
@@ -163,21 +167,41 @@ def close(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
     )
 
 
+def excused(subject: Subject, adapted: Adapted, name: str) -> bool:
+    """No output depends on the host of this delta parameter, not even without the delta."""
+    places = {join(path, CHILD, key): target for _, target, path, key in adapted.record.hosts()}
+    target = next(target for path, target in places.items() if name.startswith(f"{path}."))
+    return host_parameter(adapted.root, target) in subject.idle
+
+
+def idle_parameters(model: nn.Module, forward: Callable[[], Any]) -> frozenset[str]:
+    """Parameters that get no gradient from any output of a forward."""
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    for parameter in floating:
+        parameter.requires_grad_(True)
+    silent = no_gradient(model, forward)
+    model.requires_grad_(False)
+    return frozenset(silent)
+
+
 def without_gradient(subject: Subject, adapted: Adapted) -> list[str]:
     """Delta parameters that no output depends on."""
+    own = set(adapted.record.delta_names)
+    return [name for name in no_gradient(adapted.root, subject.forward) if name in own]
+
+
+def no_gradient(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
+    """Parameters that train and get no gradient."""
     torch.manual_seed(1)
-    for parameter in adapted.root.parameters():
-        parameter.grad = None
     loss = sum(
         (value * torch.linspace(0.5, 1.5, value.numel()).view(value.shape)).sum()
-        for value in floats(subject.forward())
+        for value in floats(forward())
         if value.requires_grad
     )
     if isinstance(loss, Tensor):
         loss.backward()
-    names = {canonical(name): p for name, p in adapted.root.named_parameters() if p.requires_grad}
-    silent = [n for n in adapted.record.delta_names if n in names and names[n].grad is None]
-    for parameter in names.values():
+    silent = [canonical(n) for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for parameter in model.parameters():
         parameter.grad = None
     return silent
 

@@ -21,8 +21,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pet import LoRACallback, apply, load_delta, save_delta
+from lightning_pet import DiffPruningCallback, LoRACallback, PETCallback, apply, load_delta, save_delta
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.hard_concrete import HardConcrete
+from lightning_pet.layers.sparse_difference import SparseDifference
 
 DEVICE = "cuda"
 
@@ -78,14 +80,21 @@ def lora(**options: Any) -> LoRACallback:
     return LoRACallback(**{"r": 4, "dropout": 0.1, "target_modules": ["up", "down"], "verbose": False} | options)
 
 
-def fit(module: Module, folder: Path, seed: int = 2, **options: Any) -> pl.Trainer:
+def diff(**options: Any) -> DiffPruningCallback:
+    """Diff pruning whose cut is after seven of the twelve steps."""
+    return DiffPruningCallback(**{"density": 0.1, "l0_weight": 1e-6, "verbose": False, "plot": False} | options)
+
+
+def fit(
+    module: Module, folder: Path, seed: int = 2, method: Callable[[], PETCallback] = lora, **options: Any
+) -> pl.Trainer:
     """Two epochs, a checkpoint after every step."""
     path = options.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="gpu" if DEVICE == "cuda" else "cpu",
         devices=1,
         max_epochs=2,
-        callbacks=[lora(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        callbacks=[method(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -182,6 +191,120 @@ def compiles(folder: Path) -> None:
             torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRACallback": {"target_modules": ["all-linear"], "use_dora": True},
+    "AdaLoRACallback": {"target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 1},
+    "IA3Callback": {},
+    "IntrinsicDimensionCallback": {"d": 500},
+    "AdapterCallback": {"robust_drop": True},
+    "CompacterCallback": {"bottleneck_size": 4},
+    "AdapterBiasCallback": {},
+    "PrefixTuningCallback": {"length": 4, "projection_size": 8},
+    "PromptTuningCallback": {"length": 4},
+    "BitFitCallback": {},
+    "LayerFreezingCallback": {"train_last": 1, "unfreeze_every": 1},
+    "DiffPruningCallback": {"density": 0.05},
+    "FullFineTuningCallback": {},
+}
+
+
+class Classifier(Module):
+    """A small BERT with dropout."""
+
+    def __init__(self) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+        torch.manual_seed(0)
+        super().__init__(BertForSequenceClassification(config))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The model's own loss."""
+        loss: Tensor = self.net(**batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+
+def every_method_trains_and_resumes(folder: Path) -> None:
+    """Two epochs, and again from the middle: the same losses (embeddings sum gradients in no fixed order)."""
+    import lightning_pet
+
+    ids = torch.randint(3, 50, (48, 7), generator=torch.Generator().manual_seed(1))
+    loader = DataLoader([{"input_ids": row, "labels": row[0] % 2} for row in ids], batch_size=8, shuffle=True)
+    for name, options in METHODS.items():
+        runs = []
+        for path in (None, folder / name / "step=4.ckpt"):
+            module = Classifier()
+            method = getattr(lightning_pet, name)(**options, verbose=False)
+            saving = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+            trainer = pl.Trainer(
+                accelerator="gpu" if DEVICE == "cuda" else "cpu",
+                devices=1,
+                max_epochs=2,
+                callbacks=[method, saving] if path is None else [method],
+                logger=False,
+                enable_checkpointing=path is None,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            torch.manual_seed(2 if path is None else 99)
+            trainer.fit(module, loader, ckpt_path=path)
+            runs.append(module.losses)
+        assert len(runs[0]) == 12, (name, runs)
+        torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0][4:]), atol=1e-4, rtol=1e-4, msg=name)
+        print(f"        {name}: {runs[0][0]:.4f} to {runs[0][-1]:.4f}", flush=True)
+
+
+def diff_pruning_resumes_in_both_stages(folder: Path) -> None:
+    """With gates and at fixed places, in float32 and under a gradient scaler; the file is the model."""
+    for precision in ("32-true", "16-mixed" if DEVICE == "cuda" else "bf16-mixed"):
+        whole = Module(base())
+        fit(whole, folder / precision, method=diff, precision=precision)
+        for step in (3, 7, 9):
+            resumed, path = Module(base()), folder / precision / f"step={step}.ckpt"
+            fit(resumed, folder / f"{precision}{step}", seed=99, method=diff, precision=precision, ckpt_path=path)
+            assert resumed.losses == whole.losses[step:], (precision, step)
+            assert same(whole, resumed), (precision, step)
+    save_delta(whole, folder / "delta.pet.safetensors")
+    loaded, net = base().to(DEVICE), whole.net.to(DEVICE).eval()
+    load_delta(loaded, folder / "delta.pet.safetensors")
+    x = torch.randn(32, 64, device=DEVICE)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x), net(x))
+    kept = sum(int(d.count_nonzero()) for d in net.modules() if hasattr(d, "count_nonzero"))
+    assert kept == int(0.1 * sum(p.numel() for p in base().parameters()))
+
+
+def drawn(law: HardConcrete, alpha: Tensor, generator: torch.Generator) -> Tensor:
+    """Gates by their definition."""
+    u = law.uniform(alpha.detach(), generator)
+    return (torch.sigmoid(torch.logit(u) + alpha) * law.width + law.low).clamp(0, 1)
+
+
+def gates_have_the_gradients_of_their_definition(folder: Path) -> None:
+    """The fused operator on the device against plain autograd on the same gates."""
+    net = base().to(DEVICE)
+    apply(net, [diff(l0_weight=0.01)])
+    for delta in (m for m in net.modules() if isinstance(m, SparseDifference)):
+        w, alpha, group = delta.w, delta.alpha, delta.alpha_group
+        nn.init.normal_(w, generator=torch.Generator(DEVICE).manual_seed(4))
+        delta.gates.begin(1)
+        weight = torch.zeros_like(w)
+        out = delta.train()(weight)
+        found = torch.autograd.grad(out.square().sum(), [w, alpha, group])
+        generator, law = delta.gates.generator(w.device), delta.law
+        z_g = drawn(law, group.reshape(()), generator)
+        pieces = alpha.flatten().split(1 << 15 if DEVICE == "cpu" else 1 << 24)
+        z = torch.cat([drawn(law, piece, generator) for piece in pieces])
+        expected = z.view_as(w) * z_g * w
+        torch.testing.assert_close(out, expected)
+        penalty = 0.01 * law.open(alpha).sum() * law.open(group).sum()
+        truth = torch.autograd.grad(expected.square().sum() + penalty, [w, alpha, group])
+        torch.testing.assert_close(list(found), list(truth), atol=1e-4, rtol=1e-3)
+
+
 CHECKS: list[Callable[[Path], None]] = [
     resumes_bit_for_bit,
     resumes_in_mixed_precision,
@@ -189,6 +312,9 @@ CHECKS: list[Callable[[Path], None]] = [
     merges,
     loads_a_delta_file,
     compiles,
+    every_method_trains_and_resumes,
+    diff_pruning_resumes_in_both_stages,
+    gates_have_the_gradients_of_their_definition,
 ]
 
 

@@ -214,7 +214,7 @@ class AdapterFusionCallback(PETCallback):
         if other:
             raise ArgumentError(
                 f"{found.source} trained {len(other)} tensors of the base besides its adapters ({other[0]}), which "
-                "differ between tasks and cannot be fused. Train it with layer_norms=False and modules_to_save=[]."
+                "differ between tasks and cannot be fused. Train it with layer_norms=False and no modules_to_save."
             )
         if found.base is not None:
             record = record_of(root) or Adaptation()

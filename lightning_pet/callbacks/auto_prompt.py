@@ -15,7 +15,7 @@ from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.tokens import load_tokenizer, sampled_ids, special_ids, text_ids
+from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.roots import silenced
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
@@ -39,7 +39,8 @@ class AutoPromptCallback(PETCallback):
         init_text: words to start from, repeated or cut to ``length``; ``None``: the tokenizer's mask token,
             else random common tokens.
         tokenizer: name or folder of the model's tokenizer, to show the trigger as text; ``"bytes"``: UTF-8 bytes.
-        exclude: token ids that are never tried; ``None``: the special tokens of the model's configuration.
+        exclude: token ids that are never tried; ``None``: special tokens, and with a tokenizer all that are
+            no text.
         where: part of an encoder-decoder whose input gets the trigger.
         seed: decides the positions.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
@@ -167,9 +168,7 @@ class AutoPromptCallback(PETCallback):
         if not search.tried:
             search.add_gradient(gradient)
             if search.batches == self.accumulation:
-                excluded = special_ids(getattr(Controller.get(trainer).adapted.root, "config", None))
-                excluded = excluded if self.exclude is None else self.exclude
-                search.propose(rows.ids, table, self.candidates, excluded, self.seed)
+                search.propose(rows.ids, table, self.candidates, self._excluded(trainer, len(table)), self.seed)
             return
         losses = [self._loss(trainer, pl_module, rows, trigger, batch, batch_idx) for trigger in search.triggers()]
         search.add_losses(torch.stack(losses))
@@ -184,6 +183,11 @@ class AutoPromptCallback(PETCallback):
         """Say what was found."""
         super().on_train_end(trainer, pl_module)
         rank_zero_info(f"trigger {self.name}: {self._shown(self._rows(trainer)[0].ids.tolist())}")
+
+    def _excluded(self, trainer: pl.Trainer, vocabulary: int) -> list[int]:
+        special = special_ids(getattr(Controller.get(trainer).adapted.root, "config", None))
+        special += [] if self._words is None else control_ids(self._words, vocabulary)
+        return [token for token in (special if self.exclude is None else self.exclude) if token < vocabulary]
 
     def _rows(self, trainer: pl.Trainer) -> tuple[TriggerRows, Tensor]:
         """The trigger and the weight of its token table."""

@@ -114,6 +114,14 @@ class PETCallback(Callback):
         heads = find_heads(root, targets) if self.modules_to_save is None else self.modules_to_save
         return parameters_below(root, heads, "modules_to_save")
 
+    def heads_within(self, scope: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
+        if self.modules_to_save is None:
+            return parameters_below(scope, find_heads(scope, ()), "modules_to_save")
+        paths = named_modules(scope)
+        there = [head for head in self.modules_to_save if any(f".{path}".endswith(f".{head}") for path in paths)]
+        return parameters_below(scope, there, "modules_to_save")
+
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: the heads."""
         return self.head_parameters(root, targets)

@@ -96,7 +96,7 @@ class BitFitCallback(PETCallback):
         return tuple(kept)
 
     def _present(self, root: nn.Module) -> list[Target]:
-        heads = set(self.head_parameters(root, ()))
+        heads = set(self.heads_within(root))
         split = [name.rpartition(".") for name in names_of_base(root) if name not in heads]
         return [Target(module, parameter) for module, _, parameter in split if "bias" in parameter]
 
@@ -105,7 +105,7 @@ class BitFitCallback(PETCallback):
         if pattern != "all":
             return list(resolve_targets(root, pattern, structure, hosts=_any))
         norms = [Target(path) for path, module in named_places(root).items() if is_norm(module)]
-        heads = {name.rpartition(".")[0] for name in self.head_parameters(root, ())}
+        heads = {name.rpartition(".")[0] for name in self.heads_within(root)}
         linear = resolve_targets(root, "all-linear", structure) if _has_linear(root) else ()
         return [place for place in (*linear, *norms) if place.module not in heads]
 
@@ -119,7 +119,8 @@ class BitFitCallback(PETCallback):
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the vector for one place."""
         host = named_modules(root)[target.module]
-        reference = host._parameters[target.parameter] if target.parameter else next(iter(host._parameters.values()))
+        own = [*host._parameters.values(), *host._buffers.values()]  # a quantised weight may be a buffer
+        reference = host._parameters[target.parameter] if target.parameter else next(t for t in own if t is not None)
         assert reference is not None  # resolve chose it
         wide = reference.dtype in (torch.float32, torch.float64)
         options: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype if wide else torch.float32}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback
@@ -20,7 +20,7 @@ from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.density import DensityCurve
-from lightning_pet.engine.parameter_groups import Exchange, clip_norm
+from lightning_pet.engine.parameter_groups import Exchange, clip_norm, groups_of, set_option
 from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
@@ -236,7 +236,7 @@ class DiffPruningCallback(PETCallback):
     def _report_unreached(self) -> None:
         unreached = [target.path for target, delta in self._live if delta.w is not None and delta.w.grad is None]
         if len(unreached) == len(self._live):
-            raise DeadSiteError("no weight received a gradient: the graph is cut above all of them (torch.no_grad?).")
+            raise DeadSiteError("no weight received a gradient: is the graph cut above all of them by torch.no_grad?")
         if unreached:
             more = f" and {len(unreached) - 4} more" if len(unreached) > 4 else ""
             rank_zero_warn(
@@ -261,9 +261,9 @@ class DiffPruningCallback(PETCallback):
         self._live, self._looked = self.differences(Controller.get(trainer).adapted.root), False
         for _, delta in self._live:
             delta.train()  # a model may be trained in evaluation mode; its gates are random all the same
-        gates = {id(p) for _, delta in self._live for p in delta.gate_parameters}
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self._gate_groups = [group for group in groups if any(id(p) in gates for p in group["params"])]
+        self._gate_groups = groups_of(trainer.optimizers, [p for _, delta in self._live for p in delta.gate_parameters])
+        if trainer.global_step == 0:
+            self._curve = DensityCurve()
         self._plan(trainer)
 
     def _plan(self, trainer: pl.Trainer) -> None:
@@ -297,7 +297,7 @@ class DiffPruningCallback(PETCallback):
         for _, delta in self._live:
             delta.gates.begin(trainer.global_step, batch_idx)
         for group in self._gate_groups:
-            group["lr"] = self.alpha_lr
+            set_option(group, "lr", self.alpha_lr)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -323,10 +323,18 @@ class DiffPruningCallback(PETCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the gates change by themselves again."""
+        self._release()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the gates change by themselves again."""
+        self._release()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _release(self) -> None:
         for _, delta in self._live:
             delta.gates.count()
         self._live, self._gate_groups = [], []
-        super().teardown(trainer, pl_module, stage)
 
     def _cut_if_due(self, trainer: pl.Trainer, due: bool = False) -> None:
         if not self._is_cut and (due or trainer.global_step >= self._cut_at):
@@ -361,11 +369,11 @@ class DiffPruningCallback(PETCallback):
             raise PETError("every difference is zero: nothing was learnt, or l0_weight closed all gates; lower it.")
         if kept < wanted:
             rank_zero_warn(f"only {kept} of {wanted} entries are not zero; a lower l0_weight keeps more gates open.")
-        exchanges = [change for delta, place in zip(deltas, places, strict=True) for change in _fixed(delta, place)]
+        fixed = [(pair, place) for delta, place in zip(deltas, places, strict=True) for pair in delta.fix(place)]
         renew(root)
         stored = sum(t.numel() * t.element_size() for delta in deltas for t in delta.packed().values())
         rank_zero_info(f"diff pruning: kept {kept:,} of {size:,} entries ({kept / size:.3%}), {stored:,} bytes.")
-        return exchanges
+        return [Exchange(*pair, place) for pair, place in fixed]
 
     # --- what is reported -------------------------------------------------------------------------
 
@@ -383,15 +391,6 @@ class DiffPruningCallback(PETCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the interrupted run."""
         self._curve.history = [list(row) for row in state_dict.get("history", [])]
-
-
-def _fixed(delta: SparseDifference, places: Tensor) -> list[Exchange]:
-    if delta.w is None:
-        return []
-    before = delta.w, delta.gate_parameters
-    delta.fix(places)
-    new = delta.values if places.numel() else None
-    return [Exchange(before[0], new, places), *(Exchange(parameter) for parameter in before[1])]
 
 
 def _suffix(target: Target) -> str:

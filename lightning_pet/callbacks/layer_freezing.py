@@ -107,7 +107,7 @@ class LayerFreezingCallback(PETCallback):
         """Find the layers to train, then the norms and embeddings.
 
         Raises:
-            TargetError: if the model has no numbered layers, not the wanted ones, or nothing would train.
+            TargetError: if the model has no numbered layers, or not the wanted ones.
         """
         stacks = layer_stacks(root, structure)
         if not stacks:
@@ -117,16 +117,13 @@ class LayerFreezingCallback(PETCallback):
             )
         layers = [layer for stack in self._chosen(stacks) for layer in self._wanted(stack)]
         targets = [Target(layer, "") for layer in layers]
-        heads = self.head_parameters(root, ())
-        beside = outside(root, stacks, heads)
+        beside = outside(root, stacks, self.heads_within(root))
         norms = beside.norms if self.norms != "none" else ()
         if self.norms == "all":
             frozen = [layer for stack in stacks for layer in stack.layers if layer not in layers]
             norms = (*norms, *norms_inside(root, frozen))
         targets += [_parameter(name, "ffn.norm") for name in norms]
         targets += [_parameter(name, "embedding") for name in beside.embeddings if self.embeddings]
-        if not targets and not heads:
-            raise TargetError("train_last=0 and no head, norm or embedding trains: there is nothing left to train.")
         return tuple(targets)
 
     def _chosen(self, stacks: Sequence[Stack]) -> list[Stack]:
@@ -162,8 +159,14 @@ class LayerFreezingCallback(PETCallback):
         return []
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-        """Names of all parameters that train in the course of the run."""
+        """Names of all parameters that train in the course of the run.
+
+        Raises:
+            TargetError: if there is none.
+        """
         names = [name for group in self._groups(root, targets) for name in group]
+        if not names:
+            raise TargetError("train_last=0 and no head, norm or embedding trains: there is nothing left to train.")
         return tuple(dict.fromkeys(names))
 
     def _groups(self, root: nn.Module, targets: Sequence[Target]) -> list[tuple[str, ...]]:
@@ -230,11 +233,14 @@ class LayerFreezingCallback(PETCallback):
             return
         self._unfrozen = unfrozen
         root, targets = self._applied(trainer)
-        waiting = {name for group in self._groups(root, targets)[unfrozen:] for name in group}
-        freeze(root)
+        groups = self._groups(root, targets)
+        waiting = {name: turn >= unfrozen for turn, group in enumerate(groups) for name in group}
+        for applied in Controller.get(trainer).adapted.record.applied:
+            if applied.key != key_of(self):  # what another method trains, trains from the start
+                waiting |= dict.fromkeys(waiting.keys() & applied.trained, False)
         for name, parameter in root.named_parameters(remove_duplicate=False):
             if canonical(name) in waiting:
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(not waiting[canonical(name)])
 
 
 def _is_count(value: object, least: int | None = None) -> bool:

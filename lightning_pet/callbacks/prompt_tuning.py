@@ -11,7 +11,7 @@ from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.tokens import load_tokenizer, sampled_ids, special_ids, text_ids
+from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.prompt import VirtualRows
 
@@ -34,7 +34,8 @@ class PromptTuningCallback(PETCallback):
             ``"text"`` copies the tokens of ``init_text``, repeated or cut to ``length``.
         init_text: for ``init="text"``.
         class_labels: for ``init="class_labels"``, such as ``["negative", "positive"]``.
-        tokenizer: name or folder of the model's tokenizer, for these two; ``"bytes"`` for UTF-8 bytes.
+        tokenizer: name or folder of the model's tokenizer, for these two (``"bytes"`` for UTF-8 bytes); with
+            ``"vocabulary"`` it leaves out tokens that are no text.
         where: part of an encoder-decoder whose input gets the prompt; ``"both"``: one prompt each.
         encoder: ``"mlp"`` trains the prompt through an MLP, which files hold next to the folded prompt.
         encoder_size: width of this MLP; ``None``: that of the embedding.
@@ -149,16 +150,16 @@ class PromptTuningCallback(PETCallback):
             return None
         table = named_modules(root)[next(target.module for target in targets if target.role == "prompt.rows")]
         vocabulary: Any = table.num_embeddings
+        words = load_tokenizer(self.tokenizer, f"init={self.init!r}") if self.tokenizer is not None else None
         if self.init == "text":
-            ids = text_ids(load_tokenizer(self.tokenizer, "init='text'"), self.init_text or "")
+            ids = text_ids(words, self.init_text or "")
             rows = [[ids[index % len(ids)]] for index in range(self.length)]
         else:
-            rows = []
-            if self.init == "class_labels":
-                tokenizer = load_tokenizer(self.tokenizer, "init='class_labels'")
-                rows = [text_ids(tokenizer, label) for label in self.class_labels or ()]
-            config = getattr(root, "config", None)
-            rows += sampled_ids(self.length - len(rows), vocabulary, special_ids(config))
+            labels = (self.class_labels or ()) if self.init == "class_labels" else ()
+            rows = [text_ids(words, label) for label in labels]
+            special = special_ids(getattr(root, "config", None))
+            special += [] if words is None else control_ids(words, vocabulary)
+            rows += sampled_ids(self.length - len(rows), vocabulary, special)
         largest = max(token for row in rows for token in row)
         if largest >= vocabulary:
             raise ArgumentError(

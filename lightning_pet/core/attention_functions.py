@@ -166,7 +166,8 @@ class FunctionalRoute(TorchFunctionMode):
                 f"prefix tuning: queries of {query.shape[-1]} features, but a prefix of {key.shape[-1]}. "
                 "Exclude this site."
             )
-        product = torch.matmul(_by_head(query, key.shape[0]), key.to(query.dtype).mT) * self.scale
+        query = _by_head(query, key.shape[0])
+        product = torch.matmul(query, _like(key, query).mT) * self.scale
         return product.reshape(*scores.shape[:-1], key.shape[-2]).to(scores.dtype)
 
     def _dropout(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,7 +180,8 @@ class FunctionalRoute(TorchFunctionMode):
         shares, value = self.shares, self.live.value
         assert shares is not None
         self.shares, self.live.used = None, True
-        extra = torch.matmul(_by_head(shares, value.shape[0]), value.to(shares.dtype))
+        shares = _by_head(shares, value.shape[0])
+        extra = torch.matmul(shares, _like(value, shares))
         extra = extra.reshape(result.shape) if order is None else extra.permute(order)
         return result + extra.to(result.dtype)
 
@@ -215,15 +217,21 @@ def same_shape(tensor: Any, shape: torch.Size) -> bool:
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor:
-    """The tensor as batch × heads × rows × features."""
+    """The tensor as batch × heads (× windows) × rows × features."""
     if tensor.dim() == 3 and tensor.shape[0] % heads == 0:
         return tensor.reshape(-1, heads, *tensor.shape[-2:])
-    if tensor.dim() == 4 and heads in (1, tensor.shape[1]):
+    if tensor.dim() in (4, 5) and heads in (1, tensor.shape[1]):
         return tensor
     raise TargetError(
         f"prefix tuning: an attention with tensors of shape {tuple(tensor.shape)}, not laid out as (batch, {heads} "
         "heads, rows, features). Exclude this site."
     )
+
+
+def _like(prefix: Tensor, tensor: Tensor) -> Tensor:
+    """Keys or values of the prefix, so that they multiply with a tensor by head."""
+    windows = (1,) * (tensor.dim() - 4)
+    return prefix.to(tensor.dtype).view(prefix.shape[0], *windows, *prefix.shape[1:])
 
 
 def _dropout_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, bool]:

@@ -122,12 +122,26 @@ def _attend(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if _observer is not None:
-        call = partial(attend, module, query, key, value, attention_mask, *args, **kwargs)
-        return _observer.interface(call, module, key, value)
     prefixes = live_prefixes(module)
-    if not prefixes:
-        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    call = partial(_attend_with, prefixes, attend, kind) if prefixes else attend
+    if _observer is not None:
+        call = partial(call, module, query, key, value, attention_mask, *args, **kwargs)
+        return _observer.interface(call, module, key, value)
+    return call(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _attend_with(
+    prefixes: list[LivePrefix],
+    attend: Callable[..., Any],
+    kind: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     length, positions = 0, key.shape[-2]
     _refuse(kind, positions, kwargs)
     attention_mask = _mask(kind, module, query, key, attention_mask, prefixes, kwargs)

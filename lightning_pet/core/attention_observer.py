@@ -24,6 +24,7 @@ class Seen:
         owner: path of the module that ran it.
         route: how a prefix can get there; ``""``: not at all.
         heads: key/value heads, 0 if the layout does not tell.
+        windows: there is a dimension of windows, which may be in the place of the heads.
         key_dim: features of a key.
         value_dim: features of a value.
         scale: factor of the scores, where they were formed by a product of their own.
@@ -35,6 +36,7 @@ class Seen:
     heads: int
     key_dim: int
     value_dim: int
+    windows: bool = False
     scale: float | None = None
     key: Tensor | None = field(default=None, repr=False)
     value: Tensor | None = field(default=None, repr=False)
@@ -157,10 +159,10 @@ class Observer(TorchFunctionMode):
         score, self._score = self._score, None
         assert score is not None
         common = [a for a, b in zip(score.stack, stack, strict=False) if a is b]
-        heads = score.right.shape[1] if score.right.dim() == 4 else 0  # of the keys: 1 where all queries share them
-        known = self._scale is not None and left.dim() in (3, 4)
+        heads = score.right.shape[1] if score.right.dim() > 3 else 0  # of the keys: 1 where all queries share them
+        known = self._scale is not None and left.dim() in (3, 4, 5)
         seen = self._note(common, "functional" if known else "", heads, score.right.mT, right)
-        seen.scale = self._scale
+        seen.scale, seen.windows = self._scale, left.dim() > 4
 
     def _saw_softmax(self, scores: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], shares: Tensor) -> None:
         found = next((p for p in self._products if functions.same_scores(p.result, scores)), None)
@@ -169,7 +171,7 @@ class Observer(TorchFunctionMode):
         self._products.remove(found)
         last = kwargs.get("dim", args[0] if args else None) in (-1, scores.dim() - 1)
         self._score, self._shape = found, shares.shape
-        scale = _scale(found.made, scores) if last and found.left.dim() in (3, 4) else None
+        scale = _scale(found.made, scores, shares) if last and found.left.dim() in (3, 4, 5) else None
         self._scale = None if scale is None else scale * found.factor
 
 
@@ -177,16 +179,16 @@ def _edge(tensor: Tensor) -> GradientEdge | None:
     return None if tensor.grad_fn is None else get_gradient_edge(tensor)
 
 
-def _scale(product: GradientEdge | None, scores: Tensor) -> float | None:
-    """The factor between a product and the scores that came of it, if it is one number."""
+def _scale(product: GradientEdge | None, scores: Tensor, shares: Tensor) -> float | None:
+    """The factor between a product and the scores that came of it, if it is one number wherever there is a share."""
     if product is None or not scores.requires_grad or scores.is_meta:
         return None
     found = torch.autograd.grad(scores, [product], torch.ones_like(scores), retain_graph=True, allow_unused=True)
     gradient = cast(Tensor | None, found[0])
     if gradient is None:
         return None
-    factors = gradient[gradient != 0]
-    if not factors.numel() or (factors - factors[0]).abs().max() > 1e-6 * factors[0].abs():
+    factors = gradient[shares.detach().reshape(gradient.shape) > 0]
+    if not factors.numel() or not factors[0] or (factors - factors[0]).abs().max() > 1e-6 * factors[0].abs():
         return None
     return float(factors[0])
 
@@ -218,6 +220,7 @@ def _nearest(owner: str, others: Iterable[str]) -> str | None:
 def _routed(core: AttentionCore, runs: Sequence[Seen]) -> AttentionCore:
     first = runs[0]
     heads = first.heads or core.kv_heads
+    sure = not first.windows or heads == core.kv_heads
     alike = {(run.heads or heads, run.key_dim, run.value_dim, run.route) for run in runs}
     scales = {run.scale for run in runs if run.scale is not None}
     return replace(
@@ -225,6 +228,6 @@ def _routed(core: AttentionCore, runs: Sequence[Seen]) -> AttentionCore:
         kv_heads=heads,
         key_dim=first.key_dim,
         value_dim=first.value_dim,
-        route=first.route if heads and len(alike) == 1 and len(scales) < 2 else "",
+        route=first.route if heads and sure and len(alike) == 1 and len(scales) < 2 else "",
         scale=next(iter(scales), None),
     )

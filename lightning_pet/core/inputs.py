@@ -1,10 +1,12 @@
 """Small inputs for models that describe themselves (Hugging Face's ``PreTrainedModel`` and its like)."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _TOKENS = 8
 _SAMPLES = 4000
@@ -27,8 +29,22 @@ def candidate_forwards(model: nn.Module) -> Iterator[Callable[[], Any]]:
             yield _bind(model, {**inputs, **extra})
 
 
+class _NothingPadded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """On the meta device a mask has no values: asked whether all of it holds, it says yes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype is torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 def _bind(model: nn.Module, arguments: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: model(**arguments)
+    def forward() -> Any:
+        on_meta = any(isinstance(value, Tensor) and value.is_meta for value in arguments.values())
+        with _NothingPadded() if on_meta else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+            return model(**arguments)
+
+    return forward
 
 
 def _candidates(model: nn.Module, main: str, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

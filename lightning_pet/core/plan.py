@@ -58,11 +58,13 @@ class Plan:
         return self.trainable / self.base if self.base else 0.0
 
     def __str__(self) -> str:
-        width = max((len(row.place) for row in self.rows), default=5)
-        lines = [f"{'method':<16}{'place':<{width + 2}}{'role':<14}{'shape':<22}{'parameters':>10}"]
-        lines += [
-            f"{row.method:<16}{row.place:<{width + 2}}{row.role:<14}{row.detail:<22}{row.parameters:>10,}"
-            for row in self.rows
+        cells = [(row.method, row.place, row.role, row.detail) for row in self.rows]
+        cells.insert(0, ("method", "place", "role", "shape"))
+        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+        numbers = ["parameters", *(f"{row.parameters:,}" for row in self.rows)]
+        lines = [
+            "".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + f"{number:>10}"
+            for line, number in zip(cells, numbers, strict=True)
         ]
         lines.append(f"trainable {self.trainable:,} of {self.base:,} ({self.share:.3%})")
         if self.frozen:
@@ -82,9 +84,10 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         label = applied.method if applied.name == "default" else f"{applied.method}:{applied.name}"
         place = f"shared by {users[applied.key]} places" if is_shared(target) else target.path
         note = getattr(modules[join(path, "pet", key)], "note", "")
-        detail = " ".join(["×".join(map(str, p.shape)) for p in trained] + [note] * bool(note))
         numbers = sum(p.numel() for p in trained)
         frozen = sum(p.numel() for p in own.values()) - numbers
+        notes = [note] * bool(note) + [f"{frozen:,} frozen"] * bool(frozen)
+        detail = " ".join(["×".join(map(str, p.shape)) for p in trained] + notes)
         rows.append(PlanRow(label, place, target.role or "", detail, numbers, frozen))
     for name in record.trained_names:
         parameter = parameters[name]

@@ -24,7 +24,9 @@ IDS = ("input_ids", "ids", "tokens", "input", "x")
 CACHES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state")
 _MASKS = ("attention_mask",)
 _POSITIONS = ("position_ids", "cache_position")
-_OTHERS_LENGTH = ("encoder_hidden_states", "encoder_attention_mask", "labels", *CACHES)
+_OTHERS_LENGTH = ("encoder_hidden_states", "encoder_attention_mask", *CACHES)
+IGNORED = -100
+"""Label of positions that no loss counts."""
 
 
 class PromptCall(Delta):
@@ -100,8 +102,9 @@ class PromptCall(Delta):
                 extended[name] = with_ones(value, self.length)
             elif name in _POSITIONS and value is not None:
                 extended[name] = with_positions(value, self.length)
-            elif name not in _OTHERS_LENGTH and isinstance(value, Tensor) and value.shape[:2] == (batch, size):
-                extended[name] = with_zeros(value, self.length)
+            elif name not in _OTHERS_LENGTH and _is_aligned(value, batch, size):
+                fill = IGNORED if name == "labels" else 0
+                extended[name] = F.pad(value, (*(0, 0) * (value.ndim - 2), self.length, 0), value=fill)
         return extended
 
     def _continued(self, given: dict[str, Any], seen: int, size: int) -> dict[str, Any]:
@@ -309,9 +312,9 @@ def with_ones(mask: Any, length: int) -> Tensor:
     return F.pad(mask, (length, 0), value=True if mask.dtype is torch.bool else 1)
 
 
-def with_zeros(value: Tensor, length: int) -> Tensor:
-    """A batch × size × … tensor with zeros for the prompt's positions."""
-    return F.pad(value, (*(0, 0) * (value.ndim - 2), length, 0))
+def _is_aligned(value: Any, batch: int, size: int) -> bool:
+    """One entry per token, for every row or for all rows alike."""
+    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] in (1, batch) and value.shape[1] == size
 
 
 def with_positions(positions: Tensor, length: int) -> Tensor:

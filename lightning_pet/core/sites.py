@@ -69,11 +69,14 @@ def build_sites(
         ffn: nodes of gemms known to be a feed-forward's down-projection.
     """
     down = frozenset(ffn)
+    found = [(addition, branch) for addition in additions if (branch := _branch(graph, taps, addition))]
+    known = {tap.order for _, branch in found for tap in branch}
+    strays = {call.path for order, call in enumerate(taps.calls) if call.output is not None and order not in known}
     pairs = []
-    for addition in additions:
-        branch = _branch(graph, taps, addition)
-        if branch:
-            pairs.append((addition, _site(graph, taps, addition, branch, cores, down)))
+    for addition, branch in found:
+        # A dropout that acts inside f as well (on its hidden features, say) does not stand for f(x).
+        own = [tap for tap in branch if tap.call.path not in strays] or branch
+        pairs.append((addition, _site(graph, taps, addition, own, cores, down)))
     return _outermost(pairs)
 
 

@@ -1,5 +1,6 @@
 """Token ids that new rows start from: given words, class labels, or a sample of the vocabulary."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def sampled_ids(length: int, vocabulary: int, special: Sequence[int] = ()) -> li
     Raises:
         ArgumentError: if the vocabulary has fewer tokens.
     """
-    allowed = [token for token in range(min(vocabulary, COMMON + len(set(special)))) if token not in set(special)]
+    left_out = set(special)
+    allowed = [token for token in range(vocabulary) if token not in left_out][:COMMON]
     if length > len(allowed):
         raise ArgumentError(
             f"length={length}: the vocabulary has only {len(allowed)} rows to start from; lower length, or use "
@@ -59,6 +61,13 @@ def sampled_ids(length: int, vocabulary: int, special: Sequence[int] = ()) -> li
         )
     order = torch.randperm(len(allowed))[:length].tolist()
     return [[allowed[index]] for index in order]
+
+
+def control_ids(tokenizer: Any, vocabulary: int) -> list[int]:
+    """Ids of tokens that are no text: special ones, and all in brackets, such as ``[unused7]`` or ``<0x0A>``."""
+    tokens = tokenizer.convert_ids_to_tokens(range(min(vocabulary, len(tokenizer))))
+    bracketed = [index for index, token in enumerate(tokens) if re.fullmatch(r"\[.+\]|<.+>", str(token))]
+    return [*tokenizer.all_special_ids, *bracketed]
 
 
 def special_ids(config: Any) -> list[int]:

@@ -204,6 +204,21 @@ def _remove_group(optimizer: Any, schedulers: list[Any], index: int) -> None:
                 del values[index]
 
 
+def groups_of(optimizers: Sequence[Any], parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """The groups that hold any of these parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [group for group in groups if any(id(parameter) in wanted for parameter in group["params"])]
+
+
+def set_option(group: dict[str, Any], key: str, value: float) -> None:
+    """Set an option of a group that is in use; one that is kept as a tensor is filled, as kernels hold it."""
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
+
+
 def clip_norm(trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
     """Clip the gradients of some parameters to a norm, before the optimizer steps.
 

@@ -39,6 +39,8 @@ name                                                      used for
 ``._hp_optimizer_states_linked``
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
+``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
+``aten._local_scalar_dense``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================

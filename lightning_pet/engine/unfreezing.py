@@ -52,9 +52,12 @@ def check_long_enough(trainer: pl.Trainer, every: int, interval: str, groups: in
 
 
 def _length(trainer: pl.Trainer, interval: str) -> float:
+    """Length of the run as far as it is known beforehand; a stop for another reason is not."""
     steps = trainer.estimated_stepping_batches
+    steps = math.inf if steps < 0 else steps  # a stream of unknown length, without max_steps
     if interval == "step":
         return steps
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    return min(epochs, math.ceil(steps / per_epoch)) if per_epoch else epochs
+    known = math.isfinite(steps) and math.isfinite(per_epoch) and per_epoch > 0
+    return min(epochs, math.ceil(steps / per_epoch)) if known else epochs

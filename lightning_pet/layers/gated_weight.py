@@ -11,6 +11,7 @@ to step, and a compiler would bake those of the first step into its graph.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
@@ -52,6 +53,7 @@ class Gates:
         self._moment: tuple[int, ...] = (0,)
         self._counts = True
         self._used = False
+        _define()
         _alive[self.key] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -198,53 +200,6 @@ def _of_weights(
     return dw, dalpha, flow, opened
 
 
-def _of_key(key: int) -> Gates:
-    if (gates := _alive.get(key)) is None:
-        raise PETError("the gates of a weight were removed between forward and backward; remove a delta after both.")
-    return gates
-
-
-@torch.library.custom_op("lightning_pet::gated_weight", mutates_args=())
-def _gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> Tensor:
-    gates = _of_key(key)
-    gates.arm()
-    return _forward(gates, weight, w, alpha, group)
-
-
-@torch.library.custom_op("lightning_pet::gated_weight_backward", mutates_args=())
-def _gated_weight_backward(
-    gradient: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int
-) -> list[Tensor]:
-    return _backward(_of_key(key), gradient, w, alpha, group)
-
-
-@_gated_weight.register_fake
-def _(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> Tensor:
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-
-
-@_gated_weight_backward.register_fake
-def _(gradient: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in (w, alpha, group) if tensor is not None]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, w, alpha, group, ctx.key = inputs
-    ctx.present = [tensor is not None for tensor in (alpha, group)]
-    ctx.save_for_backward(w, *(tensor for tensor in (alpha, group) if tensor is not None))
-
-
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    w, *rest = ctx.saved_tensors
-    alpha, group = (rest.pop(0) if present else None for present in ctx.present)
-    dw, *found = _gated_weight_backward(gradient, w, alpha, group, ctx.key)
-    dalpha, dgroup = (found.pop(0) if present else None for present in ctx.present)
-    return gradient, dw, dalpha, dgroup, None
-
-
-_gated_weight.register_autograd(_differentiate, setup_context=_keep)
-
-
 def gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, gates: Gates) -> Tensor:
     """``weight + z · z_g · w`` with gates drawn for this step.
 
@@ -261,5 +216,57 @@ def gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor 
     Returns:
         A new tensor like ``weight``.
     """
-    moved: Tensor = _gated_weight(weight, w, alpha, group, gates.key)
+    moved: Tensor = torch.ops.lightning_pet.gated_weight(weight, w, alpha, group, gates.key)
     return moved
+
+
+# --- the operators; defined with the first gates, as that takes milliseconds ------------------------
+
+
+@cache
+def _define() -> None:
+    forward = torch.library.custom_op("lightning_pet::gated_weight", _gated_weight, mutates_args=())
+    forward.register_fake(_fake_forward)
+    forward.register_autograd(_differentiate, setup_context=_keep)
+    backward = torch.library.custom_op("lightning_pet::gated_weight_backward", _gated_weight_backward, mutates_args=())
+    backward.register_fake(_fake_backward)
+
+
+def _of_key(key: int) -> Gates:
+    if (gates := _alive.get(key)) is None:
+        raise PETError("the gates of a weight were removed between forward and backward; remove a delta after both.")
+    return gates
+
+
+def _gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> Tensor:
+    gates = _of_key(key)
+    gates.arm()
+    return _forward(gates, weight, w, alpha, group)
+
+
+def _fake_forward(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _gated_weight_backward(
+    gradient: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int
+) -> list[Tensor]:
+    return _backward(_of_key(key), gradient, w, alpha, group)
+
+
+def _fake_backward(gradient: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (w, alpha, group) if tensor is not None]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, w, alpha, group, ctx.key = inputs
+    ctx.present = [tensor is not None for tensor in (alpha, group)]
+    ctx.save_for_backward(w, *(tensor for tensor in (alpha, group) if tensor is not None))
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    w, *rest = ctx.saved_tensors
+    alpha, group = (rest.pop(0) if present else None for present in ctx.present)
+    dw, *found = torch.ops.lightning_pet.gated_weight_backward(gradient, w, alpha, group, ctx.key)
+    dalpha, dgroup = (found.pop(0) if present else None for present in ctx.present)
+    return gradient, dw, dalpha, dgroup, None

@@ -13,6 +13,7 @@ step into an autograd function's graph.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -52,6 +53,7 @@ class Penalty:
         self.weight = weight
         self.key = next(_keys)
         self._due = False
+        _define()
         _alive[self.key] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -124,7 +126,7 @@ def with_penalty(value: Tensor, parameters: Sequence[Tensor], penalty: Penalty) 
     Returns:
         A tensor equal to ``value``.
     """
-    passed: Tensor = _side(value, list(parameters), penalty.key)
+    passed: Tensor = torch.ops.lightning_pet.side(value, list(parameters), penalty.key)
     return passed
 
 
@@ -133,27 +135,35 @@ def _wide(parameter: Tensor) -> Tensor:
     return value.float() if value.dtype.itemsize < 4 else value
 
 
-@torch.library.custom_op("lightning_pet::side", mutates_args=())
+# --- the operators; defined with the first penalty, as that takes milliseconds ----------------------
+
+
+@cache
+def _define() -> None:
+    side = torch.library.custom_op("lightning_pet::side", _side, mutates_args=())
+    side.register_fake(_fake_side)
+    side.register_autograd(_backward, setup_context=_keep)
+    gradients = torch.library.custom_op("lightning_pet::side_gradients", _side_gradients, mutates_args=())
+    gradients.register_fake(_fake_gradients)
+
+
 def _side(value: Tensor, parameters: list[Tensor], key: int) -> Tensor:
     if (penalty := _alive.get(key)) is not None:
         penalty.arm()
     return value.clone()
 
 
-@torch.library.custom_op("lightning_pet::side_gradients", mutates_args=())
+def _fake_side(value: Tensor, parameters: list[Tensor], key: int) -> Tensor:
+    return torch.empty_like(value)
+
+
 def _side_gradients(gradient: Tensor, parameters: list[Tensor], key: int) -> list[Tensor]:
     if (penalty := _alive.get(key)) is not None:
         return penalty.gradients(parameters)
     return [torch.zeros_like(parameter) for parameter in parameters]
 
 
-@_side.register_fake
-def _(value: Tensor, parameters: list[Tensor], key: int) -> Tensor:
-    return torch.empty_like(value)
-
-
-@_side_gradients.register_fake
-def _(gradient: Tensor, parameters: list[Tensor], key: int) -> list[Tensor]:
+def _fake_gradients(gradient: Tensor, parameters: list[Tensor], key: int) -> list[Tensor]:
     return [torch.empty_like(parameter) for parameter in parameters]
 
 
@@ -163,7 +173,5 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor], None]:
-    return gradient, _side_gradients(gradient, list(ctx.saved_tensors), ctx.key), None
-
-
-_side.register_autograd(_backward, setup_context=_keep)
+    found = torch.ops.lightning_pet.side_gradients(gradient, list(ctx.saved_tensors), ctx.key)
+    return gradient, found, None

@@ -152,15 +152,22 @@ class SparseDifference(Delta):
 
     # --- the two forms ------------------------------------------------------------------------------
 
-    def fix(self, places: Tensor) -> None:
+    def fix(self, places: Tensor) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
         """Keep the difference at these places only, and train it there from now on.
 
         It starts with the values that evaluation used. Without any place it is frozen, and costs nothing.
 
         Args:
             places: flat indices, rising.
+
+        Returns:
+            Every parameter until now, with the one that goes on in its place; none if it is fixed already.
         """
+        if self.w is None:
+            return []
+        old, gates = self.w, self.gate_parameters
         self._take_fixed_form(places, self.difference().detach().reshape(-1)[places])
+        return [(old, self.values if places.numel() else None), *((gate, None) for gate in gates)]
 
     def _take_fixed_form(self, places: Tensor, values: Tensor) -> None:
         self.w = self.alpha = self.alpha_group = None

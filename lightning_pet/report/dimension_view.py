@@ -25,7 +25,7 @@ def show_dimension(found: Dimension, metric: str, console: Console | None = None
 def _row(point: Point, found: Dimension) -> list[str]:
     label = "full" if point.d is None else f"{point.d:,}"
     numbers = (point.mean, min(point.metrics), max(point.metrics))
-    return [label, *(f"{number:.3f}" for number in numbers), f"{point.mean / found.full.mean:.0%}"]
+    return [label, *(f"{number:.3f}" for number in numbers), f"{point.mean / found.full.mean:.1%}"]
 
 
 def sentence(found: Dimension) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_pet.core.insertion import CHILD
+from lightning_pet.core.preparation import is_shared
 from lightning_pet.store.reader import Stored, read
 
 
@@ -50,7 +51,7 @@ def _method(stored: Stored, index: int) -> dict[str, Any]:
         "method": record.method,
         "name": record.name,
         "config": dict(record.config),
-        "places": [target.path for target in record.targets],
+        "places": [target.path for target in record.targets if not is_shared(target)],
         "parameters": sum(tensor.numel() for tensor in own),
     }
 

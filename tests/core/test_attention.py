@@ -1,8 +1,7 @@
 """Prefixes against the formula, in attention of every form; and the masks that go with them."""
 
 import math
-import subprocess
-import sys
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from tiny_models import hf, ids
 from torch import Tensor, nn
 
-from lightning_pet import DeadSiteError, PrefixTuningCallback, TargetError, apply
+from lightning_pet import DeadSiteError, LoRACallback, PrefixTuningCallback, TargetError, apply
+from lightning_pet.core import attention_interface
 from lightning_pet.core.attention import AttentionPrefix, PrefixSite
 from lightning_pet.core.attention_masks import causal, wider
 from lightning_pet.core.probe import probe
@@ -53,6 +53,10 @@ class Written(nn.Module):
         q, k, v = (x.permute(2, 0, 1, 3) for x in (q, k, v))
         shares = (torch.einsum("ibnd,jbnd->bnij", q / math.sqrt(DIM), k)).softmax(dim=-1)
         return torch.einsum("jbnd,bnij->ibnd", v, shares).permute(1, 2, 0, 3)
+
+    def windows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unsqueeze(2) for x in (q, k, v))
+        return ((q @ k.mT / math.sqrt(DIM)).softmax(-1) @ v).squeeze(2)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -99,7 +103,8 @@ def gated(q: Tensor, k: Tensor, v: Tensor, prefix: AttentionPrefix, mask: Tensor
 
 
 FORMS = [
-    "scaled_scores", "scaled_queries", "flat_bmm", "sums", "turned_sums", "fused", "fused_flat", "fused_causal"
+    "scaled_scores", "scaled_queries", "flat_bmm", "sums", "turned_sums", "windows", "fused", "fused_flat",
+    "fused_causal",
 ]  # fmt: skip
 
 
@@ -229,23 +234,26 @@ def test_sizes_survive_a_round_trip() -> None:
             PrefixSite.read(sizes)
 
 
-def test_the_table_is_wrapped_only_when_a_prefix_needs_it() -> None:
-    code = """
-import torch, lightning_pet as pet
-from transformers.modeling_utils import AttentionInterface
-from tests.methods import zoo
-before = AttentionInterface.get_interface
-model, run = zoo.bert()
-pet.apply(model, [pet.LoRACallback(r=2)])
-assert AttentionInterface.get_interface is before
-model, run = zoo.transformer_encoder()
-pet.apply(model, [pet.PrefixTuningCallback(length=2)], forward=lambda: run(model))
-assert AttentionInterface.get_interface is before
-model, run = zoo.bert()
-pet.apply(model, [pet.PrefixTuningCallback(length=2)])
-assert AttentionInterface.get_interface is not before
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_the_table_is_wrapped_only_when_a_prefix_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import AttentionInterface
+
+    before = attention_interface._original or AttentionInterface.get_interface
+    monkeypatch.setattr(AttentionInterface, "get_interface", before)
+    monkeypatch.setattr(attention_interface, "_original", None)
+    apply(hf("bert"), [LoRACallback(r=2)])
+    adapt(Written("fused"), batch(torch.float32))
+    assert AttentionInterface.get_interface is before
+    model = hf("bert").eval()
+    apply(model, [PrefixTuningCallback(length=2)])
+    wrapped = AttentionInterface.get_interface
+    assert wrapped is not before
+    apply(hf("bert"), [PrefixTuningCallback(length=2)])
+    assert AttentionInterface.get_interface is wrapped
+    monkeypatch.setattr(AttentionInterface, "get_interface", before)
+    monkeypatch.setattr(attention_interface, "_original", None)
+    copied = pickle.loads(pickle.dumps(model))  # as in a new process
+    assert AttentionInterface.get_interface is not before
+    assert torch.equal(copied(ids())[0], model(ids())[0])
 
 
 # --- masks ---------------------------------------------------------------------------------------

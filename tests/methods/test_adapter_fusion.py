@@ -193,6 +193,7 @@ def test_the_plan_shows_what_is_frozen() -> None:
     one = 3 * (D + 8)
     assert [row.frozen for row in plan.rows if row.method == "adapter_fusion"] == [64, 64, *[2 * one] * 4]
     assert plan.frozen == 2 * 64 + 8 * one
+    assert "64 frozen" in plan.rows[0].detail
     assert f"frozen in the delta {plan.frozen:,}" in str(plan)
 
 
@@ -209,7 +210,6 @@ def test_applied_adapters_are_fused_by_name_and_leave() -> None:
         assert all(torch.equal(a, b) for a, b in zip(one.members.parameters(), other.members.parameters(), strict=True))
     adapted.remove()
     assert not [name for name, _ in by_name.named_parameters() if ".pet." in name]
-    by_name.classifier.load_state_dict(zoo.bert()[0].classifier.state_dict())
     assert torch.equal(run(by_name), before)
 
 
@@ -345,3 +345,24 @@ def test_errors_leave_the_model_alone(tmp_path: Path) -> None:
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         AdapterFusionCallback(**options)
+
+
+def test_confined_to_a_submodule(tmp_path: Path) -> None:
+    first = Task()
+    perturb(apply(first, [CompacterCallback(**SIZE, module="net.bert")]))
+    save_delta(first, tmp_path / "first.pet.safetensors")
+    second = Task()
+    source = str(tmp_path / "first.pet.safetensors")
+    adapted = apply(second, [AdapterFusionCallback(adapters=[source], module="net.bert")])
+    assert adapted.record.scopes == ("bert",)
+    assert len(mixtures(second.net.bert)) == 4
+
+
+def test_an_equal_callback_finds_its_fusion_again() -> None:
+    model, run = zoo.bert()
+    files = [stage_one("bert", name) for name in ("a", "b")]
+    apply(model, [AdapterFusionCallback(adapters=files)])
+    expected = run(model)
+    apply(model, [AdapterFusionCallback(adapters=files)])
+    assert torch.equal(run(model), expected)
+    assert len(mixtures(model)) == 4

@@ -34,7 +34,6 @@ FREE = {"method": AutoPromptCallback, "exact_identity": False, "identity_toleran
 class TestAutoPrompt(Battery):
     cases: ClassVar[list[Case]] = [
         Case("gpt2", parameters=0, **FREE),
-        Case("t5", parameters=0, **FREE),
         Case("embedding", options={"modules_to_save": []}, parameters=0, **FREE),
     ]
 

@@ -178,25 +178,14 @@ def test_a_model_without_the_sub_layer_is_refused() -> None:
         apply(bert, [CompacterCallback(**SIZE, cross_attention=True)])
 
 
-# --- published counts ----------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, 161_728),
-        ({"placement": "ffn"}, 104_704),
-        ({"phm_dim": 12, "factorized": False}, 398_976),
-        ({"phm_dim": 12, "factorized": False, "shared_rule": True}, 234_816),
-        ({"phm_dim": 1}, 161_664),
-    ],
-)
-def test_published_counts(options: dict[str, Any], expected: int) -> None:
-    """T5-base with all 62 norms, and the head not counted (Karimi Mahabadi et al. 2021, table 1)."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32_100}
-    with torch.device("meta"):
-        model = T5ForConditionalGeneration(T5Config(**sizes))
-    plan = apply(model, [CompacterCallback(**options, layer_norms=True)]).plan()
-    assert (plan.trainable, plan.base) == (expected, 222_882_048)
+def test_a_base_checkpoint_loads_strictly_and_half_a_delta_does_not() -> None:
+    model, _ = zoo.bert()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply(model, [CompacterCallback(**SIZE)])
+    model.load_state_dict(base, strict=True)
+    half = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("down.left")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*down\.left"):
+        model.load_state_dict(half, strict=True)

@@ -285,7 +285,7 @@ def test_sparse_file_and_merge_equal_dense(dtype: torch.dtype, tmp_path: Path) -
         assert torch.equal(merged, (base.to(wide) + difference).to(dtype))
 
 
-@pytest.mark.parametrize("name", ["gpt2"])
+@pytest.mark.parametrize("name", ["lstm"])
 def test_a_new_process_loads_bit_exactly(name: str, tmp_path: Path) -> None:
     model, run = getattr(zoo, name)()
     callback = DIFF(density=0.05)
@@ -395,3 +395,26 @@ def test_a_cut_of_nothing_is_refused() -> None:
     with pytest.raises(PETError, match="NaN"):
         callback.cut(model)
     assert not any(delta.is_fixed for delta in deltas(model))
+
+
+def test_raw_parameters_and_lists_of_them() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.shifts = nn.ParameterList([torch.zeros(3), torch.ones(3)])
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.attention(x, x, x)[0][..., :3]
+            return y * self.scale + self.shifts[0] - self.shifts[1]
+
+    model, x = Raw(), torch.randn(2, 5, 4)
+    adapted = apply(model, [DIFF(density=0.2)], forward=lambda: model(x))
+    model.train()(x).square().sum().backward()
+    assert {row.place for row in adapted.plan().rows} == {n for n, _ in Raw().named_parameters()}
+    assert all(delta.w.grad.count_nonzero() > 0 for delta in deltas(model))
+    perturb(adapted)
+    attached = model.eval()(x)
+    adapted.merge_()
+    torch.testing.assert_close(model(x), attached)

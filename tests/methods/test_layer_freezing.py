@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_pet import (
     ArgumentError,
+    BitFitCallback,
     LayerFreezingCallback,
     LoRACallback,
     TargetError,
@@ -78,6 +79,18 @@ def test_embeddings_and_norms_by_option() -> None:
     tokens = below("vit", "vit.embeddings")
     assert trained("vit", train_last=0, embeddings=True) == head | tokens
     assert trained("vit", train_last=0, norms="final") == head | below("vit", "vit.layernorm")
+
+
+def test_one_submodule_and_a_head_outside_of_it() -> None:
+    model, _ = zoo.bert()
+    model.bert.embeddings.requires_grad_(False)
+    callback = LayerFreezingCallback(0, module="bert.encoder", modules_to_save=["classifier"])
+    assert apply(model, [callback]).record.applied[0].trained == ("classifier.weight", "classifier.bias")
+    model, _ = zoo.bert()
+    callback = LayerFreezingCallback(1, module="bert.encoder", modules_to_save=["classifier"])
+    assert set(apply(model, [callback]).record.applied[0].trained) == below(
+        "bert", "bert.encoder.layer.1", "classifier"
+    )
 
 
 def test_only_the_trained_layers_do_backward_work() -> None:
@@ -181,6 +194,37 @@ def test_resume_is_exact_in_any_stage(step: int, tmp_path: Path) -> None:
     assert watch.moved == [stage for stage in STAGES for _ in range(5)][step:]
 
 
+def test_what_another_method_trains_does_not_wait() -> None:
+    module, watch = Module(Deep(), decaying), Watch()
+    fit(module, gradual(embeddings=False), BitFitCallback(verbose=False), watch, max_epochs=4)
+    assert watch.moved[0] == "head210embed"
+
+
+def test_two_stacks_of_their_own_pace() -> None:
+    watch = Watch()
+    one = gradual(train_layers=[2], embeddings=False, unfreeze_every=1)
+    other = gradual(train_layers=[0], embeddings=False, unfreeze_every=2, name="slow")
+    fit(Module(Deep(), decaying), one, other, watch, max_epochs=3)
+    assert watch.moved == [stage for stage in ("head", "head2", "head20") for _ in range(5)]
+
+
+def test_a_stream_of_unknown_length() -> None:
+    watch = Watch()
+    module = Module(Deep(), decaying)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    run = trainer(gradual(), watch, max_epochs=5)
+    run.fit(module, loader)
+    assert watch.moved == [stage for stage in STAGES for _ in range(3)]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Twelve rows, without saying so."""
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return iter([(torch.randn(WIDTH, generator=generator), i % CLASSES) for i in range(12)])
+
+
 def test_a_second_fit_starts_from_the_top_again() -> None:
     module, watch = Module(Deep(), decaying), Watch()
     callback = gradual(embeddings=False)
@@ -200,7 +244,7 @@ print("FOUND", digest(module))
 
 
 def test_two_processes_on_the_same_rows_equal_one() -> None:
-    codes, outputs = launch(["-c", ONE_OF_TWO])
+    codes, outputs = launch(["-c", ONE_OF_TWO], timeout=300)
     assert codes == [0, 0], outputs[0][-3000:]
     module = Module(Deep(), decaying)
     fit(module, gradual(), max_epochs=5, data=Data(shuffle=False))

@@ -213,6 +213,18 @@ def test_attention_weights_keep_their_shape() -> None:
     assert (shares[0].sum(-1) < 1).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_flex_attention_equals_sdpa(name: str) -> None:
+    tokens, padding = ids(), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    for kwargs in ({}, {"attention_mask": padding}):
+        model = with_prefix(name, "sdpa")
+        expected = logits(model, tokens, **kwargs)
+        model.config._attn_implementation = "flex_attention"
+        visible = padding.bool() if kwargs else torch.ones(2, 7).bool()
+        assert (logits(model, tokens, **kwargs) - expected)[visible].abs().max() < 1e-5
+
+
 def test_flash_attention_by_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     """No such kernel runs here: a function of the same contract (2-D masks, aligned at the end) stands in."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -300,6 +300,27 @@ def test_two_prefixes_and_a_low_rank_delta_on_one_attention() -> None:
     assert torch.equal(frozen_output(model, run), before)
 
 
+@pytest.mark.parametrize("name", ["llama", "transformer_encoder"])
+def test_methods_that_come_later_see_the_same_model(name: str) -> None:
+    from lightning_pet import LoRACallback
+
+    model, run = getattr(zoo, name)()
+    base = frozen_output(model, run)
+    apply(model, [PrefixTuningCallback(**DIRECT)], forward=lambda: run(model))
+    apply(model, [LoRACallback(r=2)], forward=lambda: run(model))
+    both = apply(model, [PrefixTuningCallback(**DIRECT, name="second")], forward=lambda: run(model))
+    assert [(a.key, len(a.targets)) for a in both.record.applied] == [
+        ("prefix_tuning_default", 2),
+        ("lora_default", 4),
+        ("prefix_tuning_second", 2),
+    ]
+    assert [site.site for site in prefixes(model)[:2]] == [prefixes(model)[0].site] * 2
+    run(model).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    both.remove()
+    assert torch.equal(frozen_output(model, run), base)
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

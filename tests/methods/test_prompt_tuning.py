@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from lightning_pet import (
     Adapted,
+    AdapterCallback,
     ArgumentError,
+    BitFitCallback,
     DeltaFileError,
+    PrefixTuningCallback,
     PromptTuningCallback,
     TargetError,
     apply,
@@ -30,12 +33,10 @@ class TestPromptTuning(Battery):
     cases: ClassVar[list[Case]] = [
         Case("embedding", options={"length": 3, "modules_to_save": []}, parameters=3 * 6, **FREE),
         Case("bert", options={"length": 3}, parameters=3 * 16, **FREE),
-        Case("gpt2", options={"length": 3}, parameters=3 * 16, **FREE),
         Case("gpt2", options={"length": 3, "init": "vocabulary"}, parameters=3 * 16, needs_values=True, **FREE),
         Case(
             "llama", options={"length": 3, "encoder": "mlp", "encoder_size": 8}, parameters=3 * 16 + TWO_LAYERS, **FREE
         ),
-        Case("t5", options={"length": 3}, parameters=3 * 16, **FREE),
         Case("t5", options={"length": 3, "where": "both"}, parameters=2 * 3 * 16, **FREE),
         Case("whisper", options={"length": 3, "where": "decoder"}, parameters=3 * 16, **FREE),
     ]
@@ -117,6 +118,26 @@ def test_two_prompts_stand_one_after_the_other() -> None:
     assert torch.equal(
         model.generate(ids, max_new_tokens=6, do_sample=False), one.generate(ids, max_new_tokens=6, do_sample=False)
     )
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("step", [1, -1], ids=["first", "last"])
+def test_together_with_prefix_adapter_and_biases(name: str, step: int, tmp_path: Path) -> None:
+    model, run = getattr(zoo, name)()
+    before = frozen_output(model, run)
+    methods = [PromptTuningCallback(length=3), PrefixTuningCallback(length=2), AdapterCallback(), BitFitCallback()]
+    handle = apply(model, methods[::step], forward=lambda: run(model))
+    perturb(handle, 0.1)
+    together = frozen_output(model, run)
+    assert together.shape == before.shape
+    save_delta(model, tmp_path / "delta.pet.safetensors")
+    fresh, _ = getattr(zoo, name)()
+    load_delta(fresh, tmp_path / "delta.pet.safetensors")
+    assert torch.equal(frozen_output(fresh, run), together)
+    with handle.disabled():
+        assert torch.equal(frozen_output(model, run), before)
+    handle.remove()
+    assert torch.equal(frozen_output(model, run), before)
 
 
 # --- what the consumer is called with ------------------------------------------------------------
@@ -225,6 +246,54 @@ def test_no_place_is_an_error_that_names_the_model() -> None:
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
+class Tagger(nn.Module):
+    """Plain torch: no mask, no configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.lstm(self.table(tokens))[0])
+
+
+class Scored(Tagger):
+    """Takes its labels where it takes its ids."""
+
+    def forward(self, input_ids: Tensor, kinds: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(input_ids) + kinds.unsqueeze(-1)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+class Odd(Tagger):
+    def forward(self, sentence: Tensor) -> Tensor:
+        return super().forward(sentence)
+
+
+def test_labels_inside_the_consumer_leave_the_prompt_out() -> None:
+    model, ids = Scored(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    kinds, labels = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0, 1, 2], [2, 1, 0]])
+    apply(model, [PromptTuningCallback(length=4)], forward=lambda: model(ids, kinds, labels))
+    loss, logits = model(ids, kinds, labels=labels)
+    assert logits.shape == (2, 3, 3)
+    assert torch.allclose(loss, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+def test_a_plain_recurrent_model() -> None:
+    model, ids = Tagger(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    handle = apply(model, [PromptTuningCallback(length=4)], forward=lambda: model(ids))
+    ours = model(ids)
+    with handle.disabled():
+        embedded = torch.cat([rows_of(model)[0].prompt.expand(2, -1, -1), model.table(ids)], 1)
+        reference = model.out(model.lstm(embedded)[0])[:, 4:]
+    assert (ours - reference).abs().max() < 1e-6
+    odd = Odd()
+    with pytest.raises(TargetError, match="Odd: no module around the token table 'table'"):
+        apply(odd, [PromptTuningCallback()], forward=lambda: odd(ids))
+
+
 def test_more_than_the_positions_is_an_error() -> None:
     model, _ = zoo.gpt2()
     with pytest.raises(ArgumentError, match="has 32 positions, so a prompt can have at most 31"):
@@ -291,6 +360,16 @@ def test_class_labels_start_from_the_mean_of_their_tokens(words: str) -> None:
     assert torch.allclose(prompt[0], (table[4] + table[5]) / 2)
     assert torch.equal(prompt[1], table[3])
     assert len(set(row_numbers(model, prompt[2:]))) == 3
+
+
+def test_a_tokenizer_keeps_tokens_that_are_no_text_out_of_the_sample(tmp_path: Path) -> None:
+    from transformers import BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{i}]" for i in range(35)), *"abcdefghij"]
+    BertTokenizer(vocab={name: index for index, name in enumerate(names)}).save_pretrained(tmp_path / "bert")
+    model, _ = zoo.bert()
+    apply(model, [PromptTuningCallback(length=10, init="vocabulary", tokenizer=str(tmp_path / "bert"))])
+    assert sorted(row_numbers(model, rows_of(model)[0].prompt)) == list(range(40, 50))
 
 
 def test_text_is_repeated_or_cut(words: str) -> None:

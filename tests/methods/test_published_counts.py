@@ -1,0 +1,40 @@
+"""Published numbers of parameters, by configuration alone; nothing is allocated."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_pet
+
+from .published_counts import ARCHITECTURES, ROWS, Row
+
+
+@functools.cache
+def model_of(architecture: str) -> nn.Module:
+    """The model on the meta device."""
+    import transformers
+
+    model_class, config_class, sizes, _ = ARCHITECTURES[architecture]
+    with torch.device("meta"):
+        return getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes)).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_models_have_their_published_size(architecture: str) -> None:
+    numbers = sum(parameter.numel() for parameter in model_of(architecture).parameters())
+    assert numbers == ARCHITECTURES[architecture][3]
+
+
+def name_of(row: Row) -> str:
+    methods = "+".join(name.removesuffix("Callback") for name, _ in row.methods)
+    return f"{row.source.partition(' ')[0]}-{row.architecture}-{methods}-{row.expected}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_a_row(row: Row) -> None:
+    callbacks = [getattr(lightning_pet, name)(**options) for name, options in row.methods]
+    adapted = lightning_pet.apply(copy.deepcopy(model_of(row.architecture)), callbacks)
+    assert adapted.plan().trainable == row.expected
