@@ -1,4 +1,4 @@
-"""Every method on DDP and on every engine that shards: the losses of one process, and an exact resume; or a refusal by name."""
+"""Every method on DDP and on every engine that shards: the losses of one process and an exact resume, or a refusal."""
 
 import json
 import re
