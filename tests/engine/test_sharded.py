@@ -145,6 +145,12 @@ def test_starts_from_a_file(one, two):
     assert [rank["started"] for rank in two[1]] == pytest.approx([expected] * 2, rel=1e-5)
 
 
+def test_a_delta_file_of_parts_is_refused(two):
+    for rank in two[1]:
+        assert "trainer.save_checkpoint" in rank.get("direct", "trainer.save_checkpoint")
+    assert not (two[0] / "direct.pet.safetensors").exists()
+
+
 def test_a_full_disk_stops_every_rank(two):
     first, second = (rank["full"] for rank in two[1])
     assert first == "[Errno 28] No space left on device"
