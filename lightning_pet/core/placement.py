@@ -151,8 +151,12 @@ class _Finder:
             )
         label = "cross-attention" if "cross" in missing else f"sub-layer of kind {(missing or list(kinds))[0]!r}"
         listed = ", ".join(sorted(found))
-        advice = "cross_attention=False" if "cross" in missing else f"sublayers=[{sorted(found - {'cross'})[0]!r}]"
-        raise TargetError(f"{self.model} has no {label} with a residual sum. Found: {listed}. Set {advice}.")
+        others = sorted(found - {"cross"})
+        own = (
+            f"sublayers=[{others[0]!r}]" if others else "cross_attention=True with sublayers left out, or LoRACallback"
+        )
+        advice = "cross_attention=False" if "cross" in missing else own
+        raise TargetError(f"{self.model} has no {label} with a residual sum. Found: {listed}. Use {advice}.")
 
     def selection(self, layers: Sequence[int] | None, exclude: Sequence[str]) -> _Selection:
         """The user's choice of places; raises if it speaks of what does not exist."""
