@@ -90,6 +90,10 @@ LORA_3 = "Hu et al. 2021 (LoRA), Table 3"
 T_FEW = "Liu et al. 2022 (T-Few), Section 3.3"
 
 
+def _one(name: str, **options: Any) -> Methods:
+    return ((f"{name}Callback", options),)
+
+
 def _adapter(**options: Any) -> Methods:
     return (("AdapterCallback", options),)
 
@@ -148,9 +152,27 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(COMPACTER, "t5-base", _compacter(), 161_728, "0.073%", "Compacter: one rule; biases; all 62 norms"),
     Row(COMPACTER, "t5-base", _compacter(placement="ffn"), 104_704, "0.047%", "Compacter++; biases; all 62 norms"),
+    Row(COMPACTER, "t5-base", _one("PromptTuning", length=100), 76_800, "0.034%", "at the encoder's input; no norms"),
+    Row(COMPACTER, "t5-base", _one("IntrinsicDimension", d=20_000), 20_000, "0.009%", "θ and λ together"),
+    Row(
+        COMPACTER,
+        "t5-base",
+        _one("BitFit", biases=["all", "lm_head"], add_missing=True, exclude_modules=["final_layer_norm"]),
+        280_932,
+        "0.126%",
+        "biases are added to all linear layers, the norms of the layers, and the output layer",
+    ),
     Row(ADAPTER_BIAS, "bert-base", _BIAS, 66_060, "0.06M", "norms of the feed-forwards and the embedding; truncated"),
     Row(ADAPTER_BIAS, "bert-large", _BIAS, 174_104, "0.17M", "norms of the feed-forwards and the embedding"),
     Row(LORA_2, "roberta-base", _lora(8), 294_912, "0.3M", "q and v"),
+    Row(
+        LORA_2,
+        "roberta-base",
+        _one("BitFit", exclude_modules=["embeddings.LayerNorm", "pooler.dense"]),
+        101_376,
+        "0.1M",
+        "biases of the layers",
+    ),
     Row(LORA_2, "roberta-large", _lora(8), 786_432, "0.8M", "q and v"),
     Row(LORA_2, "roberta-large", _adapter(placement="pfeiffer", bottleneck_size=16), 811_392, "0.8M", "biases"),
     Row(LORA_2, "roberta-large", _adapter(bottleneck_size=8), 835_968, "0.8M", "biases"),
@@ -158,6 +180,7 @@ ROWS: tuple[Row, ...] = (
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=224), 11_089_152, "11.09M", "biases, inner norms"),
     Row(LORA_3, "gpt2-large", _adapter(**_LIN, bottleneck_size=8), 875_808, "0.88M", "biases, inner norms"),
     Row(LORA_3, "gpt2-large", _adapter(**_LIN, bottleneck_size=248), 23_002_848, "23.00M", "biases, inner norms"),
+    Row(LORA_3, "gpt2-medium", _one("LayerFreezing", train_last=2), 25_192_448, "25.19M", "without the last norm"),
     Row(HE, "bart-large", _adapter(**_PLAIN, bottleneck_size=200), 9_830_400, "2.4%", "no biases"),
     Row(HE, "bart-large", _adapter(**_PLAIN, bottleneck_size=512), 25_165_824, "6.1%", "no biases; truncated"),
     Row(HE, "bart-large", _adapter(**_PLAIN, bottleneck_size=1024), 50_331_648, "12.3%", "no biases; truncated"),
