@@ -30,6 +30,7 @@ class PrefixSite:
         width: features of the model around it, the input width of a re-parametrisation.
         route: how the prefix gets there.
         scale: factor of the scores on the functional route; ``None`` where none was seen.
+        axis: dimension of the heads in scores that have one of windows, too.
     """
 
     heads: int
@@ -38,11 +39,12 @@ class PrefixSite:
     width: int
     route: Route
     scale: float | None = None
+    axis: int = 1
 
     @classmethod
     def of(cls, core: AttentionCore, width: int) -> Self:
         """The site of a probed attention."""
-        return cls(core.kv_heads, core.key_dim, core.value_dim, width, core.route, core.scale)
+        return cls(core.kv_heads, core.key_dim, core.value_dim, width, core.route, core.scale, core.axis)
 
     @classmethod
     def read(cls, sizes: Sequence[int]) -> Self:
@@ -51,15 +53,16 @@ class PrefixSite:
         Raises:
             DeadSiteError: if these are not the sizes of a prefix.
         """
-        if len(sizes) != 7 or min(sizes) < 0 or not all(sizes[:4]) or sizes[4] >= len(_ROUTES) or not sizes[6]:
+        if len(sizes) != 8 or min(sizes) < 0 or not all((*sizes[:4], *sizes[6:])) or sizes[4] >= len(_ROUTES):
             raise DeadSiteError(f"sizes {tuple(sizes)} do not describe an attention. Apply the method anew.")
-        heads, key_dim, value_dim, width, route, numerator, denominator = sizes
-        return cls(heads, key_dim, value_dim, width, _ROUTES[route], numerator / denominator if numerator else None)
+        heads, key_dim, value_dim, width, route, numerator, denominator, axis = sizes
+        scale = numerator / denominator if numerator else None
+        return cls(heads, key_dim, value_dim, width, _ROUTES[route], scale, axis)
 
     def sizes(self) -> tuple[int, ...]:
         """All of it in integers: the scale as an exact fraction, 0/1 for ``None``."""
         fraction = (0, 1) if self.scale is None else self.scale.as_integer_ratio()
-        return (self.heads, self.key_dim, self.value_dim, self.width, _ROUTES.index(self.route), *fraction)
+        return (self.heads, self.key_dim, self.value_dim, self.width, _ROUTES.index(self.route), *fraction, self.axis)
 
 
 def site_target(core: AttentionCore, width: int) -> Target:
@@ -107,7 +110,7 @@ class AttentionPrefix(Prefix):
             finally:
                 self.live = None
         else:
-            route = FunctionalRoute(live, self.site.scale)
+            route = FunctionalRoute(live, self.site.scale, self.site.axis)
             with route:
                 output = call(*args, **kwargs)
             route.finish()

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+_SPARE = "0123"  # names for the dimensions behind an ellipsis
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -54,11 +56,19 @@ def _parse(args: tuple[Any, ...]) -> tuple[tuple[str, str], tuple[Tensor, Tensor
     """Names of the dimensions of two operands and of the result."""
     if len(args) == 2 and isinstance(args[1], list | tuple):
         args = (args[0], *args[1])
-    if len(args) != 3 or not isinstance(args[0], str) or "->" not in args[0] or "." in args[0]:
+    if len(args) != 3 or not isinstance(args[0], str) or "->" not in args[0]:
         return None
     inputs, _, result = args[0].replace(" ", "").partition("->")
     first, _, second = inputs.partition(",")
-    return (first, second), (args[1], args[2]), result
+    left, right = args[1], args[2]
+    if "..." in args[0]:
+        hidden = left.dim() - len(first.replace("...", ""))
+        if not first.count("...") == second.count("...") == result.count("...") == 1:
+            return None
+        if hidden != right.dim() - len(second.replace("...", "")) or hidden > len(_SPARE):
+            return None
+        first, second, result = (names.replace("...", _SPARE[:hidden]) for names in (first, second, result))
+    return (first, second), (left, right), result
 
 
 def _contraction(

@@ -86,12 +86,14 @@ class FunctionalRoute(TorchFunctionMode):
     Args:
         live: the prefix.
         scale: what the scores were multiplied by when the structure was probed; ``None`` if no softmax was seen.
+        axis: dimension of the heads in scores that have one of windows, too.
     """
 
-    def __init__(self, live: LivePrefix, scale: float | None) -> None:
+    def __init__(self, live: LivePrefix, scale: float | None, axis: int = 1) -> None:
         super().__init__()
         self.live = live
         self.scale = scale
+        self.axis = axis
         self.products: list[_Product] = []
         self.shares: Tensor | None = None  # the prefix's part of a softmax that waits for its values
         self.shape: torch.Size | None = None
@@ -173,8 +175,8 @@ class FunctionalRoute(TorchFunctionMode):
                 f"prefix tuning: queries of {query.shape[-1]} features, but a prefix of {key.shape[-1]}. "
                 "Exclude this site."
             )
-        query = _by_head(query, key.shape[0])
-        product = torch.matmul(query, _like(key, query).mT) * self.scale
+        query = _by_head(query, key.shape[0], self.axis)
+        product = torch.matmul(query, _like(key, query, self.axis).mT) * self.scale
         return product.reshape(*scores.shape[:-1], key.shape[-2]).to(scores.dtype)
 
     def _dropout(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,8 +189,8 @@ class FunctionalRoute(TorchFunctionMode):
         shares, value = self.shares, self.live.value
         assert shares is not None
         self.shares, self.live.used = None, True
-        shares = _by_head(shares, value.shape[0])
-        extra = torch.matmul(shares, _like(value, shares))
+        shares = _by_head(shares, value.shape[0], self.axis)
+        extra = torch.matmul(shares, _like(value, shares, self.axis))
         extra = extra.reshape(result.shape) if order is None else extra.permute(order)
         return result + extra.to(result.dtype)
 
@@ -223,11 +225,13 @@ def same_shape(tensor: Any, shape: torch.Size) -> bool:
     return isinstance(tensor, Tensor) and tensor.shape[-2:] == shape[-2:] and tensor.numel() == shape.numel()
 
 
-def _by_head(tensor: Tensor, heads: int) -> Tensor:
-    """The tensor as batch × heads (× windows) × rows × features."""
+def _by_head(tensor: Tensor, heads: int, axis: int = 1) -> Tensor:
+    """The tensor as batch × heads × rows × features; windows may be before or after the heads."""
     if tensor.dim() == 3 and tensor.shape[0] % heads == 0:
         return tensor.reshape(-1, heads, *tensor.shape[-2:])
-    if tensor.dim() in (4, 5) and heads in (1, tensor.shape[1]):
+    if tensor.dim() == 4 and heads in (1, tensor.shape[1]):
+        return tensor
+    if tensor.dim() == 5 and heads in (1, tensor.shape[axis]):
         return tensor
     raise TargetError(
         f"prefix tuning: an attention with tensors of shape {tuple(tensor.shape)}, not laid out as (batch, {heads} "
@@ -235,9 +239,9 @@ def _by_head(tensor: Tensor, heads: int) -> Tensor:
     )
 
 
-def _like(prefix: Tensor, tensor: Tensor) -> Tensor:
+def _like(prefix: Tensor, tensor: Tensor, axis: int) -> Tensor:
     """Keys or values of the prefix, so that they multiply with a tensor by head."""
-    windows = (1,) * (tensor.dim() - 4)
+    windows = (1,) * (tensor.dim() - 3 - axis)
     return prefix.to(tensor.dtype).view(prefix.shape[0], *windows, *prefix.shape[1:])
 
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_pet.core import attention_einsum
 from lightning_pet.core import attention_functions as functions
 from lightning_pet.core.attention_interface import observed
+from lightning_pet.core.graph import is_view_name
 from lightning_pet.core.record import Call, Recorder
 from lightning_pet.core.structure import AttentionCore, Route
 
@@ -25,7 +26,7 @@ class Seen:
         owner: path of the module that ran it.
         route: how a prefix can get there; ``""``: not at all.
         heads: key/value heads, 0 if the layout does not tell.
-        windows: there is a dimension of windows, which may be in the place of the heads.
+        windows: sizes of the two dimensions that are heads and windows, in some order.
         key_dim: features of a key.
         value_dim: features of a value.
         scale: factor of the scores, where they were formed by a product of their own.
@@ -37,7 +38,7 @@ class Seen:
     heads: int
     key_dim: int
     value_dim: int
-    windows: bool = False
+    windows: tuple[int, ...] = ()
     scale: float | None = None
     key: Tensor | None = field(default=None, repr=False)
     value: Tensor | None = field(default=None, repr=False)
@@ -160,10 +161,10 @@ class Observer(TorchFunctionMode):
         score, self._score = self._score, None
         assert score is not None
         common = [a for a, b in zip(score.stack, stack, strict=False) if a is b]
-        heads = score.right.shape[1] if score.right.dim() > 3 else 0  # of the keys: 1 where all queries share them
+        heads = score.right.shape[1] if score.right.dim() == 4 else 0  # of the keys: 1 where all queries share them
         known = self._scale is not None and left.dim() in (3, 4, 5)
         seen = self._note(common, "functional" if known else "", heads, score.right.mT, right)
-        seen.scale, seen.windows = self._scale, left.dim() > 4
+        seen.scale, seen.windows = self._scale, tuple(left.shape[1:3]) if left.dim() == 5 else ()
 
     def _saw_softmax(self, scores: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], shares: Tensor) -> None:
         found = next((p for p in self._products if functions.same_scores(p.result, scores)), None)
@@ -177,7 +178,16 @@ class Observer(TorchFunctionMode):
 
 
 def _edge(tensor: Tensor) -> GradientEdge | None:
-    return None if tensor.grad_fn is None else get_gradient_edge(tensor)
+    """What a product made, behind its views: writing in place to a view makes the view's own node anew."""
+    if tensor.grad_fn is None:
+        return None
+    edge = get_gradient_edge(tensor)
+    while is_view_name(edge.node.name()):
+        node, number = edge.node.next_functions[0]
+        if node is None:
+            break
+        edge = GradientEdge(node, number)
+    return edge
 
 
 def _scale(product: GradientEdge | None, scores: Tensor, shares: Tensor) -> float | None:
@@ -186,7 +196,7 @@ def _scale(product: GradientEdge | None, scores: Tensor, shares: Tensor) -> floa
         return None
     found = torch.autograd.grad(scores, [product], torch.ones_like(scores), retain_graph=True, allow_unused=True)
     gradient = cast(Tensor | None, found[0])
-    if gradient is None:
+    if gradient is None or gradient.numel() != shares.numel():
         return None
     factors = gradient[shares.detach().reshape(gradient.shape) > 0]
     if not factors.numel() or not factors[0] or (factors - factors[0]).abs().max() > 1e-6 * factors[0].abs():
@@ -226,7 +236,8 @@ def _nearest(owner: str, others: Iterable[str]) -> str | None:
 def _routed(core: AttentionCore, runs: Sequence[Seen]) -> AttentionCore:
     first = runs[0]
     heads = first.heads or core.kv_heads
-    sure = not first.windows or heads == core.kv_heads
+    axes = [axis for axis, size in enumerate(first.windows, 1) if size == heads]
+    sure = not first.windows or len(axes) == 1 or heads == 1
     alike = {(run.heads or heads, run.key_dim, run.value_dim, run.route) for run in runs}
     scales = {run.scale for run in runs if run.scale is not None}
     return replace(
@@ -236,4 +247,5 @@ def _routed(core: AttentionCore, runs: Sequence[Seen]) -> AttentionCore:
         value_dim=first.value_dim,
         route=first.route if heads and sure and len(alike) == 1 and len(scales) < 2 else "",
         scale=next(iter(scales), None),
+        axis=axes[0] if axes else 1,
     )

@@ -39,6 +39,11 @@ def sequence_number() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
+def is_view_name(name: str) -> bool:
+    """Whether a node of this name holds the same numbers as its operand."""
+    return bool(_VIEW.match(name))
+
+
 @dataclass(frozen=True)
 class Edge:
     """One output of one node: the index of the node, and which of its outputs."""

@@ -103,6 +103,7 @@ class AttentionCore:
         value_dim: features of one value head.
         route: how a prefix gets there.
         scale: factor of the scores, where the owner forms them by a product of its own.
+        axis: which dimension of those scores are the heads, where there is one of windows, too.
     """
 
     owner: str
@@ -112,6 +113,7 @@ class AttentionCore:
     value_dim: int = 0
     route: Route = ""
     scale: float | None = None
+    axis: int = 1
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ class Written(nn.Module):
         q, k, v = (x.unsqueeze(2) for x in (q, k, v))
         return ((q @ k.mT / math.sqrt(DIM)).softmax(-1) @ v).squeeze(2)
 
+    def windows_in_front(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2).unsqueeze(1) for x in (q, k, v))
+        shares = (torch.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(DIM)).softmax(-1)
+        return torch.einsum("...hqk,...khd->...qhd", shares, v).squeeze(1).transpose(1, 2)
+
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -103,8 +108,8 @@ def gated(q: Tensor, k: Tensor, v: Tensor, prefix: AttentionPrefix, mask: Tensor
 
 
 FORMS = [
-    "scaled_scores", "scaled_queries", "flat_bmm", "sums", "turned_sums", "windows", "fused", "fused_flat",
-    "fused_causal",
+    "scaled_scores", "scaled_queries", "flat_bmm", "sums", "turned_sums", "windows", "windows_in_front",
+    "fused", "fused_flat", "fused_causal",
 ]  # fmt: skip
 
 
@@ -258,9 +263,9 @@ def test_an_attention_that_changed_its_form_is_an_error() -> None:
 
 
 def test_sizes_survive_a_round_trip() -> None:
-    for site in (PrefixSite(2, 8, 4, 16, "interface"), PrefixSite(2, 8, 8, 16, "functional", 8**-0.5)):
+    for site in (PrefixSite(2, 8, 4, 16, "interface"), PrefixSite(2, 8, 8, 16, "functional", 8**-0.5, 2)):
         assert PrefixSite.read(site.sizes()) == site
-    for sizes in ((), (2, 8, 8, 16, 2, 0, 1), (2, 8, 0, 16, 0, 0, 1), (2, 8, 8, 16, 0, 0, 0)):
+    for sizes in ((), (2, 8, 8, 16, 2, 0, 1, 1), (2, 8, 0, 16, 0, 0, 1, 1), (2, 8, 8, 16, 0, 0, 0, 1)):
         with pytest.raises(DeadSiteError, match="sizes"):
             PrefixSite.read(sizes)
 
