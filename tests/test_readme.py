@@ -44,7 +44,7 @@ def commands(start: str) -> list[list[str]]:
         line
         for path in PAGES
         for block in blocks("bash", path.read_text(encoding="utf-8"))
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
     ]
     found = [shlex.split(line, comments=True) for line in dict.fromkeys(lines)]
     return [words for words in found if words[: len(start.split())] == start.split()]
