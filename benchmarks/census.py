@@ -55,6 +55,7 @@ METHODS = [
     Method("ia3", "IA3Callback", {}, needs="attention"),
     Method("bitfit", "BitFitCallback", {"add_missing": True}),
     Method("diff_pruning", "DiffPruningCallback", {}, None),
+    Method("adalora", "AdaLoRACallback", {"init_r": 2, "target_r": 2, "target_modules": ["all-linear"]}),
     Method("intrinsic_dimension", "IntrinsicDimensionCallback", {"d": 2000}),
 ]
 

@@ -100,6 +100,8 @@ def attempt(subject: Subject, method: Method) -> Outcome:
         return Outcome("failed" if why else "ok", why, sites)
     except TimeoutError:
         raise
+    except PETError as error:
+        return Outcome("refused", f"in the first forward, {type(error).__name__}: {str(error)[:300]}")
     except Exception as error:
         return Outcome("failed", f"{type(error).__name__}: {str(error)[:200]}")
     finally:

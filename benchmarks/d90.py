@@ -4,7 +4,7 @@ The task is to tell the handwritten digits 5 to 9 apart (8 × 8 pixels; scikit-l
 to tell all ten apart before, on other images, and gets a new last layer; the other one has random weights. Both are
 tuned in random subspaces (DID) of all their weights, and evaluated by accuracy on images that neither has seen.
 
-    python benchmarks/d90.py --plot d90.svg                  # about three minutes on one CPU core
+    python benchmarks/d90.py --plot d90.svg                  # about two minutes on one CPU core
     python benchmarks/d90.py --seeds 0,1,2,3,4 --folder runs    # goes on where it was
 """
 

@@ -36,6 +36,7 @@ NAMES = [
     "UnsupportedStrategyError",
     "apply",
     "inspect_delta",
+    "last_good",
     "load_delta",
     "load_from_checkpoint",
     "save_delta",

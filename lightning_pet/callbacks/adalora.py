@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.insertion import host_kind, reader_of
+from lightning_pet.core.insertion import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.parameters import with_readers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.engine.controller import Controller
@@ -148,7 +149,7 @@ class AdaLoRACallback(PETCallback):
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
-        return resolve_targets(
+        found = resolve_targets(
             root,
             self.target_modules,
             structure,
@@ -156,6 +157,7 @@ class AdaLoRACallback(PETCallback):
             layers=self.layers_to_transform,
             hosts=lambda module, parameter: host_kind(module, parameter) in _HOSTS,
         )
+        return with_readers(root, found, structure)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build one delta of triplets per target.
@@ -194,7 +196,7 @@ class AdaLoRACallback(PETCallback):
             # Full precision even on a half-precision base: updates are far smaller than the values.
             "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
         }
-        if kind != "weight" and reader_of(root, target, None) is None:
+        if kind != "weight" and target.reads is None:
             return SvdLowRankLinear(inputs, outputs, self.init_r, dropout=self.dropout, **common)
         if self.dropout:
             raise TargetError(

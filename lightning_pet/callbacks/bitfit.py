@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.biases import bias_of, is_norm
-from lightning_pet.core.insertion import reader_of
+from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_linear, named_places
 from lightning_pet.core.naming import named_modules
@@ -149,7 +149,8 @@ def _trains_as_it_is(place: Target) -> bool:
 def _can_add(root: nn.Module, structure: Structure, place: Target) -> bool:
     module = named_modules(root)[place.module]
     called = reader_of(root, Target(place.module), structure.called) is None
-    return called and (is_linear(module) or is_norm(module))
+    # A linear layer with a forward of its own may return anything: no bias is missing there.
+    return called and (is_norm(module) or (is_linear(module) and host_kind(module) != "weight"))
 
 
 def _width(host: nn.Module) -> int:

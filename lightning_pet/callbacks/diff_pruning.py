@@ -20,6 +20,7 @@ from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.density import DensityCurve
+from lightning_pet.engine.monitors import compare_anew
 from lightning_pet.engine.parameter_groups import Exchange, clip_norm, groups_of, set_option
 from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError
 from lightning_pet.layers.delta import Tied
@@ -341,6 +342,7 @@ class DiffPruningCallback(PETCallback):
             controller = Controller.get(trainer)
             controller.exchange(self.cut(controller.adapted.root))
             self._gate_groups = []
+            compare_anew(trainer.callbacks, "the difference is sparse")  # type: ignore[attr-defined]
 
     def cut(self, root: nn.Module) -> list[Exchange]:
         """Keep the entries of largest magnitude, at fixed places, and forget the gates.

@@ -12,6 +12,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, named_modules
+from lightning_pet.core.parameters import with_readers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -130,7 +131,7 @@ class LoRACallback(PETCallback):
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
-        return resolve_targets(
+        found = resolve_targets(
             root,
             self.target_modules,
             structure,
@@ -138,6 +139,7 @@ class LoRACallback(PETCallback):
             layers=self.layers_to_transform,
             hosts=lambda module, parameter: host_kind(module, parameter) is not None,
         )
+        return with_readers(root, found, structure)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build one low-rank delta per target.
@@ -195,7 +197,8 @@ class LoRACallback(PETCallback):
         }
         dense: dict[str, Any] = {"dropout": self.dropout, "init": self.init}
         rows = target.rows
-        if kind in ("linear", "conv1d_hf") and reader_of(root, target, None) is None:
+        called = target.reads is None and reader_of(root, target, None) is None
+        if kind in ("linear", "conv1d_hf") and called:
             transposed = kind == "conv1d_hf"
             sizes = (weight.shape[0], weight.shape[1]) if transposed else _linear_sizes(host, weight)
             options: dict[str, Any] = {"use_dora": self.use_dora, "transposed": transposed, "rows": rows}

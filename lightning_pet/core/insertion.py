@@ -18,6 +18,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.fast_path import forbid, restore
@@ -249,12 +250,18 @@ def host_kind(module: nn.Module, parameter: str = "weight") -> str | None:
     if is_conv1d(cls):
         return "conv1d_hf"
     if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
-        return "linear"
+        return "weight" if _computes_otherwise(module, tensor) else "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return "conv"
     return "weight" if tensor.ndim in (2, 3) else None
+
+
+def _computes_otherwise(module: nn.Module, weight: Tensor) -> bool:
+    """A linear layer of ordinary numbers with a forward of its own (groups, routers): only its weight is sure."""
+    plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and weight.ndim == 2
+    return isinstance(module, nn.Linear) and plain and not _has_plain_forward(base_class(module))
 
 
 def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) -> str | None:

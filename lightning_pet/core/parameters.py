@@ -98,6 +98,18 @@ def tied(root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, ...]]
     return [tuple(group) for group in groups.values()]
 
 
+def with_readers(root: nn.Module, targets: Sequence[Target], structure: Structure) -> tuple[Target, ...]:
+    """Note who reads a weight, where that is not its own module but the one right around it.
+
+    A delta there must act on the weight: its host's call never comes.
+    """
+    readers = [reader_of(root, target, structure.called) for target in targets]
+    return tuple(
+        replace(target, reads=reader) if reader == target.module.rpartition(".")[0] else target
+        for target, reader in zip(targets, readers, strict=True)
+    )
+
+
 def _named(root: nn.Module, structure: Structure, places: dict[_Place, nn.Parameter], pattern: str) -> list[_Place]:
     """The places that a pattern names: by parameter, by module, by anything above it, or by role."""
     matches = name_matcher(pattern)

@@ -83,7 +83,7 @@ def resolve_sites(
     keep = finder.selection(layers, exclude)
     sites = [site for site in structure.sites if site.kind in kinds and keep(*finder.names(site))]
     finder.check_covered(kinds, keep)
-    targets = [finder.target(site) for site in sites]
+    targets = finder.targets(sites)
     kept = [target for target in targets if len(target.sizes) < 2 or target.sizes[1] >= drop_layers]
     if not kept:
         given = {"layers": layers, "drop_layers": drop_layers, "exclude": list(exclude)}
@@ -151,8 +151,12 @@ class _Finder:
             )
         label = "cross-attention" if "cross" in missing else f"sub-layer of kind {(missing or list(kinds))[0]!r}"
         listed = ", ".join(sorted(found))
-        advice = "cross_attention=False" if "cross" in missing else f"sublayers=[{sorted(found - {'cross'})[0]!r}]"
-        raise TargetError(f"{self.model} has no {label} with a residual sum. Found: {listed}. Set {advice}.")
+        others = sorted(found - {"cross"})
+        own = (
+            f"sublayers=[{others[0]!r}]" if others else "cross_attention=True with sublayers left out, or LoRACallback"
+        )
+        advice = "cross_attention=False" if "cross" in missing else own
+        raise TargetError(f"{self.model} has no {label} with a residual sum. Found: {listed}. Use {advice}.")
 
     def selection(self, layers: Sequence[int] | None, exclude: Sequence[str]) -> _Selection:
         """The user's choice of places; raises if it speaks of what does not exist."""
@@ -200,6 +204,19 @@ class _Finder:
 
     # -- one site ---------------------------------------------------------------------------------
 
+    def targets(self, sites: Sequence[Site]) -> list[Target]:
+        """The hosts for these sites. One outside of all layers (a pooling head) may have none, which is said."""
+        layered = any(self.layers[site] is not None for site in sites)
+        found = []
+        for site in sites:
+            try:
+                found.append(self.target(site))
+            except TargetError as error:
+                if self.layers[site] is not None or not layered:
+                    raise
+                _log.warning("no adapter outside of the layers: %s", error)
+        return found
+
     def target(self, site: Site) -> Target:
         """The host for a site.
 
@@ -233,6 +250,8 @@ class _Finder:
             return None
         if not site.inputs:
             raise self._refusal(site, "has an input x that no module of it receives as it is")
+        if any(isinstance(self.modules[path], nn.Conv1d | nn.Conv2d | nn.Conv3d) for path in site.inputs):
+            raise self._refusal(site, "takes its features as the second dimension (a convolutional block)")
         return next((path for path in reversed(site.inputs) if len(self.uses[path]) == 1), site.inputs[-1])
 
     def _at(self, site: Site, path: str, end: str, reads: str | None = None) -> Target:

@@ -91,7 +91,9 @@ def resolve_targets(
             f"nothing is left of target_modules={list(wanted)} after exclude={list(unwanted)}"
             f"{'' if layers is None else f' and layers={list(layers)}'}. Relax one of them."
         )
-    result = scope.ordered(kept)
+    # One projection may play two roles with all of its rows (keys and values from one latent): it is one place.
+    places = {(target.module, target.parameter, target.rows): target for target in reversed(kept)}
+    result = scope.ordered(list(places.values()))
     _check_overlap(result)
     return result
 

@@ -21,6 +21,7 @@ from lightning_pet.engine.base_check import base_fingerprint, check_base
 from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import DeltaFileError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.store.delta_file import read_manifest, write_delta
 from lightning_pet.store.entry import written_by
 from lightning_pet.store.manifest import Manifest, MethodRecord
@@ -43,7 +44,7 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
         Bytes written.
 
     Raises:
-        PETError: if nothing was applied to the model.
+        PETError: if nothing was applied to the model, or an engine shards it over processes.
         DeltaFileError: ``nonfinite`` if a tensor holds NaN or infinity; ``io`` if the disk refuses. A
             file that was there before is untouched then.
     """
@@ -51,6 +52,11 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
     if found is None:
         raise PETError(f"nothing was applied to this {type(model).__name__}: there is no delta to save.")
     root_path, root = found
+    if holds_parts(root):
+        raise PETError(
+            "this process holds parts of the delta only. Save with trainer.save_checkpoint, which every process calls; "
+            "load_delta and load_from_checkpoint read that file without any engine."
+        )
     adapted = Adapted(root)
     manifest = Manifest(
         methods=tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in adapted.record.applied),

@@ -80,14 +80,14 @@ class _LowRankLinear(torch.autograd.Function):
         *sources: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         if merged:
-            return F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias), None
+            return _own(F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias)), None
         inner = a @ x.reshape(-1, x.shape[-1]).t()
         output = F.linear(x, weight, bias).contiguous()
         flat = output.view(-1, output.shape[-1])
         if torch.compiler.is_compiling():  # torch 2.11 loses the node's gradients when it traces the form below
-            return torch.addmm(flat, inner.t(), b.t(), alpha=scale).view(output.shape), inner
+            return _own(torch.addmm(flat, inner.t(), b.t(), alpha=scale).view(output.shape)), inner
         flat.addmm_(inner.t(), b.t(), alpha=scale)
-        return output, inner
+        return _own(output), inner
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
@@ -129,6 +129,12 @@ class _LowRankLinear(torch.autograd.Function):
             flat.addmm_(g, weight)
             grads[0] = flat.view(*grad.shape[:-1], flat.shape[-1])
         return (*grads, *(None for _ in others))
+
+
+def _own(output: Tensor) -> Tensor:
+    """The same memory as no view of anything: what follows the layer may write into its output."""
+    owned: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return owned
 
 
 # Autograd asks for the signature at every call; reading it anew takes a quarter of the call.

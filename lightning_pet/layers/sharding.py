@@ -1,6 +1,6 @@
 """Tensors that several processes hold a part of each (``DTensor``), read and written as if they were whole."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -23,3 +23,9 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     assert isinstance(like, DTensor)
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def holds_parts(module: nn.Module) -> bool:
+    """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
+    units = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
+    return units or any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in module.parameters())

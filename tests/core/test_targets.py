@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import pytest
-import torch
 from tiny_models import hf
 from torch import nn
 
@@ -214,8 +213,7 @@ def test_helpers():
 
 
 def test_names_alone_resolve_too():
-    with torch.device("meta"):
-        model = hf("bart")
+    model = nn.ModuleDict({"net": hf("bart")})  # nothing says how to run it
     structure = analyse(model)
     assert structure.source == "names"
     assert len(resolve_targets(model, "attention.cross.q", structure)) == 2

@@ -17,6 +17,7 @@ from ddp_runs import Dealt, Mean, on_a_full_disk  # noqa: E402  # it silences wa
 from engines import PLUS, make, trained_parameters  # noqa: E402
 from models import Data, every_step, lora, trainer  # noqa: E402
 
+from lightning_pet.engine.delta import save_delta  # noqa: E402
 from lightning_pet.errors import PETError  # noqa: E402
 
 
@@ -43,6 +44,14 @@ def run(folder: Path, engine: str, *, dropout: float = 0.0, path=None, seed: int
     return module, fitted
 
 
+def refused_directly(module, path: Path) -> str:
+    try:
+        save_delta(module, path)
+    except PETError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path, engine: str) -> dict[str, object]:
     found: dict[str, object] = {}
     module, fitted = run(folder / "plain", engine)
@@ -65,6 +74,8 @@ def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
     checked.save_checkpoint(folder / "validated.ckpt", weights_only=True)
     started, _ = run(folder / "started", engine, start_from=str(folder / "after.ckpt"), seed=97)
     found["started"] = started.losses[0]
+    if not engine.startswith(("zero1", "zero2")):
+        found["direct"] = refused_directly(fitted.lightning_module, folder / "direct.pet.safetensors")
     found["full"] = on_a_full_disk(fitted, folder / "full.ckpt")
     try:
         run(folder / "refused", engine, path=folder / "after.ckpt", r=1)

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from diff_runs import DENSITY, STEPS, diff, differences, flat, run
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from models import Data, Module, Net, adamw, ckpt, digest, fit, sgd, trainer
 from torch import Tensor, nn
@@ -122,6 +122,22 @@ def test_a_checkpoint_of_either_stage_loads_into_either_model(tmp_path: Path) ->
     x = torch.randn(4, 6)
     assert torch.equal(bare.eval()(x), other.eval()(x))
     assert torch.equal(bare(x), module.net.eval()(x))
+
+
+def test_the_best_checkpoint_is_a_sparse_one(tmp_path: Path) -> None:
+    class Rising(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", float(self.trainer.global_step))  # the later, the worse
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", monitor="val_loss", save_top_k=2)
+    stopper = EarlyStopping("val_loss", patience=2)
+    module = Rising(Net(), adamw)
+    run = fit(module, diff(), saver, stopper, limit_val_batches=1, max_epochs=5, val_check_interval=5)
+    assert run.global_step == 25  # five epochs, the cut after 15 steps; without a fresh start it ends after 15
+    assert sorted(Path(path).name for path in saver.best_k_models) == ["step=15.ckpt", "step=20.ckpt"]
+    best = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    assert Path(saver.best_model_path).name == "step=15.ckpt"
+    assert any(name.endswith("values") for name in best)
 
 
 def test_a_second_fit_keeps_the_places() -> None:

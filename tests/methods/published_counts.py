@@ -63,15 +63,35 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "gpt2-medium": ("GPT2LMHeadModel", "GPT2Config", _gpt2(1024, 24), 354_823_168),
     "gpt2-large": ("GPT2LMHeadModel", "GPT2Config", _gpt2(1280, 36), 774_030_080),
     "bart-large": ("BartModel", "BartConfig", {}, 406_291_456),
+    "t0-11b": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "d_model": 4096,
+            "d_ff": 10240,
+            "d_kv": 64,
+            "num_layers": 24,
+            "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        },
+        # With the output layer tied, as transformers builds it; untied, as published, it is 11,135,332,352.
+        11_003_736_064,
+    ),
 }
 
 ADAPTER_BIAS = "Fu et al. 2022 (AdapterBias)"
 COMPACTER = "Karimi Mahabadi et al. 2021 (Compacter), Table 1"
+GUO = "Guo et al. 2021 (diff pruning), Table 1"
 HE = "He et al. 2022, XSum"
 HE_GLUE = "He et al. 2022, GLUE"
 HOULSBY = "Houlsby et al. 2019"
 LORA_2 = "Hu et al. 2021 (LoRA), Table 2"
 LORA_3 = "Hu et al. 2021 (LoRA), Table 3"
+T_FEW = "Liu et al. 2022 (T-Few), Section 3.3"
+
+
+def _one(name: str, **options: Any) -> Methods:
+    return ((f"{name}Callback", options),)
 
 
 def _adapter(**options: Any) -> Methods:
@@ -83,6 +103,10 @@ def _compacter(**options: Any) -> Methods:
 
 
 _BIAS: Methods = (("AdapterBiasCallback", {"layer_norms": True}),)
+
+
+def _lora(r: int, *roles: str) -> Methods:
+    return (("LoRACallback", {"r": r, "target_modules": list(roles or ("attention.q", "attention.v"))}),)
 
 
 def _prefix(length: int) -> Methods:
@@ -128,14 +152,35 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(COMPACTER, "t5-base", _compacter(), 161_728, "0.073%", "Compacter: one rule; biases; all 62 norms"),
     Row(COMPACTER, "t5-base", _compacter(placement="ffn"), 104_704, "0.047%", "Compacter++; biases; all 62 norms"),
+    Row(COMPACTER, "t5-base", _one("PromptTuning", length=100), 76_800, "0.034%", "at the encoder's input; no norms"),
+    Row(COMPACTER, "t5-base", _one("IntrinsicDimension", d=20_000), 20_000, "0.009%", "θ and λ together"),
+    Row(
+        COMPACTER,
+        "t5-base",
+        _one("BitFit", biases=["all", "lm_head"], add_missing=True, exclude_modules=["final_layer_norm"]),
+        280_932,
+        "0.126%",
+        "biases are added to all linear layers, the norms of the layers, and the output layer",
+    ),
     Row(ADAPTER_BIAS, "bert-base", _BIAS, 66_060, "0.06M", "norms of the feed-forwards and the embedding; truncated"),
     Row(ADAPTER_BIAS, "bert-large", _BIAS, 174_104, "0.17M", "norms of the feed-forwards and the embedding"),
+    Row(LORA_2, "roberta-base", _lora(8), 294_912, "0.3M", "q and v"),
+    Row(
+        LORA_2,
+        "roberta-base",
+        _one("BitFit", exclude_modules=["embeddings.LayerNorm", "pooler.dense"]),
+        101_376,
+        "0.1M",
+        "biases of the layers",
+    ),
+    Row(LORA_2, "roberta-large", _lora(8), 786_432, "0.8M", "q and v"),
     Row(LORA_2, "roberta-large", _adapter(placement="pfeiffer", bottleneck_size=16), 811_392, "0.8M", "biases"),
     Row(LORA_2, "roberta-large", _adapter(bottleneck_size=8), 835_968, "0.8M", "biases"),
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=6), 368_784, "0.37M", "biases, inner norms"),
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=224), 11_089_152, "11.09M", "biases, inner norms"),
     Row(LORA_3, "gpt2-large", _adapter(**_LIN, bottleneck_size=8), 875_808, "0.88M", "biases, inner norms"),
     Row(LORA_3, "gpt2-large", _adapter(**_LIN, bottleneck_size=248), 23_002_848, "23.00M", "biases, inner norms"),
+    Row(LORA_3, "gpt2-medium", _one("LayerFreezing", train_last=2), 25_192_448, "25.19M", "without the last norm"),
     Row(HE, "bart-large", _adapter(**_PLAIN, bottleneck_size=200), 9_830_400, "2.4%", "no biases"),
     Row(HE, "bart-large", _adapter(**_PLAIN, bottleneck_size=512), 25_165_824, "6.1%", "no biases; truncated"),
     Row(HE, "bart-large", _adapter(**_PLAIN, bottleneck_size=1024), 50_331_648, "12.3%", "no biases; truncated"),
@@ -156,6 +201,8 @@ ROWS: tuple[Row, ...] = (
         "no biases; truncated",
     ),
     Row(HE, "bart-large", _prefix(200), 14_745_600, "3.6%", "36 attentions, without the network"),
+    Row(HE, "bart-large", _lora(200), 29_491_200, "7.2%", "q and v of 36 attentions; truncated"),
+    Row(HE, "bart-large", _lora(102, "ffn.up", "ffn.down"), 25_067_520, "6.1%", "truncated"),
     Row(HE, "bart-large", _prefix(512), 37_748_736, "9.2%", "36 attentions, without the network; truncated"),
     Row(
         HE,
@@ -182,4 +229,43 @@ ROWS: tuple[Row, ...] = (
         "biases and all 49 norms; the share is of the encoder without embeddings (of the whole model: 1.92%)",
     ),
     Row(HOULSBY, "bert-base", _adapter(bottleneck_size=2, layer_norms=True), 130_608, "0.1%", "biases, all 25 norms"),
+    Row(
+        LORA_2,
+        "roberta-base",
+        (("BitFitCallback", {"biases": "encoder.layer.*"}),),
+        101_376,
+        "0.1M",
+        "the layers; not the norm of the embeddings and the pooler",
+    ),
+    Row(
+        COMPACTER,
+        "t5-base",
+        (
+            (
+                "BitFitCallback",
+                {"biases": ["all", "lm_head"], "exclude_modules": ["*coder.final_layer_norm"], "add_missing": True},
+            ),
+        ),
+        280_932,
+        "0.126%",
+        "biases added to all linear layers, to the 60 norms of the blocks and to the output layer",
+    ),
+    Row(
+        LORA_3,
+        "gpt2-medium",
+        (("LayerFreezingCallback", {"train_last": 2}),),
+        25_192_448,
+        "25.19M",
+        "the last two blocks; not the final norm and the embeddings",
+    ),
+    Row(LORA_3, "gpt2-large", (("FullFineTuningCallback", {}),), 774_030_080, "774.03M", "everything"),
+    Row(GUO, "bert-large", (("LayerFreezingCallback", {"train_last": 1}),), 12_596_224, "3.8%", "the last block"),
+    Row(
+        T_FEW,
+        "t0-11b",
+        (("IA3Callback", {}),),
+        1_081_344,
+        "0.01%",
+        "24 (d_k + d_v + d_ff) in the encoder, 24 (2 d_k + 2 d_v + d_ff) in the decoder",
+    ),
 )

@@ -1,5 +1,6 @@
 """LoRA and its variants: the battery, golden properties, and its own errors."""
 
+import copy
 from pathlib import Path
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_pet import ArgumentError, LoRACallback, NotMergeableError, TargetError, apply, save_delta
+from lightning_pet import ArgumentError, LoRACallback, NotMergeableError, TargetError, apply, load_delta, save_delta
 
 from . import zoo
 from .battery import Battery, Case, output_in_a_new_process, perturb
@@ -154,6 +155,32 @@ def test_merging_a_tied_weight_is_refused() -> None:
     with pytest.raises(NotMergeableError, match="tied"):
         adapted.merge_()
     assert torch.equal(run(model), before)
+
+
+class Reader(nn.Module):
+    """Reads its child's weight, and never calls it, as Mamba does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.inner.weight.T + self.inner.bias
+
+
+@pytest.mark.parametrize("model", [Reader(), nn.Sequential(nn.Linear(4, 4), Reader())])
+def test_a_weight_that_is_read_and_never_called(model: nn.Module, tmp_path: Path) -> None:
+    model, x = model.double(), torch.randn(3, 4, dtype=torch.float64)
+    base, before = copy.deepcopy(model), model(x)
+    adapted = apply(model, [LoRACallback(r=2, target_modules=["inner"])], forward=lambda: model(x))
+    perturb(adapted)
+    attached = model(x)
+    assert not torch.allclose(attached, before)
+    save_delta(model, tmp_path / "d.pet.safetensors")
+    load_delta(base, tmp_path / "d.pet.safetensors")
+    assert torch.equal(base(x), attached)
+    adapted.merge_()
+    assert (model(x) - attached).abs().max() < 1e-12
 
 
 def test_dropout_acts_in_training_only() -> None:
