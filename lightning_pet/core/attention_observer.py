@@ -236,8 +236,9 @@ def _nearest(owner: str, others: Iterable[str]) -> str | None:
 def _routed(core: AttentionCore, runs: Sequence[Seen]) -> AttentionCore:
     first = runs[0]
     heads = first.heads or core.kv_heads
-    axes = [axis for axis, size in enumerate(first.windows, 1) if size == heads]
-    sure = not first.windows or len(axes) == 1 or heads == 1
+    windows = {run.windows for run in runs if run.windows}
+    axes = [axis for axis in (1, 2) if windows and all(sizes[axis - 1] == heads for sizes in windows)]
+    sure = not windows or len(axes) == 1 or heads == 1
     alike = {(run.heads or heads, run.key_dim, run.value_dim, run.route) for run in runs}
     scales = {run.scale for run in runs if run.scale is not None}
     return replace(
