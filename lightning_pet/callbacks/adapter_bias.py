@@ -9,9 +9,8 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.heads import parameters_below
 from lightning_pet.core.insertion import host_kind
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.names import features, named_places
+from lightning_pet.core.names import features, is_norm, named_places
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.parameters import is_norm
 from lightning_pet.core.placement import delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.biases import bias_of, is_norm
+from lightning_pet.core.biases import bias_of
 from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.names import features, is_linear, named_places
+from lightning_pet.core.names import features, is_linear, is_norm, named_places
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.stacks import names_of_base
 from lightning_pet.core.structure import Structure, Target
@@ -104,7 +104,11 @@ class BitFitCallback(PETCallback):
         """Weights that a bias may belong to."""
         if pattern != "all":
             return list(resolve_targets(root, pattern, structure, hosts=_any))
-        norms = [Target(path) for path, module in named_places(root).items() if is_norm(module)]
+        norms = [
+            Target(path)
+            for path, module in named_places(root).items()
+            if is_norm(module) and module._parameters.get("weight") is not None
+        ]
         heads = {name.rpartition(".")[0] for name in self.heads_within(root)}
         linear = resolve_targets(root, "all-linear", structure) if _has_linear(root) else ()
         return [place for place in (*linear, *norms) if place.module not in heads]
@@ -150,7 +154,8 @@ def _can_add(root: nn.Module, structure: Structure, place: Target) -> bool:
     module = named_modules(root)[place.module]
     called = reader_of(root, Target(place.module), structure.called) is None
     # A linear layer with a forward of its own may return anything: no bias is missing there.
-    return called and (is_norm(module) or (is_linear(module) and host_kind(module) != "weight"))
+    scales = is_norm(module) and module._parameters.get("weight") is not None
+    return called and (scales or (is_linear(module) and host_kind(module) != "weight"))
 
 
 def _width(host: nn.Module) -> int:

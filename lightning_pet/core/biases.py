@@ -1,7 +1,5 @@
 """Which bias goes with which weight."""
 
-import re
-
 from torch import nn
 
 from lightning_pet.core.fused import Rows
@@ -30,9 +28,3 @@ def bias_of(module: nn.Module, parameter: str = "weight", rows: Rows | None = No
         if name != parameter and module._parameters.get(name) is not None:
             return name, rows
     return None
-
-
-def is_norm(module: nn.Module) -> bool:
-    """A normalisation with a weight per feature, judged by its class name."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 1 and re.search("norm", type(module).__name__, re.I) is not None

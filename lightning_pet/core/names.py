@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_pet.core.fused import Rows
-from lightning_pet.core.insertion import is_conv1d
+from lightning_pet.core.insertion import base_class, is_conv1d
 from lightning_pet.core.naming import canonical
 from lightning_pet.core.structure import Role, Target
 
@@ -102,6 +102,12 @@ def features(module: nn.Module) -> tuple[int, int]:
         rows, columns = linear.weight.shape
         return int(rows), int(columns)
     return int(linear.in_features), int(linear.out_features)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises: by its class's name, as no base class is common to all norms, and its shape."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return "norm" in base_class(module).__name__.lower() and all(parameter.ndim <= 1 for parameter in own)
 
 
 def is_router(module: nn.Module) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_pet.core.heads import find_heads
-from lightning_pet.core.insertion import base_class, reader_of
-from lightning_pet.core.names import named_places
+from lightning_pet.core.insertion import reader_of
+from lightning_pet.core.names import is_norm, named_places
 from lightning_pet.core.naming import join, named_modules
 from lightning_pet.core.structure import Role, Structure, Target
 from lightning_pet.core.targets import name_matcher, resolve_targets
@@ -132,13 +132,6 @@ def _named(root: nn.Module, structure: Structure, places: dict[_Place, nn.Parame
 def _prefixes(path: str) -> list[str]:
     parts = path.split(".") if path else []
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises."""
-    # By its class's name, as no base class is common to all of them, and by its shape.
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    return "norm" in base_class(module).__name__.lower() and all(parameter.ndim <= 1 for parameter in own)
 
 
 def norm_parameters(root: nn.Module, scope: str | None = None) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_pet.core.biases import is_norm
 from lightning_pet.core.insertion import CHILD
+from lightning_pet.core.names import is_norm
 from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.structure import Structure
 
