@@ -225,13 +225,15 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
             f"({len(missing)} places are missing). Load it into the kind of model it was trained on.",
             "mismatch",
         )
+    places, scopes = [record.targets for record in stored.methods], [_scope(m, stored, modules) for m in methods]
     try:
-        prepared = prepare(root, methods, None, resolved=[record.targets for record in stored.methods])
+        prepared = prepare(root, methods, None, resolved=places, scopes=scopes)
     except TargetError as error:
         raise DeltaFileError(f"{stored.path} does not fit this {type(root).__name__}: {error}", "mismatch") from error
-    _check_fit(root, prepared, stored)
+    outside = _outside(root, scopes)
+    _check_fit(root, prepared, stored, outside)
     if stored.base is not None:
-        trained = [name for item in prepared for name in item.trained]
+        trained = [name for item in prepared for name in item.trained] + [n for n in outside if n in stored.tensors]
         record = record_of(root) or Adaptation()
         check_base(stored.base, root, record, stored.path, base_check, trained)
     record = commit(root, prepared)
@@ -260,6 +262,26 @@ def _rebuild(record: MethodRecord, path: Path) -> Method:
     return method
 
 
+def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str:
+    """The submodule that a method is confined to, from the root."""
+    named = method.module or ""
+    scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
+    if scope not in modules:
+        kind = type(modules[""]).__name__
+        raise DeltaFileError(
+            f"{stored.path}: {method.method}:{method.name} is confined to {scope!r}, which this {kind} does not have. "
+            "Load it into the kind of model it was trained on.",
+            "mismatch",
+        )
+    return scope
+
+
+def _outside(root: nn.Module, scopes: Sequence[str]) -> set[str]:
+    """Base parameters in none of the scopes: they train as the user lets them, and are stored with the delta."""
+    parameters = {name for name, tensor in named_tensors(root) if isinstance(tensor, nn.Parameter)}
+    return {name for name in parameters if not any(not scope or name.startswith(f"{scope}.") for scope in scopes)}
+
+
 def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
     module = modules.get(target.module)
     if module is None or (target.reads is not None and target.reads not in modules):
@@ -267,7 +289,7 @@ def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
     return not target.parameter or module._parameters.get(target.parameter) is not None
 
 
-def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored) -> None:
+def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str]) -> None:
     """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
     own = dict(named_tensors(root))
     trained = {name for item in prepared for name in item.trained}
@@ -284,7 +306,7 @@ def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored) ->
             for name in tensors:
                 del left[join(prefix, name)]
     problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional)]
+    problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional - outside)]
     problems += [
         f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
         for name, tensor in left.items()

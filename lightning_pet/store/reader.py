@@ -27,12 +27,14 @@ class Stored:
         methods: short name, user's name, options and places of every method.
         tensors: by name from the adapted root.
         base: fingerprint of the base it was trained on.
+        root: path of the adapted root in the LightningModule that wrote it.
     """
 
     path: Path
     methods: tuple[MethodRecord, ...]
     tensors: dict[str, Tensor]
     base: Fingerprint | None
+    root: str = ""
 
 
 def read(path: PathLike) -> Stored:
@@ -43,14 +45,15 @@ def read(path: PathLike) -> Stored:
     """
     if is_delta_file(path):
         found = read_delta(path)
-        return Stored(Path(path), found.manifest.methods, dict(found.tensors), found.manifest.base)
+        manifest = found.manifest
+        return Stored(Path(path), manifest.methods, dict(found.tensors), manifest.base, manifest.root)
     checkpoint = load_checkpoint(Path(path))
     entry = read_entry(checkpoint, path)
     check_tensors(checkpoint, entry, path)
     prefix = f"{entry['root']}." if entry["root"] else ""
     state = checkpoint["state_dict"]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return Stored(Path(path), methods_of(entry), tensors, saved_fingerprint(entry, path))
+    return Stored(Path(path), methods_of(entry), tensors, saved_fingerprint(entry, path), entry["root"])
 
 
 def is_delta_file(path: PathLike) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_models import batches, bert, gpt2, hf_fit
 from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, trainer
+from torch import nn
 
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.engine.adapt import apply
@@ -32,6 +33,32 @@ def trained(tmp_path_factory):
     assert size == (folder / "d.pet.safetensors").stat().st_size
     run.save_checkpoint(folder / "c.ckpt")
     return module, folder
+
+
+def test_a_method_in_one_submodule_leaves_the_rest_to_the_user(tmp_path):
+    """What trains beside the submodule is part of the file, and comes back with it."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2))
+
+    net = build()
+    adapted = apply(net, [lora(module="0", target_modules=["0.0"], modules_to_save=[])])
+    assert set(adapted.record.trained_names) == {"1.weight", "1.bias"}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+    save_delta(net, tmp_path / "d.pet.safetensors")
+    fresh, x = build(), torch.ones(3, 4)
+    loaded = load_delta(fresh, tmp_path / "d.pet.safetensors")
+    assert torch.equal(fresh(x), net(x))
+    assert loaded.record.scopes == ("0",)
+    assert fresh[1].weight.requires_grad
+    loaded.remove()
+    assert torch.equal(fresh(x), build()(x))
+    with pytest.raises(DeltaFileError, match="does not have"):
+        load_delta(nn.ModuleDict({"only": build()})["only"][1], tmp_path / "d.pet.safetensors")
 
 
 @pytest.mark.parametrize("name", ["d.pet.safetensors", "c.ckpt"])
