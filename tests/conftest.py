@@ -24,6 +24,9 @@ def clean_state() -> Iterator[None]:
     numpy.random.seed(0)
     torch.manual_seed(0)
     yield
+    # Lightning's seed_everything leaves these behind, and processes that a later test starts would seed by them.
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
     assert torch.is_grad_enabled(), "the test left gradients switched off"
     assert torch.get_default_dtype() == torch.float32, "the test left another default dtype"
     group = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -344,8 +344,10 @@ def _is_matrix(module: nn.Module, parameter: str) -> bool:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    # A class token or a table of positions has three dimensions too, one of them of size 1.
-    return not isinstance(module, nn.modules.conv._ConvNd) and any(
+    # A class token or a table of positions has three dimensions too, one of them of size 1; a parametrized
+    # convolution keeps its weight apart.
+    others = (nn.modules.conv._ConvNd, nn.utils.parametrize.ParametrizationList)
+    return not isinstance(module, others) and any(
         parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
         for parameter in module._parameters.values()
     )

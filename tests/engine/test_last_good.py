@@ -12,10 +12,11 @@ from lightning_pet.errors import DeltaFileError
 
 @pytest.fixture
 def run(tmp_path):
-    module = full_run(tmp_path)
+    folder = tmp_path / "runs" / "version_0"
+    module = full_run(folder)
     for step in range(1, 11):  # file systems may give one time to files that are written quickly
-        os.utime(ckpt(tmp_path, step), (step, step))
-    return tmp_path, module
+        os.utime(ckpt(folder, step), (step, step))
+    return folder, module
 
 
 def tear(path):

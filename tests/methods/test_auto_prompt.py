@@ -231,7 +231,7 @@ def test_with_others_that_train(tmp_path: Path) -> None:
 
 
 def test_the_trigger_is_shown_as_text_and_stored_as_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"), caplog.at_level("INFO"):
         module = LanguageModel()
         callback = AutoPromptCallback(length=3, candidates=4, init_text="It", tokenizer="bytes", accumulation=1)
         module.model.resize_token_embeddings(259)
