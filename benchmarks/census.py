@@ -25,7 +25,7 @@ from typing import Any
 
 import plain_models
 import torch
-from census_checks import Method, Subject, idle_parameters, outcome
+from census_checks import Method, Subject, idle_parameters, outcome, output
 from torch import nn
 from zoo import CHOICES, DEEP, SECONDS, deadline, running, working_forward
 
@@ -72,9 +72,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table here")
     options = parser.parse_args()
     if options.join:
-        results = sorted(
-            (row for path in options.join for row in json.loads(path.read_text())), key=lambda r: r["model"]
-        )
+        rows = {row["model"]: row for path in options.join for row in json.loads(path.read_text())}  # the last counts
+        results = [rows[name] for name in sorted(rows)]
     else:
         results = run(chosen_models(options), chosen_methods(options.methods), options.json)
     if options.json:
@@ -123,6 +122,9 @@ def study(name: str, methods: list[Method]) -> dict[str, Any]:
     try:
         with deadline(4 * SECONDS), contextlib.redirect_stderr(io.StringIO()):
             subject = subject_of(name, row)
+            if not all(torch.isfinite(value).all() for value in output(subject)):
+                row["status"] = "is not finite"
+                raise ValueError("the output of the base with random weights of this size")
             row |= {"kind": subject.kind, "attention": bool(subject.structure.attention) or names_attention(subject)}
             for method in methods:
                 row["methods"][method.name] = asdict(outcome(subject, method))

@@ -35,7 +35,8 @@ class Entry:
 
     def arguments(self) -> list[str]:
         """Command-line arguments after those of the task."""
-        own = [f"--pet.{name}={json.dumps(value)}" for name, value in self.options.items()]
+        values = {name: v if isinstance(v, str) else json.dumps(v) for name, v in self.options.items()}
+        own = [f"--pet.{name}={value}" for name, value in values.items()]
         return ["-c", str(CONFIGS / "method" / f"{self.config}.yaml"), *own, f"--model.optimizer.lr={self.lr}"]
 
 

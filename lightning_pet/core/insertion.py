@@ -87,10 +87,13 @@ class _Host(nn.Module):
         if not deltas:
             return output
         value = args[0] if args else next(iter(kwargs.values()), None)
-        tensor = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        tensor = output[0] if several else output
         for delta in deltas:
             tensor = delta(value if delta.slot is None else delta.slot.take(), tensor)
-        return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+        if not several:
+            return tensor
+        return (tensor, *output[1:]) if isinstance(output, tuple) else [tensor, *output[1:]]
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
