@@ -9,7 +9,7 @@ projected vector is zero but for its first numbers, so the inner H has only thei
 import hashlib
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,6 @@ def hadamard_(x: Tensor) -> Tensor:
     return x
 
 
-@torch.library.custom_op("lightning_pet::fastfood", mutates_args=())
 def fastfood(vector: Tensor, numel: int, seed: int) -> Tensor:
     """Project a vector: ``P v``, linear in v, with ``E ‖P v‖ = ‖v‖`` over seeds.
 
@@ -60,6 +59,12 @@ def fastfood(vector: Tensor, numel: int, seed: int) -> Tensor:
     Returns:
         [numel]. Autograd keeps nothing for the backward pass, which is the transposed projection.
     """
+    define()
+    projected: Tensor = torch.ops.lightning_pet.fastfood(vector, numel, seed)
+    return projected
+
+
+def _fastfood(vector: Tensor, numel: int, seed: int) -> Tensor:
     length, keys = padded_length(len(vector), numel), _keys(seed)
     table = vector.new_zeros(padded_length(len(vector), 1))
     table[: len(vector)] = vector * _signs(vector, keys)
@@ -72,7 +77,6 @@ def fastfood(vector: Tensor, numel: int, seed: int) -> Tensor:
     return hadamard_(out).mul_(_scale(total, numel))[:numel]
 
 
-@torch.library.custom_op("lightning_pet::fastfood_transposed", mutates_args=())
 def fastfood_transposed(values: Tensor, size: int, seed: int) -> Tensor:
     """Project back: ``Pᵀ y``.
 
@@ -84,6 +88,12 @@ def fastfood_transposed(values: Tensor, size: int, seed: int) -> Tensor:
     Returns:
         [d].
     """
+    define()
+    back: Tensor = torch.ops.lightning_pet.fastfood_transposed(values, size, seed)
+    return back
+
+
+def _fastfood_transposed(values: Tensor, size: int, seed: int) -> Tensor:
     keys = _keys(seed)
     spread = values.new_zeros(padded_length(size, len(values)))
     spread[: len(values)] = values
@@ -97,14 +107,23 @@ def fastfood_transposed(values: Tensor, size: int, seed: int) -> Tensor:
     return out * _signs(out, keys)
 
 
-@fastfood.register_fake
-def _(vector: Tensor, numel: int, seed: int) -> Tensor:
-    return vector.new_empty(numel)
+# -- the operators: defined with the first projection, as that takes milliseconds -------------------
 
 
-@fastfood_transposed.register_fake
-def _(values: Tensor, size: int, seed: int) -> Tensor:
-    return values.new_empty(size)
+def define() -> None:
+    """Make the operators, once; a compiled projection needs them before."""
+    if not torch.compiler.is_compiling():
+        _define()
+
+
+@cache
+def _define() -> None:
+    forward = torch.library.custom_op("lightning_pet::fastfood", _fastfood, mutates_args=())
+    forward.register_fake(lambda vector, numel, seed: vector.new_empty(numel))
+    forward.register_autograd(_fastfood_backward, setup_context=_remember)
+    back = torch.library.custom_op("lightning_pet::fastfood_transposed", _fastfood_transposed, mutates_args=())
+    back.register_fake(lambda values, size, seed: values.new_empty(size))
+    back.register_autograd(_transposed_backward, setup_context=_remember)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -117,10 +136,6 @@ def _fastfood_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 def _transposed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return fastfood(gradient.contiguous(), ctx.size, ctx.seed), None, None
-
-
-fastfood.register_autograd(_fastfood_backward, setup_context=_remember)
-fastfood_transposed.register_autograd(_transposed_backward, setup_context=_remember)
 
 
 # -- what is random ---------------------------------------------------------------------------------

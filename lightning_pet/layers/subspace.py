@@ -1,12 +1,12 @@
 """Training a model inside a random subspace of all its weights (intrinsic dimension)."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.fastfood import fastfood, padded_length
+from lightning_pet.layers.fastfood import define, fastfood, padded_length
 
 
 class Subspace(Delta):
@@ -66,6 +66,11 @@ class Projected(Delta):
         self.seed = seed
         self.authors_gradient = authors_gradient
         self.ran = False
+        define()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        define()
 
     def reset_parameters(self) -> None:
         """Nothing of its own."""
