@@ -1,5 +1,6 @@
 """What the census checks of one method on one model."""
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_pet import Adapted, PETCallback, PETError
 from lightning_pet.core.adaptation import host_parameter
 from lightning_pet.core.adapted import adapt
 from lightning_pet.core.insertion import CHILD
+from lightning_pet.core.names import is_linear
 from lightning_pet.core.naming import canonical, join
 from lightning_pet.core.probe import analyse
 from lightning_pet.core.structure import Structure
@@ -39,10 +41,18 @@ class Method:
     needs: str = "any"
     generates: bool = False
 
-    def build(self) -> PETCallback:
-        """A new callback."""
+    def build(self, model: nn.Module) -> PETCallback:
+        """A new callback; in a model without linear layers, one for all linear layers takes the convolutions."""
         cls: type[PETCallback] = getattr(lightning_pet, self.callback)
-        return cls(**self.options, modules_to_save=[])
+        options = dict(self.options)
+        if options.get("target_modules") == ["all-linear"] and not any(map(is_linear, model.modules())):
+            options["target_modules"] = [
+                canonical(name)
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Conv1d | nn.Conv2d)
+                and min(module.weight.shape[0], module.weight[0].numel()) > 1
+            ]
+        return cls(**options, modules_to_save=[])
 
 
 @dataclass
@@ -86,9 +96,9 @@ def attempt(subject: Subject, method: Method) -> Outcome:
         if not same(base, output(subject)):
             return Outcome("failed", "the base is not repeatable")
         try:
-            adapted = adapt(subject.model, [method.build()], subject.structure)
+            adapted = adapt(subject.model, [method.build(subject.model)], subject.structure)
         except PETError as error:
-            return Outcome("refused", f"{type(error).__name__}: {str(error)[:300]}")
+            return Outcome("refused", f"{type(error).__name__}: {shortened(error)}")
         sites = len(adapted.record.delta_names)
         why = check(subject, method, adapted, base)
         adapted.remove()
@@ -101,12 +111,17 @@ def attempt(subject: Subject, method: Method) -> Outcome:
     except TimeoutError:
         raise
     except PETError as error:
-        return Outcome("refused", f"in the first forward, {type(error).__name__}: {str(error)[:300]}")
+        return Outcome("refused", f"in the first forward, {type(error).__name__}: {shortened(error)}")
     except Exception as error:
         return Outcome("failed", f"{type(error).__name__}: {str(error)[:200]}")
     finally:
         if adapted is not None:
             adapted.remove()
+
+
+def shortened(error: Exception) -> str:
+    """The beginning of a message, in whole words."""
+    return textwrap.shorten(str(error), 300, placeholder=" …")
 
 
 def check(subject: Subject, method: Method, adapted: Adapted, base: list[Tensor]) -> str:
@@ -225,7 +240,7 @@ def check_generation(model: nn.Module, method: Method) -> str:
             return ""
     except Exception:
         return ""  # the base does not generate from so little
-    adapted = adapt(model, [method.build()], analyse(model))
+    adapted = adapt(model, [method.build(model)], analyse(model))
     try:
         perturb(adapted, 1.0)
         return "" if torch.equal(tokens(True), tokens(False)) else "cached generation differs from uncached"

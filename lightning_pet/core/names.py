@@ -111,7 +111,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """A linear that returns scores or a tuple instead of features."""
+    """A linear that returns scores, a single number or a tuple instead of features."""
+    if is_linear(module) and features(module)[1] == 1:
+        return True  # the gate of a shared expert, a predictor of durations
     overrides = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     return bool(re.search(r"router|topk|gating", type(module).__name__, re.I)) or (
         overrides and bool(re.search(r"gate", type(module).__name__, re.I))
