@@ -13,6 +13,7 @@ from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.parameters import with_readers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -90,7 +91,8 @@ class IA3Callback(PETCallback):
             )
         places = {(target.module, target.parameter) for target in inner}
         every = resolve_targets(root, [*self.target_modules, *self.feedforward_modules], structure, **options)
-        return tuple(replace(t, role=_role(t, (t.module, t.parameter) in places)) for t in every)
+        known = tuple(replace(t, role=_role(t, (t.module, t.parameter) in places)) for t in every)
+        return with_readers(root, known, structure)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build one vector per place; a weight that is read without a call also has its bias rescaled."""
@@ -118,7 +120,7 @@ class IA3Callback(PETCallback):
         inner = target.role == "ffn.down"
         kind = host_kind(host, target.parameter)
         transposed = kind == "conv1d_hf" or (weight.ndim == 3 and getattr(host, "is_transposed", False))
-        if kind == "weight" or reader_of(root, target, None) is not None:
+        if kind == "weight" or target.reads is not None or reader_of(root, target, None) is not None:
             axis = -1 if inner is not transposed else -2
             return ScaledWeight(weight.shape, axis, target.rows, **options)
         inputs, outputs = features(host)
