@@ -47,6 +47,21 @@ def _gpt2(width: int, layers: int) -> dict[str, Any]:
 
 _ROBERTA: dict[str, Any] = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 
+_DEBERTA_XXL: dict[str, Any] = {
+    "vocab_size": 128100,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "max_relative_positions": -1,
+    "position_buckets": 256,
+    "position_biased_input": False,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
+    **_bert(1536, 48),
+}
+
 # name: (class in transformers, class of its configuration, arguments of that, numbers in the model)
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "t5-base": (
@@ -60,6 +75,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "bert-large": ("BertModel", "BertConfig", _bert(1024, 24), 335_141_888),
     "roberta-base": ("RobertaModel", "RobertaConfig", _bert(768, 12, **_ROBERTA), 124_645_632),
     "roberta-large": ("RobertaModel", "RobertaConfig", _bert(1024, 24, **_ROBERTA), 355_359_744),
+    "deberta-v2-xxlarge": ("DebertaV2Model", "DebertaV2Config", _DEBERTA_XXL, 1_564_549_632),
     "gpt2-medium": ("GPT2LMHeadModel", "GPT2Config", _gpt2(1024, 24), 354_823_168),
     "gpt2-large": ("GPT2LMHeadModel", "GPT2Config", _gpt2(1280, 36), 774_030_080),
     "bart-large": ("BartModel", "BartConfig", {}, 406_291_456),
@@ -176,6 +192,7 @@ ROWS: tuple[Row, ...] = (
     Row(LORA_2, "roberta-large", _lora(8), 786_432, "0.8M", "q and v"),
     Row(LORA_2, "roberta-large", _adapter(placement="pfeiffer", bottleneck_size=16), 811_392, "0.8M", "biases"),
     Row(LORA_2, "roberta-large", _adapter(bottleneck_size=8), 835_968, "0.8M", "biases"),
+    Row(LORA_2, "deberta-v2-xxlarge", _lora(16), 4_718_592, "4.7M", "q and v; the rank of the release script"),
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=6), 368_784, "0.37M", "biases, inner norms"),
     Row(LORA_3, "gpt2-medium", _adapter(**_LIN, bottleneck_size=224), 11_089_152, "11.09M", "biases, inner norms"),
     Row(LORA_3, "gpt2-large", _adapter(**_LIN, bottleneck_size=8), 875_808, "0.88M", "biases, inner norms"),

@@ -38,3 +38,11 @@ def test_a_row(row: Row) -> None:
     callbacks = [getattr(lightning_pet, name)(**options) for name, options in row.methods]
     adapted = lightning_pet.apply(copy.deepcopy(model_of(row.architecture)), callbacks)
     assert adapted.plan().trainable == row.expected
+
+
+def test_groups_of_structured_diff_pruning() -> None:
+    """Guo et al. 2021: 393 groups in BERT-large with its head of two tensors: one per matrix and bias vector."""
+    callback = lightning_pet.DiffPruningCallback(density=0.005)
+    adapted = lightning_pet.apply(copy.deepcopy(model_of("bert-large")), [callback])
+    groups = [name for name in adapted.record.delta_names if name.endswith(".alpha_group")]
+    assert len(groups) == 391
