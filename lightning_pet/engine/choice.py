@@ -1,5 +1,6 @@
-"""Which adapter serves the Trainer's strategy."""
+"""Which adapter serves the Trainer's strategy; those of the sharding engines are imported when one is in use."""
 
+from importlib import import_module
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,22 +15,19 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
-from lightning_pet.engine.deepspeed import DeepSpeedAdapter
-from lightning_pet.engine.fsdp import FSDPAdapter
-from lightning_pet.engine.model_parallel import ModelParallelAdapter
 from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import UnsupportedStrategyError
 
-ADAPTERS: list[tuple[type[Strategy], type[StrategyAdapter[Any]] | None]] = [
+ADAPTERS: list[tuple[type[Strategy], tuple[str, str] | None]] = [
     (SingleDeviceXLAStrategy, None),
     (XLAStrategy, None),
-    (DeepSpeedStrategy, DeepSpeedAdapter),
-    (FSDPStrategy, FSDPAdapter),
-    (ModelParallelStrategy, ModelParallelAdapter),
-    (SingleDeviceStrategy, StrategyAdapter),
-    (DDPStrategy, StrategyAdapter),
+    (DeepSpeedStrategy, ("deepspeed", "DeepSpeedAdapter")),
+    (FSDPStrategy, ("fsdp", "FSDPAdapter")),
+    (ModelParallelStrategy, ("model_parallel", "ModelParallelAdapter")),
+    (SingleDeviceStrategy, ("strategy", "StrategyAdapter")),
+    (DDPStrategy, ("strategy", "StrategyAdapter")),
 ]
-"""Strategy class → adapter; the first match by ``isinstance`` decides."""
+"""Strategy class → module and class of its adapter; the first match by ``isinstance`` decides."""
 
 
 def adapter_for(trainer: pl.Trainer) -> StrategyAdapter[Any]:
@@ -49,4 +47,6 @@ def adapter_for(trainer: pl.Trainer) -> StrategyAdapter[Any]:
             f"are replaced after set-up are lost to it. Supported: {supported}; for one process or several, "
             "strategy='auto' or 'ddp'."
         )
-    return adapter(strategy)
+    module, name = adapter
+    made: StrategyAdapter[Any] = getattr(import_module(f"lightning_pet.engine.{module}"), name)(strategy)
+    return made
