@@ -144,7 +144,7 @@ def check(subject: Subject, method: Method, adapted: Adapted, base: list[Tensor]
     return ""
 
 
-def perturb(adapted: Adapted, scale: float = 0.2) -> None:
+def perturb(adapted: Adapted, scale: float = 0.05) -> None:
     """Move the delta by a fixed random step."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVED = {"lora", "houlsby", "pfeiffer", "parallel", "prefix", "prompt"}
+REFUSED = {("xlnet", "houlsby")}  # its attention is written as sums of products whose residual sum does not show
 RECURRENT_OR_CONVOLUTIONAL = {"convnext", "mamba", "resnet", "torch.cnn", "torch.lstm"}
 
 
@@ -55,5 +56,5 @@ def test_attention_models_are_served(census: list[dict[str, Any]]) -> None:
     for row in census:
         for method in SERVED & row["methods"].keys():
             expected = row["model"] in text if method == "prompt" else row["model"] not in RECURRENT_OR_CONVOLUTIONAL
-            if expected:
+            if expected and (row["model"], method) not in REFUSED:
                 assert f"{row['model']}, {method}" not in refused, (row["model"], method, refused)
