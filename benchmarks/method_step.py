@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from train_step import build
 
 Adapt = Callable[[nn.Module], nn.Module]
 
@@ -121,24 +122,6 @@ def variants() -> dict[tuple[str, str], Adapt]:
     return found
 
 
-def build() -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model and its batch."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=1000,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    ids = torch.randint(1000, (32, 48))
-    return BertModel(config, add_pooling_layer=False), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
 def step_of(model: nn.Module, batch: dict[str, Tensor], adapt: Adapt) -> Callable[[], None]:
     """One training step; the gradient always reaches the embeddings' output."""
     model = adapt(model).train()
@@ -158,7 +141,8 @@ def step_of(model: nn.Module, batch: dict[str, Tensor], adapt: Adapt) -> Callabl
 
 def measure(chosen: dict[tuple[str, str], Adapt], turns: int) -> dict[tuple[str, str], float]:
     """Best CPU seconds per step."""
-    base, batch = build()
+    base, batch = build("bert")
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     steps = {key: step_of(copy.deepcopy(base), batch, adapt) for key, adapt in chosen.items()}
     best = dict.fromkeys(steps, float("inf"))
     for turn in range(turns + 1):
