@@ -14,13 +14,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from train_step import Step, build, resident
+from train_step import Step, build, resident, take_turns
 
 VARIANTS: dict[str, dict[str, object]] = {
     "full": {},
@@ -82,16 +81,7 @@ def measure_times(turns: int) -> dict[str, list[float]]:
     for variant in VARIANTS:
         model, batch = build("bert")
         steps[variant] = build_step(model, batch, variant)[0]
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for turn in range(turns + 1):
-        # Forwards and backwards in turn, so that nobody always follows the same neighbour.
-        for variant in VARIANTS if turn % 2 else reversed(VARIANTS):
-            start = time.process_time()
-            steps[variant]()
-            if turn:  # the first is for warming up
-                seconds[variant].append(time.process_time() - start)
-        gc.collect()
-    return seconds
+    return take_turns(steps, turns)
 
 
 def measure_memory_here(variant: str) -> tuple[float, int]:

@@ -14,17 +14,15 @@ Variants take turns; the figure is the CPU time of each one's best turn.
 
 import argparse
 import copy
-import gc
 import importlib.util
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from train_step import build
+from train_step import build, take_turns
 
 Adapt = Callable[[nn.Module], nn.Module]
 
@@ -144,15 +142,7 @@ def measure(chosen: dict[tuple[str, str], Adapt], turns: int) -> dict[tuple[str,
     base, batch = build("bert")
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     steps = {key: step_of(copy.deepcopy(base), batch, adapt) for key, adapt in chosen.items()}
-    best = dict.fromkeys(steps, float("inf"))
-    for turn in range(turns + 1):
-        for key in steps if turn % 2 else reversed(steps):
-            start = time.process_time()
-            steps[key]()
-            if turn:  # the first is for warming up
-                best[key] = min(best[key], time.process_time() - start)
-        gc.collect()
-    return best
+    return {key: min(seconds) for key, seconds in take_turns(steps, turns).items()}
 
 
 def main() -> None:

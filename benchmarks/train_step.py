@@ -25,11 +25,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Step = Callable[[], None]
+K = TypeVar("K")
 RANK, ALPHA = 8, 16
 
 
@@ -141,21 +143,25 @@ def build_step(model: nn.Module, batch: dict[str, Tensor], variant: str, targets
     return step, sum(parameter.numel() for parameter in trained)
 
 
+def take_turns(steps: dict[K, Step], turns: int) -> dict[K, list[float]]:
+    """CPU seconds of each step in every turn."""
+    seconds: dict[K, list[float]] = {key: [] for key in steps}
+    for turn in range(turns + 1):
+        # Forwards and backwards in turn, so that nobody always follows the same neighbour.
+        for key in steps if turn % 2 else reversed(steps):
+            start = time.process_time()
+            steps[key]()
+            if turn:  # the first is for warming up
+                seconds[key].append(time.process_time() - start)
+        gc.collect()
+    return seconds
+
+
 def measure_times(scenario: Scenario, turns: int) -> dict[str, list[float]]:
     """CPU seconds per step of every variant, the variants taking turns."""
     model, batch = build(scenario.model)
     targets = names_of(model, scenario.targets)
-    steps = {v: build_step(copy.deepcopy(model), batch, v, targets)[0] for v in VARIANTS}
-    seconds: dict[str, list[float]] = {v: [] for v in VARIANTS}
-    for turn in range(turns + 1):
-        # Forwards and backwards in turn, so that nobody always follows the same neighbour.
-        for variant in VARIANTS if turn % 2 else reversed(VARIANTS):
-            start = time.process_time()
-            steps[variant]()
-            if turn:  # the first is for warming up
-                seconds[variant].append(time.process_time() - start)
-        gc.collect()
-    return seconds
+    return take_turns({v: build_step(copy.deepcopy(model), batch, v, targets)[0] for v in VARIANTS}, turns)
 
 
 def resident(field: str) -> float:
