@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -189,8 +190,11 @@ def run(argv: list[str]) -> None:
         argv = [argv[0], "--config", str(default_config()), *argv[1:]]
     # LightningCLI reads the command line itself; so does Lightning when it starts more processes.
     given, sys.argv = sys.argv, [sys.argv[0], *argv]
+    joined = torch.distributed.is_initialized()
     try:
         PetCLI(save_config_kwargs={"overwrite": True}, parser_kwargs={"default_env": False})
+        if torch.distributed.is_initialized() and not joined:  # its threads may abort an interpreter that ends
+            torch.distributed.destroy_process_group()
     except Exception as error:
         reason = _reason(error)
         if reason is None:

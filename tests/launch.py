@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MEMBER = str(Path(__file__).with_name("member.py"))
 
 
 def free_port() -> int:
@@ -46,7 +47,11 @@ def launch(
         )
         processes.append(
             subprocess.Popen(
-                [sys.executable, *argv], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [sys.executable, MEMBER, *argv],
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
     with ThreadPoolExecutor(n) as readers:  # a full pipe would block its process

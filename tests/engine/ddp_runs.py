@@ -95,5 +95,3 @@ def main(folder: Path, strategy: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     print("FOUND " + json.dumps(main(Path(sys.argv[1]), sys.argv[2])), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -129,4 +129,3 @@ if __name__ == "__main__":
     if "TRY_ALL" in os.environ:  # also what a method says that it cannot
         pet.PETCallback.shards = True
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
-    os._exit(0)

@@ -85,5 +85,3 @@ def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     print("FOUND " + json.dumps(main(Path(sys.argv[1]), sys.argv[2])), flush=True)
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # DeepSpeed leaves threads behind, whose end takes long
