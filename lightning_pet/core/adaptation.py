@@ -16,7 +16,7 @@ from lightning_pet.core.naming import canonical, join, named_modules, named_tens
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.structure import Target
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.sharding import placed
+from lightning_pet.layers.sharding import gathered, placed
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
@@ -191,7 +191,9 @@ def refresh(root: nn.Module) -> None:
     for _, target, path, key in record.hosts():
         weight = modules[path]._parameters.get(target.parameter)
         if weight is not None and not weight.is_meta:
-            modules[join(path, CHILD, key)].initialize_from(weight.detach())  # type: ignore[operator]
+            delta = modules[join(path, CHILD, key)]
+            with gathered(delta):
+                delta.initialize_from(weight.detach())  # type: ignore[operator]
 
 
 def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import whole
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Rows = Sequence[Sequence[int]]
@@ -109,6 +110,7 @@ class LowRank(Delta):
         """
         if self.magnitude is None and self.init not in ("pissa", "olora"):
             return  # a quantised weight is welcome then
+        weight = whole(weight)
         matrix = self._matrix(weight).to(precise(weight))
         wanted = (*self._flat_b().shape[:-2], self.out_features, self._flat_a().shape[-1])
         if matrix.shape != wanted:
