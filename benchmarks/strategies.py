@@ -1,6 +1,6 @@
 """Every method under every engine, on two processes: what trains, resumes and travels; the documentation's table.
 
-    python benchmarks/strategies.py --write                                 # all: docs/strategies.{json,md}, ten minutes
+    python benchmarks/strategies.py --write                                 # all: docs/strategies.{json,md}
     python benchmarks/strategies.py --write --engines fsdp2 --methods LoRA  # these cells anew
 
 A cell holds what :data:`FEATURES` names. The runs are those of ``tests/engine/method_runs.py``: four steps of a small
