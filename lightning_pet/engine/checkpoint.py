@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, take_forms
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import base_check
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.resume import ExactResume
-from lightning_pet.engine.strategy import StrategyAdapter
+from lightning_pet.engine.strategy import Named, StrategyAdapter
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
+from lightning_pet.layers.delta import Excerpt
 from lightning_pet.store.entry import KEY, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
 
@@ -57,9 +59,16 @@ class Checkpoints:
     # --- saving ---------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, Tensor]:
-        """The module's own tensors that a checkpoint holds: the delta, what trains, what training changed."""
+        """The module's own tensors of which a checkpoint holds something: the delta, what trains, what has changed."""
         wanted = self._wanted()
         return {name: tensor for name, tensor in named_tensors(self._run.module) if name in wanted}
+
+    def stored(self, named: Named) -> Named:
+        """What a checkpoint holds of these tensors, which are whole."""
+        return as_stored(named, self._excerpts())
+
+    def _excerpts(self) -> dict[str, Excerpt | None]:
+        return excerpts_of(self._run.adapted.root, self._run.root_path)
 
     def keep(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Only the delta, trained base parameters, and what training changed besides.
@@ -67,7 +76,7 @@ class Checkpoints:
         Raises:
             PETError: if a part of the delta is not in ``state``.
         """
-        required, wanted = self._required(), self._wanted()
+        required, wanted = (self._stored_names(names) for names in (self._required(), self._wanted()))
         kept = {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
         if absent := sorted(required - kept.keys()):
             raise PETError(
@@ -82,6 +91,10 @@ class Checkpoints:
     def _required(self) -> set[str]:
         record = self._run.adapted.record
         return {self._full(name) for name in (*record.delta_names, *record.trained_names)}
+
+    def _stored_names(self, names: set[str]) -> set[str]:
+        excerpts = self._excerpts()
+        return (names - excerpts.keys()) | {e.name for n, e in excerpts.items() if e is not None and n in names}
 
     def _wanted(self) -> set[str]:
         return self._required() | {self._full(n) for n in changed_buffers(self._run.adapted.root)} | self._outside()
@@ -129,7 +142,8 @@ class Checkpoints:
         base_check.check_methods(entry, adapted.record, path)
         check_tensors(checkpoint, entry, path)
         saved, whole = saved_fingerprint(entry, path), run.adapter.whole
-        undo = take_forms(adapted.root, self._split(checkpoint["state_dict"])[0])
+        held = run.adapter.is_wrapped(adapted.root)
+        undo = take_forms(adapted.root, self._split(checkpoint["state_dict"])[0], held=held)
         try:
             for key in _STATES:
                 if key in checkpoint:
@@ -164,7 +178,8 @@ class Checkpoints:
                     "mismatch",
                 )
         try:
-            self._run.adapted.check_fit(inside, self._split(own)[0])
+            adapted = self._run.adapted
+            adapted.check_fit(as_held(adapted.root, inside), self._split(own)[0])
         except DeltaFileError as error:
             raise DeltaFileError(f"{path}: {error}", error.code) from None
 
@@ -187,7 +202,8 @@ class Checkpoints:
     def load_model(self, checkpoint: Mapping[str, Any]) -> None:
         """Copy the tensors of a checked checkpoint in; buffers that are not in it are those of the base."""
         run = self._run
-        state = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
+        inside, state = self._split(checkpoint["state_dict"])
+        state |= {self._full(name): value for name, value in as_held(run.adapted.root, inside).items()}
         own = list(named_tensors(run.module))
         wanted = self._wanted() | {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
         found = {name: value for name, value in state.items() if name in wanted}

@@ -220,11 +220,11 @@ def set_option(group: dict[str, Any], key: str, value: float) -> None:
 
 
 def clip_norm(trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
-    """Clip the gradients of some parameters to a norm, before the optimizer steps.
+    """Clip the gradients of some parameters to a norm, before the optimizer steps."""
+    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], scaled_norm(trainer, optimizer, norm))
 
-    Gradients that the optimizer itself will unscale are still scaled, and so is the norm then.
-    """
+
+def scaled_norm(trainer: pl.Trainer, optimizer: Any, norm: float) -> float:
+    """What a norm of gradients is where the optimizer itself will unscale them."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and private.unscales_itself(optimizer):
-        norm *= scaler.get_scale()
-    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], norm)
+    return norm * float(scaler.get_scale()) if scaler is not None and private.unscales_itself(optimizer) else norm

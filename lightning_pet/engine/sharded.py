@@ -72,7 +72,7 @@ class ShardedAdapter(StrategyAdapter[P]):
 
     def lightning_module_state_dict(self, rules: CheckpointRules, original: Callable[..., Any]) -> dict[str, Any]:
         """The delta, gathered; outside of the writing process its values are on the meta device."""
-        return self._kept(self.whole(rules.parts().items()))
+        return self._kept(rules.stored(self.whole(rules.parts().items())))
 
     def optimizer_state(self, rules: CheckpointRules, original: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
         """The state of an optimizer in the form of a single device, gathered likewise."""
