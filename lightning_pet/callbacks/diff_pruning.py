@@ -18,12 +18,13 @@ from lightning_pet.core.naming import named_modules, named_tensors
 from lightning_pet.core.parameters import every_parameter, tied
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
+from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.density import Counted, DensityCurve
 from lightning_pet.engine.monitors import compare_anew
 from lightning_pet.engine.parameter_groups import Exchange, set_option
 from lightning_pet.engine.strategy import StrategyAdapter, each_whole, trainable
-from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError
+from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
@@ -254,7 +255,12 @@ class DiffPruningCallback(PETCallback):
     # --- the stages -------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse runs in which parameters cannot be exchanged."""
+        """Refuse runs in which parameters cannot be exchanged, or cannot have their precision."""
+        if self.state == "bf16" and adapter_for(trainer).shards:
+            raise UnsupportedStrategyError(
+                f"{type(self).__name__}(state='bf16'): {type(trainer.strategy).__name__} keeps the parameters of a "
+                "module in one tensor of one precision. Use state='fp32', or strategy='ddp'."
+            )
         if stage == "fit":
             refuse_averages(trainer.callbacks, type(self).__name__)  # type: ignore[attr-defined]
         super().setup(trainer, pl_module, stage)

@@ -13,6 +13,7 @@ from lightning_pet.core.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import base_check
 from lightning_pet.engine import optimizers as optim
+from lightning_pet.engine.excerpts import held_schedule, held_states, stored_names, stored_schedule, stored_states
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.strategy import Named, StrategyAdapter
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
@@ -114,11 +115,33 @@ class Checkpoints:
         written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
         entry = make_entry(record, run.root_path, self._fingerprint(), written)
         if "optimizer_states" in checkpoint:
-            entry["optimizers"] = run.adapter.parameter_names(run.module)
+            entry["optimizers"] = self._store_optimizers(checkpoint)
             entry["optimizer_classes"] = run.adapter.class_names()
         if "loops" in checkpoint and run.trainer.state.fn == TrainerFn.FITTING:
             entry["resume"] = run.resume.state(run.trainer)
         checkpoint[KEY] = entry
+
+    def _store_optimizers(self, checkpoint: dict[str, Any]) -> list[list[list[str]]]:
+        """Let the states be those of the tensors that the checkpoint holds; return their names."""
+        names, excerpts = self._run.adapter.parameter_names(self._run.module), self._excerpts()
+        if not excerpts:
+            return names
+        checkpoint["optimizer_states"] = stored_states(checkpoint["optimizer_states"], names, excerpts, self._shapes())
+        checkpoint["lr_schedulers"] = [
+            stored_schedule(state, names[index], excerpts)
+            for state, (index, _) in zip(checkpoint["lr_schedulers"], self._schedulers(), strict=True)
+        ]
+        return stored_names(names, excerpts)
+
+    def _schedulers(self) -> list[tuple[int, Any]]:
+        """Schedulers, each with the position of its optimizer."""
+        optimizers = [id(optimizer) for optimizer in self._run.adapter.optimizers()]
+        schedulers = [config.scheduler for config in self._run.trainer.lr_scheduler_configs]
+        places = {number: position for position, number in enumerate(optimizers)}  # an engine has one of its own
+        return [(places.get(id(scheduler.optimizer), 0), scheduler) for scheduler in schedulers]
+
+    def _shapes(self) -> dict[str, Tensor]:
+        return self._run.adapter.shaped(named_tensors(self._run.module))
 
     def _fingerprint(self) -> Fingerprint:
         # The base is frozen, so once per run is enough.
@@ -168,7 +191,7 @@ class Checkpoints:
 
     def _check_fit(self, state: Mapping[str, Any], path: object) -> None:
         inside, outside = self._split(state)
-        own = self._run.adapter.shaped(named_tensors(self._run.module))
+        own = self._shapes()
         allowed = self._outside()
         for name, value in outside.items():
             if name not in allowed or own[name].shape != value.shape:
@@ -224,5 +247,14 @@ class Checkpoints:
                 f"The checkpoint was written with {self._optimizer_classes}, this run has {classes}: the state of one "
                 "is none of the other. Resume with the optimizer of the checkpoint, or start a new run with start_from."
             )
-        states = optim.reorder_state(checkpoint["optimizer_states"], self._optimizer_names, names)
-        return {**checkpoint, "optimizer_states": states}
+        excerpts = self._excerpts()
+        stored = stored_names(names, excerpts) if excerpts else names
+        states = optim.reorder_state(checkpoint["optimizer_states"], self._optimizer_names, stored)
+        if not excerpts:
+            return {**checkpoint, "optimizer_states": states}
+        schedules = [
+            held_schedule(state, scheduler.state_dict(), names[index], excerpts)
+            for state, (index, scheduler) in zip(checkpoint["lr_schedulers"], self._schedulers(), strict=True)
+        ]
+        states = held_states(states, names, excerpts, self._shapes())
+        return {**checkpoint, "optimizer_states": states, "lr_schedulers": schedules}

@@ -225,7 +225,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         super().save_checkpoint(rules, original, checkpoint, filepath, storage_options)
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Any, checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Any, checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta in, load the optimizer, and set what the engine counts."""
         super().load_model_state_dict(rules, original, checkpoint, strict)

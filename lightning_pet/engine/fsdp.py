@@ -108,7 +108,7 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         total = torch.zeros((), device=self.strategy.root_device)
         for parameter in held:
             total += parameter.grad.float().square().sum()  # type: ignore[union-attr]
-        torch.distributed.all_reduce(total, group=self.strategy.model.process_group)  # type: ignore[union-attr, arg-type]
+        torch.distributed.all_reduce(total, group=self.strategy.model.process_group)  # type: ignore[union-attr]
         nn.utils.clip_grads_with_norm_(held, scaled_norm(trainer, optimizer, norm), total.sqrt())
 
     def _by_unit(self, named: Named) -> Iterable[tuple[FSDP | None, list[tuple[str, Tensor]]]]:

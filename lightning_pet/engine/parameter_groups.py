@@ -15,7 +15,8 @@ from lightning_pet.engine import private
 from lightning_pet.errors import OptimizerMismatchError
 
 _LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr")
-_LR_LISTS = ("base_lrs", private.LAST_LR, "min_lrs", "max_lrs", "lr_lambdas")
+LR_LISTS = ("base_lrs", private.LAST_LR, "min_lrs", "max_lrs", "lr_lambdas")
+"""Attributes in which schedulers keep one value per parameter group."""
 _LISTS = ("params", "param_names")
 _SHOWN = 6
 
@@ -188,7 +189,7 @@ def _add_group(
     optimizer.add_param_group({**group, "params": list(parameters.items() if named else parameters.values())})
     groups = len(optimizer.param_groups) - 1
     for scheduler in schedulers:
-        for attribute in _LR_LISTS:
+        for attribute in LR_LISTS:
             values = getattr(scheduler, attribute, None)
             if isinstance(values, list) and len(values) == groups:
                 values.append(values[source] if attribute == "lr_lambdas" else values[source] * wish.ratio)
@@ -198,7 +199,7 @@ def _remove_group(optimizer: Any, schedulers: list[Any], index: int) -> None:
     groups = len(optimizer.param_groups)
     del optimizer.param_groups[index]
     for scheduler in schedulers:
-        for attribute in _LR_LISTS:
+        for attribute in LR_LISTS:
             values = getattr(scheduler, attribute, None)
             if isinstance(values, list) and len(values) == groups:
                 del values[index]

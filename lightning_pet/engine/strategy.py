@@ -60,7 +60,7 @@ class CheckpointRules(Protocol):
         ...
 
     def before_optimizers(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Bring saved optimizer states into the order of the present optimizers."""
+        """Bring saved optimizer states, and those of schedulers, into the order of the present optimizers."""
         ...
 
 
@@ -137,7 +137,7 @@ class StrategyAdapter(Generic[S]):
         return checkpoint
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta in."""
         rules.load_model(checkpoint)
@@ -234,9 +234,7 @@ class StrategyAdapter(Generic[S]):
             strategy.configure_ddp()
 
 
-def each_whole(
-    modules: Sequence[M], whole: Callable[[Named], Named] = iter
-) -> Iterator[tuple[M, dict[str, Tensor]]]:
+def each_whole(modules: Sequence[M], whole: Callable[[Named], Named] = iter) -> Iterator[tuple[M, dict[str, Tensor]]]:
     """Give each module with its tensors by name, as ``whole`` gives them: by default those it has."""
     named = [(f"{i}.{name}", tensor) for i, module in enumerate(modules) for name, tensor in named_tensors(module)]
     awaited = Counter(name.partition(".")[0] for name, _ in named)

@@ -32,10 +32,7 @@ def largest(tensors: Callable[[], Iterable[Tensor]], count: int) -> list[Tensor]
     """
     upper, above = _from_top(sum(_histogram(_bits(tensor) >> _HALF, _HALF - 1) for tensor in tensors()), count)
     lower, over = _from_top(
-        sum(
-            _histogram(bits[bits >> _HALF == upper] & ((1 << _HALF) - 1), _HALF)
-            for bits in map(_bits, tensors())
-        ),
+        sum(_histogram(bits[bits >> _HALF == upper] & ((1 << _HALF) - 1), _HALF) for bits in map(_bits, tensors())),
         count - above,
     )
     limit, ties = (upper << _HALF) + lower, count - above - over
