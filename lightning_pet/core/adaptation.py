@@ -85,8 +85,14 @@ def renew(root: nn.Module) -> None:
     freeze(root)
 
 
-def take_forms(root: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it."""
+def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = False) -> Callable[[], None]:
+    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it.
+
+    Args:
+        root: the adapted root.
+        tensors: of a file.
+        held: an engine holds the parameters of the deltas.
+    """
     record, modules = record_of(root), named_modules(root)
     changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
     for _, _, path, key in record.hosts() if record else ():
@@ -94,7 +100,7 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], N
         delta = cast(Delta, modules[prefix])
         own = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
         before = delta, dict(delta._parameters), dict(delta._buffers)
-        if delta.take_form(own):
+        if delta.take_form(own, held=held):
             changed.append(before)
     if changed:
         renew(root)

@@ -272,6 +272,8 @@ class Controller:
         """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""
         root = self.adapted.root
         renew(root)
+        if not exchanges:
+            return
         names = names_of(self.module)
         new_names = [names.get(id(change.new), "") for change in exchanges]
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]

@@ -38,6 +38,8 @@ name                                                      used for
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
+``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
+``._get_fp32_grad_state_partition``, ``._z3_optimizer``   that holds them
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
@@ -270,6 +272,14 @@ def link_partition_states(zero: Any) -> None:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def partition_gradient(parameter: Any) -> Any:
+    """Return this process's part of the gradient that ZeRO is about to step with, itself; ``None`` if it has none."""
+    if hasattr(parameter, "ds_id"):
+        return parameter._z3_optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
+    mapping = getattr(parameter, "_hp_mapping", None)
+    return None if mapping is None else mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
 
 def loader_of_run(trainer: Any) -> Any:
