@@ -38,6 +38,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         self._classes: list[str] = []
         self._arrived: set[str] = set()
         self._hooks: list[Any] = []
+        self._gradients: dict[int, Tensor] = {}
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse an optimizer that is not built by the LightningModule."""
@@ -161,6 +162,29 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         factor = norm * float(self._zero().loss_scale) / (float(total.sqrt()) + 1e-6)
         for part in (part for part in parts if part is not None and factor < 1):
             part.mul_(factor)
+
+    def watch_gradients(self, named: Named) -> None:
+        """Gather them right before the engine steps: afterwards they are gone."""
+        parameters = [parameter for _, parameter in named]
+        private.replace_method(self.strategy.model, "step", partial(self._step, parameters))
+
+    def gradients(self, named: Named) -> Iterator[tuple[str, Tensor | None]]:
+        """Those of the last step."""
+        return ((name, self._gradients.get(id(parameter))) for name, parameter in named)
+
+    def _step(self, parameters: list[Tensor], original: Any, *args: Any, **kwargs: Any) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        engine: Any = self.strategy.model
+        if not engine.is_gradient_accumulation_boundary():
+            original(*args, **kwargs)
+            return
+        found = {id(parameter): safe_get_full_grad(parameter) for parameter in parameters}
+        factor = 1 / float(self._zero().loss_scale)
+        original(*args, **kwargs)
+        if limit := engine.gradient_clipping():  # the engine clips in its step
+            factor *= min(1.0, limit / (float(engine.get_global_grad_norm()) + 1e-6))
+        self._gradients = {key: gradient.detach() * factor for key, gradient in found.items() if gradient is not None}
 
     # --- gathering ------------------------------------------------------------------------------------
 

@@ -87,6 +87,13 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                     for name, tensor in items:
                         tensor.copy_(values[name])
 
+    def gradients(self, named: Named) -> Iterator[tuple[str, Tensor | None]]:
+        """Copies of the gradients, unit by unit."""
+        for unit, items in self._by_unit(named):
+            with _summoned(unit, writeback=False, with_grads=True):
+                for name, tensor in items:
+                    yield name, None if tensor.grad is None else tensor.grad.detach().clone()
+
     def shaped(self, named: Named) -> dict[str, Tensor]:
         """Tensors without values, in the shapes from before the wrapping."""
         return {
@@ -197,10 +204,10 @@ def _trained_modules(root: nn.Module) -> Iterator[nn.Module]:
     return walk(root)
 
 
-def _summoned(unit: Any, *, writeback: bool) -> AbstractContextManager[Any]:
+def _summoned(unit: Any, *, writeback: bool, with_grads: bool = False) -> AbstractContextManager[Any]:
     if not isinstance(unit, FSDP):
         return nullcontext()
-    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback)
+    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback, with_grads=with_grads)
 
 
 def _own_parameters(unit: FSDP) -> list[nn.Parameter]:

@@ -199,6 +199,14 @@ class StrategyAdapter(Generic[S]):
         """Give each module with its tensors whole; every process must run through all of them."""
         return each_whole(modules, self.whole)
 
+    def watch_gradients(self, named: Named) -> None:
+        """Gradients of these parameters will be asked for after each optimizer step of this run."""
+
+    def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
+        """Give each parameter's gradient in the last step whole, as the optimizer used it; every process must run
+        through all of them. ``None`` where there is none in any process."""
+        return ((name, None if tensor.grad is None else whole(tensor.grad)) for name, tensor in named)
+
     def shaped(self, named: Named) -> dict[str, Tensor]:
         """The tensors by name, in full shape; their values do not matter."""
         return dict(named)

@@ -7,7 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,23 @@ from tests.methods import zoo  # noqa: E402
 
 STEPS, BATCH, RESUMED = 4, 4, 2
 QUIET: dict[str, Any] = {"verbose": False}
+
+
+@cache
+def trained(name: str) -> str:
+    """Delta file of an adapter that was moved away from its start; ``"shared"``: of one whose places share a tensor."""
+    sizes: dict[str, Any] = {"bottleneck_size": 4, "modules_to_save": [], "name": name}
+    method = pet.CompacterCallback(phm_dim=2, **sizes) if name == "shared" else pet.AdapterCallback(**sizes)
+    net = zoo.bert()[0]
+    pet.apply(net, [method])
+    generator = torch.Generator().manual_seed(len(name))
+    for parameter in (p for p in net.parameters() if p.requires_grad):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    path = Path(mkdtemp()) / f"{name}.pet.safetensors"
+    pet.save_delta(net, path)
+    return str(path)
+
+
 METHODS: dict[str, Callable[[], pet.PETCallback]] = {
     "LoRA": lambda: pet.LoRACallback(r=2, **QUIET),
     "DoRA": lambda: pet.LoRACallback(r=2, use_dora=True, **QUIET),
@@ -33,6 +52,7 @@ METHODS: dict[str, Callable[[], pet.PETCallback]] = {
     "Adapter": lambda: pet.AdapterCallback(bottleneck_size=4, **QUIET),
     "Adapter, parallel": lambda: pet.AdapterCallback(bottleneck_size=4, placement="parallel", **QUIET),
     "AdapterBias": lambda: pet.AdapterBiasCallback(**QUIET),
+    "Adapter fusion": lambda: pet.AdapterFusionCallback([trained("one"), trained("shared")], temperature=9.0, **QUIET),
     "Compacter": lambda: pet.CompacterCallback(bottleneck_size=4, phm_dim=2, **QUIET),
     "IA3": lambda: pet.IA3Callback(**QUIET),
     "Prefix tuning": lambda: pet.PrefixTuningCallback(length=3, projection_size=4, **QUIET),
