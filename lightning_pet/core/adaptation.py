@@ -14,6 +14,7 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key
+from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import placed
@@ -189,9 +190,9 @@ def refresh(root: nn.Module) -> None:
     freeze(root)
     modules = named_modules(root)
     for _, target, path, key in record.hosts():
-        weight = modules[path]._parameters.get(target.parameter)
-        if weight is not None and not weight.is_meta:
-            modules[join(path, CHILD, key)].initialize_from(weight.detach())  # type: ignore[operator]
+        delta = cast(Delta, modules[join(path, CHILD, key)])
+        check_hosts(delta, modules[path], target.path, target.parameter)
+        initialize(delta, modules[path], target.parameter)
 
 
 def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
@@ -247,7 +248,7 @@ def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
 def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:
     """Set ``requires_grad`` back to what it was."""
     for name, parameter in root.named_parameters():
-        if canonical(name) in flags:
+        if canonical(name) in flags and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(flags[canonical(name)])
 
 
