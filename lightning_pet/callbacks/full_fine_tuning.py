@@ -47,8 +47,8 @@ class FullFineTuningCallback(PETCallback):
         if fixed:
             name, parameter = fixed[0]
             raise TargetError(
-                f"{name} is stored as {format_of(parameter)} and cannot train: full fine-tuning needs a base in floating point. "
-                "Load it without quantisation, or use LoRACallback."
+                f"{name} is stored as {format_of(parameter)} and cannot train: full fine-tuning needs a base in "
+                "floating point. Load it without quantisation, or use LoRACallback."
             )
         return (Target("", ""),)
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.quantised import DENSE, dense_values, is_quantised
+from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.structure import Target
 from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta
@@ -82,6 +82,7 @@ class _Host(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
+        weight: Any
         if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
             weight = self.weight
             if type(weight) in DENSE or not is_quantised(weight):
@@ -89,7 +90,7 @@ class _Host(nn.Module):
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
             return output
-        if len(deltas) == 1 and deltas[0].reads_weight and is_quantised(self.weight):
+        if len(deltas) == 1 and deltas[0].reads_weight and is_quantised(cast(Tensor, self.weight)):
             return deltas[0](args[0], output, dense_values(self, "weight"), self.bias)
         value = args[0] if args else next(iter(kwargs.values()), None)
         several = isinstance(output, tuple | list)
@@ -269,7 +270,12 @@ def host_kind(module: nn.Module, parameter: str = "weight") -> str | None:
 def _computes_otherwise(module: nn.Module, weight: Tensor) -> bool:
     """A linear layer of ordinary numbers with a forward of its own (groups, routers): only its weight is sure."""
     plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and weight.ndim == 2
-    return isinstance(module, nn.Linear) and plain and not is_quantised(weight) and not _has_plain_forward(base_class(module))
+    return (
+        isinstance(module, nn.Linear)
+        and plain
+        and not is_quantised(weight)
+        and not _has_plain_forward(base_class(module))
+    )
 
 
 def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) -> str | None:

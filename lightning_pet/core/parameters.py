@@ -177,6 +177,6 @@ def _check(places: dict[_Place, nn.Parameter], kept: Sequence[_Place]) -> None:
     for path, name in kept:
         if is_quantised(places[path, name]):
             raise TargetError(
-                f"{join(path, name)} is stored as {format_of(places[path, name])}, and this method adds to every weight. Load the base in "
-                f"floating point, or exclude it (exclude_modules=[{join(path, name)!r}])."
+                f"{join(path, name)} is stored as {format_of(places[path, name])}, and this method adds to every "
+                f"weight. Load the base in floating point, or exclude it (exclude_modules=[{join(path, name)!r}])."
             )

@@ -42,6 +42,12 @@ def _dequantises_itself(tensor: Tensor) -> bool:
     return type(local).dequantize is not Tensor.dequantize
 
 
+def waits_for_its_device(tensor: Tensor) -> bool:
+    """Whether a weight will be quantised when it moves to its device (bitsandbytes)."""
+    quantises = _is_bitsandbytes(tensor) and not getattr(tensor, "has_fp16_weights", False)
+    return quantises and tensor.dtype.itemsize > 1
+
+
 def format_of(tensor: Tensor) -> str:
     """What a quantised weight is called in messages and tables, such as ``torchao Int8Tensor``."""
     if _is_bitsandbytes(tensor):
@@ -78,9 +84,9 @@ def dense_values(host: nn.Module, parameter: str) -> Tensor:
     values = _bitsandbytes_values(host, weight) if _is_bitsandbytes(weight) else _own_values(weight)
     if values is None:
         raise TargetError(
-            f"{type(host).__name__}.{parameter} is stored as {format_of(weight)}, whose values cannot be read, and this "
-            "method computes with them. Use a method that only needs the layer's output (LoRA without DoRA and with "
-            "init='kaiming', an adapter, a prefix), or load the base in floating point."
+            f"{type(host).__name__}.{parameter} is stored as {format_of(weight)}, whose values cannot be read, and "
+            "this method computes with them. Use a method that only needs the layer's output (LoRA without DoRA and "
+            "with init='kaiming', an adapter, a prefix), or load the base in floating point."
         )
     return values.detach()
 
@@ -134,9 +140,9 @@ def check_trains(name: str, parameter: Tensor) -> None:
     """
     if is_quantised(parameter):
         raise TargetError(
-            f"{name} is stored as {format_of(parameter)} and cannot train as it is. Load this layer in floating point "
-            "(llm_int8_skip_modules, a filter_fn, ignore_modules), or use a method that adds a delta, such as "
-            "LoRACallback."
+            f"{name} is stored as {format_of(parameter)} and cannot train as it is. Keep this layer in floating point "
+            "(ignore_modules of the precision plug-in, filter_fn of torchao, llm_int8_skip_modules of transformers), or "
+            "use a method that adds a delta, such as LoRACallback; modules_to_save=[] leaves a head as it is."
         )
 
 
@@ -148,8 +154,8 @@ def check_replaceable(host: nn.Module, path: str, weight: Tensor, dequantize: bo
     """
     if not dequantize:
         raise NotMergeableError(
-            f"{path} is stored as {format_of(weight)}, which cannot hold the sum of the weight and a delta: rounding it "
-            "to the format again would change the outputs. Keep the delta attached; or load it onto the base in "
+            f"{path} is stored as {format_of(weight)}, which cannot hold the sum of the weight and a delta: rounding "
+            "it to the format again would change the outputs. Keep the delta attached; or load it onto the base in "
             "floating point and merge there; or pass merge_(dequantize=True), which makes ordinary linear layers of "
             "the quantised layers that have a delta."
         )

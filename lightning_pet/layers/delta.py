@@ -67,7 +67,7 @@ class Delta(Part):
     starts_from_weight: bool = False
     """:meth:`initialize_from` needs the values of the base weight: it gets dequantised ones."""
     reads_weight: bool = False
-    """``forward`` needs the host's weight, whatever its format: ``delta(x, output, weight, bias)`` on a quantised one."""
+    """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
 
     parameter: str = "weight"
     """Which parameter of the host this delta belongs to (``""``: none); set when it is inserted."""

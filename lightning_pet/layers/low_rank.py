@@ -160,9 +160,7 @@ class LowRankLinear(LowRank):
         """DoRA does, for its norms."""
         return self.use_dora
 
-    def _dora(
-        self, x: Tensor, output: Tensor, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
-    ) -> Tensor:
+    def _dora(self, x: Tensor, output: Tensor, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """Base output plus what rescaling and the low-rank term add: exactly the base output at the start."""
         assert self.magnitude is not None
         dropped, origin = self._drop(x), self._origin(x.dtype)
