@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
+from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key
@@ -25,6 +26,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     created = record_of(root) is None
     before = {canonical(name): parameter.requires_grad for name, parameter in root.named_parameters()}
     record = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
+    forbid_repacking(root)
     done: list[tuple[str, str]] = []
     try:
         for item in prepared:
@@ -44,6 +46,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
         record.applied[:] = [a for a in record.applied if not any(a.key == item.key for item in prepared)]
         if created:
             del root.__dict__[RECORD]
+            restore_repacking(root)
         raise
     if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
         take_out(root, replaced)
@@ -185,6 +188,7 @@ def refresh(root: nn.Module) -> None:
     if record is None:
         return
     own = set(record.delta_names)
+    forbid_repacking(root)  # layers may have been made anew
     record.trainable_names = tuple(n for n in record.trainable_names if n in own or _in_scope(record, n))
     record.originals.clear()
     freeze(root)
@@ -223,6 +227,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
         freeze(root)
         return
     restore_flags(root, record.flags)
+    restore_repacking(root)
     del root.__dict__[RECORD]
 
 

@@ -48,10 +48,16 @@ def waits_for_its_device(tensor: Tensor) -> bool:
     return quantises and tensor.dtype.itemsize > 1
 
 
+def is_repacked(tensor: Tensor) -> bool:
+    """Whether an evaluation on a CPU has repacked a weight of bitsandbytes for inference only."""
+    return bool(getattr(getattr(tensor, "quant_state", None), "packing_format_for_cpu", False))
+
+
 def format_of(tensor: Tensor) -> str:
     """What a quantised weight is called in messages and tables, such as ``torchao Int8Tensor``."""
     if _is_bitsandbytes(tensor):
-        return f"bitsandbytes {getattr(tensor, 'quant_type', 'int8')}"
+        kind = getattr(tensor, "quant_type", "int8")
+        return f"bitsandbytes {kind}" + (", repacked by an evaluation on the CPU" if is_repacked(tensor) else "")
     if type(tensor) not in DENSE and _dequantises_itself(tensor):
         return f"{type(tensor).__module__.partition('.')[0]} {type(tensor).__name__}"
     return str(tensor.dtype).removeprefix("torch.")
@@ -103,6 +109,8 @@ def _bitsandbytes_values(host: nn.Module, weight: Any) -> Tensor | None:
     if data.dtype.itemsize > 1:
         return data  # not quantised yet
     functional = sys.modules["bitsandbytes"].functional
+    if is_repacked(weight):
+        return None
     if hasattr(weight, "quant_state"):
         values: Tensor = functional.dequantize_4bit(data, weight.quant_state)
         return values
@@ -141,8 +149,8 @@ def check_trains(name: str, parameter: Tensor) -> None:
     if is_quantised(parameter):
         raise TargetError(
             f"{name} is stored as {format_of(parameter)} and cannot train as it is. Keep this layer in floating point "
-            "(ignore_modules of the precision plug-in, filter_fn of torchao, llm_int8_skip_modules of transformers), or "
-            "use a method that adds a delta, such as LoRACallback; modules_to_save=[] leaves a head as it is."
+            "(ignore_modules of the precision plug-in, filter_fn of torchao, llm_int8_skip_modules of transformers), "
+            "or use a method that adds a delta, such as LoRACallback; modules_to_save=[] leaves a head as it is."
         )
 
 

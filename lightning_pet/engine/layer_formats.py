@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from torch import nn
 
@@ -13,9 +14,11 @@ from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import base_class
 from lightning_pet.core.names import named_places
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.quantised import format_of, is_quantised, waits_for_its_device
+from lightning_pet.core.quantised import format_of, is_quantised, is_repacked, waits_for_its_device
+from lightning_pet.engine import private
 from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import PETError, UnsupportedStrategyError
+from lightning_pet.layers.sharding import ordinary_parts
 
 
 def replaces_layers(plugin: object) -> bool:
@@ -94,6 +97,11 @@ def refuse_without_gradient(root: nn.Module) -> None:
     seen: set[tuple[type, str]] = set()
     for path, module in named_places(root).items():
         weight: Any = module._parameters.get("weight")
+        if weight is not None and is_repacked(weight):
+            raise UnsupportedStrategyError(
+                f"{path} is stored as {format_of(weight)}: in that form its product has no gradient, so nothing before "
+                "it would train. Load the base again, and evaluate it only with the delta in it."
+            )
         flatten = getattr(weight, "__tensor_flatten__", None)
         if flatten is None or not is_quantised(weight) or base_class(module) is not nn.Linear:
             continue
@@ -111,3 +119,18 @@ def _passes_gradient(module: Any, weight: Any) -> bool:
     x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
     with torch.enable_grad():
         return bool(nn.Linear.forward(module, x).requires_grad)
+
+
+def share_packed(module: nn.Module) -> None:
+    """Give every process of a DDP run the quantised weights of the first one, as DDP does with all others.
+
+    A tensor subclass cannot be sent as a whole, but the ordinary tensors can that it is made of.
+    """
+    packed = {name: p for name, p in module.named_parameters() if hasattr(p, "__tensor_flatten__") and is_quantised(p)}
+    for parameter in packed.values():
+        for part in ordinary_parts(parameter):
+            sent = part.detach().contiguous().view(torch.uint8)
+            torch.distributed.broadcast(sent, src=0)
+            part.detach().copy_(sent.view(part.dtype))
+    if packed:
+        private.keep_from_ddp(module, packed)

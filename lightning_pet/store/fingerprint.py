@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_pet.layers.sharding import whole
+from lightning_pet.layers.sharding import ordinary_parts, whole
 from lightning_pet.store import tensors as facts
 from lightning_pet.store.strict_json import (
     canonical,
@@ -138,7 +138,7 @@ def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _
     for name, tensor in named:
         tensor = whole(tensor.detach())
         seen[name] = _observe(name, tensor)
-        if exact and (parts := _parts(tensor)):
+        if exact and (parts := ordinary_parts(tensor)):
             leaves[name] = "".join(f"{name}\0{facts.digest(part)}\n" for part in parts)
     seen = dict(sorted(seen.items()))
     if not exact or leaves.keys() != seen.keys():
@@ -231,17 +231,6 @@ def _judge(then: _Facts, now: _Facts) -> Verdict:
     return Verdict.CAST if bool((near | (old == new) | (old.isnan() & new.isnan())).all()) else Verdict.DIFFERENT
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The ordinary tensors that hold a tensor's values: itself, those of a subclass, or none that can be read."""
-    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
-        return []
-    if type(tensor.data) is Tensor:
-        return [tensor]
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    inner = [getattr(tensor, name) for name in flatten()[0]] if flatten is not None else []
-    return [part for item in inner for part in _parts(item)]
-
-
 def _kind(tensor: Tensor, parts: list[Tensor]) -> str:
     if not parts:
         return f"{_OPAQUE}{'meta' if tensor.is_meta else type(tensor.data).__name__}"
@@ -249,7 +238,7 @@ def _kind(tensor: Tensor, parts: list[Tensor]) -> str:
 
 
 def _observe(name: str, tensor: Tensor) -> _Facts:
-    parts, shape = _parts(tensor), tuple(tensor.shape)
+    parts, shape = ordinary_parts(tensor), tuple(tensor.shape)
     kind = _kind(tensor, parts)
     if not parts:
         return _Facts(kind, shape, b"", None)
