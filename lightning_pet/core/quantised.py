@@ -114,8 +114,18 @@ def _bitsandbytes_values(host: nn.Module, weight: Any) -> Tensor | None:
     if hasattr(weight, "quant_state"):
         values: Tensor = functional.dequantize_4bit(data, weight.quant_state)
         return values
-    scales = weight.SCB if weight.SCB is not None else getattr(getattr(host, "state", None), "SCB", None)
-    return None if scales is None else functional.int8_vectorwise_dequant(data, scales.to(data.device))
+    scales = scales_beside(host, weight)
+    return functional.int8_vectorwise_dequant(data, scales[0].to(data.device)) if scales else None
+
+
+def scales_beside(host: nn.Module, weight: Any) -> list[Tensor]:
+    """Tensors without which a weight of bitsandbytes is only numbers; they are no parameters of their host."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        found = [*vars(state).values(), *vars(getattr(state, "state2", None) or state).values()]
+    else:
+        state = getattr(host, "state", None)
+        found = [getattr(weight, "SCB", None), getattr(state, "SCB", None)]
+    return list({id(value): value for value in found if isinstance(value, Tensor)}.values())
 
 
 def initialize(delta: Delta, host: nn.Module, parameter: str) -> None:

@@ -8,13 +8,13 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import base_class
 from lightning_pet.core.names import named_places
-from lightning_pet.core.naming import named_modules
-from lightning_pet.core.quantised import format_of, is_quantised, is_repacked, waits_for_its_device
+from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.quantised import format_of, is_quantised, is_repacked, scales_beside, waits_for_its_device
 from lightning_pet.engine import private
 from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import PETError, UnsupportedStrategyError
@@ -121,16 +121,25 @@ def _passes_gradient(module: Any, weight: Any) -> bool:
         return bool(nn.Linear.forward(module, x).requires_grad)
 
 
-def share_packed(module: nn.Module) -> None:
+def share_quantised(module: nn.Module) -> None:
     """Give every process of a DDP run the quantised weights of the first one, as DDP does with all others.
 
-    A tensor subclass cannot be sent as a whole, but the ordinary tensors can that it is made of.
+    DDP sends tensors. A tensor subclass cannot be sent as a whole, but the tensors can that it is made of; and what
+    bitsandbytes keeps beside its numbers is no parameter.
     """
-    packed = {name: p for name, p in module.named_parameters() if hasattr(p, "__tensor_flatten__") and is_quantised(p)}
-    for parameter in packed.values():
-        for part in ordinary_parts(parameter):
-            sent = part.detach().contiguous().view(torch.uint8)
-            torch.distributed.broadcast(sent, src=0)
-            part.detach().copy_(sent.view(part.dtype))
-    if packed:
-        private.keep_from_ddp(module, packed)
+    unsent: list[str] = []
+    for path, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and is_quantised(parameter):
+                whole = type(parameter.data) is Tensor
+                for tensor in [*([] if whole else ordinary_parts(parameter)), *scales_beside(part, parameter)]:
+                    _share(tensor.detach())
+                unsent += [] if whole else [join(path, name)]
+    if unsent:
+        private.keep_from_ddp(module, unsent)
+
+
+def _share(tensor: Tensor) -> None:
+    sent = tensor.contiguous().reshape(-1).view(torch.uint8)
+    torch.distributed.broadcast(sent, src=0)
+    tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))

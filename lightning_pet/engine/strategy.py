@@ -21,7 +21,7 @@ from lightning_pet.core.naming import canonical
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.agreement import agreed
-from lightning_pet.engine.layer_formats import share_packed
+from lightning_pet.engine.layer_formats import share_quantised
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
 
@@ -159,7 +159,7 @@ class StrategyAdapter(Generic[S]):
             complete: whether the last hook that builds the model has run.
         """
         if complete and isinstance(self.strategy, DDPStrategy):
-            share_packed(self.strategy.lightning_module)
+            share_quantised(self.strategy.lightning_module)
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
         """``configure_optimizers`` returned these; the engine has not put its own in their place yet."""

@@ -85,8 +85,7 @@ class BiasRows(_Bias):
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """The effective bias as a new tensor."""
-        effective: Tensor = self(weight)
-        return effective
+        return (weight + self._spread()).to(weight.dtype)
 
 
 class BiasBeside(BiasRows):
