@@ -23,6 +23,7 @@ name                                                      used for
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
 ``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
+``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
@@ -49,7 +50,7 @@ name                                                      used for
 ========================================================  ==========================================================
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, Final
@@ -89,6 +90,11 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
 def finds_unused_parameters(strategy: Any) -> bool:
     """Whether a DDP strategy looks in every step for parameters without a gradient."""
     return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+
+
+def keep_from_ddp(module: Any, names: Iterable[str]) -> None:
+    """Let DDP neither send these parameters at its start nor look at them later."""
+    module._ddp_params_and_buffers_to_ignore = list(names)
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:

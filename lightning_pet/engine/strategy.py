@@ -22,6 +22,7 @@ from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.agreement import agreed
+from lightning_pet.engine.layer_formats import share_quantised
 from lightning_pet.engine.parameter_groups import clip_norm, groups_of
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
@@ -164,6 +165,8 @@ class StrategyAdapter(Generic[S]):
             root: the adapted root.
             complete: whether the last hook that builds the model has run.
         """
+        if complete and isinstance(self.strategy, DDPStrategy):
+            share_quantised(self.strategy.lightning_module)
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
         """``configure_optimizers`` returned these; the engine has not put its own in their place yet."""
@@ -204,7 +207,8 @@ class StrategyAdapter(Generic[S]):
 
     def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
         """Give each parameter's gradient in the last step whole, as the optimizer used it; every process must run
-        through all of them. ``None`` where there is none in any process."""
+        through all of them. ``None`` where there is none in any process.
+        """
         return ((name, None if tensor.grad is None else whole(tensor.grad)) for name, tensor in named)
 
     def shaped(self, named: Named) -> dict[str, Tensor]:
