@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerStatus
+import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -31,6 +32,7 @@ from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdat
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
@@ -75,6 +77,7 @@ class Controller:
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
         self._plan: Plan | None = None
+        self._converts = False  # the precision plug-in replaces layers
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
@@ -144,6 +147,7 @@ class Controller:
         self._checked.clear()
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
+        self._converts = replaces_layers(self.trainer.precision_plugin)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
         if builds_later:
@@ -172,13 +176,14 @@ class Controller:
         self._undo.append(private.replace_method(self.module, hook, method))
 
     def _after(self, hook: str, *, last: bool) -> None:
-        overridden = is_overridden(hook, self.module)
+        overridden, dtype = is_overridden(hook, self.module), torch.get_default_dtype()
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            if overridden:
-                self._look_again()
-            self._advance(last=last)
+            with outside_of_init(dtype):
+                if overridden:
+                    self._look_again()
+                self._advance(last=last)
             return out
 
         self._replace(hook, run)
@@ -208,6 +213,10 @@ class Controller:
             )
 
     def _advance(self, *, last: bool) -> None:
+        if self._converts and not last:
+            return
+        if self._converts:
+            convert(self.trainer, self.module)
         try:
             self._insert()
         except PETError:
@@ -216,6 +225,8 @@ class Controller:
             return
         root = root_of(self.module)[1]
         freeze(root)
+        if last and self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)
         if last and self._new:
             start(self.module, self._new)
@@ -272,6 +283,8 @@ class Controller:
         """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""
         root = self.adapted.root
         renew(root)
+        if not exchanges:
+            return
         names = names_of(self.module)
         new_names = [names.get(id(change.new), "") for change in exchanges]
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]

@@ -23,6 +23,7 @@ name                                                      used for
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
 ``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
+``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
@@ -38,6 +39,8 @@ name                                                      used for
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
+``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
+``._get_fp32_grad_state_partition``, ``._z3_optimizer``   that holds them
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
@@ -47,7 +50,7 @@ name                                                      used for
 ========================================================  ==========================================================
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, Final
@@ -87,6 +90,11 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
 def finds_unused_parameters(strategy: Any) -> bool:
     """Whether a DDP strategy looks in every step for parameters without a gradient."""
     return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+
+
+def keep_from_ddp(module: Any, names: Iterable[str]) -> None:
+    """Let DDP neither send these parameters at its start nor look at them later."""
+    module._ddp_params_and_buffers_to_ignore = list(names)
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
@@ -270,6 +278,14 @@ def link_partition_states(zero: Any) -> None:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def partition_gradient(parameter: Any) -> Any:
+    """Return this process's part of the gradient that ZeRO is about to step with, itself; ``None`` if it has none."""
+    if hasattr(parameter, "ds_id"):
+        return parameter._z3_optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
+    mapping = getattr(parameter, "_hp_mapping", None)
+    return None if mapping is None else mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
 
 def loader_of_run(trainer: Any) -> Any:

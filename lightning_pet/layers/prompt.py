@@ -109,6 +109,11 @@ class VirtualRows(VirtualTokens):
                 for value in (first, second):
                     nn.init.uniform_(cast(Tensor, value), -(first.shape[1] ** -0.5), first.shape[1] ** -0.5)
 
+    @property
+    def starts_from_weight(self) -> bool:  # type: ignore[override]
+        """Rows of the table may be where they start."""
+        return self.sources is not None
+
     def initialize_from(self, weight: Tensor) -> None:
         """Start every row from the mean of its source rows of the table."""
         if self.sources is None:

@@ -1,4 +1,7 @@
-"""Tensors that several processes hold a part of each (``DTensor``), read and written as if they were whole."""
+"""Tensors that several processes hold a part of each (``DTensor``), or that are made of several others.
+
+They are read and written as if they were whole.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,3 +54,14 @@ def holds_parts(module: nn.Module) -> bool:
     """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
     units = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
     return units or any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def ordinary_parts(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that hold a tensor's values: itself, those of a subclass, or none that can be read."""
+    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
+        return []
+    if type(tensor.data) is Tensor:
+        return [tensor]
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    inner = [getattr(tensor, name) for name in flatten()[0]] if flatten is not None else []
+    return [part for item in inner for part in ordinary_parts(item)]

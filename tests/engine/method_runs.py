@@ -27,20 +27,22 @@ import lightning_pet as pet  # noqa: E402
 from tests.methods import zoo  # noqa: E402
 
 STEPS, BATCH, RESUMED = 4, 4, 2
+AFTER = "after.ckpt"
 WRONG = "wrong"  # name of the run whose checkpoint no method may take
 Callbacks = list[pet.PETCallback]
 
 
 def adapters(folder: Path) -> list[str]:
-    """Two adapters of earlier tasks, as files."""
+    """Files of two adapters of earlier tasks, the second of which shares a tensor between its places."""
     from tests.methods.battery import perturb
 
-    paths = [str(folder / f"{task}.pet.safetensors") for task in ("first", "second")]
-    for path in paths:
+    sizes: dict[str, Any] = {"bottleneck_size": 4, "modules_to_save": []}
+    made = [pet.AdapterCallback(name="first", **sizes), pet.CompacterCallback(name="second", phm_dim=2, **sizes)]
+    for method in made:
         net = zoo.bert()[0]
-        perturb(pet.apply(net, [pet.AdapterCallback(bottleneck_size=4, name=Path(path).stem.split(".")[0])]))
-        pet.save_delta(net, path)
-    return paths
+        perturb(pet.apply(net, [method]))
+        pet.save_delta(net, folder / f"{method.name}.pet.safetensors")
+    return [str(folder / f"{method.name}.pet.safetensors") for method in made]
 
 
 METHODS: dict[str, Callable[[Path], Callbacks]] = {
@@ -52,7 +54,7 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "Adapter": lambda _: [pet.AdapterCallback(bottleneck_size=4)],
     "Adapter, parallel": lambda _: [pet.AdapterCallback(bottleneck_size=4, placement="parallel")],
     "AdapterBias": lambda _: [pet.AdapterBiasCallback()],
-    "AdapterFusion": lambda folder: [pet.AdapterFusionCallback(adapters(folder))],
+    "Adapter fusion": lambda folder: [pet.AdapterFusionCallback(adapters(folder), temperature=9.0)],
     "Compacter": lambda _: [pet.CompacterCallback(bottleneck_size=4, phm_dim=2)],
     "IA3": lambda _: [pet.IA3Callback()],
     "Prefix tuning": lambda _: [pet.PrefixTuningCallback(length=3, projection_size=4)],
@@ -82,6 +84,9 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.net(**batch).loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.net(**batch)
 
     def on_train_batch_end(self, result: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Note the loss of the step: a search evaluates ``training_step`` more often."""
@@ -163,8 +168,10 @@ class Runs:
             devices=self.size,
             use_distributed_sampler=False,
             max_epochs=1,
+            limit_val_batches=1,
         )
-        fitted.fit(module, loader(self.size, self.rank), ckpt_path=path)
+        fitted.fit(module, loader(self.size, self.rank), loader(self.size, self.rank), ckpt_path=path)
+        fitted.save_checkpoint(self.folder / name / AFTER)  # some engines leave a validation with other parameters
         return module
 
     def plain(self) -> list[float]:
