@@ -206,8 +206,10 @@ class StrategyAdapter(Generic[S]):
         """Gradients of these parameters will be asked for after each optimizer step of this run."""
 
     def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
-        """Give each parameter's gradient in the last step whole, as the optimizer used it; every process must run
-        through all of them. ``None`` where there is none in any process.
+        """Give each parameter's gradient in the last step whole, as the optimizer used it.
+
+        Every process must run through all of them.
+        ``None`` where there is none in any process.
         """
         return ((name, None if tensor.grad is None else whole(tensor.grad)) for name, tensor in named)
 
