@@ -38,6 +38,9 @@ name                                                      used for
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
+``zero.partition_parameters.shutdown_init_context``,      building deltas inside of ``zero.Init``
+``.restore_init_context``
+``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
@@ -49,6 +52,7 @@ name                                                      used for
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -258,6 +262,25 @@ def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
         function = policy._lambda_fn
         return lambda module, recurse, size: recurse or bool(function(module))
     return None if policy is None else lambda module, recurse, size: bool(policy(module, recurse, size))
+
+
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Within the block ``zero.Init`` of DeepSpeed, if the caller is inside of one, does nothing."""
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
+
+
+def rendezvous_store() -> Any:
+    """Return the key-value store through which the processes of this run found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def unwrapped_name(name: str) -> str:

@@ -9,6 +9,7 @@ knows which is whose.
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -150,12 +151,23 @@ class StrategyAdapter(Generic[S]):
             UnsupportedStrategyError: naming the option and the alternative.
         """
 
+    def planning(self, root: nn.Module) -> AbstractContextManager[None]:
+        """Within this context deltas are planned, built and inserted, and base parameters show their whole shapes."""
+        return nullcontext()
+
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Deltas were inserted; the engine has not wrapped the model yet.
 
         Args:
             root: the adapted root.
             complete: whether the last hook that builds the model has run.
+        """
+
+    def check_start(self, root: nn.Module) -> None:
+        """Refuse to load files into the deltas, if they would not stay in them.
+
+        Raises:
+            UnsupportedStrategyError: in every process.
         """
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:

@@ -1,11 +1,27 @@
 """Tensors that several processes hold a part of each (``DTensor``), read and written as if they were whole."""
 
+import torch
 from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only its part of a tensor."""
     return hasattr(tensor, "full_tensor")  # importing DTensor costs more than all of this package
+
+
+def is_partition(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 keeps this tensor elsewhere, so that it is empty here."""
+    return hasattr(tensor, "ds_shape")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of all of a tensor."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same dtype on the meta device, in whole shape."""
+    return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -28,4 +44,4 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 def holds_parts(module: nn.Module) -> bool:
     """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
     units = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
-    return units or any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in module.parameters())
+    return units or any(is_sharded(parameter) or is_partition(parameter) for parameter in module.parameters())
