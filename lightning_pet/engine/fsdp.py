@@ -50,8 +50,8 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         if self._copies():
             raise UnsupportedStrategyError(
                 "FSDPStrategy would shard over one process only (one device, or HYBRID_SHARD with a device_mesh whose "
-                "last size is 1). torch turns this into NO_SHARD: units within units cannot be saved, and the copies of "
-                "a mesh do not exchange gradients. Use strategy='auto' or 'ddp', or a mesh that shards."
+                "last size is 1). torch turns this into NO_SHARD: units within units cannot be saved, and the copies "
+                "exchange no gradients. Use strategy='auto' or 'ddp', or a mesh that shards."
             )
         if self.strategy.sharding_strategy is ShardingStrategy.NO_SHARD:
             raise UnsupportedStrategyError(

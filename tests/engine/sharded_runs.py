@@ -73,6 +73,7 @@ def deltas(folder: Path, module, found: dict[str, object]) -> None:
     patience, agreement.PATIENCE = agreement.PATIENCE, 0.5
     found["alone"] = error_of(module, folder / "alone.pet.safetensors") if os.environ["RANK"] == "0" else ""
     agreement.PATIENCE = patience
+    torch.distributed.barrier()
     save_delta(module, folder / "together.pet.safetensors", notes={"task": "none"})
 
 

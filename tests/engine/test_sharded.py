@@ -34,7 +34,7 @@ def run(engine, one, factory):
             pytest.skip("DeepSpeed builds an operator for the CPU at its first run, and there is no g++")
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
-    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=300)
+    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=200)
     assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return folder, [json.loads(output.split("FOUND ")[1].splitlines()[0]) for output in outputs]
 
@@ -161,7 +161,7 @@ def test_delta_files_of_parts(one, two):
 
 def test_delta_files_that_fail(two):
     folder, (first, second) = two
-    assert "Not a directory" in first["blocked"]
+    assert "writing failed with errno" in first["blocked"]
     assert "failed in process 0, so that this one stops as well: DeltaFileError" in second["blocked"]
     assert "called in some processes only" in first["alone"]
     assert not (folder / "alone.pet.safetensors").exists()
