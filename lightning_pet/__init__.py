@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import PETError as PETError
     from lightning_pet.errors import TargetError as TargetError
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
+    from lightning_pet.store.extraction import extract_delta as extract_delta
     from lightning_pet.store.last_good import last_good as last_good
 
 _WHERE = {
@@ -76,10 +77,11 @@ _WHERE = {
     "PETError": "errors",
     "TargetError": "errors",
     "UnsupportedStrategyError": "errors",
+    "extract_delta": "store.extraction",
     "last_good": "store.last_good",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
-_FILE_VERBS = ("inspect", "merge")
+_FILE_VERBS = ("inspect", "extract", "merge")
 
 
 def __getattr__(name: str) -> Any:

@@ -41,6 +41,9 @@ name                                                      used for
 ``._hp_optimizer_states_linked``
 ``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
 ``._get_fp32_grad_state_partition``, ``._z3_optimizer``   that holds them
+``zero.partition_parameters.shutdown_init_context``,      building deltas inside of ``zero.Init``
+``.restore_init_context``
+``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
@@ -52,6 +55,7 @@ name                                                      used for
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -266,6 +270,25 @@ def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
         function = policy._lambda_fn
         return lambda module, recurse, size: recurse or bool(function(module))
     return None if policy is None else lambda module, recurse, size: bool(policy(module, recurse, size))
+
+
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Within the block ``zero.Init`` of DeepSpeed, if the caller is inside of one, does nothing."""
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
+
+
+def rendezvous_store() -> Any:
+    """Return the key-value store through which the processes of this run found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def unwrapped_name(name: str) -> str:
