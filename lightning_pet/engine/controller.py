@@ -31,6 +31,7 @@ from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdat
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
@@ -153,6 +154,7 @@ class Controller:
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
         install_durable_io(self.trainer.strategy)
+        keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
 
