@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import tempfile
 import time
 import warnings
@@ -24,13 +25,27 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 import transformers
 
-from benchmarks.crash import ROOT, chain, damage, full_disk, interruptions, kills, page, power_loss, ranks, syscalls
+from benchmarks.crash import (
+    ROOT,
+    chain,
+    command,
+    damage,
+    full_disk,
+    interruptions,
+    kills,
+    page,
+    power_loss,
+    ranks,
+    syscalls,
+    verdict,
+)
 
 Campaign = Callable[[Path, bool], Iterator[dict[str, Any]]]
 CAMPAIGNS: dict[str, Campaign] = {
     "kills": kills.run,
     "chain": chain.run,
     "pairs": chain.run_pairs,
+    "command": command.run,
     "syscalls": syscalls.run,
     "power_loss": power_loss.run,
     "full_disk": full_disk.run,
@@ -47,11 +62,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"campaigns: {', '.join(CAMPAIGNS)}")
     parser.add_argument("--short", action="store_true", help="what the test suite runs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=None, help=f"write the page; {PAGE.relative_to(ROOT)} in full mode")
+    parser.add_argument("--results", type=Path, default=None, help=f"default: {RESULTS.relative_to(ROOT)} in full mode")
+    parser.add_argument(
+        "--page", type=Path, default=None, help=f"write the page; {PAGE.relative_to(ROOT)} in full mode"
+    )
     options = parser.parse_args()
     if unknown := set(options.names) - CAMPAIGNS.keys():
         parser.error(f"there are no campaigns {', '.join(sorted(unknown))}; choose from {', '.join(CAMPAIGNS)}")
+    if options.results is None:
+        options.results = RESULTS if not options.short else Path(tempfile.mkdtemp()) / RESULTS.name
     _quiet()
     for name in options.names or CAMPAIGNS:
         with tempfile.TemporaryDirectory(prefix="crash-") as folder:
@@ -60,8 +79,11 @@ def main() -> None:
                 rows.append(row)
                 print(name, *(f"{key}={value}" for key, value in row.items()), flush=True)
                 _keep(options.results, name, {"rows": rows, "seconds": round(time.monotonic() - start), **_versions()})
+    results = json.loads(options.results.read_text())
     if options.page or not options.short:
-        (options.page or PAGE).write_text(page.text(json.loads(options.results.read_text())), encoding="utf-8")
+        (options.page or PAGE).write_text(page.text(results), encoding="utf-8")
+    if found := verdict.faults(results):
+        sys.exit("\n".join(found))
 
 
 def _keep(path: Path, name: str, found: dict[str, Any]) -> None:

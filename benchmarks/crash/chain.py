@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from engines import make
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from models import Data, Module, Net, cosine, lora, trainer
 
@@ -22,7 +22,7 @@ from benchmarks.crash.children import Child, Pair, Say
 from benchmarks.crash.writers import other_file_system
 from lightning_pet.store.reader import load_checkpoint, read
 
-JOIN_LIMIT_S = 20
+JOIN_LIMIT_S = 10
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every method, interrupted at every step and at every pair of steps, and resumed: bit for bit the uninterrupted run."""
+"""Every method, interrupted at every step and every pair of steps, and resumed: bit for bit the undisturbed run."""
 
 import hashlib
 import warnings
@@ -132,4 +132,10 @@ def _row(
         good, count = single_interruptions(replace(run, **options), folder / label, only)
         single = [single[0] + good, single[1] + count]
     pairs = double_interruptions(run, folder / "pairs", only)
-    return {"method": name or run.method, "points": single[1], "same": single[0], "pairs": pairs[1], "pairs_same": pairs[0]}
+    return {
+        "method": name or run.method,
+        "points": single[1],
+        "same": single[0],
+        "pairs": pairs[1],
+        "pairs_same": pairs[0],
+    }

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.crash.children import Child, Say
-from benchmarks.crash.writers import Checkpoint, Delta, Folder, Writer
+from benchmarks.crash.writers import Checkpoint, Delta, Folder, Stock, Writer
 from lightning_pet.store.writer import reap_stale
 
 KILLS = 200
 
 
 def run(folder: Path, short: bool) -> Iterator[dict[str, Any]]:
-    """One row for each writer."""
-    for cls in (Delta, Checkpoint, Folder):
+    """One row for each writer, and for one that is not durable."""
+    for cls in (Delta, Checkpoint, Folder) if short else (Delta, Checkpoint, Folder, Stock):
         yield kill_saves(cls(folder / cls.name.replace(" ", "-")), 12 if short else KILLS)
 
 

@@ -13,12 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crash import ROOT  # noqa: F401  # paths
-from benchmarks.crash.ranks import JOIN_LIMIT_S, STEPS
-
-warnings.simplefilter("ignore")
-logging.disable(logging.WARNING)
-
 import lightning as L
 import torch
 from engines import make
@@ -26,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from models import Data, Module, lora, trainer
 
+from benchmarks.crash.ranks import JOIN_LIMIT_S, STEPS
 from lightning_pet import last_good
 from lightning_pet.store import writer
 
@@ -94,7 +89,8 @@ def train(folder: Path, engine: str, phase: str, victim: int) -> int:
     module, strategy = make(engine, Validated, 0.3)
     if isinstance(strategy, str):
         strategy = DDPStrategy(process_group_backend="gloo")
-    strategy._timeout = timedelta(seconds=JOIN_LIMIT_S)
+    if phase == "joining":  # what `timeout=` sets: how long a process waits for one that never joins
+        strategy._timeout = timedelta(seconds=JOIN_LIMIT_S)
     join = strategy.setup_environment
 
     def started() -> None:
@@ -111,4 +107,6 @@ def train(folder: Path, engine: str, phase: str, victim: int) -> int:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     train(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from models import Data, Module, Net, lora, trainer
 from torch import nn
 
-from lightning_pet.engine.delta import load_delta, save_delta
+from lightning_pet.engine.delta import save_delta
 from lightning_pet.engine.export import merge_into_folder
 from lightning_pet.store.reader import load_checkpoint, read
 
@@ -72,10 +73,12 @@ class Delta(Writer):
                     parameter.fill_(float(generation))
 
     def save(self, generation: int) -> None:
+        """Fill the delta with the generation's number."""
         self._fill(generation)
         save_delta(self.module, self.path)
 
     def found(self) -> int:
+        """Read and verify; all numbers must be those of one generation."""
         if not self.path.exists():
             return 0
         tensors = {name: t for name, t in read(self.path).tensors.items() if t.is_floating_point() and ".pet." in name}
@@ -90,13 +93,34 @@ class Checkpoint(Delta):
     name, file = "checkpoint", "x.ckpt"
 
     def save(self, generation: int) -> None:
+        """As a run would."""
         self._fill(generation)
         self.trainer.save_checkpoint(self.path)
 
     def found(self) -> int:
+        """With the state of the optimizer."""
         generation = super().found()
         assert generation == 0 or load_checkpoint(self.path)["optimizer_states"]
         return generation
+
+
+class Stock(Checkpoint):
+    """The same by Lightning's own writer, with its temporary files on another file system where there is one."""
+
+    name = "Lightning's own writer"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.trainer.strategy.checkpoint_io = TorchCheckpointIO()
+
+    def save(self, generation: int) -> None:
+        """By way of the temporary folder."""
+        tempfile.tempdir = str(other_file_system() or tempfile.gettempdir())
+        super().save(generation)
+
+    def hidden(self) -> list[str]:
+        """They are elsewhere."""
+        return []
 
 
 class Folder(Writer):
@@ -118,9 +142,11 @@ class Folder(Writer):
         merge_into_folder(self.delta, self.base, self.whole)
 
     def save(self, generation: int) -> None:
+        """Load the base, merge, write."""
         merge_into_folder(self.delta, self.base, self.path)
 
     def found(self) -> int:
+        """Compare with a folder that nobody disturbed, byte by byte."""
         return int(self._equal(self.path)) if self.path.exists() else 0
 
     def _equal(self, path: Path) -> bool:
@@ -129,6 +155,7 @@ class Folder(Writer):
         return True
 
     def largest(self) -> int:
+        """The weights."""
         return max(path.stat().st_size for path in self.whole.iterdir())
 
     def clear(self) -> None:
@@ -141,8 +168,3 @@ def _adapted(model: nn.Module) -> nn.Module:
 
     apply(model, [LoRACallback(r=2, verbose=False)])
     return model
-
-
-def loads(path: Path) -> None:
-    """Load a delta into a fresh base."""
-    load_delta(Net(norm=True), path)
