@@ -33,6 +33,7 @@ from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdat
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
@@ -160,6 +161,7 @@ class Controller:
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
         install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
+        keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
 

@@ -21,6 +21,7 @@ name                                                      used for
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
+``ModelCheckpoint._link_checkpoint``                      a link to the last checkpoint that never dangles
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
 ``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
 ``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
@@ -60,6 +61,7 @@ from functools import partial
 from typing import Any, Final
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -187,6 +189,12 @@ def gives_iterator(fetcher: object) -> bool:
 def restarts_short_loaders(loader: CombinedLoader) -> bool:
     """Whether a loader that is exhausted starts again while a longer one goes on."""
     return loader._mode == "max_size_cycle" and len(loader.flattened) > 1
+
+
+def replace_link_checkpoint(callback: ModelCheckpoint, method: Callable[..., None]) -> None:
+    """Let a callback link its last checkpoint by ``method(original, trainer, path, link)``; once."""
+    if "_link_checkpoint" not in vars(callback):
+        replace_method(callback, "_link_checkpoint", method)
 
 
 def innermost_wrapper(io: CheckpointIO) -> _WrappingCheckpointIO | None:
