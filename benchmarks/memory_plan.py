@@ -16,8 +16,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine"), str(ROOT / "benchmarks")]
 
+from train_step import resident  # noqa: E402
+
 from lightning_pet import (  # noqa: E402
     AdapterCallback,
     BitFitCallback,
@@ -37,12 +40,14 @@ from lightning_pet import (  # noqa: E402
     FullFineTuningCallback,
     LoRACallback,
     PETCallback,
+    PrefixTuningCallback,
 )
 from lightning_pet.report.memory import MemoryPlan, plan_memory  # noqa: E402
 from lightning_pet.report.memory_engines import Engine  # noqa: E402
+from lightning_pet.report.memory_view import LABELS  # noqa: E402
 from tests.launch import launch  # noqa: E402
-from train_step import resident  # noqa: E402
 
+PAGE = ROOT / "docs" / "memory.md"
 BUCKET = 1_000_000  # of ZeRO: room that is never written to is no resident memory
 STEPS = 3
 
@@ -53,7 +58,7 @@ METHODS: dict[str, Callable[[], PETCallback]] = {
     "diff pruning": lambda: DiffPruningCallback(verbose=False),
     "full fine-tuning": lambda: FullFineTuningCallback(verbose=False),
 }
-ENGINES = ("single", "ddp", "fsdp2", "zero3")
+ENGINES = ("single", "ddp", "fsdp", "fsdp2", "zero3")
 MODELS = ("bert", "llama", "t5")
 
 
@@ -89,6 +94,12 @@ def batch_for(name: str, tiny: bool = False) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids[:, 0] * 0 if name == "bert" else ids}
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """What is numbered, and not within anything numbered."""
+    numbered = {path: m for path, m in model.named_modules() if path.rpartition(".")[2].isdigit()}
+    return [m for path, m in numbered.items() if not any(part.isdigit() for part in path.split(".")[:-1])]
+
+
 class Module(pl.LightningModule):
     """The least that a Trainer needs, and what FSDP2 asks for."""
 
@@ -104,10 +115,8 @@ class Module(pl.LightningModule):
         from torch.distributed.fsdp import fully_shard
 
         mesh = self.device_mesh["data_parallel"]
-        numbered = {path: m for path, m in self.model.named_modules() if path.rpartition(".")[2].isdigit()}
-        for path, layer in numbered.items():
-            if not any(part.isdigit() for part in path.split(".")[:-1]):
-                fully_shard(layer, mesh=mesh)
+        for layer in layers_of(self.model):
+            fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -146,10 +155,12 @@ def strategy_of(engine: str) -> Any:
     if engine == "zero3":
         from engines import CPUDeepSpeed
 
-        return CPUDeepSpeed(stage=3, process_group_backend="gloo", reduce_bucket_size=BUCKET)
+        own = {"reduce_bucket_size": BUCKET, "logging_batch_size_per_gpu": 1}
+        return CPUDeepSpeed(stage=3, process_group_backend="gloo", **own)
     from engines import strategy_of as of_tests
 
-    return of_tests(engine)
+    layers = {type(layer) for name in MODELS for layer in layers_of(build(name, tiny=True))}
+    return of_tests(engine, **({"auto_wrap_policy": layers} if engine == "fsdp" else {}))
 
 
 def fit(name: str, method: str, engine: str, tiny: bool, accelerator: str = "cpu") -> float:
@@ -207,6 +218,101 @@ def planned(name: str, method: str, engine: str, gpu: bool = False) -> MemoryPla
     return plan_memory(Module(model), [METHODS[method]()], batch_for(name), strategy=of, gpu=gpu)
 
 
+# --- on paper -------------------------------------------------------------------------------------
+
+LLAMAS = {  # published hyper-parameters of Llama 3.1: width, inner width, layers, heads
+    "8B": (4096, 14_336, 32, 32),
+    "70B": (8192, 28_672, 80, 64),
+    "405B": (16_384, 53_248, 126, 128),
+}
+SIZES = {"8B": (8,), "70B": (8, 64), "405B": (64, 128)}
+PAPER: dict[str, Callable[[], PETCallback]] = {
+    "full fine-tuning": METHODS["full fine-tuning"],
+    "LoRA q, v": lambda: LoRACallback(verbose=False),
+    "LoRA, all linear": METHODS["LoRA, all linear"],
+    "Houlsby": METHODS["Houlsby"],
+    "prefix tuning": lambda: PrefixTuningCallback(verbose=False),
+    "diff pruning": METHODS["diff pruning"],
+    "BitFit": METHODS["BitFit"],
+}
+SHARDING = ("ddp", "zero1", "zero2", "fsdp", "fsdp2", "zero3")
+TOKENS = 4096
+
+
+def llama(size: str) -> nn.Module:
+    """A published shape on the meta device, with gradient checkpointing."""
+    width, inner, layers, heads = LLAMAS[size]
+    config = transformers.LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def paper(size: str, method: str) -> MemoryPlan:
+    """One sequence per process, in bfloat16."""
+    ids = torch.empty((1, TOKENS), dtype=torch.long, device="meta")
+    batch = {"input_ids": ids, "labels": ids}
+    return plan_memory(llama(size), [PAPER[method]()], batch, precision="bf16-true")
+
+
+def totals(plan: MemoryPlan, processes: int) -> list[str]:
+    """GiB in all under every engine, on this many processes."""
+    return [f"{plan.under(name, processes).total / 2**30:,.1f}" for name in SHARDING]  # type: ignore[arg-type]
+
+
+def row(*cells: object) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def paper_tables() -> str:
+    """All tables of the large models."""
+    blocks = []
+    for size, counts in SIZES.items():
+        plans = {}
+        for method in PAPER:
+            start = time.monotonic()
+            plans[method] = paper(size, method)
+            print(f"# {size}, {method}: {time.monotonic() - start:.0f} s, {plans[method].notes}", flush=True)
+        for count in counts:
+            lines = [row("method", "trained", *SHARDING), row("---", *["--:"] * (1 + len(SHARDING)))]
+            lines += [row(m, f"{plan.trained:,}", *totals(plan, count)) for m, plan in plans.items()]
+            blocks.append(f"**{size} on {count} devices**, GiB per device\n\n" + "\n".join(lines))
+        if size == "70B":
+            blocks.append(parts_table(plans["LoRA, all linear"]))
+    return "\n\n".join(blocks)
+
+
+def parts_table(plan: MemoryPlan) -> str:
+    """What the totals of one method consist of."""
+    lines = [row("", *SHARDING), row("---", *["--:"] * len(SHARDING))]
+    for name, label in LABELS.items():
+        sizes = [getattr(plan.under(engine, 8).bytes, name) for engine in SHARDING]  # type: ignore[arg-type]
+        lines.append(row(label, *(f"{size / 2**30:,.2f}" for size in sizes)))
+    return "**70B, LoRA on all linear layers, on 8 devices**: what the totals consist of, GiB\n\n" + "\n".join(lines)
+
+
+def put(mark: str, text: str) -> None:
+    """Write generated text into the page, between its marks."""
+    page = PAGE.read_text()
+    begin, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
+    head, _, rest = page.partition(begin)
+    _, _, tail = rest.partition(end)
+    PAGE.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+# --- measured -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Checked:
     """One line of the comparison, in MiB."""
@@ -223,7 +329,7 @@ class Checked:
         return self.planned / self.measured
 
 
-def check(models: list[str], methods: list[str], engines: list[str]) -> list[Checked]:
+def check(models: Sequence[str], methods: Sequence[str], engines: Sequence[str]) -> list[Checked]:
     """Plan and measure every combination."""
     rows = []
     for name in models:
@@ -241,22 +347,52 @@ def check(models: list[str], methods: list[str], engines: list[str]) -> list[Che
     return rows
 
 
+def gpu_check() -> list[Checked]:
+    """Plan and measure on one GPU, where the allocator counts."""
+    rows = []
+    for name in MODELS:
+        for method in METHODS:
+            peak = measure_here(name, method, "single", "cuda")
+            total = planned(name, method, "single", gpu=True).total
+            rows.append(Checked(name, method, "single", total / 2**20, peak / 2**20))
+            print(f"{rows[-1]} ratio {rows[-1].ratio:.3f}", flush=True)
+    return rows
+
+
+def checked_table(rows: list[Checked]) -> str:
+    """Planned over measured, and in brackets the measured MiB."""
+    engines = list(dict.fromkeys(row.engine for row in rows))
+    found = {(r.model, r.method, r.engine): f"{r.ratio:.2f} ({r.measured:,.0f})" for r in rows}
+    pairs = dict.fromkeys((r.model, r.method) for r in rows)
+    lines = [row("model", "method", *engines), row("---", "---", *["--:"] * len(engines))]
+    return "\n".join([*lines, *(row(*pair, *(found.get((*pair, e), "") for e in engines)) for pair in pairs)])
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write the tables on paper into docs/memory.md")
+    parser.add_argument("--check", action="store_true", help="measure on this CPU, and write the ratios")
+    parser.add_argument("--gpu", action="store_true", help="measure on a GPU, and print the ratios")
     parser.add_argument("--only", choices=MODELS)
-    parser.add_argument("--methods", default=",".join(METHODS).replace(", ", "; "))
+    parser.add_argument("--methods", default=";".join(METHODS), help="names, with semicolons between them")
     parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--json", type=Path, help="file of measured rows, to which these are added")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.measure:
         print(f"PEAK {measure_here(*args.measure)}", flush=True)
-        return
+    if args.write:
+        put("tables on paper", paper_tables())
+    if args.gpu:
+        print(checked_table(gpu_check()))
     if args.check:
-        methods = [method.replace("; ", ", ") for method in args.methods.split(",")]
-        check([args.only] if args.only else list(MODELS), methods, args.engines.split(","))
+        before = [Checked(**r) for r in json.loads(args.json.read_text())] if args.json and args.json.exists() else []
+        rows = before + check([args.only] if args.only else MODELS, args.methods.split(";"), args.engines.split(","))
+        if args.json:
+            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        put("measured", checked_table(rows))
 
 
 if __name__ == "__main__":

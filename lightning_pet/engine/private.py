@@ -42,7 +42,8 @@ name                                                      used for
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
 ``aten._local_scalar_dense``
-``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``;
+``torch.utils._pytree``                                   a step without values, in ``report/rehearsal.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
@@ -87,6 +88,11 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
 def finds_unused_parameters(strategy: Any) -> bool:
     """Whether a DDP strategy looks in every step for parameters without a gradient."""
     return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+
+
+def buckets_hold_gradients(strategy: Any) -> bool:
+    """Whether gradients live in the buckets that a DDP strategy sends."""
+    return bool(strategy._ddp_kwargs.get("gradient_as_bucket_view", False))
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:

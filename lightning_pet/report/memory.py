@@ -24,7 +24,7 @@ from lightning_pet.engine.adapt import StartingMethod, apply
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.roots import root_of, silenced
 from lightning_pet.report.memory_engines import Bytes, Engine, EngineName, Inventory, Part, bytes_under
-from lightning_pet.report.rehearsal import Stage, Step, rehearse, rehearse_optimizer
+from lightning_pet.report.rehearsal import Stage, Step, is_packed, rehearse, rehearse_optimizer
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
@@ -122,6 +122,8 @@ def plan_memory(
     stage, notes = Stage(gpu), list[str]()
     trainer = getattr(model, "_trainer", None)
     twin = stage.twin(model, [] if trainer is None else [trainer], _true_dtype(precision))
+    if trainer is not None:
+        twin.trainer = trainer  # which a copy of a LightningModule leaves behind
     if callbacks:
         with stage.entered(kernels=False):
             apply(twin, callbacks)
@@ -131,7 +133,9 @@ def plan_memory(
     record = record_of(root_of(twin)[1])
     originals = sum(_plain(tensor) for tensor in record.originals.values()) if record else 0
     inventory = Inventory(
-        parts=_parts(twin, {canonical(n): stored_bytes(p) for n, p in model.named_parameters() if is_packed(p)}, states),
+        parts=_parts(
+            twin, {canonical(n): stored_bytes(p) for n, p in model.named_parameters() if is_packed(p)}, states
+        ),
         buffers=sum(_plain(buffer) for buffer in twin.buffers()),
         step=step,
         optimizer_step=momentary,
@@ -205,8 +209,9 @@ def _step(stage: Stage, twin: nn.Module, batch: Any, precision: str, notes: list
 def _loss(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(model, pl.LightningModule):
         with silenced(model):
-            out = model.training_step(batch, 0)
-        return out["loss"] if isinstance(out, Mapping) else out  # type: ignore[no-any-return]
+            step: Any = model.training_step(batch, 0)
+        loss: Tensor = step["loss"] if isinstance(step, Mapping) else step
+        return loss
     out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     found = getattr(out, "loss", None)
     return found if found is not None else first_tensor(out).float().sum()
@@ -273,11 +278,6 @@ def _optimizers(
 
 def _plain(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
-
-
-def is_packed(tensor: Tensor) -> bool:
-    """Whether a parameter is stored in another form than its numbers: quantised."""
-    return hasattr(tensor.data, "__tensor_flatten__") or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -8,17 +8,18 @@ import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from lightning_pet.layers.delta import Delta
 
@@ -130,29 +131,31 @@ _ANSWERS: dict[Any, Callable[[Any, Any], Any]] = {
 }
 
 
-class GPUKernels(TorchFunctionMode):
-    """Counts attention and dropout as the kernels of a GPU need memory: the tensors themselves are on the CPU."""
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Within the block attention and dropout need memory as they do on a GPU; the tensors themselves are on the CPU.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query, key, value = args[:3] if len(args) > 2 else (*args, *map(kwargs.get, _QKV[len(args) :]))
-            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            return _FusedAttention.apply(query, key, value, mask)  # type: ignore[no-untyped-call]
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+    The functions are exchanged, because no mode of torch is active while a checkpointed layer runs again.
+    """
+    real_attention, real_dropout = F.scaled_dot_product_attention, F.dropout
 
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *a: Any, **k: Any) -> Any:
+        if has_torch_function((query, key, value)):  # prefix tuning takes part in the call, and comes here again
+            return real_attention(query, key, value, attn_mask, *a, **k)
+        return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
 
-_QKV = ("query", "key", "value")
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
 
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, True)[0] if training and p else input
+    F.scaled_dot_product_attention, F.dropout = attention, dropout
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = real_attention, real_dropout
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What flash and memory-efficient attention keep and make: no scores, their sums, float32 for the query's gradient."""
+    """What flash and memory-efficient attention keep and make: no scores, but their sums, and a float32 accumulator."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -164,9 +167,9 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, _, _, mask, *_ = ctx.saved_tensors
+        query, key, value, mask, *_ = ctx.saved_tensors
         accumulator = query.new_empty(query.shape, dtype=torch.float32)
-        found = [torch.empty_like(t) for t in ctx.saved_tensors[:3]]
+        found = [torch.empty_like(tensor) for tensor in (query, key, value)]
         del accumulator
         return (*found, torch.empty_like(mask) if ctx.needs_input_grad[3] else None)
 
@@ -198,7 +201,7 @@ class Stage:
 
     def __init__(self, gpu: bool = True) -> None:
         self.gpu = gpu
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     @contextmanager
     def entered(self, known: Iterable[Tensor] = (), *, kernels: bool = True) -> Iterator[Ledger]:
@@ -208,10 +211,13 @@ class Stage:
             known: tensors that are there already, and are not counted.
             kernels: on a GPU, count as its kernels do. Their graph is not the one that the structure is read from.
         """
-        counted = GPUKernels() if self.gpu and kernels else nullcontext()  # type: ignore[no-untyped-call]
-        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]), not_traced(), counted:
-            with self.mode, Ledger(known) as ledger:
-                yield ledger
+        counted = gpu_kernels() if self.gpu and kernels else nullcontext()
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            for context in (not_traced(), counted, self.mode):
+                stack.enter_context(context)
+            yield stack.enter_context(Ledger(known))
 
     def shape_of(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the same shape and strides, on the CPU, without values."""
@@ -237,15 +243,13 @@ class Stage:
         for tensor in (*model.parameters(), *model.buffers()):
             cast = base if tensor.is_floating_point() and id(tensor) not in deltas else None
             memo.setdefault(id(tensor), self.shape_of(tensor, cast))
-        with self.mode:
-            return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, memo)  # what else there is (states of metrics) is small, and keeps its values
 
     def _dense(self, module: nn.Module) -> nn.Module | None:
         """An ordinary linear layer in place of a quantised one, whose kernels need values."""
         weight = module._parameters.get("weight")
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        plain = weight is None or (weight.is_floating_point() and type(weight.data) is Tensor)
-        if plain or None in sizes:
+        if weight is None or None in sizes or not is_packed(weight):
             return None
         bias = module._parameters.get("bias")
         dtype = getattr(module, "compute_dtype", None) or (weight.dtype if weight.is_floating_point() else None)
@@ -256,7 +260,12 @@ class Stage:
 
     def batch(self, batch: Any) -> Any:
         """The batch, without values."""
-        return tree_map_only(Tensor, self.shape_of, batch)
+        return apply_to_collection(batch, Tensor, self.shape_of)
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a parameter is stored in another form than its numbers: quantised."""
+    return hasattr(tensor.data, "__tensor_flatten__") or not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def rehearse(stage: Stage, model: nn.Module, loss: Callable[[], Any]) -> Step:
@@ -269,7 +278,9 @@ def rehearse(stage: Stage, model: nn.Module, loss: Callable[[], Any]) -> Step:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with stage.entered((*model.parameters(), *model.buffers())) as ledger:
-        hooks = [parameter.register_post_accumulate_grad_hook(ledger.gradient_made) for parameter in trained]
+        hooks: list[Any] = []
+        for parameter in trained:
+            hooks.append(parameter.register_post_accumulate_grad_hook(ledger.gradient_made))  # type: ignore[no-untyped-call]
         try:
             value = loss()
             forward, working = ledger.peak, ledger.peak_working
