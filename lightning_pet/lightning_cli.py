@@ -69,7 +69,7 @@ class PetCLI(LightningCLI):
         """Put the methods of ``--pet`` before all other callbacks."""
         methods = self._get(self.config_init, "pet") or []
         settings = self._get(self.config_init, "trainer")
-        settings["callbacks"] = [*methods, *_as_list(settings.get("callbacks"))]
+        settings["callbacks"] = [*methods, *as_list(settings.get("callbacks"))]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -126,7 +126,7 @@ class _OneRun(PetCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Without methods and checkpoints of the configuration."""
         settings = self._get(self.config_init, "trainer")
-        given = _as_list(settings.get("callbacks"))
+        given = as_list(settings.get("callbacks"))
         self.monitored = [(c.monitor, c.mode) for c in given if isinstance(c, ModelCheckpoint)]
         kept = [c for c in given if not isinstance(c, PETCallback | Checkpoint)]
         quiet = {"enable_checkpointing": False, "enable_model_summary": False, "logger": False}
@@ -177,7 +177,7 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         if options.plot is not None:
             plot_dimension(found, metric, options.plot)
     except Exception as error:
-        reason = _reason(error)
+        reason = own_error(error)
         if reason is None:
             raise
         sys.exit(f"lightning-pet intrinsic-dimension: {type(reason).__name__}: {reason}")
@@ -185,7 +185,8 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         sys.argv = given
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """One thing, several or none, as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -209,7 +210,7 @@ def run(argv: list[str]) -> None:
         if torch.distributed.is_initialized() and not joined:  # its threads may abort an interpreter that ends
             torch.distributed.destroy_process_group()
     except Exception as error:
-        reason = _reason(error)
+        reason = own_error(error)
         if reason is None:
             raise
         sys.exit(f"lightning-pet {argv[0]}: {type(reason).__name__}: {reason}")
@@ -217,7 +218,7 @@ def run(argv: list[str]) -> None:
         sys.argv = given
 
 
-def _reason(error: BaseException | None) -> PETError | None:
+def own_error(error: BaseException | None) -> PETError | None:
     """Our own error behind another one: the parser wraps what a constructor raised."""
     while error is not None and not isinstance(error, PETError):
         error = error.__cause__ or error.__context__

@@ -49,7 +49,8 @@ name                                                      used for
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
 ``aten._local_scalar_dense``
-``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``;
+``torch.utils._pytree``                                   a step without values, in ``report/rehearsal.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
@@ -101,6 +102,11 @@ def finds_unused_parameters(strategy: Any) -> bool:
 def keep_from_ddp(module: Any, names: Iterable[str]) -> None:
     """Let DDP neither send these parameters at its start nor look at them later."""
     module._ddp_params_and_buffers_to_ignore = list(names)
+
+
+def buckets_hold_gradients(strategy: Any) -> bool:
+    """Whether gradients live in the buckets that a DDP strategy sends."""
+    return bool(strategy._ddp_kwargs.get("gradient_as_bucket_view", False))
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
