@@ -3,6 +3,9 @@
 They are read and written as if they were whole.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +45,24 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     assert isinstance(like, DTensor)
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A module's own parameters are whole inside, and each process takes its part of what they have become.
+
+    Every process must enter at the same time, and set the same values.
+    """
+    parts = {name: p for name, p in module._parameters.items() if p is not None and is_sharded(p)}
+    for name, part in parts.items():
+        module._parameters[name] = nn.Parameter(whole(part.detach()), requires_grad=part.requires_grad)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.copy_(placed(module.get_parameter(name), part))
+                module._parameters[name] = part
 
 
 def holds_parts(module: nn.Module) -> bool:
