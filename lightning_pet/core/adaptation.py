@@ -18,7 +18,7 @@ from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.sharding import placed
+from lightning_pet.layers.sharding import is_partition, placed, without_values
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
@@ -124,7 +124,8 @@ def _keep_originals(root: nn.Module, record: Adaptation) -> None:
         mutable = name in trained or not isinstance(tensor, nn.Parameter)
         if mutable and name not in own and name not in record.originals:
             # In host memory: a method may train the whole model.
-            record.originals[name] = tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+            here = not (tensor.is_meta or is_partition(tensor))
+            record.originals[name] = tensor.detach().to("cpu", copy=True) if here else without_values(tensor)
 
 
 def _in_scope(record: Adaptation, name: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.sharding import gathered, is_sharded
+from lightning_pet.layers.sharding import gathered, is_partition, is_sharded
 
 DENSE = (Tensor, nn.Parameter)
 """Exact types of ordinary tensors: a quick look before :func:`is_quantised`."""
@@ -131,7 +131,7 @@ def scales_beside(host: nn.Module, weight: Any) -> list[Tensor]:
 def initialize(delta: Delta, host: nn.Module, parameter: str) -> None:
     """Let a delta initialise itself from its base weight, of whatever format."""
     weight = host._parameters.get(parameter)
-    if weight is None or weight.is_meta:
+    if weight is None or weight.is_meta or is_partition(weight):
         return
     if not delta.starts_from_weight:
         delta.initialize_from(weight.detach())

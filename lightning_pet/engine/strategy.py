@@ -10,6 +10,7 @@ knows which is whose.
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -158,6 +159,10 @@ class StrategyAdapter(Generic[S]):
             UnsupportedStrategyError: naming the option and the alternative.
         """
 
+    def planning(self, root: nn.Module) -> AbstractContextManager[None]:
+        """Within this context deltas are planned, built and inserted, and base parameters show their whole shapes."""
+        return nullcontext()
+
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Deltas were inserted; the engine has not wrapped the model yet.
 
@@ -165,8 +170,16 @@ class StrategyAdapter(Generic[S]):
             root: the adapted root.
             complete: whether the last hook that builds the model has run.
         """
-        if complete and isinstance(self.strategy, DDPStrategy):
-            share_quantised(self.strategy.lightning_module)
+        module = self.strategy.lightning_module
+        if complete and module is not None and isinstance(self.strategy, DDPStrategy):
+            share_quantised(module)
+
+    def check_start(self, root: nn.Module) -> None:
+        """Refuse to load files into the deltas, if they would not stay in them.
+
+        Raises:
+            UnsupportedStrategyError: in every process.
+        """
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
         """``configure_optimizers`` returned these; the engine has not put its own in their place yet."""
@@ -206,10 +219,9 @@ class StrategyAdapter(Generic[S]):
         """Gradients of these parameters will be asked for after each optimizer step of this run."""
 
     def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
-        """Give each parameter's gradient in the last step whole, as the optimizer used it.
+        """Give each parameter's whole gradient in the last step, as the optimizer used it.
 
-        Every process must run through all of them.
-        ``None`` where there is none in any process.
+        Every process must run through all of them. ``None`` where there is none in any process.
         """
         return ((name, None if tensor.grad is None else whole(tensor.grad)) for name, tensor in named)
 

@@ -15,6 +15,21 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # importing DTensor costs more than all of this package
 
 
+def is_partition(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 keeps this tensor elsewhere, so that it is empty here."""
+    return hasattr(tensor, "ds_shape")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of all of a tensor."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same dtype on the meta device, in whole shape."""
+    return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. For a sharded one, every process must call this at the same time."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -53,7 +68,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 def holds_parts(module: nn.Module) -> bool:
     """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
     units = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
-    return units or any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in module.parameters())
+    return units or any(is_sharded(parameter) or is_partition(parameter) for parameter in module.parameters())
 
 
 def ordinary_parts(tensor: Tensor) -> list[Tensor]:
