@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed_operator import require_deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,15 @@ def test_a_cell_that_does_not_hold_shows(tmp_path):
     notes = []
     assert [strategies.mark(cell, notes) for cell in cells] == ["✓", "✗ 1", "– 2", "✗ 3", ""]
     assert notes == ["not: resumes", "why: x", "plain: error"]
+
+
+def test_the_judge_sees_differences():
+    assert strategies.apart([1.0, 2.0], [1.0, 2.1]) == pytest.approx(0.1 / 2.1)
+    assert strategies.apart([1.0], [1.0, 2.0]) == float("inf")
+    state = {"step": 1, "values": [torch.ones(2)]}
+    assert strategies.same(state, {"step": 1, "values": [torch.ones(2)]})
+    assert not strategies.same(state, {"step": 1, "values": [torch.tensor([1, 1 + 2**-23])]})
+    assert not strategies.same(state, {"step": 2, "values": [torch.ones(2)]})
 
 
 def run_again(engine, methods, folder):
