@@ -51,6 +51,7 @@ METHODS: dict[str, Callable[[], pet.PETCallback]] = {
     "AdaLoRA": lambda: pet.AdaLoRACallback(**QUIET),
     "Adapter": lambda: pet.AdapterCallback(bottleneck_size=4, **QUIET),
     "Adapter, parallel": lambda: pet.AdapterCallback(bottleneck_size=4, placement="parallel", **QUIET),
+    "Adapter, robust drop": lambda: pet.AdapterCallback(bottleneck_size=4, robust_drop=True, **QUIET),
     "AdapterBias": lambda: pet.AdapterBiasCallback(**QUIET),
     "Adapter fusion": lambda: pet.AdapterFusionCallback([trained("one"), trained("shared")], temperature=9.0, **QUIET),
     "Compacter": lambda: pet.CompacterCallback(bottleneck_size=4, phm_dim=2, **QUIET),
@@ -58,7 +59,9 @@ METHODS: dict[str, Callable[[], pet.PETCallback]] = {
     "Prefix tuning": lambda: pet.PrefixTuningCallback(length=3, projection_size=4, **QUIET),
     "Prompt tuning": lambda: pet.PromptTuningCallback(length=3, **QUIET),
     "BitFit": lambda: pet.BitFitCallback(**QUIET),
+    "AutoPrompt": lambda: pet.AutoPromptCallback(length=2, candidates=9, accumulation=1, modules_to_save=[], **QUIET),
     "Layer freezing": lambda: pet.LayerFreezingCallback(**QUIET),
+    "Layer freezing, gradual": lambda: pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step", **QUIET),
     "Diff pruning": lambda: pet.DiffPruningCallback(density=0.1, **QUIET),
     "Intrinsic dimension": lambda: pet.IntrinsicDimensionCallback(d=50, **QUIET),
     "Full fine-tuning": lambda: pet.FullFineTuningCallback(**QUIET),
@@ -73,7 +76,8 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.net(**batch).loss
-        self.losses.append(self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean").item())
+        if torch.is_grad_enabled():  # else a search tries something
+            self.losses.append(self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean").item())
         return loss
 
     def configure_optimizers(self) -> Any:
