@@ -7,8 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from lightning_pet.engine import private
+from lightning_pet.engine.layer_formats import share_quantised
 from lightning_pet.engine.strategy import CheckpointRules, StrategyAdapter
 
 
@@ -16,6 +18,12 @@ class DDPAdapter(StrategyAdapter[DDPStrategy]):
     """Makes the reducer when it is needed, and again when other parameters train."""
 
     replaced = (*StrategyAdapter.replaced, "configure_ddp")
+
+    def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
+        """Send the weights that torch cannot."""
+        module = self.strategy.lightning_module
+        if complete and module is not None:
+            share_quantised(module)
 
     def configure_ddp(self, rules: CheckpointRules, original: Callable[..., Any]) -> None:
         """Wrap the model, unless nothing trains: torch refuses to, and there is no gradient to exchange."""
