@@ -45,7 +45,7 @@ class AdapterCallback(PETCallback):
         layer_norms: train all norms of the base as well.
         drop_layers: no adapter in the first so many layers; encoder and decoder count each its own.
         robust_drop: drop a random number of first layers in every training batch, from none to all but one. One
-            trained model then works with any number (:meth:`drop_first`).
+            trained model then works with any number (:meth:`drop_first`). Not under ZeRO.
         seed: of that number, together with the step: a resumed run goes on with the same draws.
         exclude_modules: names of sub-layers to leave out, or of modules around them: suffixes, globs, or ``re:…``.
         layers_to_transform: only layers of these indices.

@@ -45,7 +45,7 @@ class LayerFreezingCallback(PETCallback):
         norms: norms that train, too: ``"final"`` (those outside of the layers: after them, in most models)
             or ``"all"``.
         unfreeze_every: epochs or optimizer steps after which one more layer of each stack trains;
-            ``None``: all from the start.
+            ``None``: all from the start. Not under ZeRO.
         unfreeze_interval: whether ``unfreeze_every`` counts epochs or optimizer steps.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
