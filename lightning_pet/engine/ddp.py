@@ -12,6 +12,7 @@ from torch import nn
 from lightning_pet.engine import private
 from lightning_pet.engine.layer_formats import share_quantised
 from lightning_pet.engine.strategy import CheckpointRules, StrategyAdapter
+from lightning_pet.errors import UnsupportedStrategyError
 
 
 class DDPAdapter(StrategyAdapter[DDPStrategy]):
@@ -37,6 +38,10 @@ class DDPAdapter(StrategyAdapter[DDPStrategy]):
     def expect_gaps(self, trainer: pl.Trainer, what: str) -> None:
         """Let the reducer look in each step for parameters without gradient, instead of waiting for them."""
         super().expect_gaps(trainer, what)
+        if private.expects_one_graph(self.strategy):
+            raise UnsupportedStrategyError(
+                f"{what}: DDPStrategy(static_graph=True) expects equal gradients in each step. Leave static_graph out."
+            )
         if private.look_for_unused_parameters(self.strategy):
             rank_zero_info(f"{what}: DDP looks for parameters without gradient in every step.")
 

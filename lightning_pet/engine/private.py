@@ -103,6 +103,11 @@ def look_for_unused_parameters(strategy: Any) -> bool:
     return not before
 
 
+def expects_one_graph(strategy: Any) -> bool:
+    """Whether a DDP strategy keeps from its first step which parameters have gradients."""
+    return bool(strategy._ddp_kwargs.get("static_graph", False))
+
+
 def share_from_first(module: Any) -> None:
     """Give every process the values that the first one has, as DDP does when it wraps a model."""
     _sync_module_states(module)

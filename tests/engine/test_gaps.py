@@ -48,6 +48,8 @@ def test_ddp_looks_for_them_only_where_they_come_and_go():
     assert not strategy._ddp_kwargs.get("find_unused_parameters")
     DDPAdapter(strategy).expect_gaps(trainer(), "adapters")
     assert strategy._ddp_kwargs["find_unused_parameters"]
+    with pytest.raises(UnsupportedStrategyError, match="Leave static_graph out"):
+        DDPAdapter(DDPStrategy(static_graph=True)).expect_gaps(trainer(), "adapters")
 
 
 @pytest.mark.parametrize(
