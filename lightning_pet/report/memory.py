@@ -8,10 +8,12 @@ rehearsal (:mod:`lightning_pet.report.rehearsal`), and what an engine makes of t
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_iter
@@ -23,6 +25,7 @@ from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.adapt import StartingMethod, apply
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.roots import root_of, silenced
+from lightning_pet.report.activations import estimate
 from lightning_pet.report.memory_engines import Bytes, Engine, EngineName, Inventory, Part, bytes_under
 from lightning_pet.report.rehearsal import Stage, Step, is_packed, rehearse, rehearse_optimizer
 
@@ -52,6 +55,15 @@ class MemoryPlan:
         """Bytes in all."""
         return self.bytes.total
 
+    @property
+    def host(self) -> int:
+        """Bytes in host memory: base values that are put back when a delta is taken out.
+
+        Under FSDP2 the base is in parts when they are noted.
+        """
+        parts = self.engine.processes if self.engine.name == "fsdp2" else 1
+        return ceil(self.inventory.originals / parts)
+
     def under(self, strategy: EngineName | Engine, processes: int = 1) -> "MemoryPlan":
         """The plan of the same run under another strategy.
 
@@ -69,7 +81,7 @@ class MemoryPlan:
             "processes": self.engine.processes,
             "trained": self.trained,
             "bytes": vars(self.bytes) | {"total": self.total},
-            "host_bytes": self.inventory.originals,
+            "host_bytes": self.host,
             "notes": list(self.notes),
         }
 
@@ -197,13 +209,22 @@ def _step(stage: Stage, twin: nn.Module, batch: Any, precision: str, notes: list
         notes.append("nothing trains by a gradient: activations are not counted.")
         return None
     try:
-        return rehearse(stage, twin, loss)
+        return rehearse(stage, twin, loss, layers_of(twin))
     except Exception as error:  # user code, of any kind
-        notes.append(
-            f"activations are not counted, because the training step does not run without values "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''})."
-        )
-        return None
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
+    root = root_of(twin)[1]
+    tokens = _tokens(batch)
+    estimated = None if tokens is None else estimate(root, tokens)
+    known = "not counted" if estimated is None else "estimated by a formula"
+    notes.append(f"activations are {known}: the training step does not run without values ({reason}).")
+    return None if estimated is None else Step(estimated, estimated, estimated)
+
+
+def _tokens(batch: Any) -> int | None:
+    """Numbers in the first two-dimensional tensor of integers, which are token ids."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return next((t.numel() for t in found if t.dim() == 2 and not t.is_floating_point()), None)
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:

@@ -115,7 +115,7 @@ class Bytes:
         gradients: gradients of what trains, as long as all of them are there.
         optimizer: state of the optimizer, with the float32 copies that DeepSpeed trains.
         communication: buffers in which gradients are sent.
-        gathered: parameters of other processes, and gradients for them, at the worst moment.
+        gathered: parameters of other processes at the worst moment.
         activations: what forward and backward (or the optimizer) need besides at the worst moment.
     """
 
@@ -181,9 +181,7 @@ def _gathered(engine: Engine, inventory: Inventory) -> int:
     units: dict[int, list[Part]] = {}
     for part in inventory.parts:
         units.setdefault(part.unit if engine.layers_are_units else 0, []).append(part)
-    values = _sum(units.pop(0, ())) + 2 * max((_sum(parts) for parts in units.values()), default=0)
-    trained = [_sum(part for part in parts if part.trains) for parts in (*units.values(), ())]
-    return values + 2 * max(trained)  # a unit's gradients are whole, and once more in the order of sending
+    return _sum(units.pop(0, ())) + 2 * max((_sum(parts) for parts in units.values()), default=0)
 
 
 # --- DeepSpeed ------------------------------------------------------------------------------------
