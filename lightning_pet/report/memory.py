@@ -25,6 +25,7 @@ from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.adapt import StartingMethod, apply
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.roots import root_of, silenced
+from lightning_pet.errors import TargetError
 from lightning_pet.report.activations import estimate
 from lightning_pet.report.memory_engines import Bytes, Engine, EngineName, Inventory, Part, bytes_under
 from lightning_pet.report.rehearsal import Stage, Step, is_packed, rehearse, rehearse_optimizer
@@ -136,11 +137,11 @@ def plan_memory(
     twin = stage.twin(model, [] if trainer is None else [trainer], _true_dtype(precision))
     if trainer is not None:
         twin.trainer = trainer  # which a copy of a LightningModule leaves behind
+    shapes = stage.batch(batch)
     if callbacks:
-        with stage.entered(kernels=False):
-            apply(twin, callbacks)
+        _insert(stage, twin, callbacks, shapes)
     let_inputs_require_grad(root_of(twin)[1])
-    step = None if batch is None else _step(stage, twin, stage.batch(batch), precision, notes)
+    step = None if batch is None else _step(stage, twin, shapes, precision, notes)
     states, momentary = _optimizer(stage, twin, optimizer, gpu, notes)
     record = record_of(root_of(twin)[1])
     originals = sum(_plain(tensor) for tensor in record.originals.values()) if record else 0
@@ -156,6 +157,17 @@ def plan_memory(
     )
     trained = sum(part.numel for part in inventory.trained)
     return MemoryPlan(engine, bytes_under(engine, inventory), trained, inventory, tuple(notes))
+
+
+def _insert(stage: Stage, twin: nn.Module, callbacks: Sequence[StartingMethod], batch: Any) -> None:
+    """Apply the methods as a Trainer does: a model that does not describe its inputs is looked at with the batch."""
+    with stage.entered(kernels=False):
+        try:
+            apply(twin, callbacks)
+        except TargetError:
+            if batch is None:
+                raise
+            apply(twin, callbacks, forward=lambda: _loss(twin, batch))
 
 
 def _true_dtype(precision: str) -> torch.dtype | None:

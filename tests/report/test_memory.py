@@ -22,7 +22,7 @@ from lightning_pet.callbacks.diff_pruning import DiffPruningCallback
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.lora import LoRACallback
 from lightning_pet.engine.adapt import apply
-from lightning_pet.errors import ArgumentError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.report.activations import activations_of_decoder
 from lightning_pet.report.memory import plan_memory
 from lightning_pet.report.memory_engines import ENGINES, Engine, Inventory, Part, bytes_under
@@ -171,6 +171,21 @@ def test_counts_of_a_module_and_that_it_stays_as_it_is() -> None:
     assert (half.bytes.base, half.bytes.delta, half.bytes.activations) == (2 * numbers, 512, 512)
     apply(net, [lora("layers.0", "layers.1")])
     assert plan_memory(net, [], (BATCH[0],)).bytes == plan.bytes
+
+
+def test_roles_are_found_with_the_batch() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.up(x).relu())
+
+    callback = LoRACallback(r=2, target_modules=["ffn.up"], verbose=False)
+    with pytest.raises(TargetError):
+        plan_memory(nn.Sequential(Block(), Block()), [callback])
+    assert plan_memory(nn.Sequential(Block(), Block()), [callback], (torch.ones(4, 8),)).trained == 2 * 2 * (8 + 32)
 
 
 def test_activations_by_hand() -> None:
