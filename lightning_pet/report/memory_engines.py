@@ -222,10 +222,11 @@ def _zero_parts(engine: Engine, inventory: Inventory) -> Bytes:
 
 
 def _live(engine: Engine, inventory: Inventory) -> int:
+    """What is gathered and not released yet, and the buffer in which the next ones come: they are copied out of it."""
     numbers = [part.numel for part in inventory.parts]
-    most = max(engine.max_live_parameters, max(numbers, default=0)) + engine.prefetch_bucket_size
-    share = min(1.0, most / max(sum(numbers), 1))
-    return ceil(share * _sum(inventory.parts, half=inventory.half))
+    live = min(sum(numbers), max(engine.max_live_parameters, *numbers, 0))
+    coming = min(sum(numbers), engine.prefetch_bucket_size)
+    return ceil((live + coming) / max(sum(numbers), 1) * _sum(inventory.parts, half=inventory.half))
 
 
 _RULES: dict[EngineName, Callable[[Engine, Inventory], Bytes]] = {
