@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import TargetError as TargetError
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
     from lightning_pet.report.memory import plan_memory as plan_memory
+    from lightning_pet.store.extraction import extract_delta as extract_delta
     from lightning_pet.store.last_good import last_good as last_good
 
 _WHERE = {
@@ -77,11 +78,12 @@ _WHERE = {
     "PETError": "errors",
     "TargetError": "errors",
     "UnsupportedStrategyError": "errors",
+    "extract_delta": "store.extraction",
     "last_good": "store.last_good",
     "plan_memory": "report.memory",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
-_FILE_VERBS = ("inspect", "merge")
+_FILE_VERBS = ("inspect", "extract", "merge")
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     import jsonargparse
 
-    verbs: dict[str, Any] = {"inspect": inspect, "merge": merge}
+    verbs: dict[str, Any] = {"inspect": inspect, "extract": extract, "merge": merge}
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(verbs))
         return
@@ -75,6 +75,19 @@ def inspect(path: str, json_output: bool = False) -> None:
         print(json.dumps(summary, indent=2, sort_keys=True))
     else:
         print_summary(summary)
+
+
+def extract(path: str, output: str) -> None:
+    """Write the delta of a training checkpoint into a delta file, without building the model.
+
+    Args:
+        path: training checkpoint (.ckpt).
+        output: delta file to write, usually .pet.safetensors; replaced if it exists.
+    """
+    from lightning_pet.store.extraction import extract_delta
+
+    size = extract_delta(path, output)
+    print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
 
 
 def merge(path: str, base: str, output: str, model_class: str = "auto", base_check: str = "error") -> None:

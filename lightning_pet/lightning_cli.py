@@ -29,6 +29,10 @@ from lightning_pet.data.reference import ReferencePoints
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.report.dimension_search import Runs, search
 from lightning_pet.report.dimension_view import plot_dimension, show_dimension
+from lightning_pet.store.last_good import last_good
+
+LAST_GOOD = "last-good"
+"""``fit --ckpt_path=last-good`` goes on from the newest checkpoint that verifies, or begins if there is none."""
 
 
 class PetArgumentParser(LightningArgumentParser):
@@ -69,13 +73,22 @@ class PetCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Measure what the data's task gives without tuning, if the data knows how."""
+        """Find the last good checkpoint if asked to; measure what the task gives without tuning, if the data knows."""
+        if self._get(self.config_init, "ckpt_path") == LAST_GOOD:
+            self.config_init["fit"]["ckpt_path"] = self._last_good()
         self.reference_points: dict[str, float] = {}
         data = self.datamodule
         if isinstance(data, ReferencePoints) and not self._get(self.config_init, "ckpt_path"):
             rank_zero_info("measuring reference points without tuning …")
             self.datamodule.prepare_data()
             self.reference_points = data.reference_points(self.model)
+
+    def _last_good(self) -> Path | None:
+        saver, logger = self.trainer.checkpoint_callback, self.trainer.logger
+        folder = getattr(saver, "dirpath", None) or getattr(logger, "save_dir", None) or self.trainer.default_root_dir
+        path = last_good(folder)
+        rank_zero_info(f"no checkpoint below {folder} yet: the run begins" if path is None else f"going on from {path}")
+        return path
 
     def after_fit(self) -> None:
         """Show what was reached, beside the reference points, and where the delta lies."""

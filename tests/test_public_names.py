@@ -35,6 +35,7 @@ NAMES = [
     "TargetError",
     "UnsupportedStrategyError",
     "apply",
+    "extract_delta",
     "inspect_delta",
     "last_good",
     "load_delta",
