@@ -219,6 +219,7 @@ class Controller:
         self.adapter.after_insertion(root, complete=last)
         if last and self._new:
             start(self.module, self._new)
+            self.adapter.after_insertion(root, complete=True)  # a file may have brought other shapes
         if last:
             self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
 
