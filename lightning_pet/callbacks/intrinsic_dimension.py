@@ -14,7 +14,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.parameters import every_parameter, tied
+from lightning_pet.core.parameters import chosen_parameters, tied
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
@@ -89,14 +89,7 @@ class IntrinsicDimensionCallback(PETCallback):
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find every parameter; see :func:`~lightning_pet.core.parameters.every_parameter`."""
-        return every_parameter(
-            root,
-            structure,
-            embeddings=self.embeddings,
-            norms=self.norms,
-            heads=self.heads,
-            exclude=(*(self.exclude_modules or ()), *(self.modules_to_save or ())),
-        )
+        return chosen_parameters(root, structure, self)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build the common vector and one projection per tensor.

@@ -114,8 +114,9 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
     def _by_unit(self, named: Named) -> Iterable[tuple[FSDP | None, list[tuple[str, Tensor]]]]:
         root = self.strategy.model
         assert root is not None
-        with _summoned(root, writeback=False):
-            pass  # the outermost unit must be the first that is used, or it would not be taken as such
+        if not private.knows_outermost(root):
+            with _summoned(root, writeback=False):
+                pass  # the outermost unit must be the first that is used, or it would not be taken as such
         unit_of = {id(p): unit for unit in FSDP.fsdp_modules(root) for p in _own_parameters(unit)}
         found: dict[int, tuple[FSDP | None, list[tuple[str, Tensor]]]] = {}
         for name, tensor in named:

@@ -36,6 +36,7 @@ name                                                      used for
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
+``FullyShardedDataParallel._is_root``                      whether a unit of FSDP1 was used before
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
 ``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
@@ -260,6 +261,11 @@ def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
         function = policy._lambda_fn
         return lambda module, recurse, size: recurse or bool(function(module))
     return None if policy is None else lambda module, recurse, size: bool(policy(module, recurse, size))
+
+
+def knows_outermost(unit: Any) -> bool:
+    """Whether a unit of FSDP1 was used before, so that it knows whether it is the outermost one."""
+    return getattr(unit, "_is_root", True) is not None
 
 
 def unwrapped_name(name: str) -> str:
