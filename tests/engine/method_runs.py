@@ -39,7 +39,9 @@ METHODS: dict[str, Callable[[], pet.PETCallback]] = {
     "Prompt tuning": lambda: pet.PromptTuningCallback(length=3, **QUIET),
     "BitFit": lambda: pet.BitFitCallback(**QUIET),
     "Layer freezing": lambda: pet.LayerFreezingCallback(**QUIET),
-    "Diff pruning": lambda: pet.DiffPruningCallback(density=0.1, **QUIET),
+    "Diff pruning": lambda: pet.DiffPruningCallback(
+        density=0.1, stages=(0.75, 0.25), l0_weight=0.01, alpha_init=1.0, alpha_clip=1e-3, plot=False, **QUIET
+    ),
     "Intrinsic dimension": lambda: pet.IntrinsicDimensionCallback(d=50, **QUIET),
     "Full fine-tuning": lambda: pet.FullFineTuningCallback(**QUIET),
 }
