@@ -1,13 +1,13 @@
 """FSDP2: the user's ``configure_model`` calls ``fully_shard``; a delta is sharded as its host is."""
 
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_pet.core.naming import canonical, named_modules
+from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
 from lightning_pet.engine.strategy import trainable
 from lightning_pet.errors import UnsupportedStrategyError
@@ -55,6 +55,26 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
             raise UnsupportedStrategyError(
                 f"{len(plain)} parameters train but are not sharded, so every process would train its own: "
                 f"{', '.join(plain[:4])}. Let configure_model call fully_shard on the whole model at the end."
+            )
+        _refuse_mixed_groups(module)
+
+
+def _refuse_mixed_groups(module: nn.Module) -> None:
+    """What trains within one call of ``fully_shard`` must have one precision."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for path, unit in named_modules(module).items():
+        if not isinstance(unit, FSDPModule):
+            continue
+        within = [part for part in cast(nn.Module, unit).modules() if part is not unit and isinstance(part, FSDPModule)]
+        inner = {id(p) for part in within for p in cast(nn.Module, part).parameters()}
+        trained = {name: p for name, p in trainable(cast(nn.Module, unit)).items() if id(p) not in inner}
+        examples = {p.dtype: name for name, p in trained.items()}
+        if len(examples) > 1:
+            found = " and ".join(f"{join(path, name)} ({dtype})" for dtype, name in examples.items())
+            raise UnsupportedStrategyError(
+                f"{found} train within one fully_shard, whose gradients must have one precision. Call fully_shard on "
+                "the module that trains in low precision (a head) by itself, or use precision='bf16-mixed'."
             )
 
 
