@@ -104,7 +104,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for method in options.methods:
         for engine in options.engines:
-            codes, outputs = launch([__file__, "--member", engine, method], timeout=300, env=env)
+            codes, outputs = launch([__file__, "--member", engine, method], timeout=900, env=env)
             assert codes == [0, 0], outputs[0][-2000:]
             peaks = [float(output.split("PEAK ")[1].split()[0]) for output in outputs]
             found.setdefault(method, {})[engine] = max(peaks)
