@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.parameters import chosen_parameters, tied
+from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
 from lightning_pet.engine.choice import adapter_for
@@ -179,8 +179,8 @@ class DiffPruningCallback(PETCallback):
         for first, *others in tied(root, targets):
             parameter = cast(nn.Parameter, modules[first.module]._parameters[first.parameter])
             delta = self._difference(parameter, first.path)
-            found.append(Insertion(first, delta, _suffix(first)))
-            found += [Insertion(other, Tied(delta), _suffix(other)) for other in others]
+            found.append(Insertion(first, delta, suffix_of(first)))
+            found += [Insertion(other, Tied(delta), suffix_of(other)) for other in others]
             size += delta.size
         if self._budget(size) < 1:
             raise TargetError(
@@ -263,11 +263,13 @@ class DiffPruningCallback(PETCallback):
         Raises:
             ArgumentError: if the length of the run is not known, or a stage has no step.
         """
-        self._live, self._looked = self.differences(Controller.get(trainer).adapted.root), False
+        controller = Controller.get(trainer)
+        controller.adapter.settle()
+        self._live, self._looked = self.differences(controller.adapted.root), False
         for _, delta in self._live:
             delta.train()  # a model may be trained in evaluation mode; its gates are random all the same
         gates = [p for _, delta in self._live for p in delta.gate_parameters]
-        self._gate_groups = Controller.get(trainer).adapter.groups_of(gates, pl_module)
+        self._gate_groups = controller.adapter.groups_of(gates, pl_module)
         if trainer.global_step == 0:
             self._curve = DensityCurve()
         self._plan(trainer)
@@ -394,7 +396,3 @@ class DiffPruningCallback(PETCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the interrupted run."""
         self._curve.history = [list(row) for row in state_dict.get("history", [])]
-
-
-def _suffix(target: Target) -> str:
-    return "" if target.parameter == "weight" else target.parameter

@@ -14,7 +14,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.parameters import chosen_parameters, tied
+from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
@@ -114,8 +114,8 @@ class IntrinsicDimensionCallback(PETCallback):
         for index, (group, tensor) in enumerate(zip(groups, tensors, strict=True)):
             first, *others = group
             delta = self._projection(subspace, index, first, tensor.numel())
-            found.append(Insertion(first, delta, _suffix(first)))
-            found += [Insertion(other, Tied(delta), _suffix(other)) for other in others]
+            found.append(Insertion(first, delta, suffix_of(first)))
+            found += [Insertion(other, Tied(delta), suffix_of(other)) for other in others]
         return found
 
     def _check(self, tensors: Sequence[nn.Parameter], factors: int) -> None:
@@ -183,7 +183,3 @@ class IntrinsicDimensionCallback(PETCallback):
                 f"{len(idle)} of {len(deltas)} tensors were not read in the first step: {', '.join(idle[:4])}{more}. "
                 "They belong to modules that did not run, and count for nothing; leave them out with exclude_modules."
             )
-
-
-def _suffix(target: Target) -> str:
-    return "" if target.parameter == "weight" else target.parameter

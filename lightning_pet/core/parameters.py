@@ -10,6 +10,7 @@ from lightning_pet.core.heads import find_heads
 from lightning_pet.core.insertion import reader_of
 from lightning_pet.core.names import is_norm, named_places
 from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.quantised import format_of, is_quantised
 from lightning_pet.core.structure import Role, Structure, Target
 from lightning_pet.core.targets import name_matcher, resolve_targets
 from lightning_pet.errors import TargetError
@@ -92,6 +93,11 @@ def chosen_parameters(root: nn.Module, structure: Structure, choice: Choice) -> 
         heads=choice.heads,
         exclude=(*(choice.exclude_modules or ()), *(choice.modules_to_save or ())),
     )
+
+
+def suffix_of(target: Target) -> str:
+    """Tells the deltas of one method on several parameters of a module apart."""
+    return "" if target.parameter == "weight" else target.parameter
 
 
 def tied(root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, ...]]:
@@ -197,9 +203,8 @@ def _check(places: dict[_Place, nn.Parameter], kept: Sequence[_Place]) -> None:
             "exclude_modules."
         )
     for path, name in kept:
-        dtype = places[path, name].dtype
-        if not dtype.is_floating_point:
+        if is_quantised(places[path, name]):
             raise TargetError(
-                f"{join(path, name)} is stored as {dtype}, and this method adds to every weight. Load the base in "
-                f"floating point, or exclude it (exclude_modules=[{join(path, name)!r}])."
+                f"{join(path, name)} is stored as {format_of(places[path, name])}, and this method adds to every "
+                f"weight. Load the base in floating point, or exclude it (exclude_modules=[{join(path, name)!r}])."
             )

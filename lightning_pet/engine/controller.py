@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerStatus
+import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -20,17 +21,20 @@ from lightning_pet.core.adaptation import (
     undo,
 )
 from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.applied import Adaptation, record_of
+from lightning_pet.core.applied import Adaptation, described, record_of
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
+from lightning_pet.engine.agreement import agreed, same
 from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.durable_io import keep_last_linked
+from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
@@ -40,6 +44,7 @@ from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.store.reader import read
 
 _ATTRIBUTE = "_pet_controller"
 
@@ -49,6 +54,7 @@ class TrainerMethod(StartingMethod, Protocol):
 
     verbose: bool
     shards: bool
+    delta_files: bool
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
@@ -75,6 +81,7 @@ class Controller:
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
         self._plan: Plan | None = None
+        self._converts = False  # the precision plug-in replaces layers
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
@@ -144,6 +151,7 @@ class Controller:
         self._checked.clear()
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
+        self._converts = replaces_layers(self.trainer.precision_plugin)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
         if builds_later:
@@ -152,7 +160,8 @@ class Controller:
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
-        install_durable_io(self.trainer.strategy)
+        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
+        keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
 
@@ -172,13 +181,14 @@ class Controller:
         self._undo.append(private.replace_method(self.module, hook, method))
 
     def _after(self, hook: str, *, last: bool) -> None:
-        overridden = is_overridden(hook, self.module)
+        overridden, dtype = is_overridden(hook, self.module), torch.get_default_dtype()
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            if overridden:
-                self._look_again()
-            self._advance(last=last)
+            with outside_of_init(dtype):
+                if overridden:
+                    self._look_again()
+                self._advance(last=last)
             return out
 
         self._replace(hook, run)
@@ -208,31 +218,56 @@ class Controller:
             )
 
     def _advance(self, *, last: bool) -> None:
+        if self._converts and not last:
+            return
+        inserted = agreed("inserting the deltas", lambda: self._insert_or_wait(last))
+        if not (inserted and last):
+            return
+        root = root_of(self.module)[1]
+        same("the methods", described(root))
+        if self._new:
+            self._start()
+        if any(method.start_from for method in self._new):
+            self.adapter.after_insertion(root, complete=True)  # a file may have brought other shapes
+        with self.adapter.planning(root):
+            self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
+
+    def _insert_or_wait(self, last: bool) -> bool:
+        """Insert, or let a later hook complete the model first."""
+        if self._converts:
+            convert(self.trainer, self.module)
         try:
             self._insert()
         except PETError:
             if last:
                 raise
-            return
+            return False
         root = root_of(self.module)[1]
         freeze(root)
+        if last and self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)
-        if last and self._new:
-            start(self.module, self._new)
-            self.adapter.after_insertion(root, complete=True)  # a file may have brought other shapes
-        if last:
-            self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
+        return True
 
     def _insert(self) -> None:
         root = root_of(self.module)[1]
         if all(is_applied(root, method) for method in self.methods):
             return
-        try:
-            self._new += insert_methods(self.module, self.methods)
-        except TargetError:
-            if not any(True for _ in root.parameters()):
-                raise
-            self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
+        with self.adapter.planning(root):
+            try:
+                self._new += insert_methods(self.module, self.methods)
+            except TargetError:
+                if not any(True for _ in root.parameters()):
+                    raise
+                self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
+
+    def _start(self) -> None:
+        """Load the files that the new methods start from; one process may not find what the others read."""
+        new = self._new
+        if any(method.start_from for method in new):
+            self.adapter.check_start(root_of(self.module)[1])
+        files = agreed("reading start_from", lambda: {m.start_from: read(m.start_from) for m in new if m.start_from})
+        start(self.module, new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
         if private.starts_processes(self.trainer.strategy.launcher) and self.rules() is None:
@@ -288,7 +323,7 @@ class Controller:
         root = self.adapted.root
         freeze(root)
         if self.adapter.materialized_late:
-            start(self.module, self._new)
+            self._start()
         self.adapter.check_wrapped(self.module)
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]

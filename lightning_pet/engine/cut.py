@@ -31,10 +31,10 @@ def largest_entries(differences: Sequence[SparseDifference], count: int, adapter
     Raises:
         PETError: if an entry is not finite.
     """
-    whole = iter if adapter is None else adapter.whole
+    each = each_whole if adapter is None else adapter.whole_modules
     try:
         with torch.no_grad():
-            return largest(lambda: (d.difference(own) for d, own in each_whole(differences, whole)), count)
+            return largest(lambda: (difference.difference(own) for difference, own in each(differences)), count)
     except ValueError:
         raise PETError("the difference holds NaN or infinity; lower the learning rate.") from None
 

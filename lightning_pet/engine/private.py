@@ -21,8 +21,10 @@ name                                                      used for
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
+``ModelCheckpoint._link_checkpoint``                      a link to the last checkpoint that never dangles
 ``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
 ``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
+``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
@@ -41,21 +43,27 @@ name                                                      used for
 ``._hp_optimizer_states_linked``
 ``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
 ``._get_fp32_grad_state_partition``, ``._z3_optimizer``   that holds them
+``zero.partition_parameters.shutdown_init_context``,      building deltas inside of ``zero.Init``
+``.restore_init_context``
+``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
 ``aten._local_scalar_dense``
-``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``;
+``torch.utils._pytree``                                   a step without values, in ``report/rehearsal.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -90,6 +98,16 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
 def finds_unused_parameters(strategy: Any) -> bool:
     """Whether a DDP strategy looks in every step for parameters without a gradient."""
     return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+
+
+def keep_from_ddp(module: Any, names: Iterable[str]) -> None:
+    """Let DDP neither send these parameters at its start nor look at them later."""
+    module._ddp_params_and_buffers_to_ignore = list(names)
+
+
+def buckets_hold_gradients(strategy: Any) -> bool:
+    """Whether gradients live in the buckets that a DDP strategy sends."""
+    return bool(strategy._ddp_kwargs.get("gradient_as_bucket_view", False))
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
@@ -180,6 +198,12 @@ def restarts_short_loaders(loader: CombinedLoader) -> bool:
     return loader._mode == "max_size_cycle" and len(loader.flattened) > 1
 
 
+def replace_link_checkpoint(callback: ModelCheckpoint, method: Callable[..., None]) -> None:
+    """Let a callback link its last checkpoint by ``method(original, trainer, path, link)``; once."""
+    if "_link_checkpoint" not in vars(callback):
+        replace_method(callback, "_link_checkpoint", method)
+
+
 def innermost_wrapper(io: CheckpointIO) -> _WrappingCheckpointIO | None:
     """Return the wrapper that holds the actual writer; ``None`` if ``io`` is not wrapped."""
     if not isinstance(io, _WrappingCheckpointIO):
@@ -266,6 +290,25 @@ def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
 def knows_outermost(unit: Any) -> bool:
     """Whether a unit of FSDP1 was used before, so that it knows whether it is the outermost one."""
     return getattr(unit, "_is_root", True) is not None
+
+
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Within the block ``zero.Init`` of DeepSpeed, if the caller is inside of one, does nothing."""
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
+
+
+def rendezvous_store() -> Any:
+    """Return the key-value store through which the processes of this run found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def unwrapped_name(name: str) -> str:

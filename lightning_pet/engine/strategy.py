@@ -10,6 +10,7 @@ knows which is whose.
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.agreement import agreed
+from lightning_pet.engine.layer_formats import share_quantised
 from lightning_pet.engine.parameter_groups import clip_norm, groups_of
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
@@ -157,12 +159,26 @@ class StrategyAdapter(Generic[S]):
             UnsupportedStrategyError: naming the option and the alternative.
         """
 
+    def planning(self, root: nn.Module) -> AbstractContextManager[None]:
+        """Within this context deltas are planned, built and inserted, and base parameters show their whole shapes."""
+        return nullcontext()
+
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Deltas were inserted; the engine has not wrapped the model yet.
 
         Args:
             root: the adapted root.
             complete: whether the last hook that builds the model has run.
+        """
+        module = self.strategy.lightning_module
+        if complete and module is not None and isinstance(self.strategy, DDPStrategy):
+            share_quantised(module)
+
+    def check_start(self, root: nn.Module) -> None:
+        """Refuse to load files into the deltas, if they would not stay in them.
+
+        Raises:
+            UnsupportedStrategyError: in every process.
         """
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
@@ -197,7 +213,21 @@ class StrategyAdapter(Generic[S]):
 
     def whole_modules(self, modules: Sequence[M]) -> Iterator[tuple[M, dict[str, Tensor]]]:
         """Give each module with its tensors whole; every process must run through all of them."""
+        self.settle()
         return each_whole(modules, self.whole)
+
+    def settle(self) -> None:
+        """Let modules have the parameters that train, where an engine may have left others in their places."""
+
+    def watch_gradients(self, named: Named) -> None:
+        """Gradients of these parameters will be asked for after each optimizer step of this run."""
+
+    def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
+        """Give each parameter's whole gradient in the last step, as the optimizer used it.
+
+        Every process must run through all of them. ``None`` where there is none in any process.
+        """
+        return ((name, None if tensor.grad is None else whole(tensor.grad)) for name, tensor in named)
 
     def shaped(self, named: Named) -> dict[str, Tensor]:
         """The tensors by name, in full shape; their values do not matter."""

@@ -76,6 +76,10 @@ class Delta(Part):
     """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
     optional_gradient: bool = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
+    starts_from_weight: bool = False
+    """:meth:`initialize_from` needs the values of the base weight: it gets dequantised ones."""
+    reads_weight: bool = False
+    """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
 
     parameter: str = "weight"
     """Which parameter of the host this delta belongs to (``""``: none); set when it is inserted."""
