@@ -1,7 +1,7 @@
 """Memory and accuracy of a base in each quantised format, on the CPU; one process per format.
 
-python benchmarks/quantised.py                # a Llama shape of 96 million numbers with random weights
-python benchmarks/quantised.py --layers 4     # smaller
+python benchmarks/quantised.py                 # a Llama shape of 41 million numbers with random weights
+python benchmarks/quantised.py --layers 12     # 97 million
 """
 
 import argparse
@@ -114,7 +114,7 @@ def measure(name: str, layers: int) -> None:
 def main() -> None:
     """One process per format, or one row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--format", choices=FORMATS)
     options = parser.parse_args()
     if options.format:

@@ -32,6 +32,7 @@ name                                                      used for
 ``Node._saved_weight``, ``torch._C._autograd``
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names, in ``core``;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
+``DTensor._local_tensor``                                  the format of a sharded weight, in ``core/quantised.py``
 ``aten._unsafe_view``                                     outputs that own their memory, in ``layers/``
 ``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``

@@ -158,8 +158,9 @@ class StrategyAdapter(Generic[S]):
             root: the adapted root.
             complete: whether the last hook that builds the model has run.
         """
-        if complete and isinstance(self.strategy, DDPStrategy):
-            share_quantised(self.strategy.lightning_module)
+        module = self.strategy.lightning_module
+        if complete and module is not None and isinstance(self.strategy, DDPStrategy):
+            share_quantised(module)
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
         """``configure_optimizers`` returned these; the engine has not put its own in their place yet."""
