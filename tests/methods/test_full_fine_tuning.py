@@ -89,5 +89,5 @@ def test_beside_another_method() -> None:
 def test_a_quantised_base_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TargetError, match=r"1\.weight is stored as int8"):
+    with pytest.raises(TargetError, match=r"1\.weight is stored as torch.int8"):
         apply(model, [FullFineTuningCallback()])
