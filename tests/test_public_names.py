@@ -35,10 +35,12 @@ NAMES = [
     "TargetError",
     "UnsupportedStrategyError",
     "apply",
+    "extract_delta",
     "inspect_delta",
     "last_good",
     "load_delta",
     "load_from_checkpoint",
+    "plan_memory",
     "save_delta",
 ]
 

@@ -45,6 +45,8 @@ class PETCallback(Callback):
             gigabyte, once), both raise; ``"warn"`` goes on.
         budget: share of the base's parameters to spend, e.g. 0.005: picks the largest width of the method
             that spends at most that, in place of the width argument, and says which. Heads are not counted.
+        delta_files: write a delta file (``x.pet.safetensors``) beside each checkpoint (``x.ckpt``), and remove it
+            together with it.
         verbose: print the table of trained parameters once at the start of a fit.
 
     Raises:
@@ -69,6 +71,7 @@ class PETCallback(Callback):
         start_from: str | None = None,
         base_check: BaseCheck = "error",
         budget: float | None = None,
+        delta_files: bool = False,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -88,6 +91,7 @@ class PETCallback(Callback):
         self.start_from = start_from
         self.base_check = base_check
         self.budget = budget
+        self.delta_files = delta_files
         self.verbose = verbose
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -152,7 +156,8 @@ class PETCallback(Callback):
             for p in inspect.signature(c.__init__).parameters
         ]
         kept = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "kwargs")}
-        return {name: value for name, value in kept.items() if name not in ("start_from", "base_check", "verbose")}
+        of_the_run = ("start_from", "base_check", "delta_files", "verbose")
+        return {name: value for name, value in kept.items() if name not in of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 

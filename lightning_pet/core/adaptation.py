@@ -18,7 +18,7 @@ from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.sharding import placed
+from lightning_pet.layers.sharding import is_partition, placed, without_values
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
@@ -89,8 +89,14 @@ def renew(root: nn.Module) -> None:
     freeze(root)
 
 
-def take_forms(root: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it."""
+def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = False) -> Callable[[], None]:
+    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it.
+
+    Args:
+        root: the adapted root.
+        tensors: of a file.
+        held: an engine holds the parameters of the deltas.
+    """
     record, modules = record_of(root), named_modules(root)
     changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
     for _, _, path, key in record.hosts() if record else ():
@@ -98,7 +104,7 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], N
         delta = cast(Delta, modules[prefix])
         own = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
         before = delta, dict(delta._parameters), dict(delta._buffers)
-        if delta.take_form(own):
+        if delta.take_form(own, held=held):
             changed.append(before)
     if changed:
         renew(root)
@@ -118,7 +124,8 @@ def _keep_originals(root: nn.Module, record: Adaptation) -> None:
         mutable = name in trained or not isinstance(tensor, nn.Parameter)
         if mutable and name not in own and name not in record.originals:
             # In host memory: a method may train the whole model.
-            record.originals[name] = tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+            here = not (tensor.is_meta or is_partition(tensor))
+            record.originals[name] = tensor.detach().to("cpu", copy=True) if here else without_values(tensor)
 
 
 def _in_scope(record: Adaptation, name: str) -> bool:

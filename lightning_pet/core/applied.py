@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
 
 RECORD = "_pet"  # attribute of the adapted root
@@ -92,3 +92,17 @@ def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
         if RECORD in module.__dict__:
             return canonical(path), module
     return None
+
+
+def described(root: nn.Module) -> list[str]:
+    """What was applied to a root: options, places and tensors, one text each, in a fixed order."""
+    record = record_of(root)
+    if record is None:
+        return []
+    own = set(record.delta_names)
+    return [
+        *(f"{a.key}: {option}={value!r}" for a in record.applied for option, value in sorted(a.config.items())),
+        *(f"{a.key} on {target.path} ({target.role})" for a in record.applied for target in a.targets),
+        *(f"{name} of shape {tuple(tensor.shape)}" for name, tensor in named_tensors(root) if name in own),
+        *(f"{name}, trained" for name in record.trained_names),
+    ]

@@ -115,7 +115,10 @@ class _WeightHost(_AroundHost):
                 module.__dict__[_SCOPE] = scope
 
     def _pet_weight(self, name: str) -> Tensor | None:
-        weight = self._parameters[name]
+        held = self._parameters if name in self._parameters else self.__dict__
+        if name not in held:
+            raise AttributeError(name)  # nn.Module words it
+        weight: Tensor | None = held[name]
         if weight is None or not self.__dict__.get(_SCOPE):
             return weight
         effective: Tensor = weight
@@ -190,7 +193,15 @@ def _effective(name: str) -> property:
     def read(self: _WeightHost) -> Tensor | None:
         return self._pet_weight(name)
 
-    return property(read)
+    def write(self: _WeightHost, value: Any) -> None:
+        # No parameter: what an engine puts in its place while it computes (FSDP1: a view of its flat tensor).
+        self.__dict__[name] = value
+
+    def delete(self: _WeightHost) -> None:
+        if self.__dict__.pop(name, None) is None:
+            raise AttributeError(name)
+
+    return property(read, write, delete)
 
 
 def _has_plain_forward(cls: type[nn.Module]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.sharding import is_sharded
+from lightning_pet.layers.sharding import gathered, is_partition, is_sharded
 
 DENSE = (Tensor, nn.Parameter)
 """Exact types of ordinary tensors: a quick look before :func:`is_quantised`."""
@@ -38,7 +38,7 @@ def _is_bitsandbytes(tensor: Tensor) -> bool:
 
 
 def _dequantises_itself(tensor: Tensor) -> bool:
-    local = tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    local = tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return type(local).dequantize is not Tensor.dequantize
 
 
@@ -131,8 +131,13 @@ def scales_beside(host: nn.Module, weight: Any) -> list[Tensor]:
 def initialize(delta: Delta, host: nn.Module, parameter: str) -> None:
     """Let a delta initialise itself from its base weight, of whatever format."""
     weight = host._parameters.get(parameter)
-    if weight is not None and not weight.is_meta:
-        delta.initialize_from(dense_values(host, parameter) if delta.starts_from_weight else weight.detach())
+    if weight is None or weight.is_meta or is_partition(weight):
+        return
+    if not delta.starts_from_weight:
+        delta.initialize_from(weight.detach())
+        return
+    with gathered(delta):
+        delta.initialize_from(dense_values(host, parameter))
 
 
 def check_hosts(delta: Delta, host: nn.Module, path: str, parameter: str) -> None:

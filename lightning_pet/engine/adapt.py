@@ -15,10 +15,12 @@ from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.preparation import prepare
 from lightning_pet.core.probe import analyse
-from lightning_pet.engine.delta import start_from
+from lightning_pet.engine.base_check import Whole
+from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
 from lightning_pet.errors import ArgumentError
+from lightning_pet.store.reader import Stored, read
 
 _log = logging.getLogger(__name__)
 
@@ -94,12 +96,26 @@ def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[],
     return pending
 
 
-def start(model: nn.Module, methods: Sequence[StartingMethod]) -> None:
-    """Load the files that newly inserted methods start from."""
+def start(
+    model: nn.Module,
+    methods: Sequence[StartingMethod],
+    files: Mapping[str, Stored] | None = None,
+    whole: Whole = iter,
+    fill: Fill | None = None,
+) -> None:
+    """Load the files that newly inserted methods start from.
+
+    Args:
+        model: the adapted model.
+        methods: those that were just inserted.
+        files: what was read before, by path.
+        whole: gathers base tensors of which an engine left this process parts only.
+        fill: writes whole values into such tensors.
+    """
     adapted = Adapted(root_of(model)[1])
     for method in methods:
-        if method.start_from is not None:
-            start_from(adapted, method, method.start_from, method.base_check)
+        if (path := method.start_from) is not None:
+            start_from(adapted, method, files[path] if files else read(path), method.base_check, whole, fill)
 
 
 def is_applied(root: nn.Module, method: StartingMethod) -> bool:

@@ -21,17 +21,19 @@ from lightning_pet.core.adaptation import (
     undo,
 )
 from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.applied import Adaptation, record_of
+from lightning_pet.core.applied import Adaptation, described, record_of
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
+from lightning_pet.engine.agreement import agreed, same
 from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
@@ -42,6 +44,7 @@ from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.store.reader import read
 
 _ATTRIBUTE = "_pet_controller"
 
@@ -51,6 +54,7 @@ class TrainerMethod(StartingMethod, Protocol):
 
     verbose: bool
     shards: bool
+    delta_files: bool
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
@@ -156,7 +160,8 @@ class Controller:
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
-        install_durable_io(self.trainer.strategy)
+        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
+        keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
 
@@ -215,6 +220,18 @@ class Controller:
     def _advance(self, *, last: bool) -> None:
         if self._converts and not last:
             return
+        inserted = agreed("inserting the deltas", lambda: self._insert_or_wait(last))
+        if not (inserted and last):
+            return
+        root = root_of(self.module)[1]
+        same("the methods", described(root))
+        if self._new:
+            self._start()
+        with self.adapter.planning(root):
+            self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
+
+    def _insert_or_wait(self, last: bool) -> bool:
+        """Insert, or let a later hook complete the model first."""
         if self._converts:
             convert(self.trainer, self.module)
         try:
@@ -222,27 +239,33 @@ class Controller:
         except PETError:
             if last:
                 raise
-            return
+            return False
         root = root_of(self.module)[1]
         freeze(root)
         if last and self.trainer.state.fn == TrainerFn.FITTING:
             refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)
-        if last and self._new:
-            start(self.module, self._new)
-        if last:
-            self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
+        return True
 
     def _insert(self) -> None:
         root = root_of(self.module)[1]
         if all(is_applied(root, method) for method in self.methods):
             return
-        try:
-            self._new += insert_methods(self.module, self.methods)
-        except TargetError:
-            if not any(True for _ in root.parameters()):
-                raise
-            self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
+        with self.adapter.planning(root):
+            try:
+                self._new += insert_methods(self.module, self.methods)
+            except TargetError:
+                if not any(True for _ in root.parameters()):
+                    raise
+                self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
+
+    def _start(self) -> None:
+        """Load the files that the new methods start from; one process may not find what the others read."""
+        new = self._new
+        if any(method.start_from for method in new):
+            self.adapter.check_start(root_of(self.module)[1])
+        files = agreed("reading start_from", lambda: {m.start_from: read(m.start_from) for m in new if m.start_from})
+        start(self.module, new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
         if private.starts_processes(self.trainer.strategy.launcher) and self.rules() is None:
@@ -283,6 +306,8 @@ class Controller:
         """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""
         root = self.adapted.root
         renew(root)
+        if not exchanges:
+            return
         names = names_of(self.module)
         new_names = [names.get(id(change.new), "") for change in exchanges]
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -296,7 +321,7 @@ class Controller:
         root = self.adapted.root
         freeze(root)
         if self.adapter.materialized_late:
-            start(self.module, self._new)
+            self._start()
         self.adapter.check_wrapped(self.module)
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]

@@ -4,8 +4,8 @@ The engine's own folders cannot be read by anything else, and cannot validate un
 for single parameters can gather and set everything, so that the checkpoint is the file of a single device.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,12 +17,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_pet.core.naming import named_tensors
+from lightning_pet.core.applied import record_of
+from lightning_pet.core.insertion import CHILD
+from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.sharded import ShardedAdapter
 from lightning_pet.engine.strategy import CheckpointRules, Named, flat_names, trainable
 from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.layers.sharding import is_partition, without_values
 
 _KEY = "deepspeed"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -38,6 +41,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         self._classes: list[str] = []
         self._arrived: set[str] = set()
         self._hooks: list[Any] = []
+        self._gradients: dict[int, Tensor] = {}
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse an optimizer that is not built by the LightningModule."""
@@ -48,15 +52,36 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
                 "and rates. Take it out, and return the optimizer from configure_optimizers."
             )
 
+    @contextmanager
+    def planning(self, root: nn.Module) -> Iterator[None]:
+        """Let a base that ``zero.Init`` has partitioned look as if it were on the meta device.
+
+        Inside of ``zero.Init`` deltas would be partitioned while they are built, too; so it is suspended.
+        """
+        with private.without_zero_init(), _whole_shapes(root):
+            yield
+
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
-        """Note the shapes: partitions have none."""
+        """Give values to deltas of a partitioned base, and note the shapes: partitions have none."""
+        with private.without_zero_init():
+            self._materialize(root)
         super().after_insertion(root, complete=complete)
         module = self.strategy.lightning_module
         if complete and module is not None:
-            self._meta = {
-                name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
-                for name, tensor in named_tensors(module)
-            }
+            self._meta = {name: without_values(tensor) for name, tensor in named_tensors(module)}
+
+    def _materialize(self, root: nn.Module) -> None:
+        modules, record = named_modules(root), record_of(root)
+        for _, target, path, key in record.hosts() if record else ():
+            delta: Any = modules[join(path, CHILD, key)]
+            weight = modules[path]._parameters.get(target.parameter)
+            if not any(p.is_meta for p in delta.parameters()) or (weight is not None and weight.is_meta):
+                continue
+            delta.to_empty(device=self.strategy.root_device)
+            delta.reset_parameters()
+            if weight is not None:
+                with _gathered(weight, None):
+                    delta.initialize_from(weight.detach())
 
     # --- optimizers -----------------------------------------------------------------------------------
 
@@ -141,6 +166,50 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
             }
         private.link_partition_states(self._zero())
 
+    def groups_of(self, parameters: Sequence[nn.Parameter], module: nn.Module) -> list[dict[str, Any]]:
+        """The groups that held them before the engine put partitions in their place."""
+        own = {id(parameter) for parameter in parameters}
+        wanted = {name for name, parameter in trainable(module).items() if id(parameter) in own}
+        pairs = zip(self._inner().param_groups, self._names[0], strict=True)
+        return [group for group, names in pairs if wanted.intersection(names)]
+
+    def clip(self, trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Clip what the engine has gathered for its step; each process has parts of it."""
+        engine: Any = self.strategy.model
+        if not engine.is_gradient_accumulation_boundary():
+            return
+        parts = [private.partition_gradient(parameter) for parameter in parameters]
+        total = torch.zeros((), device=self.strategy.root_device)
+        for part in (part for part in parts if part is not None):
+            total += part.float().square().sum()
+        torch.distributed.all_reduce(total)
+        factor = norm * float(self._zero().loss_scale) / (float(total.sqrt()) + 1e-6)
+        for part in (part for part in parts if part is not None and factor < 1):
+            part.mul_(factor)
+
+    def watch_gradients(self, named: Named) -> None:
+        """Gather them right before the engine steps: afterwards they are gone."""
+        parameters = [parameter for _, parameter in named]
+        private.replace_method(self.strategy.model, "step", partial(self._step, parameters))
+
+    def gradients(self, named: Named) -> Iterator[tuple[str, Tensor | None]]:
+        """Those of the last step."""
+        return ((name, self._gradients.get(id(parameter))) for name, parameter in named)
+
+    def _step(self, parameters: list[Tensor], original: Any, *args: Any, **kwargs: Any) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        engine: Any = self.strategy.model
+        if not engine.is_gradient_accumulation_boundary():
+            original(*args, **kwargs)
+            return
+        found = {id(parameter): safe_get_full_grad(parameter) for parameter in parameters}
+        factor = 1 / float(self._zero().loss_scale)
+        original(*args, **kwargs)
+        if limit := engine.gradient_clipping():  # the engine clips in its step
+            factor *= min(1.0, limit / (float(engine.get_global_grad_norm()) + 1e-6))
+        self._gradients = {key: gradient.detach() * factor for key, gradient in found.items() if gradient is not None}
+
     # --- gathering ------------------------------------------------------------------------------------
 
     def whole(self, named: Named) -> Iterator[tuple[str, Tensor]]:
@@ -204,7 +273,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         super().save_checkpoint(rules, original, checkpoint, filepath, storage_options)
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Any, checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Any, checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta in, load the optimizer, and set what the engine counts."""
         super().load_model_state_dict(rules, original, checkpoint, strict)
@@ -233,6 +302,26 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
 
     def _dtype(self, name: str, full: Tensor) -> torch.dtype:
         return self._meta[name].dtype if name in self._meta else full.dtype
+
+
+@contextmanager
+def _whole_shapes(root: nn.Module) -> Iterator[None]:
+    """Put parameters on the meta device in the place of partitioned ones; a tied one stays tied."""
+    stand_ins: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, str, Any]] = []
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_partition(parameter):
+                replaced.append((module, name, parameter))
+    for _, _, p in replaced:
+        stand_ins.setdefault(id(p), nn.Parameter(without_values(p), requires_grad=p.requires_grad))
+    try:
+        for module, name, parameter in replaced:
+            module._parameters[name] = stand_ins[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
 
 
 def _gathered(tensor: Any, modifier: int | None) -> Any:

@@ -1,7 +1,8 @@
 """Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,21 +18,27 @@ from lightning_pet.core.method import METHODS, Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key, prepare
 from lightning_pet.core.structure import Target
-from lightning_pet.engine.base_check import base_fingerprint, check_base
+from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
+from lightning_pet.engine.gathered import gathering_adapter, save_gathered
 from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import DeltaFileError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.sharding import holds_parts
+from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.store.delta_file import read_manifest, write_delta
 from lightning_pet.store.entry import written_by
 from lightning_pet.store.manifest import Manifest, MethodRecord
 from lightning_pet.store.reader import PathLike, Stored, is_delta_file, load_checkpoint, read
 
 Module = TypeVar("Module", bound=nn.Module)
+Fill = Callable[[Named, Mapping[str, Tensor]], None]
 
 
 def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | None = None, exact: bool = False) -> int:
     """Write the delta of a model into one safetensors file, durably.
+
+    Under an engine that shards, every process has to call this with the LightningModule, during ``fit`` (in a hook
+    between two steps) or after it. Tensors are gathered one after the other, one process writes, and a failure in
+    one process is raised in all of them.
 
     Args:
         model: the adapted model, or anything that contains it.
@@ -44,7 +51,8 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
         Bytes written.
 
     Raises:
-        PETError: if nothing was applied to the model, or an engine shards it over processes.
+        PETError: if nothing was applied to the model; if an engine shards it, and the Trainer cannot be told from
+            ``model``, or other processes do not call this.
         DeltaFileError: ``nonfinite`` if a tensor holds NaN or infinity; ``io`` if the disk refuses. A
             file that was there before is untouched then.
     """
@@ -52,19 +60,18 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
     if found is None:
         raise PETError(f"nothing was applied to this {type(model).__name__}: there is no delta to save.")
     root_path, root = found
+    adapted, adapter = Adapted(root), gathering_adapter(model)
+    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in adapted.record.applied)
+    manifest = Manifest(methods, root=root_path, notes=dict(notes or {}), written_by=written_by())
+    if adapter is not None:
+        return save_gathered(adapter, adapted, path, manifest, exact)
     if holds_parts(root):
         raise PETError(
-            "this process holds parts of the delta only. Save with trainer.save_checkpoint, which every process calls; "
-            "load_delta and load_from_checkpoint read that file without any engine."
+            f"this process holds parts of the delta only, and this {type(model).__name__} does not say which Trainer "
+            "has the others. Pass the LightningModule, in every process; or use trainer.save_checkpoint, whose file "
+            "load_delta reads without any engine."
         )
-    adapted = Adapted(root)
-    manifest = Manifest(
-        methods=tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in adapted.record.applied),
-        base=base_fingerprint(root, adapted.record, exact),
-        root=root_path,
-        notes=dict(notes or {}),
-        written_by=written_by(),
-    )
+    manifest = replace(manifest, base=base_fingerprint(root, adapted.record, exact))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _packed(adapted).items()}
     return write_delta(path, tensors, manifest)
 
@@ -160,13 +167,23 @@ def inspect_delta(path: PathLike) -> Manifest:
     return read_manifest(path)
 
 
-def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str) -> None:
+def start_from(
+    adapted: Adapted, method: Method, stored: Stored, base_check: str, whole: Whole = iter, fill: Fill | None = None
+) -> None:
     """Copy the values of one method from a file into the same method of an adapted model.
+
+    Args:
+        adapted: the model.
+        method: one that was just inserted.
+        stored: what the file holds.
+        base_check: what to do about another base model.
+        whole: gathers base tensors of which an engine left this process parts only.
+        fill: writes whole values into such tensors.
 
     Raises:
         DeltaFileError: if the file has no such method, or its tensors do not fit.
     """
-    stored = read(path)
+    path = stored.path
     holds = ", ".join(f"{m.method}:{m.name}" for m in stored.methods)
     if not any((m.method, m.name) == (method.method, method.name) for m in stored.methods):
         raise DeltaFileError(
@@ -176,7 +193,7 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
         )
     if stored.base is not None:
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
-        check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then)
+        check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then, whole)
     deltas = _deltas(adapted.root, adapted.record, method)
     problems = [
         join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(_below(stored.tensors, prefix))
@@ -192,7 +209,11 @@ def start_from(adapted: Adapted, method: Method, path: PathLike, base_check: str
     mine = next(applied.trained for applied in adapted.record.applied if applied.key == key_of(method))
     if absent := [name for name in mine if name not in stored.tensors]:
         rank_zero_warn(f"{path} does not hold {', '.join(absent[:4])}; they start with the values of the model.")
-    copy_in(adapted.root, {name: stored.tensors[name] for name in _same_heads(adapted, stored)})
+    values = {name: stored.tensors[name] for name in _same_heads(adapted, stored)}
+    if fill is None:
+        copy_in(adapted.root, values)
+    else:
+        fill(named_tensors(adapted.root), values)
 
 
 def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
@@ -201,7 +222,7 @@ def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
     trained = set(adapted.record.trained_names)
     base = {name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)} - set(adapted.record.delta_names)
     there = base & stored.tensors.keys()
-    same = {name for name in there & trained if own[name].shape == stored.tensors[name].shape}
+    same = {name for name in there & trained if whole_shape(own[name]) == stored.tensors[name].shape}
     if there - same:
         rank_zero_warn(
             f"{stored.path}: {', '.join(sorted(there - same)[:4])} are not taken over, because they do not train here "

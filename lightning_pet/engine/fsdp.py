@@ -5,7 +5,7 @@ delta in one unit with its host would bring back the memory that freezing spared
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,9 +25,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from lightning_pet.core.insertion import Deltas
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.engine import private
+from lightning_pet.engine.parameter_groups import scaled_norm
 from lightning_pet.engine.sharded import ShardedAdapter, own_units
 from lightning_pet.engine.strategy import CheckpointRules, Named, flat_names
 from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.layers.delta import Delta, Part
 
 
 class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
@@ -46,11 +48,26 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                 "FSDPStrategy(use_orig_params=False) melts frozen and trained parameters into one, and the state of "
                 "its optimizer cannot be saved. Leave the option out: Lightning's default is True."
             )
+        if self._copies():
+            raise UnsupportedStrategyError(
+                "FSDPStrategy would shard over one process only (one device, or HYBRID_SHARD with a device_mesh whose "
+                "last size is 1). torch turns this into NO_SHARD: units within units cannot be saved, and the copies "
+                "exchange no gradients. Use strategy='auto' or 'ddp', or a mesh that shards."
+            )
         if self.strategy.sharding_strategy is ShardingStrategy.NO_SHARD:
             raise UnsupportedStrategyError(
                 "FSDPStrategy(sharding_strategy='NO_SHARD') cannot save units within units, and shards nothing. Use "
                 "strategy='ddp', which does the same."
             )
+
+    def _copies(self) -> bool:
+        """Whether each process would hold all of the model."""
+        if self.strategy.world_size == 1:
+            return True
+        groups, mesh = (self.strategy.kwargs.get(name) for name in ("process_group", "device_mesh"))
+        if isinstance(groups, tuple):
+            return bool(torch.distributed.get_world_size(groups[0]) == 1)
+        return mesh is not None and mesh.size(mesh.ndim - 1) == 1
 
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Extend the policy that decides what becomes a unit, and keep the shapes: flat tensors have none."""
@@ -68,6 +85,21 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(module)} if module is not None else {}
         if not isinstance(policy := self.strategy.kwargs.get("auto_wrap_policy"), _WithDeltas):
             self.strategy.kwargs["auto_wrap_policy"] = _WithDeltas(policy, lambda m: id(m) in self._units)
+        initialize = self.strategy.kwargs.get("param_init_fn")
+        if initialize is not None and not isinstance(initialize, _InitialDeltas):
+            self.strategy.kwargs["param_init_fn"] = _InitialDeltas(initialize, self.strategy)
+        self.materialized_late = False  # units are filled while they are wrapped; check_start refuses files
+
+    def check_start(self, root: nn.Module) -> None:
+        """Refuse a file for deltas that get their memory while they are wrapped, unless one process sends its own."""
+        found: list[bool] = [False] * self.strategy.world_size
+        torch.distributed.all_gather_object(found, bool(self._on_meta))
+        if all(found):
+            raise UnsupportedStrategyError(
+                "start_from: FSDP1 would fill deltas on the meta device with start values after the file was read. "
+                "Build the model on the CPU in one process at least (sync_module_states=True sends it to the others), "
+                "or use ModelParallelStrategy (FSDP2)."
+            )
 
     # --- gathering ----------------------------------------------------------------------------------
 
@@ -86,6 +118,13 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                     for name, tensor in items:
                         tensor.copy_(values[name])
 
+    def gradients(self, named: Named) -> Iterator[tuple[str, Tensor | None]]:
+        """Copies of the gradients, unit by unit."""
+        for unit, items in self._by_unit(named):
+            with _summoned(unit, writeback=False, with_grads=True):
+                for name, tensor in items:
+                    yield name, None if tensor.grad is None else tensor.grad.detach().clone()
+
     def shaped(self, named: Named) -> dict[str, Tensor]:
         """Tensors without values, in the shapes from before the wrapping."""
         return {
@@ -101,6 +140,15 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         torch.distributed.all_gather_object(found, own)
         return sorted(set.intersection(*found))
 
+    def clip(self, trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Clip to a norm of all processes together: each has parts of the gradients."""
+        held = [parameter for parameter in parameters if parameter.grad is not None]
+        total = torch.zeros((), device=self.strategy.root_device)
+        for parameter in held:
+            total += parameter.grad.float().square().sum()  # type: ignore[union-attr]
+        torch.distributed.all_reduce(total, group=self.strategy.model.process_group)  # type: ignore[union-attr]
+        nn.utils.clip_grads_with_norm_(held, scaled_norm(trainer, optimizer, norm), total.sqrt())
+
     def _by_unit(self, named: Named) -> Iterable[tuple[FSDP | None, list[tuple[str, Tensor]]]]:
         root = self.strategy.model
         assert root is not None
@@ -111,8 +159,7 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         for name, tensor in named:
             unit = unit_of.get(id(tensor))
             found.setdefault(id(unit), (unit, []))[1].append((name, tensor))
-        order = {id(unit): position for position, unit in enumerate(FSDP.fsdp_modules(root))}
-        return [found[key] for key in sorted(found, key=lambda key: order.get(key, -1))]
+        return found.values()  # in the order of the names
 
     # --- optimizers -----------------------------------------------------------------------------------
 
@@ -172,6 +219,27 @@ class _WithDeltas:
         return bool(self.policy is not None and self.policy(module, recurse, nonwrapped_numel))
 
 
+class _InitialDeltas:
+    """A ``param_init_fn`` that gives deltas their start values, and leaves the base to the user's.
+
+    Args:
+        function: the user's.
+        strategy: says on which device.
+    """
+
+    def __init__(self, function: Callable[[nn.Module], None], strategy: FSDPStrategy) -> None:
+        self.function = function
+        self.strategy = strategy
+
+    def __call__(self, module: nn.Module) -> None:
+        """Fill one module, and all that is below it if it is a delta."""
+        if not isinstance(module, Part):
+            self.function(module)
+        elif isinstance(module, Delta) and any(parameter.is_meta for parameter in module.parameters()):
+            module.to_empty(device=self.strategy.root_device)
+            module.reset_parameters()
+
+
 def _trained_modules(root: nn.Module) -> Iterator[nn.Module]:
     """The largest modules that train as a whole (heads): in one unit with frozen ones they would cost their memory."""
     counts = Counter(id(p) for _, p in root.named_parameters(remove_duplicate=False))
@@ -188,10 +256,10 @@ def _trained_modules(root: nn.Module) -> Iterator[nn.Module]:
     return walk(root)
 
 
-def _summoned(unit: Any, *, writeback: bool) -> AbstractContextManager[Any]:
+def _summoned(unit: Any, *, writeback: bool, with_grads: bool = False) -> AbstractContextManager[Any]:
     if not isinstance(unit, FSDP):
         return nullcontext()
-    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback)
+    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback, with_grads=with_grads)
 
 
 def _own_parameters(unit: FSDP) -> list[nn.Parameter]:

@@ -88,7 +88,7 @@ class ShardedAdapter(StrategyAdapter[P]):
 
     def lightning_module_state_dict(self, rules: CheckpointRules, original: Callable[..., Any]) -> dict[str, Any]:
         """The delta, gathered; outside of the writing process its values are on the meta device."""
-        return self._kept(self.whole(rules.parts().items()))
+        return self._kept(rules.stored(self.whole(rules.parts().items())))
 
     def optimizer_state(self, rules: CheckpointRules, original: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
         """The state of an optimizer in the form of a single device, gathered likewise."""
@@ -116,13 +116,15 @@ class ShardedAdapter(StrategyAdapter[P]):
         return self._read(rules, path, lambda: Strategy.load_checkpoint(self.strategy, path, weights_only))
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta in, and load the optimizer states: the engines leave no later hook for them."""
         rules.load_model(checkpoint)
         module = self.strategy.lightning_module
         if module is not None and module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
-            self.load_optimizers(rules.before_optimizers(checkpoint)["optimizer_states"])
+            found = rules.before_optimizers(checkpoint)
+            self.load_optimizers(found["optimizer_states"])
+            checkpoint["lr_schedulers"] = found["lr_schedulers"]  # Lightning loads them next
 
     # --- what differs between engines -------------------------------------------------------------
 

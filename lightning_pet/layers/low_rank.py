@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, NotMergeableError
 from lightning_pet.layers.delta import Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, Rows, check_rank, precise
-from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, low_rank_linear, prefers_merged
+from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, is_plain, low_rank_linear, prefers_merged
 
 
 class LowRankLinear(LowRank):
@@ -121,7 +121,7 @@ class LowRankLinear(LowRank):
         matrix = self._matrix(weight)
         if self.use_dora:
             return self._dora(x, F.linear(x, matrix, bias) if output is None else output, matrix, bias, a, b)
-        if self._drops() or self.bias is not None or type(weight) not in (Tensor, nn.Parameter):
+        if self._drops() or self.bias is not None or not is_plain(weight):
             return self._add(F.linear(x, matrix, bias), x, self._drop(x), a, b)
         origin, merged = self._origin(dtype), prefers_merged(x, weight)
         if origin is not None and not merged:

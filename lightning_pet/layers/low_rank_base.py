@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import whole
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Rows = Sequence[Sequence[int]]
@@ -114,6 +115,7 @@ class LowRank(Delta):
         """
         if not self.starts_from_weight:
             return
+        weight = whole(weight)
         matrix = self._matrix(weight).to(precise(weight))
         wanted = (*self._flat_b().shape[:-2], self.out_features, self._flat_a().shape[-1])
         if matrix.shape != wanted:

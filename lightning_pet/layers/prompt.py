@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import whole
 
 _MLP = ("hidden", "hidden_bias", "out", "out_bias")
 
@@ -117,6 +118,7 @@ class VirtualRows(VirtualTokens):
         """Start every row from the mean of its source rows of the table."""
         if self.sources is None:
             return
+        weight = whole(weight)
         with torch.no_grad():
             for row, ids in zip(self.prompt, self.sources, strict=True):
                 row.copy_(weight[ids].to(row.dtype).mean(0) * self.scale)

@@ -3,6 +3,9 @@
 They are read and written as if they were whole.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,21 @@ from torch import Tensor, nn
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds only its part of a tensor."""
     return hasattr(tensor, "full_tensor")  # importing DTensor costs more than all of this package
+
+
+def is_partition(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 keeps this tensor elsewhere, so that it is empty here."""
+    return hasattr(tensor, "ds_shape")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of all of a tensor."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same dtype on the meta device, in whole shape."""
+    return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -29,10 +47,28 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A module's own parameters are whole inside, and each process takes its part of what they have become.
+
+    Every process must enter at the same time, and set the same values.
+    """
+    parts = {name: p for name, p in module._parameters.items() if p is not None and is_sharded(p)}
+    for name, part in parts.items():
+        module._parameters[name] = nn.Parameter(whole(part.detach()), requires_grad=part.requires_grad)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.copy_(placed(module.get_parameter(name), part))
+                module._parameters[name] = part
+
+
 def holds_parts(module: nn.Module) -> bool:
     """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
     units = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
-    return units or any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in module.parameters())
+    return units or any(is_sharded(parameter) or is_partition(parameter) for parameter in module.parameters())
 
 
 def ordinary_parts(tensor: Tensor) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Reading a delta, from a delta file or a training checkpoint."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,15 @@ def read(path: PathLike) -> Stored:
         found = read_delta(path)
         manifest = found.manifest
         return Stored(Path(path), manifest.methods, dict(found.tensors), manifest.base, manifest.root)
-    checkpoint = load_checkpoint(Path(path))
+    return delta_of(load_checkpoint(Path(path)), path)
+
+
+def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
+    """Verify the delta in the contents of a training checkpoint.
+
+    Raises:
+        DeltaFileError: if it is damaged or not ours.
+    """
     entry = read_entry(checkpoint, path)
     check_tensors(checkpoint, entry, path)
     prefix = f"{entry['root']}." if entry["root"] else ""

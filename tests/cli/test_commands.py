@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_pet.report.summary import summarize
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TARGETS = "[net.0,net.2]"
@@ -157,6 +159,19 @@ def test_inspect(trained: tuple[Path, str], tmp_path: Path) -> None:
     summary = json.loads(run(ours("inspect", str(trained[0]), "--json_output=true"), tmp_path).stdout)
     assert summary["methods"][0]["config"]["r"] == 4
     assert set(summary["tensors"]) == EXPECTED
+
+
+def test_extract_needs_no_lightning(trained: tuple[Path, str], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['lightning-pet', *sys.argv[1:]]; from lightning_pet.cli import main; main();"
+        "print([name for name in ('lightning', 'transformers') if name in sys.modules])"
+    )
+    done = run(["-c", code, "extract", str(trained[0]), "topics.pet.safetensors"], tmp_path)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("delta file: topics.pet.safetensors (")
+    assert second == "[]"
+    checkpoint, extracted = summarize(trained[0]), summarize(tmp_path / "topics.pet.safetensors")
+    assert all(checkpoint[part] == extracted[part] for part in ("methods", "tensors", "base"))
 
 
 def test_inspect_refuses_damage(trained: tuple[Path, str], tmp_path: Path) -> None:

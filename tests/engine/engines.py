@@ -7,7 +7,9 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from models import Net, cosine
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import _init_utils
 
 PLUS = {"lora_plus_ratio": 4.0}  # two groups of parameters with learning rates of their own
 
@@ -68,8 +70,29 @@ def fill(net: nn.Module, values: dict[str, torch.Tensor]) -> None:
 class CPUFSDP(FSDPStrategy):
     """FSDP1 on the CPU: Lightning passes the index of a CUDA device, which here is none."""
 
+    def setup_environment(self) -> None:
+        shape = self.kwargs.pop("device_mesh", None)  # Lightning makes a mesh of CUDA devices of it
+        super().setup_environment()
+        if shape is not None:
+            self.kwargs["device_mesh"] = init_device_mesh("cpu", shape)
+
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        return FSDP(model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs)
+        return FSDP(
+            model,
+            cpu_offload=self.cpu_offload,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            device_id=torch.device("cpu"),
+            **self.kwargs,
+        )
+
+
+class Sent:
+    """``sync_module_states=True`` on the CPU: without FSDP1's check that values are on GPUs before they are sent."""
+
+    def __bool__(self) -> bool:
+        _init_utils._check_module_states_for_sync_module_states = lambda states: None
+        return True
 
 
 class CPUDeepSpeed(DeepSpeedStrategy):

@@ -17,6 +17,7 @@ from ddp_runs import Dealt, Mean, on_a_full_disk  # noqa: E402  # it silences wa
 from engines import PLUS, make, trained_parameters  # noqa: E402
 from models import Data, every_step, lora, trainer  # noqa: E402
 
+from lightning_pet.engine import agreement  # noqa: E402
 from lightning_pet.engine.delta import save_delta  # noqa: E402
 from lightning_pet.errors import PETError  # noqa: E402
 
@@ -34,7 +35,8 @@ def run(folder: Path, engine: str, *, dropout: float = 0.0, path=None, seed: int
     """One fit (or validate); with dropout every rank draws its own numbers."""
     module, strategy = make(engine, Mean, dropout)
     torch.manual_seed(seed + (int(os.environ["RANK"]) if dropout else 0))
-    callbacks = [lora(**PLUS, **options), Gradients(), *([every_step(folder)] if method == "fit" else [])]
+    callbacks = [lora(**PLUS, **options), Gradients(), InAHook(folder / "hook.pet.safetensors")]
+    callbacks += [every_step(folder)] if method == "fit" else []
     precision = "32-true"
     if engine.endswith("bf16"):  # DeepSpeed casts the delta, too, and keeps float32 copies of its own
         precision = "bf16-mixed" if engine.startswith("zero") else "bf16-true"
@@ -44,12 +46,35 @@ def run(folder: Path, engine: str, *, dropout: float = 0.0, path=None, seed: int
     return module, fitted
 
 
-def refused_directly(module, path: Path) -> str:
+class InAHook(L.Callback):
+    """Saves the delta after the fourth step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == 4:
+            save_delta(pl_module, self.path)
+
+
+def error_of(module, path: Path) -> str:
     try:
         save_delta(module, path)
     except PETError as error:
         return str(error)
     return ""
+
+
+def deltas(folder: Path, module, found: dict[str, object]) -> None:
+    """Delta files straight from the parts: whole, with a digest of every byte, and what goes wrong."""
+    found["bytes"] = save_delta(module, folder / f"rank{os.environ['RANK']}.pet.safetensors", exact=True)
+    found["inner"] = error_of(module.net, folder / "inner.pet.safetensors")
+    found["blocked"] = error_of(module, folder / "after.ckpt" / "blocked.pet.safetensors")
+    patience, agreement.PATIENCE = agreement.PATIENCE, 0.5
+    found["alone"] = error_of(module, folder / "alone.pet.safetensors") if os.environ["RANK"] == "0" else ""
+    agreement.PATIENCE = patience
+    torch.distributed.barrier()
+    save_delta(module, folder / "together.pet.safetensors", notes={"task": "none"})
 
 
 def main(folder: Path, engine: str) -> dict[str, object]:
@@ -74,8 +99,7 @@ def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
     checked.save_checkpoint(folder / "validated.ckpt", weights_only=True)
     started, _ = run(folder / "started", engine, start_from=str(folder / "after.ckpt"), seed=97)
     found["started"] = started.losses[0]
-    if not engine.startswith(("zero1", "zero2")):
-        found["direct"] = refused_directly(fitted.lightning_module, folder / "direct.pet.safetensors")
+    deltas(folder, fitted.lightning_module, found)
     found["full"] = on_a_full_disk(fitted, folder / "full.ckpt")
     try:
         run(folder / "refused", engine, path=folder / "after.ckpt", r=1)

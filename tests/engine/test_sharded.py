@@ -1,16 +1,16 @@
 """Engines that shard, on two gloo processes: what one process trains, and files that every engine reads."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed_operator import require_deepspeed
 from engines import PLUS
 from launch import launch
 from models import Data, Module, Net, cosine, every_step, fit, lora, trainer
 
-from lightning_pet.engine.delta import load_delta
+from lightning_pet.engine.delta import inspect_delta, load_delta
 
 SCRIPT = str(Path(__file__).with_name("sharded_runs.py"))
 PADDING = 5  # numbers, one in each unit of FSDP1 at most
@@ -29,12 +29,10 @@ def one(tmp_path_factory):
 
 def run(engine, one, factory):
     if engine.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install lightning-pet[deepspeed])")
-        if shutil.which("g++") is None:
-            pytest.skip("DeepSpeed builds an operator for the CPU at its first run, and there is no g++")
+        require_deepspeed()
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
-    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=300)
+    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=200)
     assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return folder, [json.loads(output.split("FOUND ")[1].splitlines()[0]) for output in outputs]
 
@@ -145,10 +143,28 @@ def test_starts_from_a_file(one, two):
     assert [rank["started"] for rank in two[1]] == pytest.approx([expected] * 2, rel=1e-5)
 
 
-def test_a_delta_file_of_parts_is_refused(two):
-    for rank in two[1]:
-        assert "trainer.save_checkpoint" in rank.get("direct", "trainer.save_checkpoint")
-    assert not (two[0] / "direct.pet.safetensors").exists()
+def test_delta_files_of_parts(one, two):
+    """Written by one process, whole, in a hook and after the fit; they hold what a checkpoint of the step holds."""
+    folder, ranks = two
+    assert ranks[0]["bytes"] == ranks[1]["bytes"] == (folder / "rank0.pet.safetensors").stat().st_size
+    assert not (folder / "rank1.pet.safetensors").exists()
+    for name, step in (("plain/hook", 4), ("rank0", 10), ("together", 10)):
+        expected = Net(dropout=0), Net(dropout=0)
+        load_delta(expected[0], folder / f"{name}.pet.safetensors", base_check="exact" if name == "rank0" else "error")
+        load_delta(expected[1], folder / "plain" / f"step={step}.ckpt")
+        for key, value in expected[1].state_dict().items():
+            assert torch.equal(value, expected[0].state_dict()[key]), (name, key)
+    assert inspect_delta(folder / "together.pet.safetensors").notes == {"task": "none"}
+
+
+def test_delta_files_that_fail(two):
+    folder, (first, second) = two
+    assert "writing failed with errno" in first["blocked"]
+    assert "failed in process 0, so that this one stops as well: DeltaFileError" in second["blocked"]
+    assert "called in some processes only" in first["alone"]
+    assert not (folder / "alone.pet.safetensors").exists()
+    if not folder.name.startswith(("zero1", "zero2")):
+        assert "Pass the LightningModule, in every process" in first["inner"]
 
 
 def test_a_full_disk_stops_every_rank(two):

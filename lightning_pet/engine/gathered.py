@@ -1,0 +1,60 @@
+"""A delta file of a model that an engine has sharded: gathered by all processes, written by one."""
+
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_pet.core.adaptation import changed_buffers
+from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.naming import join, named_tensors
+from lightning_pet.engine.agreement import agreed, together
+from lightning_pet.engine.base_check import base_fingerprint
+from lightning_pet.engine.strategy import StrategyAdapter
+from lightning_pet.store.delta_file import write_delta
+from lightning_pet.store.manifest import Manifest
+from lightning_pet.store.reader import PathLike
+
+
+def gathering_adapter(model: nn.Module) -> StrategyAdapter[Any] | None:
+    """The adapter of the engine that shards a model; ``None`` if none does, or its Trainer is not known."""
+    if not isinstance(model, pl.LightningModule):
+        return None
+    try:
+        strategy = model.trainer.strategy
+    except RuntimeError:  # it was never attached to a Trainer
+        return None
+    adapter = StrategyAdapter.installed(strategy)
+    return adapter if adapter is not None and adapter.shards else None
+
+
+def save_gathered(
+    adapter: StrategyAdapter[Any], adapted: Adapted, path: PathLike, manifest: Manifest, exact: bool
+) -> int:
+    """Gather the delta tensor by tensor, and write it in one process; every process calls this.
+
+    Args:
+        adapter: of the engine.
+        adapted: the sharded model.
+        path: the first process's counts.
+        manifest: without the base.
+        exact: digest every byte of the base, which is gathered tensor by tensor as well.
+
+    Returns:
+        Bytes written, in every process.
+    """
+    together("save_delta")
+    strategy, root, record = adapter.strategy, adapted.root, adapted.record
+    path = strategy.broadcast(path)
+    manifest = replace(manifest, base=base_fingerprint(root, record, exact, adapter.whole))
+    own = dict(named_tensors(root))
+    wanted = [*record.delta_names, *record.trained_names, *changed_buffers(root)]
+    full = {join(manifest.root, name): name for name in wanted}
+    device = "cpu" if strategy.is_global_zero else "meta"  # elsewhere nothing is kept
+    tensors = {
+        full[name]: tensor.detach().to(device).contiguous()
+        for name, tensor in adapter.whole((path_, own[name]) for path_, name in full.items())
+    }
+    size = agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if strategy.is_global_zero else 0)
+    return int(strategy.broadcast(size))
