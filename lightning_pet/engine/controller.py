@@ -82,6 +82,7 @@ class Controller:
         self._new: list[TrainerMethod] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
         self._checked: set[int] = set()
+        self._given: tuple[str, ...] = ()  # names of what was applied before this run
 
     # --- finding the controller -----------------------------------------------------------------
 
@@ -143,6 +144,7 @@ class Controller:
         if self.adapter.shards:
             self._refuse_unsharded()
         self._warn_spawn()
+        self._given = self._delta_names()
         self._new, self._trained = [], False
         self._checked.clear()
         self.checkpoints.new_run()
@@ -255,12 +257,32 @@ class Controller:
         start(self.module, new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
-        if private.starts_processes(self.trainer.strategy.launcher) and self.rules() is None:
+        launcher = self.trainer.strategy.launcher
+        if not private.starts_processes(launcher) or self.rules() is not None:
+            return
+        if private.has_fitted(launcher):
+            rank_zero_warn(
+                "this Trainer has trained in other processes, and the module in this process never got their delta: "
+                "without ckpt_path, a new and untrained one is used. Pass ckpt_path, or load_delta(module, checkpoint)."
+            )
+        else:
             rank_zero_warn(
                 "this strategy trains in new processes and hands only the weights back, so the delta will be missing "
-                "in this process after fit. Call lightning_pet.apply(module, callbacks) before fit, or use "
-                "strategy='ddp'."
+                "in this process after fit. Call lightning_pet.apply(module, callbacks) before fit, use "
+                "strategy='ddp', or load_delta(module, checkpoint) afterwards."
             )
+
+    def _warn_changed_form(self) -> None:
+        """Weights go back by name: a delta that has other tensors than when it was applied would stay as it was."""
+        if private.starts_processes(self.trainer.strategy.launcher) and self._given not in ((), self._delta_names()):
+            rank_zero_warn(
+                "the delta has other tensors now than before fit, so the process that called fit does not get its "
+                "values. There, call load_delta on a new module with a checkpoint of this run."
+            )
+
+    def _delta_names(self) -> tuple[str, ...]:
+        record = record_of(root_of(self.module)[1])
+        return record.delta_names if record is not None else ()
 
     # --- optimizers -----------------------------------------------------------------------------
 
@@ -345,6 +367,7 @@ class Controller:
         """
         self._undo_all()
         self.resume.teardown(self.trainer)
+        self._warn_changed_form()
         root = root_of(self.module)[1]
         interrupted = self.trainer.state.status == TrainerStatus.INTERRUPTED and not self._trained
         if interrupted and self._new and not self.adapter.is_wrapped(root):

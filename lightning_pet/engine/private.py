@@ -21,7 +21,7 @@ name                                                      used for
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
-``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
+``_MultiProcessingLauncher``, ``._already_fit``           warning about deltas that stay in other processes
 ``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
@@ -247,6 +247,11 @@ def wrap_average(callback: Any, method: Callable[..., Any]) -> None:
 def starts_processes(launcher: object) -> bool:
     """Whether a launcher runs the Trainer in new processes that only hand the weights back."""
     return isinstance(launcher, _MultiProcessingLauncher)
+
+
+def has_fitted(launcher: Any) -> bool:
+    """Whether such a launcher has run a fit before."""
+    return bool(launcher._already_fit)
 
 
 def checkpoints_reentrantly(module: Any) -> bool:

@@ -29,7 +29,8 @@ def fit(engine: str, *callbacks: Any, path: Any = None, change: Callable[[Any], 
     try:
         run.fit(module, datamodule=Dealt(batch_size=2), ckpt_path=path)
     except BaseException:
-        assert is_pristine(module) or path is not None
+        if engine == "ddp" and path is None and change is None:
+            assert is_pristine(module)
         raise
 
 

@@ -118,6 +118,7 @@ def test_each_process_holds_its_part(one, two):
 
 
 def test_resumes_what_one_process_began(one, two):
+    """With an optimizer that knows the parameters in another order: moments belong to names."""
     for rank in two[1]:
         assert rank["from_single"] == pytest.approx(one[1].losses[4:], rel=1e-5)
 
