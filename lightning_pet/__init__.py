@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import PETError as PETError
     from lightning_pet.errors import TargetError as TargetError
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
+    from lightning_pet.report.memory import plan_memory as plan_memory
     from lightning_pet.store.extraction import extract_delta as extract_delta
     from lightning_pet.store.last_good import last_good as last_good
 
@@ -79,6 +80,7 @@ _WHERE = {
     "UnsupportedStrategyError": "errors",
     "extract_delta": "store.extraction",
     "last_good": "store.last_good",
+    "plan_memory": "report.memory",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 _FILE_VERBS = ("inspect", "extract", "merge")
@@ -96,7 +98,7 @@ def _runs_file_verb(argv: list[str]) -> bool:
     """Whether this process is our own command line, called for a verb that only reads files, or for help."""
     if not argv or Path(argv[0]).stem != "lightning-pet":
         return False
-    helps = argv[1:2] == ["intrinsic-dimension"] and bool({"-h", "--help"} & set(argv))
+    helps = argv[1:2] in (["intrinsic-dimension"], ["plan"]) and bool({"-h", "--help"} & set(argv))
     return not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help") or helps
 
 

@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] == "intrinsic-dimension":
         intrinsic_dimension(argv[1:])
         return
+    if argv and argv[0] == "plan":
+        plan(argv[1:])
+        return
     import jsonargparse
 
     verbs: dict[str, Any] = {"inspect": inspect, "extract": extract, "merge": merge}
@@ -30,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         print(_overview(verbs))
         return
     if argv[0] not in verbs:
-        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "intrinsic-dimension"])
+        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "plan", "intrinsic-dimension"])
     try:
         jsonargparse.auto_cli(verbs, args=argv)
     except (ValueError, OSError) as error:
@@ -45,6 +48,7 @@ def _overview(verbs: dict[str, Any]) -> str:
         "test": "evaluate a checkpoint on test data",
         "predict": "predict with a checkpoint",
     } | {name: (function.__doc__ or "").partition("\n")[0] for name, function in verbs.items()}
+    summaries["plan"] = "print the memory that a run would need, and train nothing"
     summaries["intrinsic-dimension"] = "measure how many trained numbers a task needs"
     return "\n".join([*lines, *(f"  {name:<21}{text}" for name, text in summaries.items())])
 
@@ -133,3 +137,31 @@ def intrinsic_dimension(argv: list[str]) -> None:
     from lightning_pet.lightning_cli import measure_dimension
 
     measure_dimension(options, rest)
+
+
+def plan(argv: list[str]) -> None:
+    """Print the memory that a run would need.
+
+    Args:
+        argv: options of the plan, and those of ``fit``.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-pet plan",
+        description="The memory that each process of a run needs, by component, and that of the same run under every "
+        "other strategy. All other options are those of fit. One training step runs on tensors that have shapes and "
+        "no values, so that neither GPUs nor the memory itself are needed.",
+        epilog="lightning-pet plan -c configs/docstring_topics.yaml --trainer.strategy=ddp --trainer.devices=8 "
+        "--device_memory=24GiB",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--meta", action="store_true", help="build the model without reading its weights")
+    parser.add_argument("--batch_size", type=int, help="rows per process; default: those of the data's first batch")
+    parser.add_argument("--tokens", type=int, help="tokens per row; default: those of the data's first batch")
+    parser.add_argument("--device_memory", metavar="SIZE", help="of one device, such as 24GiB: marks what fits")
+    parser.add_argument("--json_output", action="store_true", help="print JSON instead of tables")
+    options, rest = parser.parse_known_args(argv)
+    from lightning_pet.plan_cli import plan_run
+
+    plan_run(options, rest)

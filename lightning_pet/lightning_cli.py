@@ -29,6 +29,10 @@ from lightning_pet.data.reference import ReferencePoints
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.report.dimension_search import Runs, search
 from lightning_pet.report.dimension_view import plot_dimension, show_dimension
+from lightning_pet.store.last_good import last_good
+
+LAST_GOOD = "last-good"
+"""``fit --ckpt_path=last-good`` goes on from the newest checkpoint that verifies, or begins if there is none."""
 
 
 class PetArgumentParser(LightningArgumentParser):
@@ -65,17 +69,26 @@ class PetCLI(LightningCLI):
         """Put the methods of ``--pet`` before all other callbacks."""
         methods = self._get(self.config_init, "pet") or []
         settings = self._get(self.config_init, "trainer")
-        settings["callbacks"] = [*methods, *_as_list(settings.get("callbacks"))]
+        settings["callbacks"] = [*methods, *as_list(settings.get("callbacks"))]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Measure what the data's task gives without tuning, if the data knows how."""
+        """Find the last good checkpoint if asked to; measure what the task gives without tuning, if the data knows."""
+        if self._get(self.config_init, "ckpt_path") == LAST_GOOD:
+            self.config_init["fit"]["ckpt_path"] = self._last_good()
         self.reference_points: dict[str, float] = {}
         data = self.datamodule
         if isinstance(data, ReferencePoints) and not self._get(self.config_init, "ckpt_path"):
             rank_zero_info("measuring reference points without tuning …")
             self.datamodule.prepare_data()
             self.reference_points = data.reference_points(self.model)
+
+    def _last_good(self) -> Path | None:
+        saver, logger = self.trainer.checkpoint_callback, self.trainer.logger
+        folder = getattr(saver, "dirpath", None) or getattr(logger, "save_dir", None) or self.trainer.default_root_dir
+        path = last_good(folder)
+        rank_zero_info(f"no checkpoint below {folder} yet: the run begins" if path is None else f"going on from {path}")
+        return path
 
     def after_fit(self) -> None:
         """Show what was reached, beside the reference points, and where the delta lies."""
@@ -113,7 +126,7 @@ class _OneRun(PetCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Without methods and checkpoints of the configuration."""
         settings = self._get(self.config_init, "trainer")
-        given = _as_list(settings.get("callbacks"))
+        given = as_list(settings.get("callbacks"))
         self.monitored = [(c.monitor, c.mode) for c in given if isinstance(c, ModelCheckpoint)]
         kept = [c for c in given if not isinstance(c, PETCallback | Checkpoint)]
         quiet = {"enable_checkpointing": False, "enable_model_summary": False, "logger": False}
@@ -164,7 +177,7 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         if options.plot is not None:
             plot_dimension(found, metric, options.plot)
     except Exception as error:
-        reason = _reason(error)
+        reason = own_error(error)
         if reason is None:
             raise
         sys.exit(f"lightning-pet intrinsic-dimension: {type(reason).__name__}: {reason}")
@@ -172,7 +185,8 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         sys.argv = given
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """One thing, several or none, as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -196,7 +210,7 @@ def run(argv: list[str]) -> None:
         if torch.distributed.is_initialized() and not joined:  # its threads may abort an interpreter that ends
             torch.distributed.destroy_process_group()
     except Exception as error:
-        reason = _reason(error)
+        reason = own_error(error)
         if reason is None:
             raise
         sys.exit(f"lightning-pet {argv[0]}: {type(reason).__name__}: {reason}")
@@ -204,7 +218,7 @@ def run(argv: list[str]) -> None:
         sys.argv = given
 
 
-def _reason(error: BaseException | None) -> PETError | None:
+def own_error(error: BaseException | None) -> PETError | None:
     """Our own error behind another one: the parser wraps what a constructor raised."""
     while error is not None and not isinstance(error, PETError):
         error = error.__cause__ or error.__context__

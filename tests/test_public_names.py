@@ -40,6 +40,7 @@ NAMES = [
     "last_good",
     "load_delta",
     "load_from_checkpoint",
+    "plan_memory",
     "save_delta",
 ]
 

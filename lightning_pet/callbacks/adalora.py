@@ -17,7 +17,8 @@ from lightning_pet.core.parameters import with_readers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.engine.controller import Controller
-from lightning_pet.errors import ArgumentError, TargetError, UnsupportedStrategyError
+from lightning_pet.engine.strategy import StrategyAdapter
+from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores
 from lightning_pet.layers.svd_low_rank import SvdLowRank, SvdLowRankLinear, SvdLowRankParameter
 
@@ -65,6 +66,7 @@ class AdaLoRACallback(PETCallback):
 
     method: ClassVar[str] = "adalora"
     width: ClassVar[str | None] = "init_r"
+    shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "orth_reg_weight",
@@ -240,6 +242,7 @@ class AdaLoRACallback(PETCallback):
                 "Lower them, or train longer."
             )
         self._seen = trainer.global_step
+        Controller.get(trainer).adapter.watch_gradients(_named(self._triplets(trainer)))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -250,11 +253,10 @@ class AdaLoRACallback(PETCallback):
         if step == self._seen:
             return  # gradients are still being accumulated
         self._seen = step
-        deltas = self._triplets(trainer)
+        deltas, adapter = self._triplets(trainer), Controller.get(trainer).adapter
         if step < self._last or (step == self._last and not self._importance):
-            self._look(deltas)
-        for delta, own in zip(deltas.values(), self._allocation(step, deltas), strict=True):
-            delta.keep(own)
+            self._look(deltas, adapter)
+        self._keep(dict(zip(deltas, self._allocation(step, deltas), strict=True)), deltas, adapter)
         if step >= self._last:
             self._importance.clear()
 
@@ -276,22 +278,30 @@ class AdaLoRACallback(PETCallback):
         return {f"{target.path}:{target.role}": cast(SvdLowRank, delta) for target, delta in self.deltas(root)}
 
     @torch.no_grad()
-    def _look(self, deltas: dict[str, SvdLowRank]) -> None:
-        named = {f"{path}.{name}": getattr(d, name) for path, d in deltas.items() for name in ("a", "b", "e")}
-        gradients = {name: parameter.grad for name, parameter in named.items()}
-        lost = [name for name, g in gradients.items() if g is None or type(g) is not Tensor or g.numel() == 0]
+    def _look(self, deltas: dict[str, SvdLowRank], adapter: StrategyAdapter[Any]) -> None:
+        """Every process sees whole values and gradients, so that all allocate the same."""
+        gradients = dict(adapter.gradients(_named(deltas)))
+        lost = [name for name, gradient in gradients.items() if gradient is None]
         if lost:
-            raise UnsupportedStrategyError(
-                f"AdaLoRA reads the whole gradients after every step, and {lost[0]} has none: they were reset right "
-                "after the step (manual optimization: call zero_grad before backward), or are sharded (use 'ddp')."
+            raise PETError(
+                f"AdaLoRA reads the gradients after every step, and {lost[0]} has none: they were reset right after "
+                "the step. Under manual optimization, call zero_grad before backward."
             )
-        if not all(bool(g.isfinite().all()) for g in gradients.values() if g is not None):
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values() if gradient is not None):
             return  # the gradient scaler has skipped this step
-        for name, value in named.items():
-            gradient = cast(Tensor, gradients[name])
+        for name, value in adapter.whole(_named(deltas)):
+            gradient = cast(Tensor, gradients.pop(name))
             before = self._importance.get(name) or Importance(torch.zeros_like(value), torch.zeros_like(value))
             on_device = Importance(*(tensor.to(value.device) for tensor in before))
             self._importance[name] = on_device.updated(value, gradient, self.beta1, self.beta2)
+
+    @torch.no_grad()
+    def _keep(self, kept: dict[str, Tensor], deltas: dict[str, SvdLowRank], adapter: StrategyAdapter[Any]) -> None:
+        """Switch all other triplets off."""
+        for path, delta in deltas.items():
+            delta.kept.copy_(kept[path])
+        numbers = [(path, delta.e) for path, delta in deltas.items() if not bool(kept[path].all())]
+        adapter.fill(numbers, {path: e * kept[path] for path, e in adapter.whole(numbers)})
 
     def _allocation(self, step: int, deltas: dict[str, SvdLowRank]) -> list[Tensor]:
         """Which triplets stay after a step."""
@@ -299,7 +309,7 @@ class AdaLoRACallback(PETCallback):
         if not self._importance or not (due or step == self._last):
             # Between allocations any triplet may come back; after the last one momentum must bring back none.
             return [delta.kept if step > self._last else torch.ones_like(delta.kept) for delta in deltas.values()]
-        initial = sum(delta.e.numel() for delta in deltas.values())
+        initial = sum(delta.kept.numel() for delta in deltas.values())  # of a parameter only a part may be here
         final = self.target_r * (initial // self.init_r)
         scores = [
             triplet_scores(*(self._importance[f"{path}.{name}"].score() for name in ("a", "b", "e"))) for path in deltas
@@ -316,3 +326,7 @@ class AdaLoRACallback(PETCallback):
         """Take it over."""
         super().load_state_dict(state_dict)
         self._importance = {name: Importance(*pair) for name, pair in state_dict["importance"].items()}
+
+
+def _named(deltas: Mapping[str, SvdLowRank]) -> list[tuple[str, Tensor]]:
+    return [(f"{path}.{name}", getattr(delta, name)) for path, delta in deltas.items() for name in ("a", "b", "e")]

@@ -9,15 +9,16 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.biases import bias_of
-from lightning_pet.core.insertion import host_kind, reader_of
+from lightning_pet.core.insertion import base_class, host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_linear, is_norm, named_places
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.stacks import names_of_base
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.layers.added_bias import AddedBias, BiasRows
+from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
 from lightning_pet.layers.delta import Delta
 
 
@@ -98,7 +99,8 @@ class BitFitCallback(PETCallback):
     def _present(self, root: nn.Module) -> list[Target]:
         heads = set(self.heads_within(root))
         split = [name.rpartition(".") for name in names_of_base(root) if name not in heads]
-        return [Target(module, parameter) for module, _, parameter in split if "bias" in parameter]
+        found = [Target(module, parameter) for module, _, parameter in split if "bias" in parameter]
+        return [_in_full_precision(root, place) for place in found]
 
     def _places(self, root: nn.Module, structure: Structure, pattern: str) -> list[Target]:
         """Weights that a bias may belong to."""
@@ -129,7 +131,8 @@ class BitFitCallback(PETCallback):
         wide = reference.dtype in (torch.float32, torch.float64)
         options: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype if wide else torch.float32}
         if target.parameter:
-            return BiasRows(reference.shape, target.rows, **options)
+            kind = BiasBeside if _casts_its_bias(host) else BiasRows
+            return kind(reference.shape, target.rows, **options)
         return AddedBias([_width(host)], target.rows, **options)
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
@@ -143,7 +146,22 @@ def _bias_at(root: nn.Module, place: Target) -> Target:
     found = bias_of(named_modules(root)[place.module], place.parameter, place.rows)
     if found is None:
         return replace(place, parameter="")
-    return replace(place, parameter=found[0], rows=found[1])
+    return _in_full_precision(root, replace(place, parameter=found[0], rows=found[1]))
+
+
+def _in_full_precision(root: nn.Module, place: Target) -> Target:
+    """Where the host casts its bias, all rows of it get a vector beside it."""
+    host = named_modules(root)[place.module]
+    bias = host._parameters.get(place.parameter)
+    if place.rows is None and bias is not None and _casts_its_bias(host):
+        return replace(place, rows=((0, bias.shape[-1]),))
+    return place
+
+
+def _casts_its_bias(host: nn.Module) -> bool:
+    """Quantised layers with a forward of their own: those of bitsandbytes cast their bias to the input's dtype."""
+    weight = host._parameters.get("weight")
+    return weight is not None and is_quantised(weight) and base_class(host) is not nn.Linear
 
 
 def _trains_as_it_is(place: Target) -> bool:

@@ -8,21 +8,23 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.adaptation import renew
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import named_modules, named_tensors
 from lightning_pet.core.parameters import every_parameter, tied
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
+from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.controller import Controller
-from lightning_pet.engine.density import DensityCurve
+from lightning_pet.engine.density import Counted, DensityCurve
 from lightning_pet.engine.monitors import compare_anew
-from lightning_pet.engine.parameter_groups import Exchange, clip_norm, groups_of, set_option
-from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError
+from lightning_pet.engine.parameter_groups import Exchange, set_option
+from lightning_pet.engine.strategy import StrategyAdapter, each_whole, trainable
+from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
@@ -77,6 +79,7 @@ class DiffPruningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "diff_pruning"
+    shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "exclude_modules",
         "embeddings",
@@ -228,14 +231,18 @@ class DiffPruningCallback(PETCallback):
     ) -> None:
         """Clip the gradients of the gates; once, name the weights that no gradient reaches."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        adapter = Controller.get(trainer).adapter
         gates = [p for _, delta in self._live for p in delta.gate_parameters]
-        clip_norm(trainer, optimizer, gates, self.alpha_clip)
+        if gates:
+            adapter.clip(trainer, optimizer, gates, self.alpha_clip)
         if gates and not self._looked:
             self._looked = True
-            self._report_unreached()
+            names = {id(parameter): name for name, parameter in trainable(pl_module).items()}
+            places = {names[id(delta.w)]: (target.path, delta.w) for target, delta in self._live if delta.w is not None}
+            silent = adapter.without_gradient({name: w for name, (_, w) in places.items()}, optimizer)
+            self._report_unreached([places[name][0] for name in silent])
 
-    def _report_unreached(self) -> None:
-        unreached = [target.path for target, delta in self._live if delta.w is not None and delta.w.grad is None]
+    def _report_unreached(self, unreached: Sequence[str]) -> None:
         if len(unreached) == len(self._live):
             raise DeadSiteError("no weight received a gradient: is the graph cut above all of them by torch.no_grad?")
         if unreached:
@@ -248,7 +255,12 @@ class DiffPruningCallback(PETCallback):
     # --- the stages -------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse runs in which parameters cannot be exchanged."""
+        """Refuse runs in which parameters cannot be exchanged, or cannot have their precision."""
+        if self.state == "bf16" and adapter_for(trainer).shards:
+            raise UnsupportedStrategyError(
+                f"{type(self).__name__}(state='bf16'): {type(trainer.strategy).__name__} keeps the parameters of a "
+                "module in one tensor of one precision. Use state='fp32', or strategy='ddp'."
+            )
         if stage == "fit":
             refuse_averages(trainer.callbacks, type(self).__name__)  # type: ignore[attr-defined]
         super().setup(trainer, pl_module, stage)
@@ -262,7 +274,8 @@ class DiffPruningCallback(PETCallback):
         self._live, self._looked = self.differences(Controller.get(trainer).adapted.root), False
         for _, delta in self._live:
             delta.train()  # a model may be trained in evaluation mode; its gates are random all the same
-        self._gate_groups = groups_of(trainer.optimizers, [p for _, delta in self._live for p in delta.gate_parameters])
+        gates = [p for _, delta in self._live for p in delta.gate_parameters]
+        self._gate_groups = Controller.get(trainer).adapter.groups_of(gates, pl_module)
         if trainer.global_step == 0:
             self._curve = DensityCurve()
         self._plan(trainer)
@@ -318,9 +331,10 @@ class DiffPruningCallback(PETCallback):
                 f"is cut to density {self.density} as it is, without fine-tuning."
             )
             self._cut_if_due(trainer, due=True)
-        if self.plot and trainer.is_global_zero:
-            parts = [(target.module, delta) for target, delta in self._live]
-            self._curve.draw(trainer, f"{self.method}_{self.name}", parts)
+        if self.plot:
+            parts, _ = self._counted(trainer)  # in every process
+            if trainer.is_global_zero:
+                self._curve.draw(trainer, f"{self.method}_{self.name}", parts)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the gates change by themselves again."""
@@ -340,20 +354,21 @@ class DiffPruningCallback(PETCallback):
     def _cut_if_due(self, trainer: pl.Trainer, due: bool = False) -> None:
         if not self._is_cut and (due or trainer.global_step >= self._cut_at):
             controller = Controller.get(trainer)
-            controller.exchange(self.cut(controller.adapted.root))
+            controller.exchange(self.cut(controller.adapted.root, controller.adapter))
             self._gate_groups = []
             compare_anew(trainer.callbacks, "the difference is sparse")  # type: ignore[attr-defined]
 
-    def cut(self, root: nn.Module) -> list[Exchange]:
+    def cut(self, root: nn.Module, adapter: StrategyAdapter[Any] | None = None) -> list[Exchange]:
         """Keep the entries of largest magnitude, at fixed places, and forget the gates.
 
         A Trainer does it between the stages. In a loop of your own, build the optimizer anew afterwards.
 
         Args:
             root: the adapted root (``adapted.root``).
+            adapter: of the Trainer's strategy, in a run.
 
         Returns:
-            Which parameters took the place of which.
+            Which parameters took the place of which; none where an engine holds them, and they stay.
 
         Raises:
             PETError: if a difference is not finite, or all are zero.
@@ -361,9 +376,10 @@ class DiffPruningCallback(PETCallback):
         deltas = [delta for _, delta in self.differences(root)]
         size = sum(delta.size for delta in deltas)
         wanted = self._budget(size)
+        whole = iter if adapter is None else adapter.whole
         try:
             with torch.no_grad():
-                places = largest([delta.difference for delta in deltas], wanted)
+                places = largest(lambda: (d.difference(own) for d, own in each_whole(deltas, whole)), wanted)
         except ValueError:
             raise PETError("the difference holds NaN or infinity; lower the learning rate.") from None
         kept = sum(len(place) for place in places)
@@ -371,20 +387,45 @@ class DiffPruningCallback(PETCallback):
             raise PETError("every difference is zero: nothing was learnt, or l0_weight closed all gates; lower it.")
         if kept < wanted:
             rank_zero_warn(f"only {kept} of {wanted} entries are not zero; a lower l0_weight keeps more gates open.")
-        fixed = [(pair, place) for delta, place in zip(deltas, places, strict=True) for pair in delta.fix(place)]
+        rank_zero_info(f"diff pruning: kept {kept:,} of {size:,} entries ({kept / size:.3%}).")
+        if adapter is not None and adapter.is_wrapped(root):
+            self._fix_held(deltas, places, adapter)
+            fixed = []
+        else:
+            fixed = [(pair, place) for delta, place in zip(deltas, places, strict=True) for pair in delta.fix(place)]
         renew(root)
-        stored = sum(t.numel() * t.element_size() for delta in deltas for t in delta.packed().values())
-        rank_zero_info(f"diff pruning: kept {kept:,} of {size:,} entries ({kept / size:.3%}), {stored:,} bytes.")
         return [Exchange(*pair, place) for pair, place in fixed]
+
+    def _fix_held(
+        self, deltas: Sequence[SparseDifference], places: Sequence[Tensor], adapter: StrategyAdapter[Any]
+    ) -> None:
+        """Fix differences whose parameters an engine holds, one after the other."""
+        for delta, place in zip(deltas, places, strict=True):
+            with torch.no_grad():
+                ((_, own),) = adapter.whole_modules([delta])
+                kept = {"indices": place, "values": delta.difference(own).reshape(-1)[place]}
+            delta.take_form(kept, held=True)
+            adapter.fill(named_tensors(delta), delta.spread(kept))
 
     # --- what is reported -------------------------------------------------------------------------
 
     def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        values = self._curve.note(trainer.global_step, [(target.module, delta) for target, delta in self._live])
+        parts, penalty = self._counted(trainer)
+        values = self._curve.note(trainer.global_step, parts)
         if not self._is_cut:
-            values["penalty"] = sum(float(delta.penalty(*delta.gate_parameters)) for _, delta in self._live)
+            values["penalty"] = penalty
         for label, value in values.items():
             pl_module.log(f"pet/{self.method}_{self.name}/{label}", value, on_step=True, on_epoch=False)
+
+    def _counted(self, trainer: pl.Trainer) -> tuple[list[tuple[str, Counted]], float]:
+        """The entries of every difference with the module that it belongs to, and the penalty of all."""
+        modules = {id(delta): target.module for target, delta in self._live}
+        parts, penalty = [], 0.0
+        for delta, own in Controller.get(trainer).adapter.whole_modules([delta for _, delta in self._live]):
+            counted = Counted(delta.size, delta.count_nonzero(own), delta.expected_nonzero(own))
+            parts.append((modules[id(delta)], counted))
+            penalty += delta.weighted_penalty(own)
+        return parts, penalty
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""

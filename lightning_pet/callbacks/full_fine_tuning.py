@@ -8,6 +8,7 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical
+from lightning_pet.core.quantised import format_of, is_quantised
 from lightning_pet.core.stacks import names_of_base
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import TargetError
@@ -42,12 +43,12 @@ class FullFineTuningCallback(PETCallback):
         Raises:
             TargetError: if a weight is stored in a form that cannot train.
         """
-        fixed = [canonical(n) for n, p in root.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+        fixed = [(canonical(name), p) for name, p in root.named_parameters() if is_quantised(p)]
         if fixed:
-            dtype = dict(root.named_parameters())[fixed[0]].dtype
+            name, parameter = fixed[0]
             raise TargetError(
-                f"{fixed[0]} is stored as {dtype} and cannot train: full fine-tuning needs a base in floating point. "
-                "Load it without quantisation, or use LoRACallback."
+                f"{name} is stored as {format_of(parameter)} and cannot train: full fine-tuning needs a base in "
+                "floating point. Load it without quantisation, or use LoRACallback."
             )
         return (Target("", ""),)
 

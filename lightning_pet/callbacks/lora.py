@@ -13,6 +13,7 @@ from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.parameters import with_readers
+from lightning_pet.core.quantised import initialize, shape_of
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -164,11 +165,11 @@ class LoRACallback(PETCallback):
         assert weight is not None  # resolve_targets returned it
         rank = _lookup(self.rank_pattern, target.module, self.r)
         alpha = _lookup(self.alpha_pattern, target.module, self.alpha)
-        self._check_rank(rank, target, weight)
+        self._check_rank(rank, target, shape_of(weight))
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         delta = self._delta(root, host, target, weight, rank, scale)
         if not weight.is_meta:
-            delta.initialize_from(weight.detach())
+            initialize(delta, host, target.parameter)
         elif self.init in ("pissa", "olora") or self.use_dora:
             raise ArgumentError(
                 f"{target.path} is on the meta device, but init={self.init!r} and use_dora={self.use_dora} "
@@ -176,11 +177,11 @@ class LoRACallback(PETCallback):
             )
         return delta
 
-    def _check_rank(self, rank: int, target: Target, weight: nn.Parameter) -> None:
-        shape = tuple(weight.shape[-2:]) if weight.ndim == 3 else (weight.shape[0], weight[0].numel())
-        if rank > min(shape):
+    def _check_rank(self, rank: int, target: Target, shape: tuple[int, ...]) -> None:
+        limit = min(shape[-2:] if len(shape) == 3 else (shape[0], math.prod(shape[1:])))
+        if rank > limit:
             raise TargetError(
-                f"{target.path} is {'×'.join(map(str, weight.shape))}: the rank can be at most {min(shape)}, "
+                f"{target.path} is {'×'.join(map(str, shape))}: the rank can be at most {limit}, "
                 f"not {rank}. "
                 "Lower r, set a lower rank_pattern for it, or exclude it."
             )

@@ -10,6 +10,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
+from lightning_pet.core.quantised import initialize
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.errors import ArgumentError
@@ -136,7 +137,7 @@ class PromptTuningCallback(PETCallback):
             dtype=weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
         )
         if not weight.is_meta:
-            rows.initialize_from(weight.detach())
+            initialize(rows, table, "weight")
         elif self.init != "random":
             raise ArgumentError(
                 f"init={self.init!r} needs the values of the token embedding, which is on the meta device. Load the "

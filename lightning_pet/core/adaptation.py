@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
+from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.preparation import Prepared, delta_key
+from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
@@ -24,6 +26,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     created = record_of(root) is None
     before = {canonical(name): parameter.requires_grad for name, parameter in root.named_parameters()}
     record = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
+    forbid_repacking(root)
     done: list[tuple[str, str]] = []
     try:
         for item in prepared:
@@ -43,6 +46,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
         record.applied[:] = [a for a in record.applied if not any(a.key == item.key for item in prepared)]
         if created:
             del root.__dict__[RECORD]
+            restore_repacking(root)
         raise
     if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
         take_out(root, replaced)
@@ -85,8 +89,14 @@ def renew(root: nn.Module) -> None:
     freeze(root)
 
 
-def take_forms(root: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it."""
+def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = False) -> Callable[[], None]:
+    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it.
+
+    Args:
+        root: the adapted root.
+        tensors: of a file.
+        held: an engine holds the parameters of the deltas.
+    """
     record, modules = record_of(root), named_modules(root)
     changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
     for _, _, path, key in record.hosts() if record else ():
@@ -94,7 +104,7 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], N
         delta = cast(Delta, modules[prefix])
         own = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
         before = delta, dict(delta._parameters), dict(delta._buffers)
-        if delta.take_form(own):
+        if delta.take_form(own, held=held):
             changed.append(before)
     if changed:
         renew(root)
@@ -185,14 +195,15 @@ def refresh(root: nn.Module) -> None:
     if record is None:
         return
     own = set(record.delta_names)
+    forbid_repacking(root)  # layers may have been made anew
     record.trainable_names = tuple(n for n in record.trainable_names if n in own or _in_scope(record, n))
     record.originals.clear()
     freeze(root)
     modules = named_modules(root)
     for _, target, path, key in record.hosts():
-        weight = modules[path]._parameters.get(target.parameter)
-        if weight is not None and not (weight.is_meta or is_partition(weight)):
-            modules[join(path, CHILD, key)].initialize_from(weight.detach())  # type: ignore[operator]
+        delta = cast(Delta, modules[join(path, CHILD, key)])
+        check_hosts(delta, modules[path], target.path, target.parameter)
+        initialize(delta, modules[path], target.parameter)
 
 
 def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
@@ -223,6 +234,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
         freeze(root)
         return
     restore_flags(root, record.flags)
+    restore_repacking(root)
     del root.__dict__[RECORD]
 
 
@@ -248,7 +260,7 @@ def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
 def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:
     """Set ``requires_grad`` back to what it was."""
     for name, parameter in root.named_parameters():
-        if canonical(name) in flags:
+        if canonical(name) in flags and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(flags[canonical(name)])
 
 

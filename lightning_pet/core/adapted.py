@@ -14,6 +14,7 @@ from lightning_pet.core.method import Method
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.plan import Plan, plan_of
 from lightning_pet.core.preparation import prepare
+from lightning_pet.core.quantised import check_replaceable, dense_values, is_quantised, replace_by_dense
 from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
 from lightning_pet.layers.delta import Delta, Tied
@@ -127,19 +128,27 @@ class Adapted:
         self._refuse_lost_originals("removed")
         undo(self.root)
 
-    def merge_(self) -> None:
+    def merge_(self, *, dequantize: bool = False) -> None:
         """Add every delta into its base weight and take it out; trained heads keep their trained values.
+
+        Args:
+            dequantize: a layer whose weight is quantised becomes an ordinary linear layer with the dequantised
+                weight plus its delta. Without this such a merge is refused: a quantised format cannot hold the sum.
 
         Raises:
             NotMergeableError: if any delta cannot be merged exactly; nothing is changed then.
         """
-        merged = self._merged_weights()
+        merged = self._merged_weights(dequantize)
         with torch.no_grad():
             for parameter, weight in merged:
-                parameter.copy_(weight)
+                if not is_quantised(parameter):
+                    parameter.copy_(weight)
         take_out(self.root)
+        for parameter, weight in merged:
+            if is_quantised(parameter):
+                replace_by_dense(self.root, parameter, weight)
 
-    def _merged_weights(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def _merged_weights(self, dequantize: bool) -> list[tuple[nn.Parameter, Tensor]]:
         modules = named_modules(self.root)
         owners: dict[int, set[str]] = {}
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
@@ -163,12 +172,9 @@ class Adapted:
                     f"{target.path} is tied ({', '.join(sorted(owners[id(base)]))}): merging would change every one "
                     "of them. Keep the delta attached, or untie the weights first."
                 )
-            if not base.is_floating_point():
-                raise NotMergeableError(
-                    f"{target.path} is stored as {base.dtype}: a delta cannot be added to a quantised weight "
-                    "without loss. Keep the delta attached, or load the base in floating point."
-                )
-            weight = merged[id(base)][1] if id(base) in merged else base.detach()
+            if is_quantised(base):
+                check_replaceable(host, target.path, base, dequantize)
+            weight = merged[id(base)][1] if id(base) in merged else dense_values(host, target.parameter)
             merged[id(base)] = (base, delta.merged(weight))
             bias = host._parameters.get("bias") if target.parameter == "weight" else None
             if bias is not None and delta.changes_bias:

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical
+from lightning_pet.core.quantised import numbers_in
 from lightning_pet.errors import ArgumentError
 
 
@@ -15,7 +16,7 @@ def base_numbers(root: nn.Module) -> int:
     """Numbers in the base model without deltas; a tied tensor counts once."""
     record = record_of(root)
     own = set(record.delta_names) if record else set()
-    return sum(p.numel() for name, p in root.named_parameters() if canonical(name) not in own)
+    return sum(numbers_in(p) for name, p in root.named_parameters() if canonical(name) not in own)
 
 
 def delta_numbers(root: nn.Module, build: Callable[[], Sequence[Insertion]]) -> int:

@@ -1,4 +1,4 @@
-"""Where torch runs a transformer layer past its parts, and how to stop that."""
+"""Where torch runs a transformer layer past its parts, bitsandbytes past autograd, and how to stop that."""
 
 from typing import Any
 
@@ -26,3 +26,23 @@ def restore(module: nn.Module) -> None:
         for cls, flag, _ in _FAST_PATH:
             if isinstance(module, cls):
                 setattr(module, flag, module.__dict__.pop("_pet_fast_path"))
+
+
+# On some CPUs a 4-bit layer of bitsandbytes repacks its weight when it is first evaluated: in place, with its scales
+# rounded, and into a form whose product has no gradient. A validation would end the training of all that is before it.
+_REPACKS = "support_avx512bf16_for_cpu"
+
+
+def forbid_repacking(root: nn.Module) -> None:
+    """Leave quantised weights as they are when layers are evaluated, and remember what was set."""
+    for module in root.modules():
+        if vars(module).get(_REPACKS):
+            module.__dict__[f"_pet_{_REPACKS}"] = True
+            setattr(module, _REPACKS, False)
+
+
+def restore_repacking(root: nn.Module) -> None:
+    """Put back what was set."""
+    for module in root.modules():
+        if module.__dict__.pop(f"_pet_{_REPACKS}", False):
+            setattr(module, _REPACKS, True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.quantised import DENSE, dense_values, is_quantised
 from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.structure import Target
 from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
@@ -81,11 +82,16 @@ class _Host(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
+        weight: Any
         if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
-            return deltas[0](args[0], None, self.weight, self.bias)
+            weight = self.weight
+            if type(weight) in DENSE or not is_quantised(weight):
+                return deltas[0](args[0], None, weight, self.bias)
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
             return output
+        if len(deltas) == 1 and deltas[0].reads_weight and is_quantised(cast(Tensor, self.weight)):
+            return deltas[0](args[0], output, dense_values(self, "weight"), self.bias)
         value = args[0] if args else next(iter(kwargs.values()), None)
         several = isinstance(output, tuple | list)
         tensor = output[0] if several else output
@@ -132,7 +138,10 @@ class _WeightHost(_AroundHost):
                 module.__dict__[_SCOPE] = scope
 
     def _pet_weight(self, name: str) -> Tensor | None:
-        weight = self._parameters[name]
+        held = self._parameters if name in self._parameters else self.__dict__
+        if name not in held:
+            raise AttributeError(name)  # nn.Module words it
+        weight: Tensor | None = held[name]
         if weight is None or not self.__dict__.get(_SCOPE):
             return weight
         effective: Tensor = weight
@@ -207,11 +216,19 @@ def _effective(name: str) -> property:
     def read(self: _WeightHost) -> Tensor | None:
         return self._pet_weight(name)
 
-    return property(read)
+    def write(self: _WeightHost, value: Any) -> None:
+        # No parameter: what an engine puts in its place while it computes (FSDP1: a view of its flat tensor).
+        self.__dict__[name] = value
+
+    def delete(self: _WeightHost) -> None:
+        if self.__dict__.pop(name, None) is None:
+            raise AttributeError(name)
+
+    return property(read, write, delete)
 
 
 def _has_plain_forward(cls: type[nn.Module]) -> bool:
-    """Whether forward is exactly ``x W + b``, so that a delta may compute it (quantised layers: no)."""
+    """Whether forward is exactly ``x W + b``, so that a delta may compute it (layers of bitsandbytes: no)."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     return owner is nn.Linear or (is_conv1d(owner) and owner.__name__ == "Conv1D")
 
@@ -264,7 +281,12 @@ def host_kind(module: nn.Module, parameter: str = "weight") -> str | None:
 def _computes_otherwise(module: nn.Module, weight: Tensor) -> bool:
     """A linear layer of ordinary numbers with a forward of its own (groups, routers): only its weight is sure."""
     plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and weight.ndim == 2
-    return isinstance(module, nn.Linear) and plain and not _has_plain_forward(base_class(module))
+    return (
+        isinstance(module, nn.Linear)
+        and plain
+        and not is_quantised(weight)
+        and not _has_plain_forward(base_class(module))
+    )
 
 
 def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) -> str | None:

@@ -9,6 +9,7 @@ from lightning_pet.core.heads import find_heads
 from lightning_pet.core.insertion import reader_of
 from lightning_pet.core.names import is_norm, named_places
 from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.quantised import format_of, is_quantised
 from lightning_pet.core.structure import Role, Structure, Target
 from lightning_pet.core.targets import name_matcher, resolve_targets
 from lightning_pet.errors import TargetError
@@ -174,9 +175,8 @@ def _check(places: dict[_Place, nn.Parameter], kept: Sequence[_Place]) -> None:
             "exclude_modules."
         )
     for path, name in kept:
-        dtype = places[path, name].dtype
-        if not dtype.is_floating_point:
+        if is_quantised(places[path, name]):
             raise TargetError(
-                f"{join(path, name)} is stored as {dtype}, and this method adds to every weight. Load the base in "
-                f"floating point, or exclude it (exclude_modules=[{join(path, name)!r}])."
+                f"{join(path, name)} is stored as {format_of(places[path, name])}, and this method adds to every "
+                f"weight. Load the base in floating point, or exclude it (exclude_modules=[{join(path, name)!r}])."
             )

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_pet.core.applied import Adaptation
 from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.preparation import is_shared
+from lightning_pet.core.quantised import numbers_in
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         parameter = parameters[name]
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
     delta = set(record.delta_names)
-    base = sum(p.numel() for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
+    base = sum(numbers_in(p) for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
     return Plan(tuple(rows), base)
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import check_attachable, reader_of
 from lightning_pet.core.method import Insertion, Method, key_of
-from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.quantised import check_hosts, check_trains
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError
 
@@ -107,8 +108,12 @@ def _build(
         check_attachable(modules[target.module], target, key)
         if target.reads is not None:
             check_attachable(modules[target.reads], target, key)
+        check_hosts(insertion.delta, modules[target.module], target.path, target.parameter)
     called = structure.called if structure else None
     trained = method.trained(root, targets)
+    parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
+    for name in trained:
+        check_trains(name, parameters[name])
     places = [insertion.target for insertion in insertions]
     # Places without a delta are kept, so that loading finds again what trains as it is.
     places += [t for t in targets if t not in places and not is_shared(t) and _trains(trained, t)]

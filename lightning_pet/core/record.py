@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_pet.core.fast_path import forbid_repacking
 from lightning_pet.core.graph import sequence_number, tensors
 from lightning_pet.core.names import named_places
 from lightning_pet.errors import TargetError
@@ -180,6 +181,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     with _random_state(), torch.inference_mode(False), torch.enable_grad():
         try:
+            forbid_repacking(model)
             for module in modules:
                 module.training = False
             for parameter, _, _ in parameters:

@@ -88,13 +88,11 @@ def norms_inside(model: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
 
 
 def names_of_base(model: nn.Module, path: str = "") -> tuple[str, ...]:
-    """Parameters in a module that can train, without deltas; a tied one under its first name."""
+    """Parameters in a module, without deltas; a tied one under its first name."""
     return tuple(
         canonical(name)
-        for name, parameter in model.named_parameters()
-        if _below(canonical(name), path)
-        and CHILD not in canonical(name).split(".")
-        and (parameter.is_floating_point() or parameter.is_complex())
+        for name, _ in model.named_parameters()
+        if _below(canonical(name), path) and CHILD not in canonical(name).split(".")
     )
 
 

@@ -48,6 +48,15 @@ def split_off(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     return table.take(sorted(order[count:])), table.take(sorted(order[:count]))
 
 
+def with_validation(tables: dict[str, Table], share: float, seed: int) -> dict[str, Table]:
+    """Cut a validation split off the training split where there is none (:func:`split_off`), and say so."""
+    if "val" in tables:
+        return tables
+    train, val = split_off(tables["train"], share, seed)
+    rank_zero_info(f"{train.source}: no validation split, so {len(val)} of its rows (seed {seed}) validate")
+    return {**tables, "train": train, "val": val}
+
+
 class TableDataModule(L.LightningDataModule):
     """Base of the ready data modules.
 

@@ -6,10 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lightning_pet.data.base import Example, TableDataModule, check_columns, split_off
+from lightning_pet.data.base import Example, TableDataModule, check_columns, with_validation
 from lightning_pet.data.tables import Table, read_splits
 from lightning_pet.errors import ArgumentError
 
@@ -101,12 +100,7 @@ class LMAdaptationData(TableDataModule):
     def read(self) -> dict[str, Table]:
         """Read all splits; cut a validation split off if there is none."""
         tables = read_splits(self.train, self.val, self.test)
-        if "val" not in tables:
-            tables["train"], tables["val"] = split_off(tables["train"], self.val_fraction, self.seed)
-            rank_zero_info(
-                f"{self.train}: no validation split, so {len(tables['val'])} of its texts (seed {self.seed}) validate"
-            )
-        return tables
+        return with_validation(tables, self.val_fraction, self.seed)
 
     def encode(self, table: Table, tokenizer: Any, targets: bool) -> list[Example]:
         """Turn texts into pieces of token ids, of equal size within a text as far as possible."""

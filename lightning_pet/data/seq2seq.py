@@ -1,13 +1,10 @@
 """Pairs of source and target texts, from files or the hub."""
 
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
-
-from lightning_pet.data.base import Example, TableDataModule, check_columns, split_off
+from lightning_pet.data.base import Example, TableDataModule, check_columns, with_validation
 from lightning_pet.data.choices import ChoiceCollator, choice_lists, right_choices
-from lightning_pet.data.tables import Table, read_splits, read_table
+from lightning_pet.data.tables import Table, read_splits
 from lightning_pet.errors import ArgumentError
 
 _ALIASES = {"source": ("source", "input", "document"), "target": ("target", "output", "summary")}
@@ -80,15 +77,8 @@ class Seq2SeqData(TableDataModule):
 
     def read(self) -> dict[str, Table]:
         """Read all splits; cut a validation split off if there is none."""
-        tables = read_splits(self.train, self.val, self.test)
-        if "val" not in tables:
-            tables["train"], tables["val"] = split_off(tables["train"], self.val_fraction, self.seed)
-            rank_zero_info(
-                f"{self.train}: no validation split, so {len(tables['val'])} of its rows (seed {self.seed}) validate"
-            )
-        if self.predict is not None:
-            tables["predict"] = read_table(Path(self.predict).expanduser())
-        return tables
+        tables = read_splits(self.train, self.val, self.test, self.predict)
+        return with_validation(tables, self.val_fraction, self.seed)
 
     def _texts(self, table: Table, name: str) -> list[str]:
         names = [self.columns[name]] if name in self.columns else _ALIASES[name]

@@ -101,7 +101,9 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def read_splits(train: str, val: str | None = None, test: str | None = None) -> dict[str, Table]:
+def read_splits(
+    train: str, val: str | None = None, test: str | None = None, predict: str | None = None
+) -> dict[str, Table]:
     """Read the splits of a data set.
 
     Args:
@@ -109,9 +111,10 @@ def read_splits(train: str, val: str | None = None, test: str | None = None) -> 
             repository ``owner/name``, with ``:config`` after it if it has several configurations.
         val: file with the validation split; ``None`` takes the folder's or repository's, if any.
         test: file with the test split, likewise.
+        predict: file with rows to predict, likewise.
 
     Returns:
-        Tables under ``"train"`` and, where found, ``"val"`` and ``"test"``.
+        Tables under ``"train"`` and, where found, ``"val"``, ``"test"`` and ``"predict"``.
 
     Raises:
         ArgumentError: a source does not exist or cannot be read, or there is no training split.
@@ -123,7 +126,7 @@ def read_splits(train: str, val: str | None = None, test: str | None = None) -> 
         tables = {"train": read_table(place)}
     else:
         tables = _read_hub(train)
-    for split, source in (("val", val), ("test", test)):
+    for split, source in (("val", val), ("test", test), ("predict", predict)):
         if source is not None:
             tables[split] = read_table(Path(source).expanduser())
     if "train" not in tables:

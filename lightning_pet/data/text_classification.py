@@ -1,13 +1,10 @@
 """Labelled texts, or pairs of texts, from files or the hub."""
 
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
-
-from lightning_pet.data.base import Example, TableDataModule, check_columns, split_off
-from lightning_pet.data.tables import Table, read_splits, read_table
+from lightning_pet.data.base import Example, TableDataModule, check_columns, with_validation
+from lightning_pet.data.tables import Table, read_splits
 from lightning_pet.errors import ArgumentError
 
 
@@ -140,15 +137,8 @@ class TextClassificationData(TableDataModule):
 
     def read(self) -> dict[str, Table]:
         """Read all splits; cut a validation split off if there is none."""
-        tables = read_splits(self.train, self.val, self.test)
-        if "val" not in tables:
-            tables["train"], tables["val"] = split_off(tables["train"], self.val_fraction, self.seed)
-            rank_zero_info(
-                f"{self.train}: no validation split, so {len(tables['val'])} of its rows (seed {self.seed}) validate"
-            )
-        if self.predict is not None:
-            tables["predict"] = read_table(Path(self.predict).expanduser())
-        return tables
+        tables = read_splits(self.train, self.val, self.test, self.predict)
+        return with_validation(tables, self.val_fraction, self.seed)
 
     def bind(self, module: Any) -> Hashable:
         """Settle the labels: those given, else the LightningModule's, else those of the training split."""

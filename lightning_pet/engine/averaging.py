@@ -55,8 +55,8 @@ def refuse_outdated_averages(callbacks: Iterable[pl.Callback], module: nn.Module
         if average is not None and {name for name, _ in average.named_parameters()} != names:
             raise UnsupportedStrategyError(
                 f"{type(callback).__name__} copied {type(module).__name__} before the delta was in it, because the "
-                "module builds or changes its model in setup or configure_model. Build the model in __init__, or "
-                f"leave {type(callback).__name__} out."
+                "module builds or changes its model in setup or configure_model, or a precision plug-in replaces "
+                f"layers. Build the model in __init__, or leave {type(callback).__name__} out."
             )
 
 

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, take_forms
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.engine import base_check
 from lightning_pet.engine import optimizers as optim
+from lightning_pet.engine.excerpts import held_schedule, held_states, stored_names, stored_schedule, stored_states
 from lightning_pet.engine.resume import ExactResume
-from lightning_pet.engine.strategy import StrategyAdapter
+from lightning_pet.engine.strategy import Named, StrategyAdapter
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
+from lightning_pet.layers.delta import Excerpt
 from lightning_pet.store.entry import KEY, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
 
@@ -57,9 +60,16 @@ class Checkpoints:
     # --- saving ---------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, Tensor]:
-        """The module's own tensors that a checkpoint holds: the delta, what trains, what training changed."""
+        """The module's own tensors of which a checkpoint holds something: the delta, what trains, what has changed."""
         wanted = self._wanted()
         return {name: tensor for name, tensor in named_tensors(self._run.module) if name in wanted}
+
+    def stored(self, named: Named) -> Named:
+        """What a checkpoint holds of these tensors, which are whole."""
+        return as_stored(named, self._excerpts())
+
+    def _excerpts(self) -> dict[str, Excerpt | None]:
+        return excerpts_of(self._run.adapted.root, self._run.root_path)
 
     def keep(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Only the delta, trained base parameters, and what training changed besides.
@@ -67,7 +77,7 @@ class Checkpoints:
         Raises:
             PETError: if a part of the delta is not in ``state``.
         """
-        required, wanted = self._required(), self._wanted()
+        required, wanted = (self._stored_names(names) for names in (self._required(), self._wanted()))
         kept = {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
         if absent := sorted(required - kept.keys()):
             raise PETError(
@@ -82,6 +92,10 @@ class Checkpoints:
     def _required(self) -> set[str]:
         record = self._run.adapted.record
         return {self._full(name) for name in (*record.delta_names, *record.trained_names)}
+
+    def _stored_names(self, names: set[str]) -> set[str]:
+        excerpts = self._excerpts()
+        return (names - excerpts.keys()) | {e.name for n, e in excerpts.items() if e is not None and n in names}
 
     def _wanted(self) -> set[str]:
         return self._required() | {self._full(n) for n in changed_buffers(self._run.adapted.root)} | self._outside()
@@ -101,11 +115,33 @@ class Checkpoints:
         written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
         entry = make_entry(record, run.root_path, self._fingerprint(), written)
         if "optimizer_states" in checkpoint:
-            entry["optimizers"] = run.adapter.parameter_names(run.module)
+            entry["optimizers"] = self._store_optimizers(checkpoint)
             entry["optimizer_classes"] = run.adapter.class_names()
         if "loops" in checkpoint and run.trainer.state.fn == TrainerFn.FITTING:
             entry["resume"] = run.resume.state(run.trainer)
         checkpoint[KEY] = entry
+
+    def _store_optimizers(self, checkpoint: dict[str, Any]) -> list[list[list[str]]]:
+        """Let the states be those of the tensors that the checkpoint holds; return their names."""
+        names, excerpts = self._run.adapter.parameter_names(self._run.module), self._excerpts()
+        if not excerpts:
+            return names
+        checkpoint["optimizer_states"] = stored_states(checkpoint["optimizer_states"], names, excerpts, self._shapes())
+        checkpoint["lr_schedulers"] = [
+            stored_schedule(state, names[index], excerpts)
+            for state, (index, _) in zip(checkpoint["lr_schedulers"], self._schedulers(), strict=True)
+        ]
+        return stored_names(names, excerpts)
+
+    def _schedulers(self) -> list[tuple[int, Any]]:
+        """Schedulers, each with the position of its optimizer."""
+        optimizers = [id(optimizer) for optimizer in self._run.adapter.optimizers()]
+        schedulers = [config.scheduler for config in self._run.trainer.lr_scheduler_configs]
+        places = {number: position for position, number in enumerate(optimizers)}  # an engine has one of its own
+        return [(places.get(id(scheduler.optimizer), 0), scheduler) for scheduler in schedulers]
+
+    def _shapes(self) -> dict[str, Tensor]:
+        return self._run.adapter.shaped(named_tensors(self._run.module))
 
     def _fingerprint(self) -> Fingerprint:
         # The base is frozen, so once per run is enough.
@@ -129,7 +165,8 @@ class Checkpoints:
         base_check.check_methods(entry, adapted.record, path)
         check_tensors(checkpoint, entry, path)
         saved, whole = saved_fingerprint(entry, path), run.adapter.whole
-        undo = take_forms(adapted.root, self._split(checkpoint["state_dict"])[0])
+        held = run.adapter.is_wrapped(adapted.root)
+        undo = take_forms(adapted.root, self._split(checkpoint["state_dict"])[0], held=held)
         try:
             for key in _STATES:
                 if key in checkpoint:
@@ -154,7 +191,7 @@ class Checkpoints:
 
     def _check_fit(self, state: Mapping[str, Any], path: object) -> None:
         inside, outside = self._split(state)
-        own = self._run.adapter.shaped(named_tensors(self._run.module))
+        own = self._shapes()
         allowed = self._outside()
         for name, value in outside.items():
             if name not in allowed or own[name].shape != value.shape:
@@ -164,7 +201,8 @@ class Checkpoints:
                     "mismatch",
                 )
         try:
-            self._run.adapted.check_fit(inside, self._split(own)[0])
+            adapted = self._run.adapted
+            adapted.check_fit(as_held(adapted.root, inside), self._split(own)[0])
         except DeltaFileError as error:
             raise DeltaFileError(f"{path}: {error}", error.code) from None
 
@@ -187,7 +225,8 @@ class Checkpoints:
     def load_model(self, checkpoint: Mapping[str, Any]) -> None:
         """Copy the tensors of a checked checkpoint in; buffers that are not in it are those of the base."""
         run = self._run
-        state = {canonical(name): value for name, value in checkpoint["state_dict"].items()}
+        inside, state = self._split(checkpoint["state_dict"])
+        state |= {self._full(name): value for name, value in as_held(run.adapted.root, inside).items()}
         own = list(named_tensors(run.module))
         wanted = self._wanted() | {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
         found = {name: value for name, value in state.items() if name in wanted}
@@ -208,5 +247,14 @@ class Checkpoints:
                 f"The checkpoint was written with {self._optimizer_classes}, this run has {classes}: the state of one "
                 "is none of the other. Resume with the optimizer of the checkpoint, or start a new run with start_from."
             )
-        states = optim.reorder_state(checkpoint["optimizer_states"], self._optimizer_names, names)
-        return {**checkpoint, "optimizer_states": states}
+        excerpts = self._excerpts()
+        stored = stored_names(names, excerpts) if excerpts else names
+        states = optim.reorder_state(checkpoint["optimizer_states"], self._optimizer_names, stored)
+        if not excerpts:
+            return {**checkpoint, "optimizer_states": states}
+        schedules = [
+            held_schedule(state, scheduler.state_dict(), names[index], excerpts)
+            for state, (index, scheduler) in zip(checkpoint["lr_schedulers"], self._schedulers(), strict=True)
+        ]
+        states = held_states(states, names, excerpts, self._shapes())
+        return {**checkpoint, "optimizer_states": states, "lr_schedulers": schedules}

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerStatus
+import torch
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -32,6 +33,8 @@ from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdat
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
+from lightning_pet.engine.durable_io import keep_last_linked
+from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
@@ -78,6 +81,7 @@ class Controller:
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
         self._plan: Plan | None = None
+        self._converts = False  # the precision plug-in replaces layers
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
@@ -149,6 +153,7 @@ class Controller:
         self._checked.clear()
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
+        self._converts = replaces_layers(self.trainer.precision_plugin)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
         if builds_later:
@@ -158,6 +163,7 @@ class Controller:
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
         install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
+        keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
 
@@ -177,13 +183,14 @@ class Controller:
         self._undo.append(private.replace_method(self.module, hook, method))
 
     def _after(self, hook: str, *, last: bool) -> None:
-        overridden = is_overridden(hook, self.module)
+        overridden, dtype = is_overridden(hook, self.module), torch.get_default_dtype()
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            if overridden:
-                self._look_again()
-            self._advance(last=last)
+            with outside_of_init(dtype):
+                if overridden:
+                    self._look_again()
+                self._advance(last=last)
             return out
 
         self._replace(hook, run)
@@ -213,6 +220,8 @@ class Controller:
             )
 
     def _advance(self, *, last: bool) -> None:
+        if self._converts and not last:
+            return
         inserted = agreed("inserting the deltas", lambda: self._insert_or_wait(last))
         if not (inserted and last):
             return
@@ -225,6 +234,8 @@ class Controller:
 
     def _insert_or_wait(self, last: bool) -> bool:
         """Insert, or let a later hook complete the model first."""
+        if self._converts:
+            convert(self.trainer, self.module)
         try:
             self._insert()
         except PETError:
@@ -233,6 +244,8 @@ class Controller:
             return False
         root = root_of(self.module)[1]
         freeze(root)
+        if last and self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)
         return True
 
@@ -315,6 +328,8 @@ class Controller:
         """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""
         root = self.adapted.root
         renew(root)
+        if not exchanges:
+            return
         names = names_of(self.module)
         new_names = [names.get(id(change.new), "") for change in exchanges]
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]

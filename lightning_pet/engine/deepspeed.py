@@ -4,7 +4,7 @@ The engine's own folders cannot be read by anything else, and cannot validate un
 for single parameters can gather and set everything, so that the checkpoint is the file of a single device.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -41,6 +41,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         self._classes: list[str] = []
         self._arrived: set[str] = set()
         self._hooks: list[Any] = []
+        self._gradients: dict[int, Tensor] = {}
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse an optimizer that is not built by the LightningModule."""
@@ -165,6 +166,50 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
             }
         private.link_partition_states(self._zero())
 
+    def groups_of(self, parameters: Sequence[nn.Parameter], module: nn.Module) -> list[dict[str, Any]]:
+        """The groups that held them before the engine put partitions in their place."""
+        own = {id(parameter) for parameter in parameters}
+        wanted = {name for name, parameter in trainable(module).items() if id(parameter) in own}
+        pairs = zip(self._inner().param_groups, self._names[0], strict=True)
+        return [group for group, names in pairs if wanted.intersection(names)]
+
+    def clip(self, trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Clip what the engine has gathered for its step; each process has parts of it."""
+        engine: Any = self.strategy.model
+        if not engine.is_gradient_accumulation_boundary():
+            return
+        parts = [private.partition_gradient(parameter) for parameter in parameters]
+        total = torch.zeros((), device=self.strategy.root_device)
+        for part in (part for part in parts if part is not None):
+            total += part.float().square().sum()
+        torch.distributed.all_reduce(total)
+        factor = norm * float(self._zero().loss_scale) / (float(total.sqrt()) + 1e-6)
+        for part in (part for part in parts if part is not None and factor < 1):
+            part.mul_(factor)
+
+    def watch_gradients(self, named: Named) -> None:
+        """Gather them right before the engine steps: afterwards they are gone."""
+        parameters = [parameter for _, parameter in named]
+        private.replace_method(self.strategy.model, "step", partial(self._step, parameters))
+
+    def gradients(self, named: Named) -> Iterator[tuple[str, Tensor | None]]:
+        """Those of the last step."""
+        return ((name, self._gradients.get(id(parameter))) for name, parameter in named)
+
+    def _step(self, parameters: list[Tensor], original: Any, *args: Any, **kwargs: Any) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        engine: Any = self.strategy.model
+        if not engine.is_gradient_accumulation_boundary():
+            original(*args, **kwargs)
+            return
+        found = {id(parameter): safe_get_full_grad(parameter) for parameter in parameters}
+        factor = 1 / float(self._zero().loss_scale)
+        original(*args, **kwargs)
+        if limit := engine.gradient_clipping():  # the engine clips in its step
+            factor *= min(1.0, limit / (float(engine.get_global_grad_norm()) + 1e-6))
+        self._gradients = {key: gradient.detach() * factor for key, gradient in found.items() if gradient is not None}
+
     # --- gathering ------------------------------------------------------------------------------------
 
     def whole(self, named: Named) -> Iterator[tuple[str, Tensor]]:
@@ -228,7 +273,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         super().save_checkpoint(rules, original, checkpoint, filepath, storage_options)
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Any, checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Any, checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta in, load the optimizer, and set what the engine counts."""
         super().load_model_state_dict(rules, original, checkpoint, strict)

@@ -2,25 +2,25 @@
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 
 from lightning_pet.engine.figures import Curve, save_figure
 
 
-class Sparse(Protocol):
-    """A difference whose entries may be zero."""
+class Counted(NamedTuple):
+    """Entries of a difference.
+
+    Attributes:
+        size: how many there are.
+        nonzero: how many are not zero in evaluation.
+        expected: how many are not zero in training, on average.
+    """
 
     size: int
-
-    def count_nonzero(self) -> int:
-        """Entries that are not zero in evaluation."""
-        ...
-
-    def expected_nonzero(self) -> float:
-        """Entries that are not zero in training, on average."""
-        ...
+    nonzero: int
+    expected: float
 
 
 class DensityCurve:
@@ -33,7 +33,7 @@ class DensityCurve:
     def __init__(self) -> None:
         self.history: list[list[float]] = []
 
-    def note(self, step: int, parts: Sequence[tuple[str, Sparse]]) -> dict[str, float]:
+    def note(self, step: int, parts: Sequence[tuple[str, Counted]]) -> dict[str, float]:
         """Measure now, and keep the result.
 
         Args:
@@ -46,13 +46,13 @@ class DensityCurve:
         layers = _by_layer(parts)
         size = sum(of for _, of in layers.values())
         density = sum(found for found, _ in layers.values()) / size
-        expected = sum(part.expected_nonzero() for _, part in parts) / size
+        expected = sum(part.expected for _, part in parts) / size
         if not self.history or self.history[-1][0] != step:  # several batches may accumulate for one step
             self.history.append([float(step), density, expected])
         shares = {f"density/{layer}": found / of for layer, (found, of) in layers.items()}
         return {"density": density, "expected_density": expected, **shares}
 
-    def draw(self, trainer: pl.Trainer, name: str, parts: Sequence[tuple[str, Sparse]]) -> None:
+    def draw(self, trainer: pl.Trainer, name: str, parts: Sequence[tuple[str, Counted]]) -> None:
         """Save the curves, and the densities of the layers beside them, as ``name.png`` in the log folder."""
         if not self.history:
             return
@@ -62,12 +62,12 @@ class DensityCurve:
         save_figure(trainer, name, curves, bars, ("density", "step", "density of a layer"))
 
 
-def _by_layer(parts: Sequence[tuple[str, Sparse]]) -> dict[str, tuple[int, int]]:
+def _by_layer(parts: Sequence[tuple[str, Counted]]) -> dict[str, tuple[int, int]]:
     """Non-zero entries and entries of every layer."""
     layers: dict[str, tuple[int, int]] = {}
     for module, part in parts:
         found, size = layers.get(layer := layer_of(module), (0, 0))
-        layers[layer] = found + part.count_nonzero(), size + part.size
+        layers[layer] = found + part.nonzero, size + part.size
     return layers
 
 

@@ -17,6 +17,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH as Path
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -25,7 +27,7 @@ from lightning_pet.engine import private
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.store.entry import KEY
 from lightning_pet.store.extraction import delta_path, write_delta_of
-from lightning_pet.store.writer import DISK, atomic_write, reap_stale
+from lightning_pet.store.writer import DISK, atomic_write, durable_link, reap_once
 
 _told: WeakSet[Strategy] = WeakSet()
 
@@ -40,7 +42,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def __init__(self, delta_files: bool = False) -> None:
         super().__init__()
         self.delta_files = delta_files
-        self._reaped: set[str] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint; when this returns, it survives a power loss.
@@ -67,7 +68,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if local is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        self._reap(os.path.dirname(local))
+        reap_once(os.path.dirname(local))
         # Serialised first: torch turns a write error in the middle of a file into one without its cause.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -101,11 +102,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 f"{local}: removing failed with errno {error.errno} ({error.strerror}). Fix the folder's permissions.",
                 "io",
             ) from error
-
-    def _reap(self, folder: str) -> None:
-        if folder not in self._reaped:
-            self._reaped.add(folder)
-            reap_stale(folder)
 
 
 def _write_beside(checkpoint: dict[str, Any], path: Path) -> None:
@@ -165,6 +161,28 @@ def install(strategy: Strategy, delta_files: bool = False) -> None:
     for layer in private.wrappers(outer):
         if isinstance(layer, AsyncCheckpointIO):
             private.replace_method(layer, "remove_checkpoint", _after_saves(layer))
+
+
+def keep_last_linked(trainer: Trainer) -> None:
+    """Let ``ModelCheckpoint(save_last="link")`` replace its link in one step.
+
+    Lightning removes the old link, or lets it dangle, before it makes the new one; a run that is killed in
+    between has no last checkpoint and would start again at step 0. Here the link is a second name of the file
+    (a hard link), which outlives the removal of the first. May be called any number of times.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
+            private.replace_link_checkpoint(callback, _link)
+
+
+def _link(original: Callable[..., None], trainer: Trainer, path: str, link: str) -> None:
+    durable = isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO)
+    if not durable or os.path.isdir(path):  # a queue that has not written the file yet, or a writer of folders
+        original(trainer, path, link)
+        return
+    if trainer.is_global_zero:
+        durable_link(path, link)
+    trainer.strategy.barrier()
 
 
 def _after_saves(io: AsyncCheckpointIO) -> Callable[..., None]:

@@ -1,13 +1,16 @@
 """Merging a delta into a transformers folder."""
 
+import contextlib
 import os
+import re
 import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning_pet.engine.delta import load_delta
 from lightning_pet.errors import ArgumentError
+from lightning_pet.store.writer import atomic_folder, reap_once
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -27,7 +30,8 @@ def merge_into_folder(
 ) -> Path:
     """Load a base model, add a delta into it, and save the result.
 
-    The folder is complete or absent: it is built beside its place and renamed at the end.
+    The folder is complete or absent, also after a kill or a power loss: it is built beside its place and renamed at
+    the end.
 
     Args:
         path: delta file or training checkpoint.
@@ -41,7 +45,7 @@ def merge_into_folder(
 
     Raises:
         ArgumentError: if the output exists, or the class is unknown.
-        DeltaFileError: if the delta does not fit the base.
+        DeltaFileError: if the delta does not fit the base; code ``io`` if the operating system refuses.
         NotMergeableError: if it cannot be merged exactly.
     """
     if output.exists():
@@ -50,16 +54,32 @@ def merge_into_folder(
         raise ArgumentError(f"{base} is not a folder of a transformers model: it has no config.json.")
     model = _model_class(base, model_class).from_pretrained(base, local_files_only=True)
     load_delta(model, path, base_check=base_check).merge_()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        built = Path(folder) / "model"
-        model.save_pretrained(built)
-        for pattern in _TOKENIZER_FILES:
-            for file in base.glob(pattern):
-                if not (built / file.name).exists():
-                    shutil.copy2(file, built / file.name)
-        os.replace(built, output)
+    reap_once(output.parent)
+    atomic_folder(output, lambda folder: _fill(Path(folder), model, base))
     return output
+
+
+def _fill(folder: Path, model: Any, base: Path) -> None:
+    with _system_errors():
+        model.save_pretrained(folder)
+    for pattern in _TOKENIZER_FILES:
+        for file in base.glob(pattern):
+            if not (folder / file.name).exists():
+                shutil.copy2(file, folder / file.name)
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """What safetensors raises when the operating system refuses is no OSError, and has its number in the text only."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _model_class(base: Path, name: str) -> Any:

@@ -5,7 +5,7 @@ delta in one unit with its host would bring back the memory that freezing spared
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from lightning_pet.core.insertion import Deltas
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.engine import private
+from lightning_pet.engine.parameter_groups import scaled_norm
 from lightning_pet.engine.sharded import ShardedAdapter, own_units
 from lightning_pet.engine.strategy import CheckpointRules, Named, flat_names
 from lightning_pet.errors import UnsupportedStrategyError
@@ -117,6 +118,13 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                     for name, tensor in items:
                         tensor.copy_(values[name])
 
+    def gradients(self, named: Named) -> Iterator[tuple[str, Tensor | None]]:
+        """Copies of the gradients, unit by unit."""
+        for unit, items in self._by_unit(named):
+            with _summoned(unit, writeback=False, with_grads=True):
+                for name, tensor in items:
+                    yield name, None if tensor.grad is None else tensor.grad.detach().clone()
+
     def shaped(self, named: Named) -> dict[str, Tensor]:
         """Tensors without values, in the shapes from before the wrapping."""
         return {
@@ -132,6 +140,15 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         torch.distributed.all_gather_object(found, own)
         return sorted(set.intersection(*found))
 
+    def clip(self, trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Clip to a norm of all processes together: each has parts of the gradients."""
+        held = [parameter for parameter in parameters if parameter.grad is not None]
+        total = torch.zeros((), device=self.strategy.root_device)
+        for parameter in held:
+            total += parameter.grad.float().square().sum()  # type: ignore[union-attr]
+        torch.distributed.all_reduce(total, group=self.strategy.model.process_group)  # type: ignore[union-attr]
+        nn.utils.clip_grads_with_norm_(held, scaled_norm(trainer, optimizer, norm), total.sqrt())
+
     def _by_unit(self, named: Named) -> Iterable[tuple[FSDP | None, list[tuple[str, Tensor]]]]:
         root = self.strategy.model
         assert root is not None
@@ -142,8 +159,7 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         for name, tensor in named:
             unit = unit_of.get(id(tensor))
             found.setdefault(id(unit), (unit, []))[1].append((name, tensor))
-        order = {id(unit): position for position, unit in enumerate(FSDP.fsdp_modules(root))}
-        return [found[key] for key in sorted(found, key=lambda key: order.get(key, -1))]
+        return found.values()  # in the order of the names
 
     # --- optimizers -----------------------------------------------------------------------------------
 
@@ -240,10 +256,10 @@ def _trained_modules(root: nn.Module) -> Iterator[nn.Module]:
     return walk(root)
 
 
-def _summoned(unit: Any, *, writeback: bool) -> AbstractContextManager[Any]:
+def _summoned(unit: Any, *, writeback: bool, with_grads: bool = False) -> AbstractContextManager[Any]:
     if not isinstance(unit, FSDP):
         return nullcontext()
-    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback)
+    return FSDP.summon_full_params(unit, recurse=False, writeback=writeback, with_grads=with_grads)
 
 
 def _own_parameters(unit: FSDP) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """FSDP2: the user's ``configure_model`` calls ``fully_shard``; a delta is sharded as its host is."""
 
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
-from lightning_pet.engine.strategy import trainable
+from lightning_pet.engine.strategy import CheckpointRules, trainable
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import is_sharded
 
@@ -56,6 +57,28 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
                 f"{len(plain)} parameters train but are not sharded, so every process would train its own: "
                 f"{', '.join(plain[:4])}. Let configure_model call fully_shard on the whole model at the end."
             )
+
+    # --- in place of the strategy's methods -------------------------------------------------------
+
+    def lightning_module_state_dict(self, rules: CheckpointRules, original: Callable[..., Any]) -> dict[str, Any]:
+        """The delta, gathered from what the optimizer holds."""
+        self._reshard()
+        return super().lightning_module_state_dict(rules, original)
+
+    def load_model_state_dict(
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
+    ) -> None:
+        """Copy the delta into what the optimizer holds."""
+        self._reshard()
+        super().load_model_state_dict(rules, original, checkpoint, strict)
+
+    def _reshard(self) -> None:
+        """Validation leaves outermost units whole: their parameters are then others than those that train."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.strategy.lightning_module.modules() if self.strategy.lightning_module else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _mesh_of(host: nn.Module) -> Any:

@@ -15,7 +15,8 @@ from lightning_pet.engine import private
 from lightning_pet.errors import OptimizerMismatchError
 
 _LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr")
-_LR_LISTS = ("base_lrs", private.LAST_LR, "min_lrs", "max_lrs", "lr_lambdas")
+LR_LISTS = ("base_lrs", private.LAST_LR, "min_lrs", "max_lrs", "lr_lambdas")
+"""Attributes in which schedulers keep one value per parameter group."""
 _LISTS = ("params", "param_names")
 _SHOWN = 6
 
@@ -188,7 +189,7 @@ def _add_group(
     optimizer.add_param_group({**group, "params": list(parameters.items() if named else parameters.values())})
     groups = len(optimizer.param_groups) - 1
     for scheduler in schedulers:
-        for attribute in _LR_LISTS:
+        for attribute in LR_LISTS:
             values = getattr(scheduler, attribute, None)
             if isinstance(values, list) and len(values) == groups:
                 values.append(values[source] if attribute == "lr_lambdas" else values[source] * wish.ratio)
@@ -198,7 +199,7 @@ def _remove_group(optimizer: Any, schedulers: list[Any], index: int) -> None:
     groups = len(optimizer.param_groups)
     del optimizer.param_groups[index]
     for scheduler in schedulers:
-        for attribute in _LR_LISTS:
+        for attribute in LR_LISTS:
             values = getattr(scheduler, attribute, None)
             if isinstance(values, list) and len(values) == groups:
                 del values[index]
@@ -220,11 +221,11 @@ def set_option(group: dict[str, Any], key: str, value: float) -> None:
 
 
 def clip_norm(trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
-    """Clip the gradients of some parameters to a norm, before the optimizer steps.
+    """Clip the gradients of some parameters to a norm, before the optimizer steps."""
+    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], scaled_norm(trainer, optimizer, norm))
 
-    Gradients that the optimizer itself will unscale are still scaled, and so is the norm then.
-    """
+
+def scaled_norm(trainer: pl.Trainer, optimizer: Any, norm: float) -> float:
+    """What a norm of gradients is where the optimizer itself will unscale them."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and private.unscales_itself(optimizer):
-        norm *= scaler.get_scale()
-    nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], norm)
+    return norm * float(scaler.get_scale()) if scaler is not None and private.unscales_itself(optimizer) else norm

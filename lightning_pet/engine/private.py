@@ -21,8 +21,10 @@ name                                                      used for
 ``WeightAveraging._average_model``,                       averages of what trains only
 ``StochasticWeightAveraging._average_model``
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
+``ModelCheckpoint._link_checkpoint``                      a link to the last checkpoint that never dangles
 ``_MultiProcessingLauncher``, ``._already_fit``           warning about deltas that stay in other processes
 ``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
+``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
 ``LBFGS._params``                                         optimizers that use their first group only
@@ -38,6 +40,8 @@ name                                                      used for
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
+``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
+``._get_fp32_grad_state_partition``, ``._z3_optimizer``   that holds them
 ``zero.partition_parameters.shutdown_init_context``,      building deltas inside of ``zero.Init``
 ``.restore_init_context``
 ``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
@@ -45,18 +49,20 @@ name                                                      used for
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
 ``aten._local_scalar_dense``
-``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``;
+``torch.utils._pytree``                                   a step without values, in ``report/rehearsal.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -91,6 +97,16 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
 def finds_unused_parameters(strategy: Any) -> bool:
     """Whether a DDP strategy looks in every step for parameters without a gradient."""
     return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+
+
+def keep_from_ddp(module: Any, names: Iterable[str]) -> None:
+    """Let DDP neither send these parameters at its start nor look at them later."""
+    module._ddp_params_and_buffers_to_ignore = list(names)
+
+
+def buckets_hold_gradients(strategy: Any) -> bool:
+    """Whether gradients live in the buckets that a DDP strategy sends."""
+    return bool(strategy._ddp_kwargs.get("gradient_as_bucket_view", False))
 
 
 def before_run(fit_loop: Any, method: Callable[..., Any]) -> Callable[[], None]:
@@ -179,6 +195,12 @@ def gives_iterator(fetcher: object) -> bool:
 def restarts_short_loaders(loader: CombinedLoader) -> bool:
     """Whether a loader that is exhausted starts again while a longer one goes on."""
     return loader._mode == "max_size_cycle" and len(loader.flattened) > 1
+
+
+def replace_link_checkpoint(callback: ModelCheckpoint, method: Callable[..., None]) -> None:
+    """Let a callback link its last checkpoint by ``method(original, trainer, path, link)``; once."""
+    if "_link_checkpoint" not in vars(callback):
+        replace_method(callback, "_link_checkpoint", method)
 
 
 def innermost_wrapper(io: CheckpointIO) -> _WrappingCheckpointIO | None:
@@ -298,6 +320,14 @@ def link_partition_states(zero: Any) -> None:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def partition_gradient(parameter: Any) -> Any:
+    """Return this process's part of the gradient that ZeRO is about to step with, itself; ``None`` if it has none."""
+    if hasattr(parameter, "ds_id"):
+        return parameter._z3_optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
+    mapping = getattr(parameter, "_hp_mapping", None)
+    return None if mapping is None else mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
 
 def loader_of_run(trainer: Any) -> Any:

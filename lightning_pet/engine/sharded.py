@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.quantised import format_of, is_quantised
 from lightning_pet.engine.agreement import agreed
 from lightning_pet.engine.strategy import CheckpointRules, Named, StrategyAdapter
 from lightning_pet.errors import UnsupportedStrategyError
@@ -54,7 +55,12 @@ class ShardedAdapter(StrategyAdapter[P]):
                 )
 
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
-        """Give values to deltas that the user's ``to_empty`` took from the meta device since."""
+        """Give values to deltas that the user's ``to_empty`` took from the meta device since.
+
+        Raises:
+            UnsupportedStrategyError: if a weight is quantised.
+        """
+        self._refuse_quantised(root)
         deltas = deltas_of(root)
         on_meta = {path for path, _, delta in deltas if any(p.is_meta for p in delta.parameters())}
         if complete:
@@ -62,6 +68,16 @@ class ShardedAdapter(StrategyAdapter[P]):
                 if path in self._on_meta - on_meta:
                     delta.reset_parameters()
         self._on_meta, self.materialized_late = on_meta, complete and bool(on_meta)
+
+    def _refuse_quantised(self, root: nn.Module) -> None:
+        found = [(canonical(name), parameter) for name, parameter in root.named_parameters() if is_quantised(parameter)]
+        if found:
+            name, parameter = found[0]
+            raise UnsupportedStrategyError(
+                f"{name} is stored as {format_of(parameter)}, which {type(self.strategy).__name__} cannot split over "
+                "processes: torchao's tensors lack the operations, and bitsandbytes' lose their scales. Use "
+                "strategy='ddp', or a base in floating point (bf16-true)."
+            )
 
     def is_wrapped(self, root: nn.Module) -> bool:
         """Whether units or shards were made of the model."""
@@ -72,7 +88,7 @@ class ShardedAdapter(StrategyAdapter[P]):
 
     def lightning_module_state_dict(self, rules: CheckpointRules, original: Callable[..., Any]) -> dict[str, Any]:
         """The delta, gathered; outside of the writing process its values are on the meta device."""
-        return self._kept(self.whole(rules.parts().items()))
+        return self._kept(rules.stored(self.whole(rules.parts().items())))
 
     def optimizer_state(self, rules: CheckpointRules, original: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
         """The state of an optimizer in the form of a single device, gathered likewise."""
@@ -100,13 +116,15 @@ class ShardedAdapter(StrategyAdapter[P]):
         return self._read(rules, path, lambda: Strategy.load_checkpoint(self.strategy, path, weights_only))
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta in, and load the optimizer states: the engines leave no later hook for them."""
         rules.load_model(checkpoint)
         module = self.strategy.lightning_module
         if module is not None and module.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
-            self.load_optimizers(rules.before_optimizers(checkpoint)["optimizer_states"])
+            found = rules.before_optimizers(checkpoint)
+            self.load_optimizers(found["optimizer_states"])
+            checkpoint["lr_schedulers"] = found["lr_schedulers"]  # Lightning loads them next
 
     # --- what differs between engines -------------------------------------------------------------
 

@@ -8,7 +8,8 @@ knows which is whose.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,23 +19,30 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.agreement import agreed
+from lightning_pet.engine.layer_formats import share_quantised
+from lightning_pet.engine.parameter_groups import clip_norm, groups_of
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
 
 _ATTRIBUTE = "_pet_adapter"
 Named = Iterable[tuple[str, Tensor]]
 S = TypeVar("S", bound=Strategy)
+M = TypeVar("M", bound=nn.Module)
 
 
 class CheckpointRules(Protocol):
     """What a strategy adapter asks of the controller."""
 
     def parts(self) -> dict[str, Tensor]:
-        """The module's own tensors that a checkpoint holds, by canonical name."""
+        """The module's own tensors of which a checkpoint holds something, by canonical name."""
+        ...
+
+    def stored(self, named: Named) -> Named:
+        """What a checkpoint holds of these tensors, which are whole."""
         ...
 
     def keep(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +62,7 @@ class CheckpointRules(Protocol):
         ...
 
     def before_optimizers(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Bring saved optimizer states into the order of the present optimizers."""
+        """Bring saved optimizer states, and those of schedulers, into the order of the present optimizers."""
         ...
 
 
@@ -131,7 +139,7 @@ class StrategyAdapter(Generic[S]):
         return checkpoint
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta in."""
         rules.load_model(checkpoint)
@@ -162,6 +170,9 @@ class StrategyAdapter(Generic[S]):
             root: the adapted root.
             complete: whether the last hook that builds the model has run.
         """
+        module = self.strategy.lightning_module
+        if complete and module is not None and isinstance(self.strategy, DDPStrategy):
+            share_quantised(module)
 
     def check_start(self, root: nn.Module) -> None:
         """Refuse to load files into the deltas, if they would not stay in them.
@@ -200,6 +211,20 @@ class StrategyAdapter(Generic[S]):
                 if name in values:
                     tensor.copy_(placed(values[name], tensor))
 
+    def whole_modules(self, modules: Sequence[M]) -> Iterator[tuple[M, dict[str, Tensor]]]:
+        """Give each module with its tensors whole; every process must run through all of them."""
+        return each_whole(modules, self.whole)
+
+    def watch_gradients(self, named: Named) -> None:
+        """Gradients of these parameters will be asked for after each optimizer step of this run."""
+
+    def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
+        """Give each parameter's whole gradient in the last step, as the optimizer used it.
+
+        Every process must run through all of them. ``None`` where there is none in any process.
+        """
+        return ((name, None if tensor.grad is None else whole(tensor.grad)) for name, tensor in named)
+
     def shaped(self, named: Named) -> dict[str, Tensor]:
         """The tensors by name, in full shape; their values do not matter."""
         return dict(named)
@@ -213,6 +238,14 @@ class StrategyAdapter(Generic[S]):
         """Names of the parameters of each group of each optimizer."""
         return optim.parameter_names(self.optimizers(), module)
 
+    def groups_of(self, parameters: Sequence[nn.Parameter], module: nn.Module) -> list[dict[str, Any]]:
+        """The groups of the optimizers that hold any of these parameters of the module."""
+        return groups_of(self.optimizers(), parameters)
+
+    def clip(self, trainer: pl.Trainer, optimizer: Any, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Clip the gradients of some parameters to a norm, before the optimizer steps."""
+        clip_norm(trainer, optimizer, parameters, norm)
+
     def class_names(self) -> list[str]:
         """Classes of the optimizers."""
         return [type(optimizer).__name__ for optimizer in self.optimizers()]
@@ -225,6 +258,18 @@ class StrategyAdapter(Generic[S]):
             strategy.model = strategy.lightning_module
             gc.collect()
             strategy.configure_ddp()
+
+
+def each_whole(modules: Sequence[M], whole: Callable[[Named], Named] = iter) -> Iterator[tuple[M, dict[str, Tensor]]]:
+    """Give each module with its tensors by name, as ``whole`` gives them: by default those it has."""
+    named = [(f"{i}.{name}", tensor) for i, module in enumerate(modules) for name, tensor in named_tensors(module)]
+    awaited = Counter(name.partition(".")[0] for name, _ in named)
+    found: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in whole(named):
+        index, _, name = full.partition(".")
+        found.setdefault(index, {})[name] = tensor
+        if len(found[index]) == awaited[index]:
+            yield modules[int(index)], found.pop(index)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -85,5 +85,14 @@ class BiasRows(_Bias):
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """The effective bias as a new tensor."""
-        effective: Tensor = self(weight)
-        return effective
+        return (weight + self._spread()).to(weight.dtype)
+
+
+class BiasBeside(BiasRows):
+    """The same change of a bias that the host has, added to its output: for layers that cast their own bias."""
+
+    path: ClassVar[Path] = "activation"
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
+        """Add the vector to ``output``, [..., features], in the dtype of ``output``."""
+        return output + self._spread().to(output.dtype)

@@ -1,7 +1,7 @@
 """The base of everything that a method inserts: a child module of the layer that it changes."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,18 @@ class Part(nn.Module):
             missing_keys.extend(own)
 
 
+class Excerpt(NamedTuple):
+    """What files hold of a parameter: a few of its entries, under a name of their own.
+
+    Attributes:
+        name: of the excerpt.
+        places: flat indices of the entries.
+    """
+
+    name: str
+    places: Tensor
+
+
 class Delta(Part):
     """What one method adds to one host module.
 
@@ -64,6 +76,10 @@ class Delta(Part):
     """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
     optional_gradient: bool = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
+    starts_from_weight: bool = False
+    """:meth:`initialize_from` needs the values of the base weight: it gets dequantised ones."""
+    reads_weight: bool = False
+    """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
 
     parameter: str = "weight"
     """Which parameter of the host this delta belongs to (``""``: none); set when it is inserted."""
@@ -128,13 +144,26 @@ class Delta(Part):
                 if not own[name].is_meta:
                     own[name].copy_(placed(tensor, own[name]))
 
-    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
+    def take_form(self, tensors: Mapping[str, Tensor], *, held: bool = False) -> bool:
         """Get ready for these tensors of a checkpoint, if the delta's own change in number or shape while it trains.
 
+        Args:
+            tensors: by name from this module.
+            held: an engine holds the parameters: none may come, go or change its shape.
+
         Returns:
-            Whether it has other tensors now. The default has one form and does nothing.
+            Whether it has other tensors, or other :attr:`excerpts`, now. The default has one form and does nothing.
         """
         return False
+
+    @property
+    def excerpts(self) -> Mapping[str, Excerpt | None]:
+        """Parameters of which files hold an excerpt, or nothing, by name: those that an engine would not let go."""
+        return {}
+
+    def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The own tensors that have these in their files; the opposite of taking excerpts."""
+        return tensors
 
 
 class Tied(Delta):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, NotMergeableError
 from lightning_pet.layers.delta import Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, Rows, check_rank, precise
-from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, low_rank_linear, prefers_merged
+from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, is_plain, low_rank_linear, prefers_merged
 
 
 class LowRankLinear(LowRank):
@@ -97,7 +97,7 @@ class LowRankLinear(LowRank):
         Args:
             x: input of the host, [..., in].
             output: output of the host, [..., out]; ``None`` to have it computed here.
-            weight: the host's weight, if ``output`` is ``None``.
+            weight: the host's weight, if ``output`` is ``None``; for DoRA always, in floating point.
             bias: the host's bias, likewise.
 
         Returns:
@@ -120,8 +120,8 @@ class LowRankLinear(LowRank):
             return self._add(output, x, self._drop(x), a, b)  # type: ignore[arg-type]
         matrix = self._matrix(weight)
         if self.use_dora:
-            return self._dora(x, matrix, bias, a, b)
-        if self._drops() or self.bias is not None or type(weight) not in (Tensor, nn.Parameter):
+            return self._dora(x, F.linear(x, matrix, bias) if output is None else output, matrix, bias, a, b)
+        if self._drops() or self.bias is not None or not is_plain(weight):
             return self._add(F.linear(x, matrix, bias), x, self._drop(x), a, b)
         origin, merged = self._origin(dtype), prefers_merged(x, weight)
         if origin is not None and not merged:
@@ -155,13 +155,17 @@ class LowRankLinear(LowRank):
             output = output + self._spread(self.bias.unsqueeze(-1)).squeeze(-1).to(output.dtype) * self.scale
         return output
 
-    def _dora(self, x: Tensor, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    @property
+    def reads_weight(self) -> bool:  # type: ignore[override]
+        """DoRA does, for its norms."""
+        return self.use_dora
+
+    def _dora(self, x: Tensor, output: Tensor, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """Base output plus what rescaling and the low-rank term add: exactly the base output at the start."""
         assert self.magnitude is not None
         dropped, origin = self._drop(x), self._origin(x.dtype)
-        output = F.linear(x, matrix, bias)
         if dropped is not x:
-            product = F.linear(dropped, matrix)
+            product = F.linear(dropped, matrix.to(x.dtype))
         else:
             product = output if bias is None else output - bias.to(output.dtype)
         change = F.linear(F.linear(dropped, a), b)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import whole
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Rows = Sequence[Sequence[int]]
@@ -96,6 +97,11 @@ class LowRank(Delta):
         if self.magnitude is not None:
             nn.init.ones_(self.magnitude)
 
+    @property
+    def starts_from_weight(self) -> bool:  # type: ignore[override]
+        """PiSSA, OLoRA and DoRA do."""
+        return self.magnitude is not None or self.init in ("pissa", "olora")
+
     @torch.no_grad()
     def initialize_from(self, weight: Tensor) -> None:
         """Set what depends on the base weight: A and B of PiSSA and OLoRA, the magnitude of DoRA.
@@ -107,8 +113,9 @@ class LowRank(Delta):
             ArgumentError: if the weight is not that of the host for which the delta was built, or
                 has a rank below ``r``.
         """
-        if self.magnitude is None and self.init not in ("pissa", "olora"):
-            return  # a quantised weight is welcome then
+        if not self.starts_from_weight:
+            return
+        weight = whole(weight)
         matrix = self._matrix(weight).to(precise(weight))
         wanted = (*self._flat_b().shape[:-2], self.out_features, self._flat_a().shape[-1])
         if matrix.shape != wanted:

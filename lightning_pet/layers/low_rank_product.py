@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_pet.layers.low_rank_source import source_of
 
@@ -27,6 +28,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor (or has the shape of one and no values), not quantised or sharded."""
+    return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
 
 
 def prefers_merged(x: Tensor, weight: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The entries of largest magnitude among many tensors, exactly as many as asked for, in little memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ _HALF = 16
 _INFINITY = 0x7F800000
 
 
-def largest(tensors: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
+def largest(tensors: Callable[[], Iterable[Tensor]], count: int) -> list[Tensor]:
     """Find the ``count`` entries of largest magnitude over all tensors together.
 
-    Ties are broken by order, and zeros are never taken. The tensors are asked for one at a time, three
-    times each, so that never more than one of them need exist. Magnitudes are compared as float32, whose
+    Ties are broken by order, and zeros are never taken. The tensors are run through three times, so that
+    never more than one of them need exist. Magnitudes are compared as float32, whose
     bits rise with them: the limit is found half by half from two histograms.
 
     Args:
-        tensors: functions that return them; floating, of any shape.
+        tensors: gives them, in the same order every time; floating, of any shape.
         count: how many entries to take.
 
     Returns:
@@ -27,21 +27,17 @@ def largest(tensors: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]
     Raises:
         ValueError: if an entry is not finite.
 
-    >>> [places.tolist() for places in largest([lambda: torch.tensor([1.0, -3.0]), lambda: torch.tensor([2.0])], 2)]
+    >>> [places.tolist() for places in largest(lambda: [torch.tensor([1.0, -3.0]), torch.tensor([2.0])], 2)]
     [[1], [0]]
     """
-    upper, above = _from_top(sum(_histogram(_bits(tensor()) >> _HALF, _HALF - 1) for tensor in tensors), count)
+    upper, above = _from_top(sum(_histogram(_bits(tensor) >> _HALF, _HALF - 1) for tensor in tensors()), count)
     lower, over = _from_top(
-        sum(
-            _histogram(bits[bits >> _HALF == upper] & ((1 << _HALF) - 1), _HALF)
-            for bits in (_bits(tensor()) for tensor in tensors)
-        ),
+        sum(_histogram(bits[bits >> _HALF == upper] & ((1 << _HALF) - 1), _HALF) for bits in map(_bits, tensors())),
         count - above,
     )
     limit, ties = (upper << _HALF) + lower, count - above - over
     found = []
-    for tensor in tensors:
-        bits = _bits(tensor())
+    for bits in map(_bits, tensors()):
         at_limit = (bits == limit) & (bits > 0)
         taken = at_limit & (at_limit.cumsum(0) <= ties)
         ties -= int(taken.sum())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import whole
 
 _MLP = ("hidden", "hidden_bias", "out", "out_bias")
 
@@ -108,10 +109,16 @@ class VirtualRows(VirtualTokens):
                 for value in (first, second):
                     nn.init.uniform_(cast(Tensor, value), -(first.shape[1] ** -0.5), first.shape[1] ** -0.5)
 
+    @property
+    def starts_from_weight(self) -> bool:  # type: ignore[override]
+        """Rows of the table may be where they start."""
+        return self.sources is not None
+
     def initialize_from(self, weight: Tensor) -> None:
         """Start every row from the mean of its source rows of the table."""
         if self.sources is None:
             return
+        weight = whole(weight)
         with torch.no_grad():
             for row, ids in zip(self.prompt, self.sources, strict=True):
                 row.copy_(weight[ids].to(row.dtype).mean(0) * self.scale)

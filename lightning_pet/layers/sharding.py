@@ -1,4 +1,10 @@
-"""Tensors that several processes hold a part of each (``DTensor``), read and written as if they were whole."""
+"""Tensors that several processes hold a part of each (``DTensor``), or that are made of several others.
+
+They are read and written as if they were whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +47,36 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A module's own parameters are whole inside, and each process takes its part of what they have become.
+
+    Every process must enter at the same time, and set the same values.
+    """
+    parts = {name: p for name, p in module._parameters.items() if p is not None and is_sharded(p)}
+    for name, part in parts.items():
+        module._parameters[name] = nn.Parameter(whole(part.detach()), requires_grad=part.requires_grad)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.copy_(placed(module.get_parameter(name), part))
+                module._parameters[name] = part
+
+
 def holds_parts(module: nn.Module) -> bool:
     """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
     units = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
     return units or any(is_sharded(parameter) or is_partition(parameter) for parameter in module.parameters())
+
+
+def ordinary_parts(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that hold a tensor's values: itself, those of a subclass, or none that can be read."""
+    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
+        return []
+    if type(tensor.data) is Tensor:
+        return [tensor]
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    inner = [getattr(tensor, name) for name in flatten()[0]] if flatten is not None else []
+    return [part for item in inner for part in ordinary_parts(item)]

@@ -7,12 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, Excerpt
 from lightning_pet.layers.gated_weight import Form, Gates, expected_open, gated_weight
 from lightning_pet.layers.hard_concrete import HardConcrete
+from lightning_pet.layers.sharding import is_sharded
 from lightning_pet.layers.side_loss import Penalty
 
 Kind = Literal["both", "weight", "group"]
+
+_GATES = ("alpha", "alpha_group")
 
 
 class SparseDifference(Delta):
@@ -23,7 +26,8 @@ class SparseDifference(Delta):
       typical value, :math:`\min(1, \max(0, \sigma(\alpha)(r - l) + l))`. w starts at zero, so the model
       starts as the base.
     * *Fixed* (after :meth:`fix`): values at fixed places. Only they are a parameter, so that nothing, no
-      optimizer and no decay, can move any other entry.
+      optimizer and no decay, can move any other entry. Where an engine holds the parameters, w stays, and is
+      read at these places only; files are the same.
 
     The sum is computed in the dtype of w and rounded once to that of the weight, attached and merged alike.
 
@@ -92,63 +96,88 @@ class SparseDifference(Delta):
 
     @property
     def gate_parameters(self) -> list[nn.Parameter]:
-        """α of the weights and of the group, as far as there are such gates."""
-        return [parameter for parameter in (self.alpha, self.alpha_group) if parameter is not None]
+        """α of the weights and of the group, as far as there are such gates; none once the places are decided."""
+        return [p for p in (self.alpha, self.alpha_group) if p is not None and not self.is_fixed]
 
     @property
     def is_fixed(self) -> bool:
         """Whether the places are decided."""
-        return self.w is None
+        return self.indices is not None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight; the weight itself where no place was kept."""
-        if self.w is None:
+        if self.is_fixed:
             return self._moved(weight)
         if self.training:
+            assert self.w is not None
             return gated_weight(weight, self.w, self.alpha, self.alpha_group, self.gates)
         return (self.difference() + weight).to(weight.dtype)
 
     def _moved(self, weight: Tensor) -> Tensor:
         assert self.indices is not None
-        assert self.values is not None
-        if not self.values.numel():
+        if not self.indices.numel():
             return weight
         flat, places = weight.reshape(-1), self.indices.long()
-        moved = flat.index_select(0, places).to(self.values.dtype) + self.values
+        values = self._values(self.values, self.w)
+        moved = flat.index_select(0, places).to(values.dtype) + values
         return flat.index_copy(0, places, moved.to(weight.dtype)).view(weight.shape)
 
-    def difference(self) -> Tensor:
-        """The difference as evaluation uses it, dense, in the weight's shape."""
-        if self.w is None:
-            assert self.indices is not None
-            assert self.values is not None
-            return self.values.new_zeros(self.size).index_copy(0, self.indices.long(), self.values).view(self.shape)
-        difference: Tensor = self.w
-        if self.alpha is not None:
-            difference = self.law.typical(self.alpha.to(self.w.dtype)) * difference
-        if self.alpha_group is not None:
-            difference = self.law.typical(self.alpha_group) * difference
+    def _values(self, values: Tensor | None, w: Tensor | None) -> Tensor:
+        if values is not None:
+            return values
+        assert self.indices is not None
+        assert w is not None
+        return w.reshape(-1).index_select(0, self.indices.long())
+
+    def difference(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The difference as evaluation uses it, dense, in the weight's shape.
+
+        Args:
+            tensors: the own tensors by name, whole, where an engine holds parts of them.
+        """
+        own = self._own(tensors)
+        if self.indices is not None:
+            values = self._values(own.get("values"), own.get("w"))
+            return values.new_zeros(self.size).index_copy(0, self.indices.long(), values).view(self.shape)
+        difference = own["w"]
+        if "alpha" in own:
+            difference = self.law.typical(own["alpha"].to(difference.dtype)) * difference
+        if "alpha_group" in own:
+            difference = self.law.typical(own["alpha_group"]) * difference
         return difference
+
+    def _own(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        return {name: p for name, p in self._parameters.items() if p is not None} if tensors is None else tensors
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight with the difference added."""
         with torch.no_grad():
-            if self.w is None:
+            if self.is_fixed:
                 return self._moved(weight)
             return (self.difference() + weight).to(weight.dtype)
 
-    def count_nonzero(self) -> int:
-        """Non-zero entries of the difference as evaluation uses it."""
+    def count_nonzero(self, tensors: Mapping[str, Tensor] | None = None) -> int:
+        """Non-zero entries of the difference as evaluation uses it; see :meth:`difference`."""
         with torch.no_grad():
-            return int((self.difference() if self.values is None else self.values).count_nonzero())
+            own = self._own(tensors)
+            values = self._values(own.get("values"), own.get("w")) if self.is_fixed else self.difference(own)
+            return int(values.count_nonzero())
 
-    def expected_nonzero(self) -> float:
+    def expected_nonzero(self, tensors: Mapping[str, Tensor] | None = None) -> float:
         """Expected number of non-zero entries: E‖z·z_g‖₀ while gated, those that were kept afterwards."""
         if self.indices is not None:
             return float(self.indices.numel())
         per_weight = self.size if self.alpha is None else 1
-        parameters = [parameter.detach().float() for parameter in self.gate_parameters]
-        return expected_open(*parameters, law=self.law, per_weight=per_weight).item()
+        gates = [gate.detach().float() for gate in self._gates_of(tensors)]
+        return expected_open(*gates, law=self.law, per_weight=per_weight).item()
+
+    def weighted_penalty(self, tensors: Mapping[str, Tensor] | None = None) -> float:
+        """The penalty that goes with the loss; 0 once the places are decided."""
+        return 0.0 if self.is_fixed else float(self.penalty(*self._gates_of(tensors)))
+
+    def _gates_of(self, tensors: Mapping[str, Tensor] | None) -> list[Tensor]:
+        own = self._own(tensors)
+        return [own[name] for name in _GATES if name in own]
 
     # --- the two forms ------------------------------------------------------------------------------
 
@@ -163,31 +192,69 @@ class SparseDifference(Delta):
         Returns:
             Every parameter until now, with the one that goes on in its place; none if it is fixed already.
         """
-        if self.w is None:
+        if self.is_fixed:
             return []
+        assert self.w is not None
         old, gates = self.w, self.gate_parameters
         self._take_fixed_form(places, self.difference().detach().reshape(-1)[places])
         return [(old, self.values if places.numel() else None), *((gate, None) for gate in gates)]
 
     def _take_fixed_form(self, places: Tensor, values: Tensor) -> None:
         self.w = self.alpha = self.alpha_group = None
-        index = torch.int32 if self.size < 2**31 else torch.int64
-        self.indices = places.to(device=values.device, dtype=index)
+        self._take_places(places, values)
         self.values = nn.Parameter(values.clone(), requires_grad=values.numel() > 0)
 
-    def take_form(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Become fixed with as many entries as these tensors have, or gated if they are of a gated difference."""
+    def _take_places(self, places: Tensor, like: Tensor) -> None:
+        index = torch.int32 if self.size < 2**31 else torch.int64
+        self.indices = places.to(device=like.device, dtype=index)
+
+    def take_form(self, tensors: Mapping[str, Tensor], *, held: bool = False) -> bool:
+        """Become fixed with as many entries as these tensors have, or gated if they are of a gated difference.
+
+        With ``held`` a gated difference keeps its parameters when it becomes fixed, to become gated again; one
+        that was fixed before the engine came stays as it is.
+        """
         if not tensors or self.misfits(tensors):
             return False
         present = self.values if self.w is None else self.w
         assert present is not None
-        if "values" in tensors:
+        if held and self.w is None:
+            return False
+        if held and "values" in tensors:
+            self._take_places(tensors["indices"], present)
+        elif "values" in tensors:
             self._take_fixed_form(*(tensors[name].to(present.device) for name in ("indices", "values")))
         elif self.w is None:
             self._take_gated_form(present)
+        elif self.indices is not None:
+            self.indices = None
         else:
             return False
         return True
+
+    @property
+    def excerpts(self) -> Mapping[str, Excerpt | None]:
+        """Once the places are decided, of w the entries there, and of the gates nothing."""
+        if self.w is None or self.indices is None:
+            return {}
+        return {"w": Excerpt("values", self.indices)} | {name: None for name in _GATES if name in self._own(None)}
+
+    def spread(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Put the values of a fixed difference to their places, if this one has kept its w."""
+        if not self.excerpts or "values" not in tensors:
+            return tensors
+        values, places = tensors["values"], tensors["indices"]
+        w = values.new_zeros(self.size).index_copy(0, places.long(), values).view(self.shape)
+        shapes = {"alpha": self.shape, "alpha_group": (1,)}
+        gates = {name: values.new_full((), self.alpha_start).expand(shapes[name]) for name in _GATES}
+        return {"indices": places, "w": w} | {name: gate for name, gate in gates.items() if name in self._own(None)}
+
+    def packed(self) -> dict[str, Tensor]:
+        """A fixed difference as its places and values, a gated one as it is."""
+        if not self.excerpts:
+            return super().packed()
+        assert self.indices is not None
+        return {"indices": self.indices, "values": self._values(None, self.w).detach()}
 
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Why these tensors do not fit: neither a gated difference of this weight nor a fixed one."""
@@ -221,5 +288,5 @@ class SparseDifference(Delta):
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a file, and their form."""
-        self.take_form(tensors)
-        super().unpack(tensors)
+        self.take_form(tensors, held=self.w is not None and is_sharded(self.w))
+        super().unpack(self.spread(tensors))

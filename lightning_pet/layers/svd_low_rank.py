@@ -64,16 +64,6 @@ class SvdLowRank(LowRank):
         """For the plan."""
         return "" if self.kept.is_meta or bool(self.kept.all()) else f"rank {self.rank} of {self.kept.numel()}"
 
-    @torch.no_grad()
-    def keep(self, kept: Tensor) -> None:
-        """Switch all other triplets off.
-
-        Args:
-            kept: [..., r], bool.
-        """
-        self.kept.copy_(kept)
-        self.e.mul_(self.kept)
-
     # --- files hold the triplets that are left ------------------------------------------------------
 
     def packed(self) -> dict[str, Tensor]:
@@ -98,7 +88,6 @@ class SvdLowRank(LowRank):
             if tuple(tensors[name].shape) != shape
         ]
 
-    @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the triplets of a file over; those that it does not hold are zero from then on."""
         if self.kept.is_meta:
@@ -106,11 +95,12 @@ class SvdLowRank(LowRank):
         if tensors["a"].shape == self.a.shape and tensors["b"].shape == self.b.shape:
             super().unpack(tensors)
             return
-        self.kept.copy_(tensors["kept"])
-        kept = self.kept.bool()
+        kept = tensors["kept"].bool()
+        full: dict[str, Tensor] = {}
         for name, rows in self._rows().items():
-            rows.zero_()
-            rows[kept] = tensors[name].to(rows)
+            full[name] = tensors[name].new_zeros(rows.shape)
+            full[name][kept] = tensors[name]
+        super().unpack({**full, "b": full["b"].mT, "kept": tensors["kept"]})
 
     def _rows(self) -> dict[str, Tensor]:
         """The parameters with triplets first: [..., r, in], [..., r, out] and [..., r]."""

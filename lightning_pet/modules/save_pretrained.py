@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.store.writer import atomic_folder
 
 
 class SavePretrained(pl.Callback):
@@ -35,10 +36,17 @@ class SavePretrained(pl.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the folder."""
+        """Write the folder: whole or not at all, unless one is there already, which is overwritten file by file."""
         folder = Path(trainer.default_root_dir) / self.folder
-        pl_module.model.save_pretrained(folder)  # type: ignore[union-attr, operator]
-        tokenizer = getattr(pl_module, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+
+        def write(path: str) -> None:
+            pl_module.model.save_pretrained(path)  # type: ignore[union-attr, operator]
+            tokenizer = getattr(pl_module, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(path)
+
+        if folder.exists():
+            write(str(folder))
+        else:
+            atomic_folder(folder, write)
         rank_zero_info(f"the model is in {folder}")

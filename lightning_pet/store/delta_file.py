@@ -18,7 +18,7 @@ from lightning_pet.store.container import DEFAULT, Header, Limits, encode_header
 from lightning_pet.store.manifest import Manifest, decode_manifest, encode_manifest
 from lightning_pet.store.strict_json import check_name, fault
 from lightning_pet.store.tensors import CODES, TensorSpec, byte_view, describe, digest, require_finite, specs, to_host
-from lightning_pet.store.writer import atomic_write
+from lightning_pet.store.writer import atomic_write, reap_once
 
 _MANIFEST: Final = "pet.manifest"
 _SHA256: Final = "pet.sha256"
@@ -69,6 +69,7 @@ def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], man
         for name in order:
             file.write(byte_view(values[name]))
 
+    reap_once(os.path.dirname(where) or ".")
     return atomic_write(path, write)
 
 

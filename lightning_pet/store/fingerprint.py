@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_pet.layers.sharding import whole
+from lightning_pet.layers.sharding import ordinary_parts, whole
 from lightning_pet.store import tensors as facts
 from lightning_pet.store.strict_json import (
     canonical,
@@ -40,6 +40,7 @@ _LEAF: Final = 4  # bytes kept of each tensor's sample digest: they only name th
 _SHOWN: Final = 5
 _MAX_DIMS: Final = 16
 _OPAQUE: Final = "opaque:"  # kind of a tensor without readable values
+_PACKED: Final = "packed:"  # kind of a tensor subclass that names the ordinary tensors it is made of
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 # bfloat16 rounds by at most 2⁻⁸ of the value, a float16 cast adds 2⁻¹¹, and near zero its fixed step.
 _RELATIVE: Final = 2.0**-8 + 2.0**-10
@@ -53,8 +54,8 @@ class Fingerprint:
     Attributes:
         structure: SHA-256 of the sorted names and shapes.
         sample: SHA-256 over the sampled values of all tensors that have readable ones.
-        dtypes: number of tensors per kind: a dtype code such as ``"F32"``, or ``"opaque:…"`` for those
-            without readable values (on the meta device, or quantised by a tensor subclass).
+        dtypes: number of tensors per kind: a dtype code such as ``"F32"``, ``"packed:…"`` for quantised tensors
+            that show the ordinary ones they are made of, or ``"opaque:…"`` for those without readable values.
         layout: packed names, kinds and shapes, so that a difference can be named.
         leaves: four bytes of each tensor's sample digest, base64.
         sketch: the first 12 sampled values of each floating tensor in bfloat16, packed.
@@ -137,8 +138,8 @@ def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _
     for name, tensor in named:
         tensor = whole(tensor.detach())
         seen[name] = _observe(name, tensor)
-        if exact and _kind(tensor) is not None:
-            leaves[name] = f"{name}\0{facts.digest(tensor)}\n"
+        if exact and (parts := ordinary_parts(tensor)):
+            leaves[name] = "".join(f"{name}\0{facts.digest(part)}\n" for part in parts)
     seen = dict(sorted(seen.items()))
     if not exact or leaves.keys() != seen.keys():
         return seen, None
@@ -155,9 +156,9 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
 
     Returns:
         ``EXACT`` or ``SAMPLED_EQUAL`` if the values agree bit by bit; ``CAST`` if some tensors have
-        another floating dtype and agree within its rounding; ``UNVERIFIED`` if some are quantised or
-        on the meta device, so that nothing can be said; ``DIFFERENT`` if names, shapes or values
-        differ. Values of one dtype that differ at all are different, however close.
+        another floating dtype and agree within its rounding; ``UNVERIFIED`` if some are quantised (to
+        other numbers than then) or on the meta device, so that nothing can be said; ``DIFFERENT`` if names,
+        shapes or values differ. Values of one dtype that differ at all are different, however close.
     """
     base = _remember(expected, "fingerprint")
     seen, digest = _look(named, exact and expected.exact is not None)
@@ -230,21 +231,22 @@ def _judge(then: _Facts, now: _Facts) -> Verdict:
     return Verdict.CAST if bool((near | (old == new) | (old.isnan() & new.isnan())).all()) else Verdict.DIFFERENT
 
 
-def _kind(tensor: Tensor) -> str | None:
-    """The code of a tensor whose values can be read as they are; ``None`` for all others."""
-    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided or type(tensor.data) is not Tensor:
-        return None
-    return facts.code(tensor.dtype)
+def _kind(tensor: Tensor, parts: list[Tensor]) -> str:
+    if not parts:
+        return f"{_OPAQUE}{'meta' if tensor.is_meta else type(tensor.data).__name__}"
+    return facts.code(tensor.dtype) if parts[0] is tensor else f"{_PACKED}{type(tensor.data).__name__}"
 
 
 def _observe(name: str, tensor: Tensor) -> _Facts:
-    kind, shape = _kind(tensor), tuple(tensor.shape)
-    if kind is None:
-        reason = "meta" if tensor.is_meta else type(tensor.data).__name__
-        return _Facts(f"{_OPAQUE}{reason}", shape, b"", None)
-    values = torch.take(tensor.detach(), _positions(name, tensor.numel()).to(tensor.device)).cpu()
+    parts, shape = ordinary_parts(tensor), tuple(tensor.shape)
+    kind = _kind(tensor, parts)
+    if not parts:
+        return _Facts(kind, shape, b"", None)
     leaf = hashlib.sha256(f"{name}\0{kind}\0".encode())
-    leaf.update(facts.byte_view(values))
+    for part in parts:
+        part = part.detach().view(torch.uint8) if part.dtype.itemsize == 1 else part.detach()
+        values = torch.take(part, _positions(name, part.numel()).to(part.device)).cpu()
+        leaf.update(facts.byte_view(values))
     return _Facts(kind, shape, leaf.digest(), values[:SKETCHED] if kind in _FLOATS else None)
 
 

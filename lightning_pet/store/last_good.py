@@ -4,19 +4,25 @@ import logging
 import os
 from pathlib import Path
 
+from torch import nn
+
+from lightning_pet.core.naming import canonical
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.reader import load_checkpoint, read
+from lightning_pet.store.fingerprint import Verdict, compare
+from lightning_pet.store.reader import Stored, load_checkpoint, read
 
 _log = logging.getLogger(__name__)
 
 
-def last_good(folder: str | os.PathLike[str]) -> Path | None:
+def last_good(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Path | None:
     """Find the newest training checkpoint that verifies: complete, undamaged, and with everything to go on from.
 
     Why a newer file is passed over is logged as a warning.
 
     Args:
         folder: searched with everything below it for ``*.ckpt``.
+        model: the LightningModule with its base weights; checkpoints of another base are then passed over as
+            well. Without it a checkpoint of another base is found, and refused when the run reads it.
 
     Returns:
         The path for ``trainer.fit(ckpt_path=…)``; ``None`` if there is no checkpoint yet, so that one script
@@ -34,7 +40,7 @@ def last_good(folder: str | os.PathLike[str]) -> Path | None:
     found = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.ckpt")}
     reasons = []
     for path in sorted(found, key=lambda path: (found[path], path.name), reverse=True):
-        reason = _unfit(path)
+        reason = _unfit(path, model)
         if reason is None:
             return path
         reasons.append(f"{path.name}: {reason}")
@@ -48,11 +54,28 @@ def last_good(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _unfit(path: Path) -> str | None:
+def _unfit(path: Path, model: nn.Module | None) -> str | None:
     """Why a run cannot be resumed from a file; ``None`` if it can."""
     try:
-        read(path)
+        stored = read(path)
         missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in load_checkpoint(path)]
     except (DeltaFileError, OSError) as error:
         return str(error)
-    return f"it holds only weights ({', '.join(missing)} are missing)." if missing else None
+    if missing:
+        return f"it holds only weights ({', '.join(missing)} are missing)."
+    return None if model is None else _other_base(stored, model)
+
+
+def _other_base(stored: Stored, model: nn.Module) -> str | None:
+    if not any(True for _ in model.parameters()):  # it is built later, and compared when the run reads the file
+        return None
+    try:
+        root = model.get_submodule(stored.root)
+    except AttributeError:
+        return f"it was trained in a module with {stored.root!r}, which this {type(model).__name__} does not have."
+    # What trains is in the file, and not part of the fingerprint.
+    named = {canonical(name): parameter for name, parameter in root.named_parameters()}
+    found = compare(stored.base, ((n, p) for n, p in named.items() if n not in stored.tensors)) if stored.base else None
+    if found is None or found.verdict is not Verdict.DIFFERENT:
+        return None
+    return f"it was trained on another base model: {found.explanation}"

@@ -19,6 +19,7 @@ from lightning_pet.errors import DeltaFileError
 STALE_AFTER_S: Final = 3600.0
 _NAME_BYTES: Final = 200  # of the 255 that file systems allow; the rest is for pid, random part and suffix
 _HEX: Final = frozenset("0123456789abcdef")
+_reaped: set[tuple[int, str]] = set()
 
 
 class Disk:
@@ -42,6 +43,22 @@ class Disk:
         file.flush()
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
+
+    def make_new_folder(self, path: str) -> None:
+        """Create a folder, mode 0777 less the umask; an existing one is an error."""
+        os.mkdir(path)
+
+    def sync_tree(self, folder: str) -> None:
+        """Make a folder durable with all files and folders in it."""
+        for path, _, names in os.walk(folder, topdown=False):
+            for name in names:
+                with open(os.path.join(path, name), "rb") as file:
+                    os.fsync(file.fileno())
+            self.sync_folder(path)
+
+    def remove_tree(self, folder: str) -> None:
+        """Remove a folder with everything in it as part of cleaning up, as far as that is possible."""
+        shutil.rmtree(folder, ignore_errors=True)
 
     def link(self, source: str, path: str) -> None:
         """Make ``path`` another name of the file ``source``."""
@@ -106,6 +123,36 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     return size
 
 
+def atomic_folder(path: str | os.PathLike[str], build: Callable[[str], object], *, disk: Disk = DISK) -> None:
+    """Make a folder so that at any moment its name is absent or holds everything.
+
+    Missing parent folders are created. When this returns, the folder survives a power loss.
+
+    Args:
+        path: local destination; nothing, or an empty folder, may be there.
+        build: called once with the path of an empty folder beside the destination, which it fills; what it
+            returns is ignored.
+        disk: the operating-system calls to use.
+
+    Raises:
+        DeltaFileError: code ``io``, if the operating system refuses. Other exceptions of ``build`` propagate
+            as they are. In all cases nothing is left on disk.
+    """
+    target = _local(path)
+    parent, temp = os.path.dirname(target) or ".", _temp_name(target)
+    with _naming(target):
+        disk.make_folder(parent)
+        try:
+            disk.make_new_folder(temp)
+            build(temp)
+            disk.sync_tree(temp)
+            disk.replace(temp, target)
+        except BaseException:
+            disk.remove_tree(temp)
+            raise
+        disk.sync_folder(parent)
+
+
 def durable_link(source: str | os.PathLike[str], path: str | os.PathLike[str], *, disk: Disk = DISK) -> None:
     """Make ``path`` a second name of the file ``source``, replacing what ``path`` was in one step.
 
@@ -139,8 +186,16 @@ def durable_link(source: str | os.PathLike[str], path: str | os.PathLike[str], *
         disk.sync_folder(folder)
 
 
+def reap_once(folder: str | os.PathLike[str]) -> None:
+    """Call :func:`reap_stale`, the first time that this process asks for a folder."""
+    key = (os.getpid(), os.path.abspath(folder))
+    if key not in _reaped:
+        _reaped.add(key)
+        reap_stale(folder)
+
+
 def reap_stale(folder: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Remove the temporary files that killed processes left in ``folder``.
+    """Remove the temporary files and folders that killed processes left in ``folder``.
 
     Removed is what carries the name pattern of this module, belongs to no living process of this
     machine, and was last written more than an hour ago (it may belong to another machine).
@@ -156,9 +211,15 @@ def reap_stale(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     for path in (os.path.join(os.fspath(folder), name) for name in names if _is_abandoned(name)):
         with contextlib.suppress(OSError):
             status = os.lstat(path)
-            if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > STALE_AFTER_S:
+            if time.time() - status.st_mtime <= STALE_AFTER_S:
+                continue
+            if stat.S_ISREG(status.st_mode):
                 os.unlink(path)
-                removed.append(path)
+            elif stat.S_ISDIR(status.st_mode):
+                shutil.rmtree(path)
+            else:
+                continue
+            removed.append(path)
     return tuple(removed)
 
 

@@ -13,6 +13,7 @@ from lightning_pet.layers.sparse_difference import SparseDifference
 
 STEPS = 10
 DENSITY = 0.1
+CLIPPED: dict[str, Any] = {"alpha_init": 1.0, "l0_weight": 0.02, "alpha_clip": 1e-3}  # the clip is always active
 
 
 def diff(**options: Any) -> DiffPruningCallback:

@@ -1,11 +1,14 @@
-"""One process of a campaign: every method on one engine, four steps and a resume; a line of JSON per method.
+"""What every method does on one engine: one process of the campaign of ``benchmarks/strategies.py``.
 
-``python method_runs.py FOLDER ENGINE [METHOD …]``, started by ``launch``; the engine ``one`` is a single process.
+``python method_runs.py FOLDER ENGINE [METHOD …]`` runs as one of two processes, started by ``launch``, and prints
+a line of JSON per method. ``FOLDER/one`` holds what :func:`observe` wrote for the engine ``one``, a single process.
 """
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from ddp_runs import trainer  # noqa: E402  # it silences warnings and logs, too
 from engines import strategy_of  # noqa: E402
-from models import every_step  # noqa: E402
+from models import every_step, trainer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
@@ -25,38 +27,74 @@ import lightning_pet as pet  # noqa: E402
 from tests.methods import zoo  # noqa: E402
 
 STEPS, BATCH, RESUMED = 4, 4, 2
-QUIET: dict[str, Any] = {"verbose": False}
-METHODS: dict[str, Callable[[], pet.PETCallback]] = {
-    "LoRA": lambda: pet.LoRACallback(r=2, **QUIET),
-    "DoRA": lambda: pet.LoRACallback(r=2, use_dora=True, **QUIET),
-    "AdaLoRA": lambda: pet.AdaLoRACallback(**QUIET),
-    "Adapter": lambda: pet.AdapterCallback(bottleneck_size=4, **QUIET),
-    "Adapter, parallel": lambda: pet.AdapterCallback(bottleneck_size=4, placement="parallel", **QUIET),
-    "AdapterBias": lambda: pet.AdapterBiasCallback(**QUIET),
-    "Compacter": lambda: pet.CompacterCallback(bottleneck_size=4, phm_dim=2, **QUIET),
-    "IA3": lambda: pet.IA3Callback(**QUIET),
-    "Prefix tuning": lambda: pet.PrefixTuningCallback(length=3, projection_size=4, **QUIET),
-    "Prompt tuning": lambda: pet.PromptTuningCallback(length=3, **QUIET),
-    "BitFit": lambda: pet.BitFitCallback(**QUIET),
-    "Layer freezing": lambda: pet.LayerFreezingCallback(**QUIET),
-    "Diff pruning": lambda: pet.DiffPruningCallback(density=0.1, **QUIET),
-    "Intrinsic dimension": lambda: pet.IntrinsicDimensionCallback(d=50, **QUIET),
-    "Full fine-tuning": lambda: pet.FullFineTuningCallback(**QUIET),
+AFTER = "after.ckpt"
+WRONG = "wrong"  # name of the run whose checkpoint no method may take
+Callbacks = list[pet.PETCallback]
+
+
+def adapters(folder: Path) -> list[str]:
+    """Files of two adapters of earlier tasks, the second of which shares a tensor between its places."""
+    from tests.methods.battery import perturb
+
+    sizes: dict[str, Any] = {"bottleneck_size": 4, "modules_to_save": []}
+    made = [pet.AdapterCallback(name="first", **sizes), pet.CompacterCallback(name="second", phm_dim=2, **sizes)]
+    for method in made:
+        net = zoo.bert()[0]
+        perturb(pet.apply(net, [method]))
+        pet.save_delta(net, folder / f"{method.name}.pet.safetensors")
+    return [str(folder / f"{method.name}.pet.safetensors") for method in made]
+
+
+METHODS: dict[str, Callable[[Path], Callbacks]] = {
+    "LoRA": lambda _: [pet.LoRACallback(r=2)],
+    "LoRA+": lambda _: [pet.LoRACallback(r=2, lora_plus_ratio=4.0)],
+    "LoRA, PiSSA": lambda _: [pet.LoRACallback(r=2, init="pissa")],
+    "DoRA": lambda _: [pet.LoRACallback(r=2, use_dora=True)],
+    "AdaLoRA": lambda _: [pet.AdaLoRACallback(target_r=2, init_r=4, tinit=1, tfinal=1)],
+    "Adapter": lambda _: [pet.AdapterCallback(bottleneck_size=4)],
+    "Adapter, parallel": lambda _: [pet.AdapterCallback(bottleneck_size=4, placement="parallel")],
+    "AdapterBias": lambda _: [pet.AdapterBiasCallback()],
+    "Adapter fusion": lambda folder: [pet.AdapterFusionCallback(adapters(folder), temperature=9.0)],
+    "Compacter": lambda _: [pet.CompacterCallback(bottleneck_size=4, phm_dim=2)],
+    "IA3": lambda _: [pet.IA3Callback()],
+    "Prefix tuning": lambda _: [pet.PrefixTuningCallback(length=3, projection_size=4)],
+    "Prefix tuning, no network": lambda _: [pet.PrefixTuningCallback(length=3, projection=False)],
+    "Prompt tuning": lambda _: [pet.PromptTuningCallback(length=3)],
+    "Prompt tuning from words": lambda _: [pet.PromptTuningCallback(length=3, init="vocabulary")],
+    "AutoPrompt": lambda _: [pet.AutoPromptCallback(candidates=4, accumulation=1)],
+    "BitFit": lambda _: [pet.BitFitCallback()],
+    "Layer freezing": lambda _: [pet.LayerFreezingCallback(train_last=1)],
+    "Gradual unfreezing": lambda _: [pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step")],
+    "Diff pruning": lambda _: [pet.DiffPruningCallback(density=0.1, plot=False)],
+    "Intrinsic dimension": lambda _: [pet.IntrinsicDimensionCallback(d=50)],
+    "Full fine-tuning": lambda _: [pet.FullFineTuningCallback()],
+    "MAM (prefix and parallel adapter)": lambda _: [
+        pet.PrefixTuningCallback(length=3, projection_size=4),
+        pet.AdapterCallback(bottleneck_size=4, placement="parallel", scale=2.0, init="lora"),
+    ],
+    "LoRA with BitFit": lambda _: [pet.LoRACallback(r=2), pet.BitFitCallback()],
 }
 
 
 class Classifier(L.LightningModule):
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, adam: bool) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.adam = net, adam
         self.losses: list[float] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.net(**batch).loss
-        self.losses.append(self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean").item())
-        return loss
+        return self.net(**batch).loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.net(**batch)
+
+    def on_train_batch_end(self, result: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Note the loss of the step: a search evaluates ``training_step`` more often."""
+        self.losses.append(self.trainer.strategy.reduce(result["loss"].detach().clone(), reduce_op="mean").item())
 
     def configure_optimizers(self) -> Any:
+        if self.adam:
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
@@ -72,12 +110,12 @@ class Sharding(Classifier):
         fully_shard(self.net, mesh=mesh)
 
 
-def build(engine: str) -> Classifier:
+def build(dropout: float = 0.0) -> nn.Module:
     net = zoo.bert()[0].train()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return (Sharding if engine == "fsdp2" else Classifier)(net)
+            module.p = dropout
+    return net
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -97,35 +135,105 @@ def loader(world_size: int, rank: int) -> DataLoader:
     return DataLoader(rows(), batch_size=BATCH // world_size, sampler=sampler)
 
 
-def run(folder: Path, engine: str, name: str, path: Path | None = None) -> list[float]:
-    size, rank = (1, 0) if engine == "one" else (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
-    module = build(engine)
-    torch.manual_seed(5)
-    fitted = trainer(
-        METHODS[name](),
-        every_step(folder),
-        strategy="auto" if engine == "one" else strategy_of(engine),
-        devices=size,
-        use_distributed_sampler=False,
-        max_epochs=1,
-    )
-    fitted.fit(module, loader(size, rank), ckpt_path=path)
-    return module.losses
+class Runs:
+    """The runs of one method on one engine; they share nothing but files."""
 
+    def __init__(self, folder: Path, engine: str, method: str) -> None:
+        self.single = folder / "one" / method
+        self.folder, self.engine, self.method = folder / engine / method, engine, method
+        alone = engine == "one"
+        self.size, self.rank = (1, 0) if alone else (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+        self.own = self.folder / f"process-{self.rank}"
+        self.own.mkdir(parents=True, exist_ok=True)
 
-def main(folder: Path, engine: str, names: list[str]) -> None:
-    for name in names or METHODS:
-        here = folder / engine / name
-        found: dict[str, Any] = {"method": name}
+    def fit(self, name: str, *, path: Path | None = None, noisy: bool = False, seed: int = 5) -> Classifier:
+        """Train with a checkpoint of every step.
+
+        Args:
+            name: folder for the checkpoints.
+            path: checkpoint to resume.
+            noisy: with dropout, whose numbers every process draws for itself, and AdamW. Otherwise the processes
+                do together what one does.
+            seed: of the delta's start values and the dropout.
+        """
+        module = (Sharding if self.engine == "fsdp2" else Classifier)(build(0.2 if noisy else 0.0), noisy)
+        torch.manual_seed(seed + (self.rank if noisy else 0))
+        callbacks = [pet.BitFitCallback(name=WRONG)] if name == WRONG else METHODS[self.method](self.own)
+        for callback in callbacks:
+            callback.verbose = False
+        fitted = trainer(
+            *callbacks,
+            every_step(self.folder / name),
+            strategy="auto" if self.engine == "one" else strategy_of(self.engine),
+            devices=self.size,
+            use_distributed_sampler=False,
+            max_epochs=1,
+            limit_val_batches=1,
+        )
+        fitted.fit(module, loader(self.size, self.rank), loader(self.size, self.rank), ckpt_path=path)
+        fitted.save_checkpoint(self.folder / name / AFTER)  # some engines leave a validation with other parameters
+        return module
+
+    def plain(self) -> list[float]:
+        """Losses of four steps; one process keeps what its model gives in the end, and a wrong checkpoint."""
+        module = self.fit("plain")
+        if self.engine == "one":
+            torch.save(outputs(module.net), self.single / "outputs.pt")
+            self.fit(WRONG)
+        return module.losses
+
+    def noisy(self) -> list[float]:
+        """Losses of an uninterrupted run."""
+        return self.fit("noisy", noisy=True).losses
+
+    def again(self) -> list[float]:
+        """Losses of its second half, resumed with another seed."""
+        return self.fit("again", noisy=True, path=step(self.folder / "noisy", RESUMED), seed=99).losses
+
+    def taken_over(self) -> list[float]:
+        """Losses of the second half of what one process began."""
+        return self.fit("taken_over", path=step(self.single / "plain", RESUMED), seed=99).losses
+
+    def refused(self) -> str:
+        """Code of the error about a checkpoint of another method."""
         try:
-            found["losses"] = run(here, engine, name)
-            found["resumed"] = run(here / "again", engine, name, here / f"step={RESUMED}.ckpt")
+            self.fit("refused", path=step(self.single / WRONG, RESUMED))
+        except pet.PETError as error:
+            return str(getattr(error, "code", type(error).__name__))
+        return ""
+
+
+def step(folder: Path, number: int) -> Path:
+    return folder / f"step={number}.ckpt"
+
+
+def outputs(net: nn.Module) -> Tensor:
+    """What an adapted model gives for the training data."""
+    with torch.no_grad():
+        return net.eval()(input_ids=torch.stack([row["input_ids"] for row in rows()])).logits
+
+
+def observe(folder: Path, engine: str, method: str) -> dict[str, Any]:
+    """What this process sees of a method on an engine: findings, or why the engine is refused."""
+    runs, found = Runs(folder, engine, method), {"method": method}
+    for observation in ("plain", "noisy", "again", "taken_over", "refused"):
+        try:
+            found[observation] = getattr(runs, observation)()
+        except pet.UnsupportedStrategyError as error:
+            return {"method": method, "unsupported": str(error)}
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {error}"
-        print("FOUND " + json.dumps(found), flush=True)
+            found.setdefault("errors", {})[observation] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def silence() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 if __name__ == "__main__":
+    silence()
     if "TRY_ALL" in os.environ:  # also what a method says that it cannot
         pet.PETCallback.shards = True
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    for chosen in sys.argv[3:] or METHODS:
+        print("FOUND " + json.dumps(observe(Path(sys.argv[1]), sys.argv[2], chosen)), flush=True)

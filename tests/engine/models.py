@@ -169,9 +169,9 @@ def ckpt(folder: Path, step: int) -> Path:
     return folder / f"step={step}.ckpt"
 
 
-def full_run(folder: Path) -> Module:
+def full_run(folder: Path, seed: int = 1) -> Module:
     """Ten steps with a checkpoint of each: dropout, shuffling, batch norm, AdamW and a schedule."""
-    module = Module(Net(norm=True), cosine)
+    module = Module(Net(seed, norm=True), cosine)
     fit(module, lora(dropout=0.2), every_step(folder))
     assert len(module.losses) == 10
     return module

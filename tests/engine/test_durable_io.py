@@ -1,8 +1,7 @@
 """Checkpoints on disk: the old one or the new one, whole; and nothing else."""
 
 import os
-import resource
-import signal
+import pickle
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from lightning_pet.callbacks.lora import LoRACallback
 from lightning_pet.engine import durable_io, private
 from lightning_pet.engine.durable_io import DurableCheckpointIO, install
 from lightning_pet.errors import DeltaFileError
@@ -96,34 +96,6 @@ def test_stale_temporary_files_are_reaped_at_the_first_save(tmp_path):
     assert files(tmp_path) == [fresh.name, "a.ckpt"]
 
 
-def test_full_disk_keeps_the_last_good_file(tmp_path):
-    """At every size at which the file system may refuse, in a process of its own limits."""
-    path, io = tmp_path / "a.ckpt", DurableCheckpointIO()
-    io.save_checkpoint({"step": 0, "w": torch.zeros(2000)}, path)
-    size = path.stat().st_size
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    refused = 0
-    try:
-        for limit in range(0, size + 512, 256):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            error = None
-            try:
-                io.save_checkpoint({"step": limit, "w": torch.ones(2000)}, path)
-            except DeltaFileError as caught:
-                error = caught
-            if error is not None:
-                refused += 1
-                assert (error.code, str(path) in str(error)) == ("io", True)
-                assert io.load_checkpoint(path)["step"] == 0
-            assert files(tmp_path) == ["a.ckpt"]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-    assert refused >= 30
-    assert io.load_checkpoint(path)["w"].sum() == 2000
-
-
 def test_a_removal_that_fails_names_the_file(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
@@ -133,6 +105,10 @@ def test_a_removal_that_fails_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(DeltaFileError, match=r"a\.ckpt: removing failed with errno 13") as caught:
         DurableCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
     assert caught.value.code == "io"
+
+
+def lora() -> LoRACallback:
+    return LoRACallback(r=1, target_modules=["layer"], verbose=False)
 
 
 def trainer(folder: Path, *callbacks: L.Callback, **options) -> L.Trainer:
@@ -238,41 +214,33 @@ def test_an_asynchronous_save_that_fails_removes_nothing(tmp_path):
     assert "epoch=0-step=2.ckpt" in files(folder)
 
 
-def kill_while_saving(path: Path, delay: float) -> tuple[int, dict]:
-    """Kill a process that saves without pause; return the last step it reported, and what is on the disk."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        io, payload = DurableCheckpointIO(), torch.randn(200_000)
-        for step in range(10**6):
-            io.save_checkpoint({"step": step, "w": payload, "sum": payload.sum()}, path)
-            os.write(writer, b"%d\n" % step)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        pipe.readline()
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        said = [int(line) for line in pipe.read().split()] or [0]
-    return said[-1], torch.load(path, weights_only=True)
+def test_a_link_to_the_last_checkpoint_never_dangles(tmp_path, monkeypatch):
+    """At every operation of a run that keeps one checkpoint and a link to it, the link can be read."""
+    folder, read = tmp_path / "c", []
+
+    def look(original, *arguments):
+        if (folder / "last.ckpt").is_symlink() or (folder / "last.ckpt").exists() or read:
+            read.append(torch.load(folder / "last.ckpt", weights_only=True)["global_step"])
+        return original(*arguments)
+
+    for owner, name in ((os, "unlink"), (os, "remove"), (os, "symlink"), (os, "link"), (os, "replace")):
+        original = getattr(os, name)
+        monkeypatch.setattr(owner, name, lambda *a, original=original, **_: look(original, *a))
+    saver = ModelCheckpoint(folder, every_n_train_steps=2, save_last="link")
+    again = trainer(tmp_path, lora(), saver)
+    again.fit(BoringModel())
+    assert files(folder) == ["epoch=0-step=6.ckpt", "last.ckpt"]
+    assert (folder / "last.ckpt").samefile(folder / "epoch=0-step=6.ckpt")
+    assert set(read) == {2, 4, 6}
+    pickle.loads(pickle.dumps(saver))
 
 
-def whole_after_kills(folder: Path, count: int) -> int:
-    """Return after how many of ``count`` kills the file was whole, and not older than what had been acknowledged."""
-    good = 0
-    for number in range(count):
-        said, loaded = kill_while_saving(folder / f"{number}.ckpt", 0.0007 * (number % 23))
-        good += loaded["step"] >= said and bool(loaded["w"].sum() == loaded["sum"])
-    return good
-
-
-def test_some_kills_during_saves(tmp_path):
-    assert whole_after_kills(tmp_path, 30) == 30
-
-
-@pytest.mark.slow
-def test_many_kills_during_saves(tmp_path):
-    assert whole_after_kills(tmp_path, 300) == 300
+def test_a_link_to_a_file_that_a_queue_writes_later_is_lightnings(tmp_path):
+    folder = tmp_path / "c"
+    saver = ModelCheckpoint(folder, every_n_train_steps=2, save_last="link")
+    trainer(tmp_path, lora(), saver, plugins=[AsyncCheckpointIO()]).fit(BoringModel())
+    assert (folder / "last.ckpt").is_symlink()
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_private_names_exist():

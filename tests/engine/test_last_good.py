@@ -1,12 +1,13 @@
 """After a crash: the newest checkpoint that verifies, and the reason for every one that was passed over."""
 
 import os
+import shutil
 
 import pytest
 import torch
 from models import Module, Net, ckpt, cosine, digest, every_step, fit, full_run, lora
 
-from lightning_pet import last_good
+from lightning_pet import BitFitCallback, last_good
 from lightning_pet.errors import DeltaFileError
 
 
@@ -49,6 +50,33 @@ def test_damaged_and_incomplete_files_are_passed_over(run, caplog):
     fit(module, lora(dropout=0.2), every_step(folder), ckpt=last_good(folder))
     assert module.losses == whole.losses[7:]
     assert digest(module) == digest(whole)
+
+
+def test_another_base_and_an_empty_file_are_passed_over(run, tmp_path, caplog):
+    folder, _ = run
+    full_run(tmp_path / "other", seed=2)
+    shutil.copy(ckpt(tmp_path / "other", 10), ckpt(folder, 10))
+    ckpt(folder, 9).write_bytes(b"")
+    for step in (9, 10):
+        os.utime(ckpt(folder, step), (step, step))
+    base = Module(Net(norm=True))
+    assert last_good(folder) == ckpt(folder, 10)
+    assert last_good(folder, base) == ckpt(folder, 8)
+    reasons = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert "step=10.ckpt: it was trained on another base model: the values of" in reasons[0]
+    assert "step=9.ckpt" in reasons[1]
+    with pytest.raises(DeltaFileError, match=r"trained in a module with 'net'"):
+        last_good(folder / "..", torch.nn.Sequential(torch.nn.Linear(1, 1)))
+    assert last_good(folder, torch.nn.Module()) == ckpt(folder, 10)  # built later; compared when it is read
+
+
+def test_what_training_changes_is_no_other_base(tmp_path):
+    """Heads and biases that train are in the file; PiSSA moves a part of the base into the delta."""
+    methods = {"pissa": lora(init="pissa"), "bias": BitFitCallback(verbose=False)}
+    for name, method in methods.items():
+        net = Net(norm=True)
+        fit(Module(net), method, every_step(tmp_path / name), max_steps=2)
+        assert last_good(tmp_path / name, Module(Net(norm=True))) == ckpt(tmp_path / name, 2), name
 
 
 def test_never_from_the_beginning_over_damaged_files(run):

@@ -1,11 +1,11 @@
 """Engines that shard, on two gloo processes: what one process trains, and files that every engine reads."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed_operator import require_deepspeed
 from engines import PLUS
 from launch import launch
 from models import Data, Module, Net, cosine, every_step, fit, lora, trainer
@@ -29,9 +29,7 @@ def one(tmp_path_factory):
 
 def run(engine, one, factory):
     if engine.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install lightning-pet[deepspeed])")
-        if shutil.which("g++") is None:
-            pytest.skip("DeepSpeed builds an operator for the CPU at its first run, and there is no g++")
+        require_deepspeed()
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
     codes, outputs = launch([SCRIPT, str(folder), engine], timeout=200)

@@ -178,7 +178,7 @@ def test_bfloat16_state() -> None:
 @pytest.mark.parametrize("count", [1, 7, 200, 1999, 5000])
 def test_exactly_so_many_entries_of_largest_magnitude(count: int) -> None:
     tensors = [torch.randn(40, 30), torch.randn(700).round(), torch.randn(5, 5, 5), torch.randn(75) * 1e-30]
-    found = largest([lambda t=t: t for t in tensors], count)
+    found = largest(lambda: tensors, count)
     kept = [t.flatten()[places] for t, places in zip(tensors, found, strict=True)]
     flat = torch.cat([t.flatten() for t in tensors]).abs()
     nonzero = int(flat.count_nonzero())
@@ -189,9 +189,9 @@ def test_exactly_so_many_entries_of_largest_magnitude(count: int) -> None:
 
 def test_nothing_finite_is_missed_and_nothing_else_is_taken() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        largest([lambda: torch.tensor([1.0, float("nan")])], 1)
-    assert [p.tolist() for p in largest([lambda: torch.zeros(3)], 2)] == [[]]
-    assert [p.tolist() for p in largest([lambda: torch.tensor([-1.0, 1.0, 1.0])], 2)] == [[0, 1]]  # ties by order
+        largest(lambda: [torch.tensor([1.0, float("nan")])], 1)
+    assert [p.tolist() for p in largest(lambda: [torch.zeros(3)], 2)] == [[]]
+    assert [p.tolist() for p in largest(lambda: [torch.tensor([-1.0, 1.0, 1.0])], 2)] == [[0, 1]]  # ties by order
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.29, 1.0])

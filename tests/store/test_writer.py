@@ -2,11 +2,12 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.writer import atomic_write, durable_link, reap_stale
+from lightning_pet.store.writer import atomic_folder, atomic_write, durable_link, reap_stale
 
 
 def write(content: bytes):
@@ -89,6 +90,36 @@ def test_refusals_name_path_and_reason(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+def test_a_folder_comes_whole(tmp_path):
+    def build(folder):
+        assert not (tmp_path / "deep" / "model").exists()
+        Path(folder, "sub").mkdir()
+        Path(folder, "sub", "weights").write_bytes(b"1")
+
+    atomic_folder(tmp_path / "deep" / "model", build)
+    assert (tmp_path / "deep" / "model" / "sub" / "weights").read_bytes() == b"1"
+    assert os.listdir(tmp_path / "deep") == ["model"]
+    with pytest.raises(DeltaFileError, match=r"model: writing failed with errno 39") as caught:
+        atomic_folder(tmp_path / "deep" / "model", build_nothing)
+    assert caught.value.code == "io"
+    assert os.listdir(tmp_path / "deep") == ["model"]
+    assert (tmp_path / "deep" / "model" / "sub").is_dir()
+
+
+def build_nothing(folder):
+    pass
+
+
+def test_a_folder_that_cannot_be_built_leaves_no_trace(tmp_path):
+    def build(folder):
+        Path(folder, "weights").write_bytes(b"1")
+        raise KeyError("tokenizer")
+
+    with pytest.raises(KeyError):
+        atomic_folder(tmp_path / "model", build)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_link_is_a_second_name(tmp_path):
     atomic_write(tmp_path / "a", write(b"1"))
     atomic_write(tmp_path / "b", write(b"2"))
@@ -146,13 +177,20 @@ def test_only_abandoned_temporaries_are_reaped(tmp_path):
         ".x.²2.0123abcd.tmp": False,
         ".tmp": False,
         f".x.{dead}.0123abcd.tmp.ckpt": False,
-        f".folder.{dead}.0123abcd.tmp": False,
+        f".folder.{dead}.0123abcd.tmp": True,
+        f".link.{dead}.0123abcd.tmp": False,
     }
     for name in names:
         path = tmp_path / name
-        path.mkdir() if "folder" in name else path.write_bytes(b"")
+        if "folder" in name:
+            (path / "sub").mkdir(parents=True)
+            (path / "sub" / "weights").write_bytes(b"")
+        elif "link" in name:
+            path.symlink_to("sub")
+        else:
+            path.write_bytes(b"")
         old = time.time() - (60 if "young" in name else 7200)
-        os.utime(path, (old, old))
+        os.utime(path, (old, old), follow_symlinks=False)
     expected = sorted(str(tmp_path / name) for name, goes in names.items() if goes)
     assert list(reap_stale(tmp_path)) == expected
     assert len(os.listdir(tmp_path)) == len(names) - len(expected)

@@ -1,0 +1,145 @@
+"""Layers that a precision plug-in replaces, and layers whose weights are quantised: what a run sees to for them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from torch import Tensor, nn
+
+from lightning_pet.core.applied import record_of
+from lightning_pet.core.insertion import base_class
+from lightning_pet.core.names import named_places
+from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.quantised import format_of, is_quantised, is_repacked, scales_beside, waits_for_its_device
+from lightning_pet.engine import private
+from lightning_pet.engine.roots import root_of
+from lightning_pet.errors import PETError, UnsupportedStrategyError
+from lightning_pet.layers.sharding import ordinary_parts
+
+
+def replaces_layers(plugin: object) -> bool:
+    """Whether a precision plug-in may put other modules in the place of layers: Lightning's own only cast, but for two.
+
+    Such a plug-in converts the complete model, and converts it once. So it has its turn before anything is inserted.
+    """
+    if isinstance(plugin, BitsandbytesPrecision | TransformerEnginePrecision):
+        return True
+    owner = next(cls for cls in type(plugin).__mro__ if "convert_module" in vars(cls))
+    return not owner.__module__.startswith("lightning.")
+
+
+def convert(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let the precision plug-in replace layers now; its second turn, in the strategy's set-up, changes nothing.
+
+    Layers of bitsandbytes quantise their weight when they move to the device. They do it now too: whoever starts
+    from a weight starts from the one that the run computes with, and a resumed run sees the base it was saved with.
+
+    Raises:
+        PETError: if deltas are in layers that would be replaced.
+    """
+    _refuse_early_deltas(trainer, module)
+    trainer.precision_plugin.convert_module(module)
+    if any(waits_for_its_device(parameter) for parameter in module.parameters()):
+        module.to(trainer.strategy.root_device)
+
+
+def _refuse_early_deltas(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    root = root_of(module)[1]
+    record, modules = record_of(root), named_modules(root)
+    hosts = {path for _, _, path, _ in record.hosts()} if record else set()
+    plain = sorted(path for path in hosts if base_class(modules[path]) is nn.Linear)
+    converted = any(is_quantised(p) for p in root.parameters()) or any(_of_engine(m) for m in root.modules())
+    if plain and not converted:
+        raise PETError(
+            f"{plain[0]!r} has a delta already, and {type(trainer.precision_plugin).__name__} would replace the layer. "
+            "Pass the callback to the Trainer instead of calling lightning_pet.apply or load_delta before (start_from "
+            "loads a delta), or quantise the model before you apply the delta."
+        )
+
+
+def _of_engine(module: nn.Module) -> bool:
+    return base_class(module).__module__.startswith("transformer_engine")
+
+
+@contextmanager
+def outside_of_init(dtype: torch.dtype) -> Iterator[None]:
+    """Within ``configure_model`` plug-ins exchange ``torch.nn.Linear`` and the default dtype: not for what is inserted.
+
+    Args:
+        dtype: the default dtype outside of ``configure_model``.
+    """
+    inside = torch.get_default_dtype()
+    names = {name: getattr(nn, name) for name in ("Linear", "LayerNorm")}
+    try:
+        torch.set_default_dtype(dtype)
+        for name in names:
+            setattr(nn, name, getattr(nn.modules, name))
+        yield
+    finally:
+        torch.set_default_dtype(inside)
+        for name, cls in names.items():
+            setattr(nn, name, cls)
+
+
+def refuse_without_gradient(root: nn.Module) -> None:
+    """No layer may stop the gradient on its way to what trains before it.
+
+    Formats that also quantise activations have no derivative in some libraries: their output does not depend on
+    their input as far as autograd can see, and training would go wrong without a word.
+
+    Raises:
+        UnsupportedStrategyError: naming the first such layer.
+    """
+    seen: set[tuple[type, str]] = set()
+    for path, module in named_places(root).items():
+        weight: Any = module._parameters.get("weight")
+        if weight is not None and is_repacked(weight):
+            raise UnsupportedStrategyError(
+                f"{path} is stored as {format_of(weight)}: in that form its product has no gradient, so nothing before "
+                "it would train. Load the base again, and evaluate it only with the delta in it."
+            )
+        flatten = getattr(weight, "__tensor_flatten__", None)
+        if flatten is None or not is_quantised(weight) or base_class(module) is not nn.Linear:
+            continue
+        key = type(weight), str(flatten()[1])
+        if key not in seen and not _passes_gradient(module, weight):
+            raise UnsupportedStrategyError(
+                f"{path} is stored as {format_of(weight)} in a form whose product has no gradient with respect to its "
+                "input (activations are quantised too), so nothing before it would train. Use a weight-only format, "
+                "such as Int8WeightOnlyConfig or IntxWeightOnlyConfig."
+            )
+        seen.add(key)
+
+
+def _passes_gradient(module: Any, weight: Any) -> bool:
+    x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return bool(nn.Linear.forward(module, x).requires_grad)
+
+
+def share_quantised(module: nn.Module) -> None:
+    """Give every process of a DDP run the quantised weights of the first one, as DDP does with all others.
+
+    DDP sends tensors. A tensor subclass cannot be sent as a whole, but the tensors can that it is made of; and what
+    bitsandbytes keeps beside its numbers is no parameter.
+    """
+    unsent: list[str] = []
+    for path, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and is_quantised(parameter):
+                whole = type(parameter.data) is Tensor
+                for tensor in [*([] if whole else ordinary_parts(parameter)), *scales_beside(part, parameter)]:
+                    _share(tensor.detach())
+                unsent += [] if whole else [join(path, name)]
+    if unsent:
+        private.keep_from_ddp(module, unsent)
+
+
+def _share(tensor: Tensor) -> None:
+    sent = tensor.contiguous().reshape(-1).view(torch.uint8)
+    torch.distributed.broadcast(sent, src=0)
+    tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
