@@ -1,6 +1,6 @@
 """FSDP2: the user's ``configure_model`` calls ``fully_shard``; a delta is sharded as its host is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -66,7 +66,7 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
         return super().lightning_module_state_dict(rules, original)
 
     def load_model_state_dict(
-        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
+        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta into what the optimizer holds."""
         self._reshard()
