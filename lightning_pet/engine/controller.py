@@ -28,7 +28,7 @@ from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
-from lightning_pet.engine.agreement import agreed, same
+from lightning_pet.engine.agreement import same
 from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
@@ -222,11 +222,12 @@ class Controller:
     def _advance(self, *, last: bool) -> None:
         if self._converts and not last:
             return
-        inserted = agreed("inserting the deltas", lambda: self._insert_or_wait(last))
+        inserted = self.adapter.agreed("inserting the deltas", lambda: self._insert_or_wait(last))
         if not (inserted and last):
             return
         root = root_of(self.module)[1]
-        same("the methods", described(root))
+        if self.adapter.several:
+            same("the methods", described(root))
         if self._new:
             self._start()
         with self.adapter.planning(root):
@@ -263,11 +264,11 @@ class Controller:
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
-        new = self._new
-        if any(method.start_from for method in new):
+        paths = [method.start_from for method in self._new if method.start_from]
+        if paths:
             self.adapter.check_start(root_of(self.module)[1])
-        files = agreed("reading start_from", lambda: {m.start_from: read(m.start_from) for m in new if m.start_from})
-        start(self.module, new, files, self.adapter.whole, self.adapter.fill)
+            files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
+            start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
         launcher = self.trainer.strategy.launcher

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_pet.core.adapted import Adapted
-from lightning_pet.engine.agreement import agreed, together
+from lightning_pet.engine.agreement import together
 from lightning_pet.engine.base_check import base_fingerprint
 from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.store.delta_file import write_delta
@@ -42,7 +42,8 @@ def save_gathered(
     Returns:
         Bytes written, in every process.
     """
-    together("save_delta")
+    if adapter.several:
+        together("save_delta")
     strategy = adapter.strategy
     path = strategy.broadcast(path)
     prefix = f"{manifest.root}." if manifest.root else ""
@@ -50,5 +51,6 @@ def save_gathered(
     state = strategy.lightning_module_state_dict()
     tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     manifest = replace(manifest, base=base_fingerprint(adapted.root, adapted.record, exact, adapter.whole))
-    size = agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if strategy.is_global_zero else 0)
+    write = strategy.is_global_zero
+    size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)
     return int(strategy.broadcast(size))
