@@ -78,6 +78,8 @@ class Sharding(Classifier):
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
 
+        if not hasattr(self, "net"):
+            self.net = network()
         if any(hasattr(p, "full_tensor") for p in self.net.parameters()):
             return
         mesh = self.mesh() if self.mesh else self.device_mesh["data_parallel"]
@@ -90,12 +92,16 @@ def sharding(option: str) -> Classifier:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     module = Sharding(network(), False)
+    if option == "early":  # sharded before the deltas come, with everything at once
+        del module.net
+    mixed = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
     module.options = {
         "keep": {"reshard_after_forward": False},
-        "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+        "mixed": mixed,
+        "early": {**mixed, "reshard_after_forward": False},
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     }.get(option, {})
-    if option == "hybrid":
+    if option in ("hybrid", "early"):
         module.mesh = lambda: init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     return module
 

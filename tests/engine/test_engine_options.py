@@ -22,7 +22,7 @@ SEVERAL = ["Prefix tuning, parallel adapter", "LoRA, BitFit", "LoRA, LoRA"]
 SINGLE = ["LoRA", "Adapter"]
 OPTIONS = {
     "fsdp": ["meta", "sync", "hybrid12", "hybrid21", "grad", "mixed"],
-    "fsdp2": ["keep", "mixed", "offload", "hybrid"],
+    "fsdp2": ["keep", "mixed", "offload", "hybrid", "early"],
     "zero2": ["fp16", "offload"],
     "zero3": ["init", "fp16", "offload"],
 }
@@ -40,7 +40,7 @@ REFUSED = {
     ("hybrid21", "losses"): "torch turns this into NO_SHARD",
     ("meta", "started"): "start_from: FSDP1 would fill deltas on the meta device",
 }
-ROUNDED = ("mixed", "fp16")  # these compute in half precision
+ROUNDED = ("mixed", "early", "fp16")  # these compute in half precision
 
 
 def has_deepspeed():
@@ -74,7 +74,7 @@ def check(folder, cases):
     assert list(two) == cases
     for case, found in two.items():
         option, method = case.partition(":")[0].partition("-")[2], case.partition(":")[2]
-        expected, tolerance = one[f"one:{method}"], 2e-2 if option in ROUNDED else 1e-5
+        expected, tolerance = one[f"one:{method}"], 5e-2 if option in ROUNDED else 1e-5
         for part in ("losses", "started"):
             if (option, part) in REFUSED:
                 assert REFUSED[option, part] in found["error"], case
