@@ -38,7 +38,7 @@ def _is_bitsandbytes(tensor: Tensor) -> bool:
 
 
 def _dequantises_itself(tensor: Tensor) -> bool:
-    local = tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    local = tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return type(local).dequantize is not Tensor.dequantize
 
 
