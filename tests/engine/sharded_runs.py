@@ -36,7 +36,7 @@ def run(folder: Path, engine: str, *, dropout=0.0, path=None, seed=5, method="fi
     module, strategy = make(engine, Mean, dropout)
     module.optimizers_of = optimizers
     torch.manual_seed(seed + (int(os.environ["RANK"]) if dropout else 0))
-    callbacks = [lora(**PLUS, **options), Gradients(), InAHook(folder / "hook.pet.safetensors")]
+    callbacks = [lora(**PLUS, delta_files=True, **options), Gradients(), InAHook(folder / "hook.pet.safetensors")]
     callbacks += [every_step(folder)] if method == "fit" else []
     precision = "32-true"
     if engine.endswith("bf16"):  # DeepSpeed casts the delta, too, and keeps float32 copies of its own
