@@ -22,8 +22,8 @@ name                                                      used for
 ``StochasticWeightAveraging._average_model``
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``ModelCheckpoint._link_checkpoint``                      a link to the last checkpoint that never dangles
-``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
-``DDPStrategy._ddp_kwargs``                               layers that are dropped at random
+``_MultiProcessingLauncher``, ``._already_fit``           warning about deltas that stay in other processes
+``DDPStrategy._ddp_kwargs``                               layers that are dropped, or start to train within a run
 ``overrides.distributed._sync_module_states``             equal values in all processes where DDP wraps nothing
 ``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
@@ -279,6 +279,11 @@ def wrap_average(callback: Any, method: Callable[..., Any]) -> None:
 def starts_processes(launcher: object) -> bool:
     """Whether a launcher runs the Trainer in new processes that only hand the weights back."""
     return isinstance(launcher, _MultiProcessingLauncher)
+
+
+def has_fitted(launcher: Any) -> bool:
+    """Whether such a launcher has run a fit before."""
+    return bool(launcher._already_fit)
 
 
 def checkpoints_reentrantly(module: Any) -> bool:
