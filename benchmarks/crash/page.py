@@ -87,7 +87,7 @@ from datetime import timedelta
 Trainer(strategy=DDPStrategy(timeout=timedelta(minutes=5)), …)  # longer than your longest pause between two steps
 ```
 
-The rows *joining* were measured with a timeout of {limit} seconds where there is no launcher.
+The rows *joining* were measured with a timeout of {limit} seconds, those of `torchrun` without one.
 """
 DAMAGE = """\
 ## Damaged checkpoints
