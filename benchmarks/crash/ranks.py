@@ -20,7 +20,7 @@ from lightning_pet.store.reader import load_checkpoint
 
 STEPS = 6
 JOIN_LIMIT_S = 5
-LIMIT_S = 120.0
+LIMIT_S, START_S = 120.0, 600.0
 PHASES = ("joining", "setup", "first step", "within a step", "save", "validation", "end")
 LEAST = {"within a step": 3, "save": 2, "validation": 3, "end": STEPS}
 """Step of the last checkpoint that must be there; the fourth may have been saved before the validation, or not."""
@@ -90,6 +90,7 @@ def _forked(kill: Kill, folder: Path) -> tuple[list[int], bool, float]:
     from benchmarks.crash import member
 
     pair = Pair(lambda _: member.train(folder, kill.engine, kill.phase, kill.victim))
+    pair.members[kill.victim].finish(START_S)
     codes = [pair.members[rank].finish(LIMIT_S) for rank in (kill.victim, 1 - kill.victim)]
     return codes[:: 1 - 2 * kill.victim], pair.hung, time.time()
 
@@ -125,7 +126,7 @@ def _popen(command: list[str], variables: dict[str, str], log: Path) -> subproce
 
 
 def _wait_for_kill(folder: Path, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + START_S
     while not (folder / "killed").exists():
         ended = all(process.poll() is not None for process in processes) and not (folder / "killed").exists()
         if ended or time.monotonic() > deadline:
