@@ -22,8 +22,8 @@ name                                                      used for
 ``StochasticWeightAveraging._average_model``
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``ModelCheckpoint._link_checkpoint``                      a link to the last checkpoint that never dangles
-``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
-``DDPStrategy._ddp_kwargs``                               layers that are dropped at random
+``_MultiProcessingLauncher``, ``._already_fit``           warning about deltas that stay in other processes
+``DDPStrategy._ddp_kwargs``                               layers that are dropped, or start to train within a run
 ``overrides.distributed._sync_module_states``             equal values in all processes where DDP wraps nothing
 ``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
@@ -39,6 +39,7 @@ name                                                      used for
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
+``FullyShardedDataParallel._is_root``                      whether a unit of FSDP1 was used before
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
 ``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
@@ -285,6 +286,11 @@ def starts_processes(launcher: object) -> bool:
     return isinstance(launcher, _MultiProcessingLauncher)
 
 
+def has_fitted(launcher: Any) -> bool:
+    """Whether such a launcher has run a fit before."""
+    return bool(launcher._already_fit)
+
+
 def checkpoints_reentrantly(module: Any) -> bool:
     """Whether a transformers module runs its layers under reentrant checkpointing (torch's default)."""
     function = getattr(module, "_gradient_checkpointing_func", None)
@@ -298,6 +304,11 @@ def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
         function = policy._lambda_fn
         return lambda module, recurse, size: recurse or bool(function(module))
     return None if policy is None else lambda module, recurse, size: bool(policy(module, recurse, size))
+
+
+def knows_outermost(unit: Any) -> bool:
+    """Whether a unit of FSDP1 was used before, so that it knows whether it is the outermost one."""
+    return getattr(unit, "_is_root", True) is not None
 
 
 @contextmanager

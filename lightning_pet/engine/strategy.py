@@ -30,6 +30,7 @@ from lightning_pet.store.archive import read_checkpoint
 _ATTRIBUTE = "_pet_adapter"
 Named = Iterable[tuple[str, Tensor]]
 S = TypeVar("S", bound=Strategy)
+T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -127,7 +128,7 @@ class StrategyAdapter(Generic[S]):
     ) -> None:
         """Complete the checkpoint, then write it."""
         rules.before_save(checkpoint)
-        agreed(f"saving {filepath}", lambda: original(checkpoint, filepath, storage_options=storage_options))
+        self.agreed(f"saving {filepath}", lambda: original(checkpoint, filepath, storage_options=storage_options))
 
     def load_checkpoint(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
@@ -136,7 +137,7 @@ class StrategyAdapter(Generic[S]):
         return self._read(rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only))
 
     def _read(self, rules: CheckpointRules, path: Any, load: Callable[[], Any]) -> dict[str, Any]:
-        checkpoint = agreed(f"reading {path}", lambda: read_checkpoint(path, load))
+        checkpoint = self.agreed(f"reading {path}", lambda: read_checkpoint(path, load))
         rules.after_load(checkpoint, path)
         return checkpoint
 
@@ -153,6 +154,15 @@ class StrategyAdapter(Generic[S]):
         original(rules.before_optimizers(checkpoint))
 
     # --- what the controller and the rules ask ----------------------------------------------------
+
+    @property
+    def several(self) -> bool:
+        """Whether this Trainer has other processes: one for a single device may run beside the group of another."""
+        return getattr(self.strategy, "world_size", 1) > 1
+
+    def agreed(self, what: str, action: Callable[[], T]) -> T:
+        """Run something that may fail in some processes, and then fails in all; see :mod:`.agreement`."""
+        return agreed(what, action) if self.several else action()
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse what this engine cannot do with a delta, before anything is changed.
@@ -212,7 +222,11 @@ class StrategyAdapter(Generic[S]):
 
     def whole_modules(self, modules: Sequence[M]) -> Iterator[tuple[M, dict[str, Tensor]]]:
         """Give each module with its tensors whole; every process must run through all of them."""
+        self.settle()
         return each_whole(modules, self.whole)
+
+    def settle(self) -> None:
+        """Let modules have the parameters that train, where an engine may have left others in their places."""
 
     def watch_gradients(self, named: Named) -> None:
         """Gradients of these parameters will be asked for after each optimizer step of this run."""

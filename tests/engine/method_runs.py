@@ -66,7 +66,11 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "BitFit": lambda _: [pet.BitFitCallback()],
     "Layer freezing": lambda _: [pet.LayerFreezingCallback(train_last=1)],
     "Gradual unfreezing": lambda _: [pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step")],
-    "Diff pruning": lambda _: [pet.DiffPruningCallback(density=0.1, plot=False)],
+    "Diff pruning": lambda _: [
+        pet.DiffPruningCallback(
+            density=0.1, stages=(0.75, 0.25), l0_weight=0.01, alpha_init=1.0, alpha_clip=1e-3, plot=False
+        )
+    ],
     "Intrinsic dimension": lambda _: [pet.IntrinsicDimensionCallback(d=50)],
     "Full fine-tuning": lambda _: [pet.FullFineTuningCallback()],
     "MAM (prefix and parallel adapter)": lambda _: [
