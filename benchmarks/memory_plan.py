@@ -336,7 +336,7 @@ def check(models: Sequence[str], methods: Sequence[str], engines: Sequence[str])
         for method in methods:
             for engine in engines:
                 plan = planned(name, method, engine)
-                total = plan.total + plan.inventory.originals  # host memory is the same memory here
+                total = plan.total + plan.host  # host memory is the same memory here
                 try:
                     measured = measure(name, method, engine)
                 except RuntimeError as error:

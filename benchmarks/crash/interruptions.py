@@ -116,7 +116,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(folder: Path, short: bool) -> Iterator[dict[str, Any]]:
     """One row for each method."""
     if short:
-        for method in ("LoRA", "Diff pruning", "Adapter"):
+        for method in ("LoRA", "Diff pruning"):
             yield _row(MethodRun(method, val=True, accumulate=2), folder / method, {"validation": {}}, only=2)
         return
     for method in METHODS:

@@ -27,8 +27,9 @@ from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.quantised import DENSE, dense_values, is_quantised
 from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
+from lightning_pet.core.slot import Slot
 from lightning_pet.core.structure import Target
-from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
 
 _SCOPE = "_pet_scope"  # this module's weight deltas are visible now
@@ -46,30 +47,6 @@ class Deltas(nn.ModuleDict):
         # Not isinstance: a sharding engine may have wrapped a delta, and passes its attributes through.
         own = cast(dict[str, Delta], self._modules)
         return [delta for key, delta in own.items() if key not in self.muted and delta.path == path]
-
-
-class Slot:
-    """Carries the input of one module to a delta on another, within one forward."""
-
-    def __init__(self, pet: Deltas, key: str) -> None:
-        self.pet = pet
-        self.key = key
-        self.value: Tensor | None = None
-
-    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the first tensor of a call, unless the delta that wants it is muted."""
-        if self.key not in self.pet.muted:
-            self.value = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-
-    def take(self) -> Tensor:
-        """Give the tensor away: a slot keeps no activation alive."""
-        value, self.value = self.value, None
-        if value is None:
-            raise DeadSiteError(
-                f"the delta {self.key!r} reads the input of another module, which was not called before it in this "
-                "forward. Exclude this place."
-            )
-        return value
 
 
 class _Host(nn.Module):

@@ -60,6 +60,16 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                 "strategy='ddp', which does the same."
             )
 
+    def expect_gaps(self, trainer: pl.Trainer, what: str) -> None:
+        """Refuse accumulation with them: a unit that the last of several batches passes over loses its gradient."""
+        super().expect_gaps(trainer, what)
+        if trainer.accumulate_grad_batches != 1:
+            raise UnsupportedStrategyError(
+                f"{what} with accumulate_grad_batches={trainer.accumulate_grad_batches}: FSDP1 cannot accumulate the "
+                "gradient of a unit that takes no part in the last batch. Use ModelParallelStrategy (FSDP2) or "
+                "strategy='ddp', or accumulate_grad_batches=1."
+            )
+
     def _copies(self) -> bool:
         """Whether each process would hold all of the model."""
         if self.strategy.world_size == 1:

@@ -1,6 +1,6 @@
 """FSDP2: the user's ``configure_model`` calls ``fully_shard``; a delta is sharded as its host is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, cast
 
@@ -35,10 +35,11 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
             return
         from torch.distributed.fsdp import fully_shard
 
+        self.settle()
         modules = named_modules(root)
         alone = {path for path, _ in own_units(root)}
         for path, host_path, delta in deltas_of(root):
-            mesh = _mesh_of(modules[host_path])
+            mesh = _mesh_around(modules, host_path)
             if mesh is None or not any(not is_sharded(p) for p in delta.parameters()):
                 continue
             if path not in alone:
@@ -74,7 +75,11 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
         super().load_model_state_dict(rules, original, checkpoint, strict)
 
     def settle(self) -> None:
-        """Validation leaves outermost units whole: their parameters are then others than those that train."""
+        """Give back what a forward left whole: validation, or the look at the structure.
+
+        Outermost units stay whole, and all of them with ``reshard_after_forward=False``; their parameters are then
+        others than those that train.
+        """
         from torch.distributed.fsdp import FSDPModule
 
         for module in self.strategy.lightning_module.modules() if self.strategy.lightning_module else ():
@@ -99,6 +104,13 @@ def _refuse_mixed_groups(module: nn.Module) -> None:
                 f"{found} train within one fully_shard, whose gradients must have one precision. Call fully_shard on "
                 "the module that trains in low precision (a head) by itself, or use precision='bf16-mixed'."
             )
+
+
+def _mesh_around(modules: Mapping[str, nn.Module], path: str) -> Any:
+    """The mesh of a host, or, if it has no tensors (a dropout), of the nearest module around it that is sharded."""
+    while (mesh := _mesh_of(modules[path])) is None and path:
+        path = path.rpartition(".")[0]
+    return mesh
 
 
 def _mesh_of(host: nn.Module) -> Any:

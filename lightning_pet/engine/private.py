@@ -22,8 +22,9 @@ name                                                      used for
 ``StochasticWeightAveraging._average_model``
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``ModelCheckpoint._link_checkpoint``                      a link to the last checkpoint that never dangles
-``_MultiProcessingLauncher``                              warning about deltas that stay in other processes
-``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
+``_MultiProcessingLauncher``, ``._already_fit``           warning about deltas that stay in other processes
+``DDPStrategy._ddp_kwargs``                               layers that are dropped, or start to train within a run
+``overrides.distributed._sync_module_states``             equal values in all processes where DDP wraps nothing
 ``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
@@ -65,6 +66,7 @@ from typing import Any, Final
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -95,9 +97,16 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
     return undo
 
 
-def finds_unused_parameters(strategy: Any) -> bool:
-    """Whether a DDP strategy looks in every step for parameters without a gradient."""
-    return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+def look_for_unused_parameters(strategy: Any) -> bool:
+    """Let a DDP strategy look in every step for parameters without a gradient; return whether it did not before."""
+    before = bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+    strategy._ddp_kwargs["find_unused_parameters"] = True
+    return not before
+
+
+def share_from_first(module: Any) -> None:
+    """Give every process the values that the first one has, as DDP does when it wraps a model."""
+    _sync_module_states(module)
 
 
 def keep_from_ddp(module: Any, names: Iterable[str]) -> None:
@@ -270,6 +279,11 @@ def wrap_average(callback: Any, method: Callable[..., Any]) -> None:
 def starts_processes(launcher: object) -> bool:
     """Whether a launcher runs the Trainer in new processes that only hand the weights back."""
     return isinstance(launcher, _MultiProcessingLauncher)
+
+
+def has_fitted(launcher: Any) -> bool:
+    """Whether such a launcher has run a fit before."""
+    return bool(launcher._already_fit)
 
 
 def checkpoints_reentrantly(module: Any) -> bool:

@@ -53,6 +53,7 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "AdaLoRA": lambda _: [pet.AdaLoRACallback(target_r=2, init_r=4, tinit=1, tfinal=1)],
     "Adapter": lambda _: [pet.AdapterCallback(bottleneck_size=4)],
     "Adapter, parallel": lambda _: [pet.AdapterCallback(bottleneck_size=4, placement="parallel")],
+    "Adapter, robust drop": lambda _: [pet.AdapterCallback(bottleneck_size=4, robust_drop=True)],
     "AdapterBias": lambda _: [pet.AdapterBiasCallback()],
     "Adapter fusion": lambda folder: [pet.AdapterFusionCallback(adapters(folder), temperature=9.0)],
     "Compacter": lambda _: [pet.CompacterCallback(bottleneck_size=4, phm_dim=2)],

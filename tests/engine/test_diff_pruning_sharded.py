@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed_operator import require_deepspeed
 from diff_runs import CLIPPED, STEPS, diff, flat
 from launch import launch
 from models import Data, Module, Net, cosine, every_step, fit
@@ -32,7 +33,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Module, list[li
 
 def run(engine: str, one: Any, factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     if engine.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install lightning-pet[deepspeed])")
+        require_deepspeed()
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
     codes, outputs = launch([SCRIPT, str(folder), engine], timeout=300)
