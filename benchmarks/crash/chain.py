@@ -239,7 +239,9 @@ class Watch:
             except Exception:
                 self.seen["torn"] += 1
         newest = max(found.values(), default=0)
-        last = found.get("last.ckpt", 0) if self.chain.resume == "last" else newest
+        # A run that was killed between its first save and the link to it goes on as last-v1.
+        lasts = [step for name, step in found.items() if name.startswith("last")]
+        last = max(lasts, default=0) if self.chain.resume == "last" else newest
         self.seen["lost"] += min(newest, last) < self.acknowledged
         self.hidden = [path for path in self.folder.iterdir() if path.name.startswith(".")]
         self.seen["hits"] += bool(self.hidden)

@@ -84,7 +84,7 @@ time:
 ```python
 from datetime import timedelta
 
-Trainer(strategy=DDPStrategy(timeout=timedelta(minutes=5)), …)  # longer than your longest pause between two steps
+trainer = Trainer(strategy=DDPStrategy(timeout=timedelta(minutes=5)))  # above your longest pause between steps
 ```
 
 The rows *joining* were measured with a timeout of {limit} seconds, those of `torchrun` without one.
