@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_pet.cli import inspect, merge
+from lightning_pet.cli import extract, inspect, merge
 from lightning_pet.lightning_cli import default_config, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,10 +135,11 @@ def test_a_trainer_command_parses(words: list[str], capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "words", [w for verb in ("inspect", "merge") for w in commands(f"lightning-pet {verb}")], ids=" ".join
+    "words", [w for verb in ("inspect", "extract", "merge") for w in commands(f"lightning-pet {verb}")], ids=" ".join
 )
 def test_a_file_command_parses(words: list[str]) -> None:
-    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli({"inspect": inspect, "merge": merge}, args=[]))
+    verbs = {"inspect": inspect, "extract": extract, "merge": merge}
+    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli(verbs, args=[]))
     parsed = parser.parse_args(words[1:])
     assert parsed.subcommand == words[1]
 

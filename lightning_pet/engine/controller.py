@@ -28,7 +28,7 @@ from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
-from lightning_pet.engine.agreement import agreed, same
+from lightning_pet.engine.agreement import same
 from lightning_pet.engine.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
 from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
@@ -86,6 +86,7 @@ class Controller:
         self._new: list[TrainerMethod] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
         self._checked: set[int] = set()
+        self._given: tuple[str, ...] = ()  # names of what was applied before this run
 
     # --- finding the controller -----------------------------------------------------------------
 
@@ -147,6 +148,7 @@ class Controller:
         if self.adapter.shards:
             self._refuse_unsharded()
         self._warn_spawn()
+        self._given = self._delta_names()
         self._new, self._trained = [], False
         self._checked.clear()
         self.checkpoints.new_run()
@@ -220,13 +222,16 @@ class Controller:
     def _advance(self, *, last: bool) -> None:
         if self._converts and not last:
             return
-        inserted = agreed("inserting the deltas", lambda: self._insert_or_wait(last))
+        inserted = self.adapter.agreed("inserting the deltas", lambda: self._insert_or_wait(last))
         if not (inserted and last):
             return
         root = root_of(self.module)[1]
-        same("the methods", described(root))
+        if self.adapter.several:
+            same("the methods", described(root))
         if self._new:
             self._start()
+        if any(method.start_from for method in self._new):
+            self.adapter.after_insertion(root, complete=True)  # a file may have brought other shapes
         with self.adapter.planning(root):
             self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
 
@@ -261,19 +266,39 @@ class Controller:
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
-        new = self._new
-        if any(method.start_from for method in new):
+        paths = [method.start_from for method in self._new if method.start_from]
+        if paths:
             self.adapter.check_start(root_of(self.module)[1])
-        files = agreed("reading start_from", lambda: {m.start_from: read(m.start_from) for m in new if m.start_from})
-        start(self.module, new, files, self.adapter.whole, self.adapter.fill)
+            files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
+            start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
-        if private.starts_processes(self.trainer.strategy.launcher) and self.rules() is None:
+        launcher = self.trainer.strategy.launcher
+        if not private.starts_processes(launcher) or self.rules() is not None:
+            return
+        if private.has_fitted(launcher):
+            rank_zero_warn(
+                "this Trainer has trained in other processes, and the module in this process never got their delta: "
+                "without ckpt_path, a new and untrained one is used. Pass ckpt_path, or load_delta(module, checkpoint)."
+            )
+        else:
             rank_zero_warn(
                 "this strategy trains in new processes and hands only the weights back, so the delta will be missing "
-                "in this process after fit. Call lightning_pet.apply(module, callbacks) before fit, or use "
-                "strategy='ddp'."
+                "in this process after fit. Call lightning_pet.apply(module, callbacks) before fit, use "
+                "strategy='ddp', or load_delta(module, checkpoint) afterwards."
             )
+
+    def _warn_changed_form(self) -> None:
+        """Weights go back by name: a delta that has other tensors than when it was applied would stay as it was."""
+        if private.starts_processes(self.trainer.strategy.launcher) and self._given not in ((), self._delta_names()):
+            rank_zero_warn(
+                "the delta has other tensors now than before fit, so the process that called fit does not get its "
+                "values. There, call load_delta on a new module with a checkpoint of this run."
+            )
+
+    def _delta_names(self) -> tuple[str, ...]:
+        record = record_of(root_of(self.module)[1])
+        return record.delta_names if record is not None else ()
 
     # --- optimizers -----------------------------------------------------------------------------
 
@@ -360,6 +385,7 @@ class Controller:
         """
         self._undo_all()
         self.resume.teardown(self.trainer)
+        self._warn_changed_form()
         root = root_of(self.module)[1]
         interrupted = self.trainer.state.status == TrainerStatus.INTERRUPTED and not self._trained
         if interrupted and self._new and not self.adapter.is_wrapped(root):

@@ -58,7 +58,10 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
     """
     found = adapted_root(model)
     if found is None:
-        raise PETError(f"nothing was applied to this {type(model).__name__}: there is no delta to save.")
+        raise PETError(
+            f"nothing was applied to this {type(model).__name__}: there is no delta to save. If it was trained by "
+            "ddp_spawn, ddp_fork or in a notebook, load_delta(model, checkpoint) first."
+        )
     root_path, root = found
     adapted, adapter = Adapted(root), gathering_adapter(model)
     methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in adapted.record.applied)

@@ -6,10 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_pet.core.adaptation import changed_buffers
 from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.naming import join, named_tensors
-from lightning_pet.engine.agreement import agreed, together
+from lightning_pet.engine.agreement import together
 from lightning_pet.engine.base_check import base_fingerprint
 from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.store.delta_file import write_delta
@@ -44,17 +42,15 @@ def save_gathered(
     Returns:
         Bytes written, in every process.
     """
-    together("save_delta")
-    strategy, root, record = adapter.strategy, adapted.root, adapted.record
+    if adapter.several:
+        together("save_delta")
+    strategy = adapter.strategy
     path = strategy.broadcast(path)
-    manifest = replace(manifest, base=base_fingerprint(root, record, exact, adapter.whole))
-    own = dict(named_tensors(root))
-    wanted = [*record.delta_names, *record.trained_names, *changed_buffers(root)]
-    full = {join(manifest.root, name): name for name in wanted}
-    device = "cpu" if strategy.is_global_zero else "meta"  # elsewhere nothing is kept
-    tensors = {
-        full[name]: tensor.detach().to(device).contiguous()
-        for name, tensor in adapter.whole((path_, own[name]) for path_, name in full.items())
-    }
-    size = agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if strategy.is_global_zero else 0)
+    prefix = f"{manifest.root}." if manifest.root else ""
+    # As for a checkpoint: outside of the writing process nothing but shapes is kept.
+    state = strategy.lightning_module_state_dict()
+    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    manifest = replace(manifest, base=base_fingerprint(adapted.root, adapted.record, exact, adapter.whole))
+    write = strategy.is_global_zero
+    size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)
     return int(strategy.broadcast(size))

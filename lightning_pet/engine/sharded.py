@@ -20,7 +20,6 @@ from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.quantised import format_of, is_quantised
-from lightning_pet.engine.agreement import agreed
 from lightning_pet.engine.strategy import CheckpointRules, Named, StrategyAdapter
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.delta import Delta
@@ -106,7 +105,9 @@ class ShardedAdapter(StrategyAdapter[P]):
         """Complete the checkpoint, then write one file."""
         rules.before_save(checkpoint)
         path = self.strategy.broadcast(filepath)
-        agreed(f"saving {path}", lambda: Strategy.save_checkpoint(self.strategy, checkpoint, path, storage_options))
+        self.agreed(
+            f"saving {path}", lambda: Strategy.save_checkpoint(self.strategy, checkpoint, path, storage_options)
+        )
 
     def load_checkpoint(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None

@@ -18,13 +18,13 @@ import torch  # noqa: E402
 from ddp_runs import trainer  # noqa: E402  # it silences warnings and logs, too
 from engines import CPUDeepSpeed, strategy_of  # noqa: E402
 from method_runs import Classifier, loader  # noqa: E402
+from method_runs import build as network  # noqa: E402
 from models import every_step  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecision  # noqa: E402
 
 import lightning_pet as pet  # noqa: E402
-from tests.methods import zoo  # noqa: E402
 
 RESUMED = 2
 QUIET: dict[str, Any] = {"verbose": False}
@@ -43,22 +43,11 @@ METHODS: dict[str, Callable[[], list[pet.PETCallback]]] = {
 }
 
 
-def network() -> nn.Module:
-    return without_dropout(zoo.bert()[0].train())
-
-
-def without_dropout(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return net
-
-
 class Late(Classifier):
     """Builds the model in ``configure_model``, where ZeRO-3 partitions it at once."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__(None, False)
         del self.net
         self.source = [network()]  # in a list, so that it is no part of the module
 
@@ -70,9 +59,10 @@ class Late(Classifier):
         if hasattr(self, "net"):
             return
         (source,) = self.source
+        source.config.hidden_dropout_prob = source.config.attention_probs_dropout_prob = 0.0
         source.config.pad_token_id = None  # transformers would zero the row of a table that is empty here
         with no_init_weights():
-            self.net = without_dropout(BertForSequenceClassification(source.config))
+            self.net = BertForSequenceClassification(source.config)
         with torch.no_grad():
             for own, value in zip(self.net.parameters(), source.parameters(), strict=True):
                 with deepspeed.zero.GatheredParameters([own], modifier_rank=0):
@@ -88,6 +78,8 @@ class Sharding(Classifier):
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
 
+        if not hasattr(self, "net"):
+            self.net = network()
         if any(hasattr(p, "full_tensor") for p in self.net.parameters()):
             return
         mesh = self.mesh() if self.mesh else self.device_mesh["data_parallel"]
@@ -99,13 +91,17 @@ class Sharding(Classifier):
 def sharding(option: str) -> Classifier:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-    module = Sharding(network())
+    module = Sharding(network(), False)
+    if option == "early":  # sharded before the deltas come, with everything at once
+        del module.net
+    mixed = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
     module.options = {
         "keep": {"reshard_after_forward": False},
-        "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+        "mixed": mixed,
+        "early": {**mixed, "reshard_after_forward": False},
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     }.get(option, {})
-    if option == "hybrid":
+    if option in ("hybrid", "early"):
         module.mesh = lambda: init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     return module
 
@@ -146,7 +142,7 @@ def build(engine: str, option: str) -> tuple[Classifier, Any, dict[str, Any]]:
     if engine == "fsdp":
         on_meta = option == "meta" or (option == "sync" and int(os.environ["RANK"]))
         with torch.device("meta" if on_meta else "cpu"):
-            module = Classifier(network())
+            module = Classifier(network(), False)
         for path, part in module.net.named_modules():
             part.path = path
         return module, strategy_of(engine, **fsdp_options(option)), {}
@@ -160,7 +156,7 @@ def build(engine: str, option: str) -> tuple[Classifier, Any, dict[str, Any]]:
     if option == "offload":
         strategy = CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo", offload_optimizer=True)
         strategy.config["zero_force_ds_cpu_optimizer"] = False  # or the optimizer must be DeepSpeed's own
-    return Late() if option == "init" else Classifier(network()), strategy, more
+    return Late() if option == "init" else Classifier(network(), False), strategy, more
 
 
 def run(folder: Path, case: str, path: Path | None = None, **start: Any) -> tuple[Classifier, Any]:

@@ -43,10 +43,15 @@ def adamw(module: L.LightningModule) -> Any:
     return torch.optim.AdamW(module.parameters(), lr=0.02)
 
 
-def cosine(module: L.LightningModule) -> Any:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
+def cosine(module: L.LightningModule, parameters: Any = None) -> Any:
+    optimizer = torch.optim.AdamW(parameters or module.parameters(), lr=0.02)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def backwards(module: L.LightningModule) -> Any:
+    """The same optimizer, which knows its parameters in another order."""
+    return cosine(module, list(module.parameters())[::-1])
 
 
 class Module(L.LightningModule):

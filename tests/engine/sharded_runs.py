@@ -15,7 +15,7 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from ddp_runs import Dealt, Mean, on_a_full_disk  # noqa: E402  # it silences warnings and logs, too
 from engines import PLUS, make, trained_parameters  # noqa: E402
-from models import Data, every_step, lora, trainer  # noqa: E402
+from models import Data, backwards, cosine, every_step, lora, trainer  # noqa: E402
 
 from lightning_pet.engine import agreement  # noqa: E402
 from lightning_pet.engine.delta import save_delta  # noqa: E402
@@ -31,11 +31,12 @@ class Gradients(L.Callback):
         self.room = sum(size for size in {store.data_ptr(): store.nbytes() // 4 for store in stores}.values())
 
 
-def run(folder: Path, engine: str, *, dropout: float = 0.0, path=None, seed: int = 5, method="fit", **options):
+def run(folder: Path, engine: str, *, dropout=0.0, path=None, seed=5, method="fit", optimizers=cosine, **options):
     """One fit (or validate); with dropout every rank draws its own numbers."""
     module, strategy = make(engine, Mean, dropout)
+    module.optimizers_of = optimizers
     torch.manual_seed(seed + (int(os.environ["RANK"]) if dropout else 0))
-    callbacks = [lora(**PLUS, **options), Gradients(), InAHook(folder / "hook.pet.safetensors")]
+    callbacks = [lora(**PLUS, delta_files=True, **options), Gradients(), InAHook(folder / "hook.pet.safetensors")]
     callbacks += [every_step(folder)] if method == "fit" else []
     precision = "32-true"
     if engine.endswith("bf16"):  # DeepSpeed casts the delta, too, and keeps float32 copies of its own
@@ -93,7 +94,7 @@ def main(folder: Path, engine: str) -> dict[str, object]:
 
 def others(folder: Path, engine: str, fitted, found: dict[str, object]) -> None:
     fitted.save_checkpoint(folder / "weights.ckpt", weights_only=True)
-    other, _ = run(folder / "other", engine, path=folder / "single" / "step=4.ckpt", seed=99)
+    other, _ = run(folder / "other", engine, path=folder / "single" / "step=4.ckpt", seed=99, optimizers=backwards)
     found["from_single"] = other.losses
     _, checked = run(folder, engine, path=folder / "after.ckpt", seed=98, method="validate")
     checked.save_checkpoint(folder / "validated.ckpt", weights_only=True)

@@ -1,8 +1,9 @@
 """Two gloo processes: the same delta as one, checkpoints that resume bit for bit, refusals on every rank."""
 
 import json
+import os
+import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from models import Data, Module, Net, digest, fit, lora, trainer
 sys.path.append(str(Path(__file__).parents[1]))
 from launch import launch
 
-from lightning_pet.engine.adapt import apply
 from lightning_pet.engine.delta import load_delta
 
+SPAWNING = ["ddp_spawn", "ddp_notebook"]
 SCRIPT = str(Path(__file__).with_name("ddp_runs.py"))
 
 
@@ -100,18 +101,23 @@ def test_a_checkpoint_of_two_processes_loads_in_one(two):
     assert digest(module) == ranks[0]["digest"]
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_new_processes_hand_the_delta_back_only_if_it_was_applied_before(eager, capfd):
-    module = Module(Net())
-    torch.manual_seed(5)
-    if eager:
-        apply(module, [lora()])
-    run = trainer(lora(), strategy="ddp_fork", devices=1, max_epochs=1)
-    with warnings.catch_warnings():
-        # The warning is given in the new process, whose own record of warnings would be lost.
-        warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: print(message, file=sys.__stderr__, flush=True)
-        run.fit(module, datamodule=Data())
-    assert ("lightning_pet.apply(module, callbacks)" in capfd.readouterr().err) != eager
-    if eager:
-        assert not torch.equal(module.net.fc1.pet["lora_default"].b, torch.zeros(8, 2))
+@pytest.mark.parametrize("strategy", ["ddp_fork", *(pytest.param(s, marks=pytest.mark.slow) for s in SPAWNING)])
+def test_new_processes_hand_the_delta_back_only_if_it_was_applied_before(strategy, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("spawn_runs.py")), str(tmp_path), strategy],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert "FOUND " in done.stdout, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("FOUND ")[1].splitlines()[0])
+    assert found["returned"]
+    assert found["trained"]
+    assert found["loaded"]
+    assert found["loss"] == pytest.approx(found["from_checkpoint"])
+    assert "load_delta(model, checkpoint) first" in found["missing"]
+    assert done.stderr.count("Call lightning_pet.apply(module, callbacks) before fit") == 1
+    assert done.stderr.count("without ckpt_path, a new and untrained one is used") == 2
+    net = Net(dropout=0)
+    load_delta(net, tmp_path / "eager.pet.safetensors")

@@ -103,9 +103,11 @@ def test_one_process_resumes_it(one: Any, two: Any, step: int) -> None:
 
 
 def test_loads_and_validates(one: Any, two: Any) -> None:
-    net, x = Net(dropout=0), torch.randn(7, 6)
-    load_delta(net, two[0] / "after.ckpt")
-    torch.testing.assert_close(net.eval()(x), one[1].net.eval()(x), atol=1e-4, rtol=1e-4)
+    x = torch.randn(7, 6)
+    for name in ("after.ckpt", "delta.pet.safetensors"):
+        net = Net(dropout=0)
+        load_delta(net, two[0] / name)
+        torch.testing.assert_close(net.eval()(x), one[1].net.eval()(x), atol=1e-4, rtol=1e-4)
     for step in (3, 8):
         mine, theirs = state(two[0] / f"validated{step}.ckpt"), state(two[0] / "plain" / f"step={step}.ckpt")
         assert mine["state_dict"].keys() == theirs["state_dict"].keys()

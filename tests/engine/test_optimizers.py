@@ -4,6 +4,7 @@ import copy
 import random
 
 import lightning as L
+import models
 import pytest
 import torch
 from torch import nn, optim
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_pet.engine import parameter_groups, private
 from lightning_pet.engine.optimizers import check, hold_delta, parameter_names, reorder_state
-from lightning_pet.errors import OptimizerMismatchError
+from lightning_pet.errors import DeltaFileError, OptimizerMismatchError
 
 
 class Pet(nn.Module):
@@ -388,6 +389,41 @@ def test_permutations_never_swap_moments(seed):
     after = grouped(module, layouts[1])
     after.load_state_dict(reorder_state([state], saved, names(module, after))[0])
     assert all(torch.equal(value, expected[name]) for name, value in moments(module, after).items())
+
+
+def test_permutations_of_a_run(tmp_path):
+    """A run is resumed 50 times with its callbacks, targets, groups and parameters shuffled: by name, or not at all."""
+    draw = random.Random(0)
+
+    def shuffled(module):
+        named = [item for item in module.named_parameters() if item[1].requires_grad]
+        named = draw.sample(named, len(named))
+        cut = draw.randint(1, len(named) - 1)
+        groups = [{"params": [p for _, p in part]} for part in (named[:cut], named[cut:])]
+        return optim.AdamW(groups, lr=0.1)
+
+    def run(order, ckpt=None):
+        module = models.Module(models.Net(dropout=0), shuffled)
+        places = {"default": draw.sample(["fc1", "fc2"], 2), "second": ["fc2"]}
+        callbacks = [models.lora(name=name, target_modules=places[name]) for name in order]
+        saver = [] if ckpt else [models.every_step(tmp_path)]
+        trainer = models.trainer(*callbacks, *saver, max_steps=3)
+        trainer.fit(module, datamodule=models.Data(), ckpt_path=ckpt)
+        names_of = {id(p): name for name, p in module.named_parameters()}
+        (optimizer,) = trainer.optimizers
+        return {names_of[id(p)]: values for p, values in optimizer.state.items()}
+
+    saved = run(["default", "second"])
+    assert len(saved) == 8
+    for number in range(50):
+        if number % 5 == 0:
+            with pytest.raises(DeltaFileError, match="give the same callbacks in the same order"):
+                run(["second", "default"], models.ckpt(tmp_path, 3))
+            continue
+        found = run(["default", "second"], models.ckpt(tmp_path, 3))
+        assert found.keys() == saved.keys()
+        for name, values in saved.items():
+            assert all(torch.equal(value, found[name][key]) for key, value in values.items()), name
 
 
 def test_groups_that_changed_places():
