@@ -49,6 +49,7 @@ FEATURES = {
     "travels": "one process goes on with its checkpoint, and it with that of one process; the losses agree as above",
     "refuses": "the checkpoint of another method is refused in every process",
 }
+STRATEGIES = {"ddp": "DDPStrategy", "fsdp": "FSDPStrategy", "fsdp2": "ModelParallelStrategy"}
 RESULTS = ROOT / "docs" / "strategies.json"
 PAGE = ROOT / "docs" / "strategies.md"
 BEGIN, END = "<!-- begin of what benchmarks/strategies.py writes -->", "<!-- end of what it writes -->"
@@ -193,7 +194,7 @@ def table(results: Mapping[str, Any]) -> str:
         "|---|" + ":-:|" * len(ENGINES),
     ]
     for name, row in results["methods"].items():
-        lines.append(f"| {name} | " + " | ".join(mark(row.get(engine), notes) for engine in ENGINES) + " |")
+        lines.append(f"| {name} | " + " | ".join(mark(row.get(engine), engine, notes) for engine in ENGINES) + " |")
     lines += ["", "✓: everything holds, which is", "", *(f"* *{name}*: {text};" for name, text in FEATURES.items())]
     lines[-1] = lines[-1][:-1] + "."
     if notes:
@@ -207,14 +208,14 @@ def table(results: Mapping[str, Any]) -> str:
 MOST = {"loss": "a loss by {:.0e} of its value", "delta": "what trained by {:.0e} of the largest of its tensor"}
 
 
-def mark(cell: Cell | None, notes: list[str]) -> str:
-    """The sign of a cell, with the number of its note."""
+def mark(cell: Cell | None, engine: str, notes: list[str]) -> str:
+    """The sign of a cell, with the number of its note; engines that are refused alike share one."""
     if cell is None:
         return ""
     if holds(cell):
         return "✓"
     if "refused" in cell:
-        sign, note = "–", re.sub(r"\b(DDP|FSDP|ModelParallel|DeepSpeed)Strategy\b", "…Strategy", cell["refused"])
+        sign, note = "–", cell["refused"].replace(STRATEGIES.get(engine, "DeepSpeedStrategy"), "…Strategy")
     else:
         sign, note = "✗", cell.get("failed") or "not: " + ", ".join(f for f in FEATURES if not cell[f])
     note = " ".join(re.sub(r"[`*]", "", note).split())

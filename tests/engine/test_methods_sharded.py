@@ -51,7 +51,7 @@ def test_a_cell_that_does_not_hold_shows(tmp_path):
     good = dict.fromkeys(FEATURES, True)
     cells = [good, good | {"resumes": False}, {"refused": "why: `x`"}, {"failed": "plain: error"}, None]
     notes = []
-    assert [strategies.mark(cell, notes) for cell in cells] == ["✓", "✗ 1", "– 2", "✗ 3", ""]
+    assert [strategies.mark(cell, "ddp", notes) for cell in cells] == ["✓", "✗ 1", "– 2", "✗ 3", ""]
     assert notes == ["not: resumes", "why: x", "plain: error"]
 
 
