@@ -1,6 +1,6 @@
 """FSDP2: the user's ``configure_model`` calls ``fully_shard``; a delta is sharded as its host is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
