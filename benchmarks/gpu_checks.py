@@ -12,6 +12,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pet import DiffPruningCallback, LoRACallback, PETCallback, apply, load_delta, save_delta
+from lightning_pet import (
+    Adapted,
+    DiffPruningCallback,
+    LoRACallback,
+    NotMergeableError,
+    PETCallback,
+    apply,
+    load_delta,
+    save_delta,
+)
+from lightning_pet.core.quantised import is_quantised
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.hard_concrete import HardConcrete
 from lightning_pet.layers.sparse_difference import SparseDifference
@@ -151,8 +162,6 @@ def merges(folder: Path) -> None:
     """The merged model computes what the adapted one does."""
     net = trained_net(folder)
     merged = copy.deepcopy(net)
-    from lightning_pet.core.adapted import Adapted
-
     Adapted(merged).merge_()
     x = torch.randn(32, 64, device=DEVICE)
     with torch.no_grad():
@@ -305,6 +314,52 @@ def gates_have_the_gradients_of_their_definition(folder: Path) -> None:
         torch.testing.assert_close(list(found), list(truth), atol=1e-4, rtol=1e-3)
 
 
+def trains_on_a_torchao_base(folder: Path) -> None:
+    """Weight-only int8: the resume is exact, gradient reaches the first layer, and merging is refused."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def quantised() -> Net:
+        net = base().to(DEVICE)
+        quantize_(net, Int8WeightOnlyConfig())
+        return net
+
+    resumes_on_a_quantised_base(folder, lambda: Module(quantised()), {})
+
+
+def trains_on_a_bitsandbytes_base(folder: Path) -> None:
+    """Lightning's plug-in replaces the layers; everything else as above, also for DoRA, which reads the weight."""
+    from lightning.pytorch.plugins import BitsandbytesPrecision
+
+    for mode, dtype in (("nf4", torch.bfloat16), ("nf4-dq", torch.bfloat16), ("int8", torch.float16)):
+        for dora in (False, True):
+            method = partial(lora, use_dora=dora)
+            make = partial(BitsandbytesPrecision, mode, dtype=dtype)
+            resumes_on_a_quantised_base(folder / f"{mode}-{dora}", lambda: Module(base()), {"plugins": make}, method)
+
+
+def resumes_on_a_quantised_base(
+    folder: Path, build: Callable[[], Module], options: dict[str, Any], method: Callable[[], PETCallback] = lora
+) -> None:
+    """Fit, resume in the middle, and look at what was trained."""
+    made = [{name: make() for name, make in options.items()} for _ in range(2)]
+    whole, resumed = build(), build()
+    fit(whole, folder / "whole", method=method, **made[0])
+    fit(resumed, folder / "again", 99, method, ckpt_path=folder / "whole" / "step=4.ckpt", **made[1])
+    assert resumed.losses == whole.losses[4:], (resumed.losses, whole.losses[4:])
+    own = [{n: p for n, p in module.named_parameters() if ".pet." in n} for module in (whole, resumed)]
+    assert all(torch.equal(p, own[1][name]) for name, p in own[0].items())
+    assert {p.dtype for p in own[0].values()} == {torch.float32}
+    assert own[0]["net.up.pet.lora_default.b"].abs().max() > 0
+    assert is_quantised(whole.net.up.weight)
+    adapted = Adapted(whole.net)
+    try:
+        adapted.merge_()
+    except NotMergeableError:
+        pass
+    else:
+        raise AssertionError("a quantised weight was merged into")
+
+
 CHECKS: list[Callable[[Path], None]] = [
     resumes_bit_for_bit,
     resumes_in_mixed_precision,
@@ -315,7 +370,9 @@ CHECKS: list[Callable[[Path], None]] = [
     every_method_trains_and_resumes,
     diff_pruning_resumes_in_both_stages,
     gates_have_the_gradients_of_their_definition,
+    trains_on_a_torchao_base,
 ]
+ON_CUDA_ONLY: list[Callable[[Path], None]] = [trains_on_a_bitsandbytes_base]  # Lightning's plug-in runs nowhere else
 
 
 def main() -> int:
@@ -327,7 +384,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     failed = 0
-    for check in CHECKS:
+    for check in [*CHECKS, *(ON_CUDA_ONLY if DEVICE == "cuda" else [])]:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 check(Path(folder))

@@ -303,11 +303,10 @@ def parts_table(plan: MemoryPlan) -> str:
 
 def put(mark: str, text: str) -> None:
     """Write generated text into the page, between its marks."""
-    page = PAGE.read_text()
-    begin, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
-    head, _, rest = page.partition(begin)
-    _, _, tail = rest.partition(end)
-    PAGE.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+    page = PAGE.read_text(encoding="utf-8")
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    start, stop = page.index(begin) + len(begin), page.index(end)
+    PAGE.write_text(f"{page[:start]}\n\n{text}\n\n{page[stop:]}", encoding="utf-8")
 
 
 # --- measured -------------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ def check(models: Sequence[str], methods: Sequence[str], engines: Sequence[str])
         for method in methods:
             for engine in engines:
                 plan = planned(name, method, engine)
-                total = plan.total + plan.inventory.originals  # host memory is the same memory here
+                total = plan.total + plan.host  # host memory is the same memory here
                 try:
                     measured = measure(name, method, engine)
                 except RuntimeError as error:

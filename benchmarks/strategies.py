@@ -47,7 +47,7 @@ FEATURES = {
     "loads": "`load_delta` puts the checkpoint into a fresh model in plain torch, and its outputs are those of the "
     "model that one process trained",
     "travels": "one process goes on with its checkpoint, and it with that of one process; the losses agree as above",
-    "refuses": "the checkpoint of another method is refused in every process, before anything changes",
+    "refuses": "the checkpoint of another method is refused in every process",
 }
 RESULTS = ROOT / "docs" / "strategies.json"
 PAGE = ROOT / "docs" / "strategies.md"
@@ -197,14 +197,14 @@ def table(results: Mapping[str, Any]) -> str:
     lines += ["", "✓: everything holds, which is", "", *(f"* *{name}*: {text};" for name, text in FEATURES.items())]
     lines[-1] = lines[-1][:-1] + "."
     if notes:
-        lines += ["", "–: refused before anything changes. ✗: does not hold. The reasons by number:", ""]
+        lines += ["", "–: refused by name. ✗: does not hold. The reasons by number:", ""]
         lines += [f"{number}. {text}" for number, text in enumerate(notes, 1)]
     worst = {key: max(c[key] for row in results["methods"].values() for c in row.values() if key in c) for key in MOST}
-    lines += ["", "Largest differences from one process: " + ", ".join(f"{MOST[k]} {worst[k]:.0e}" for k in MOST) + "."]
+    lines += ["", "Largest differences from one process: " + ", ".join(MOST[k].format(worst[k]) for k in MOST) + "."]
     return "\n".join(lines)
 
 
-MOST = {"loss": "of a loss, relative,", "delta": "of a trained value, relative to its tensor's largest,"}
+MOST = {"loss": "a loss by {:.0e} of its value", "delta": "what trained by {:.0e} of the largest of its tensor"}
 
 
 def mark(cell: Cell | None, notes: list[str]) -> str:
@@ -214,7 +214,7 @@ def mark(cell: Cell | None, notes: list[str]) -> str:
     if holds(cell):
         return "✓"
     if "refused" in cell:
-        sign, note = "–", re.sub(r"\b(DDP|FSDP|ModelParallel|DeepSpeed)Strategy\b", "the strategy", cell["refused"])
+        sign, note = "–", re.sub(r"\b(DDP|FSDP|ModelParallel|DeepSpeed)Strategy\b", "…Strategy", cell["refused"])
     else:
         sign, note = "✗", cell.get("failed") or "not: " + ", ".join(f for f in FEATURES if not cell[f])
     note = " ".join(re.sub(r"[`*]", "", note).split())

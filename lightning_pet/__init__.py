@@ -104,4 +104,5 @@ def _runs_file_verb(argv: list[str]) -> bool:
 
 if not _runs_file_verb(sys.argv):
     for _name in __all__:
-        __getattr__(_name)
+        if not _WHERE[_name].startswith("report."):  # no LightningCLI asks for these, and they cost time
+            __getattr__(_name)

@@ -81,7 +81,6 @@ FORMATS: dict[str, Callable[..., nn.Module]] = {
     "torchao float8": torchao(_float8),
     "bitsandbytes int8": bitsandbytes("int8"),
     "bitsandbytes nf4": bitsandbytes("nf4"),
-    "bitsandbytes fp4": bitsandbytes("fp4"),
 }
 int8_activations = torchao(_int8_activations)
 

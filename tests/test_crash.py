@@ -13,6 +13,8 @@ CAMPAIGNS = (
     "chain", "command", "damage", "full_disk", "interruptions", "kills", "pairs", "power_loss", "ranks", "syscalls"
 )  # fmt: skip
 
+OURS = ("ours", "delta file", "checkpoint", "merged folder")
+
 
 @pytest.fixture(scope="module", params=["short", pytest.param("full", marks=pytest.mark.slow)])
 def campaigns(request, tmp_path_factory):
@@ -32,7 +34,8 @@ def test_nothing_is_torn_lost_or_different(campaigns):
     ran = {name for name, found in results.items() if found["rows"]}
     assert ran == set(CAMPAIGNS) - ({"command"} if mode == "short" else set())
     page = (folder / "page.md").read_text(encoding="utf-8")
-    assert page.count("\n| ---") >= len(ran)
+    shown = [name for name in ran if "unavailable" not in results[name]["rows"][0]]  # strace may be missing
+    assert page.count("\n| ---") >= len(shown)
 
 
 def test_the_rules_find_faults(campaigns):
@@ -52,5 +55,5 @@ def test_the_rules_find_faults(campaigns):
         for row in found["rows"]:
             for key in worse.keys() & row.keys():
                 changed = {name: {"rows": [{**row, key: worse[key]}]}}
-                comparison = name == "power_loss" and row["writer"] != "ours"
+                comparison = name in ("kills", "power_loss") and row["writer"] not in OURS
                 assert comparison or faults(changed), (name, key)

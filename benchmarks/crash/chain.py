@@ -55,23 +55,23 @@ def _on_layers(cls: type[pet.PETCallback], **options: Any) -> Callable[[], pet.P
 ADALORA = _on_layers(pet.AdaLoRACallback, target_r=1, init_r=3, dropout=0.2, target_modules=["fc1", "fc2"])
 DIFF_PRUNING = _on_layers(pet.DiffPruningCallback, density=0.2)
 SHORT = [
-    Chain("LoRA", 60, 8),
-    Chain("LoRA", 60, 8, save_last="link", resume="last"),
-    Chain("diff pruning", 30, 3, DIFF_PRUNING),
-    Chain("AdaLoRA", 30, 3, ADALORA),
+    Chain("LoRA", 40, 5),
+    Chain("LoRA", 40, 5, save_last="link", resume="last"),
+    Chain("diff pruning", 20, 2, DIFF_PRUNING),
+    Chain("AdaLoRA", 20, 2, ADALORA),
 ]
 FULL = [
     Chain("LoRA", 1200, 200),
-    Chain("LoRA", 1200, 200, resume="last"),
-    Chain("LoRA", 1200, 200, save_last="link", resume="last"),
-    Chain("diff pruning", 200, 30, DIFF_PRUNING),
-    Chain("AdaLoRA", 200, 30, ADALORA),
+    Chain("LoRA", 600, 200, resume="last"),
+    Chain("LoRA", 600, 200, save_last="link", resume="last"),
+    Chain("diff pruning", 120, 30, DIFF_PRUNING),
+    Chain("AdaLoRA", 120, 30, ADALORA),
 ]
 SHORT_PAIRS = [Chain("LoRA", 12, 3, engine="fsdp2")]
 FULL_PAIRS = [
-    Chain("LoRA", 400, 200, engine="fsdp2"),
-    Chain("LoRA", 100, 40, engine="ddp"),
-    Chain("LoRA", 60, 20, engine="zero2"),
+    *(Chain("LoRA", 100, 50, engine="fsdp2") for _ in range(4)),
+    Chain("LoRA", 60, 20, engine="ddp"),
+    Chain("LoRA", 40, 10, engine="zero2"),
 ]
 
 
@@ -88,7 +88,7 @@ def run_pairs(folder: Path, short: bool) -> Iterator[dict[str, Any]]:
 def _rows(chains: list[Chain], folder: Path) -> Iterator[dict[str, Any]]:
     live(Chain("", 1, 0), None, lambda _: None)  # what it imports, no child imports again
     for number, chain in enumerate(chains):
-        yield run_chain(chain, folder / str(number))
+        yield run_chain(chain, folder / str(number), seed=number)
 
 
 class Report(Checkpoint):
@@ -150,7 +150,7 @@ def start(chain: Chain, folder: Path | None) -> Child | Pair:
     return (Child if chain.engine == "one" else Pair)(lambda say: live(chain, folder, say))
 
 
-def run_chain(chain: Chain, folder: Path, seed: int = 1) -> dict[str, Any]:
+def run_chain(chain: Chain, folder: Path, seed: int) -> dict[str, Any]:
     """Kill and restart a run until it has ended, and compare it with one that was left alone."""
     folder.mkdir(parents=True)
     elsewhere = folder.with_name(f"{folder.name}-tmp")
@@ -189,7 +189,7 @@ def _kill_somewhere(child: Child | Pair, draw: random.Random, watch: "Watch") ->
     child.kill(draw.choice([(0,), (1,), (0, 1)]))
     watch.seen["hung"] += child.hung
     if child.survived_s is not None:
-        watch.seen["survivor_s"] = max(watch.seen.get("survivor_s", 0.0), round(child.survived_s, 1))
+        watch.seen["longest_s"] = max(watch.seen.get("longest_s", 0.0), round(child.survived_s, 1))
 
 
 class Watch:
@@ -239,7 +239,9 @@ class Watch:
             except Exception:
                 self.seen["torn"] += 1
         newest = max(found.values(), default=0)
-        last = found.get("last.ckpt", 0) if self.chain.resume == "last" else newest
+        # A run that was killed between its first save and the link to it goes on as last-v1.
+        lasts = [step for name, step in found.items() if name.startswith("last")]
+        last = max(lasts, default=0) if self.chain.resume == "last" else newest
         self.seen["lost"] += min(newest, last) < self.acknowledged
         self.hidden = [path for path in self.folder.iterdir() if path.name.startswith(".")]
         self.seen["hits"] += bool(self.hidden)

@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class Child:
                 if not quiet:
                     traceback.print_exc()
             finally:
+                threading._shutdown()  # as an interpreter does: a thread that does not end keeps its process
                 os._exit(code)
         os.close(writer)
         self.lines: list[str]

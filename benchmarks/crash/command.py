@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -86,7 +87,8 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _newest(folder: Path) -> int:
-    return max((int(path.stem.rpartition("=")[2]) for path in (folder / "c").glob("step=*.ckpt")), default=0)
+    found = (re.search(r"step=(\d+)", path.name) for path in (folder / "c").glob("*.ckpt"))
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 def _final(folder: Path) -> dict[str, Any]:

@@ -65,9 +65,14 @@ class Classifier(L.LightningModule):
 
 @dataclass(frozen=True)
 class MethodRun:
-    """One configuration of one method; :meth:`fit` runs it, from the beginning or from a checkpoint."""
+    """One configuration of one method; :meth:`fit` runs it, from the beginning or from a checkpoint.
+
+    Attributes:
+        own: folder for what the method needs, such as files of adapters.
+    """
 
     method: str
+    own: Path
     workers: int = 0
     accumulate: int = 1
     val: bool = False
@@ -78,8 +83,11 @@ class MethodRun:
         """Train to the end and save after every step."""
         torch.manual_seed(5 if ckpt is None else 99)  # a resumed process draws other numbers
         module, saver = Classifier(), SaveAll(folder, "batch")
+        callbacks = METHODS[self.method](self.own)
+        for callback in callbacks:
+            callback.verbose = False
         fitted = trainer(
-            METHODS[self.method](),
+            *callbacks,
             saver,
             max_epochs=self.epochs,
             accumulate_grad_batches=self.accumulate,
@@ -116,18 +124,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(folder: Path, short: bool) -> Iterator[dict[str, Any]]:
     """One row for each method."""
     if short:
-        for method in ("LoRA", "Diff pruning", "Adapter"):
-            yield _row(MethodRun(method, val=True, accumulate=2), folder / method, {"validation": {}}, only=2)
+        for method in ("LoRA", "Diff pruning"):
+            own = folder / method
+            yield _row(MethodRun(method, own, val=True, accumulate=2), own, {"validation": {}}, only=2)
         return
     for method in METHODS:
-        yield _row(MethodRun(method), folder / method, VARIANTS, only=None)
-    yield _row(MethodRun("LoRA", batches=7), folder / "91", {"dropout, shuffle": {}}, only=None, name="LoRA, 14 steps")
+        yield _row(MethodRun(method, folder / method), folder / method, VARIANTS, only=None)
+    longer, own = MethodRun("LoRA", folder / "91", batches=7), folder / "91"
+    yield _row(longer, own, {"dropout, shuffle": {}}, only=None, name="LoRA, 14 steps")
 
 
 def _row(
     run: MethodRun, folder: Path, variants: dict[str, dict[str, Any]], only: int | None, name: str = ""
 ) -> dict[str, Any]:
     single, pairs = [0, 0], (0, 0)
+    run.own.mkdir(parents=True, exist_ok=True)
     for label, options in variants.items():
         good, count = single_interruptions(replace(run, **options), folder / label, only)
         single = [single[0] + good, single[1] + count]

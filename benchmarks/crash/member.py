@@ -89,7 +89,8 @@ def train(folder: Path, engine: str, phase: str, victim: int) -> int:
     module, strategy = make(engine, Validated, 0.3)
     if isinstance(strategy, str):
         strategy = DDPStrategy(process_group_backend="gloo")
-    if phase == "joining":  # what `timeout=` sets: how long a process waits for one that never joins
+    watched = os.environ.get("TORCHELASTIC_RUN_ID", "crash") != "crash"  # by torchrun, which sets a number of its own
+    if phase == "joining" and not watched:  # what `timeout=` sets: how long a process waits for one that never joins
         strategy._timeout = timedelta(seconds=JOIN_LIMIT_S)
     join = strategy.setup_environment
 

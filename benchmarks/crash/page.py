@@ -84,10 +84,10 @@ time:
 ```python
 from datetime import timedelta
 
-Trainer(strategy=DDPStrategy(timeout=timedelta(minutes=5)), …)  # longer than your longest pause between two steps
+trainer = Trainer(strategy=DDPStrategy(timeout=timedelta(minutes=5)))  # above your longest pause between steps
 ```
 
-The rows *joining* were measured with a timeout of {limit} seconds where there is no launcher.
+The rows *joining* were measured with a timeout of {limit} seconds, those of `torchrun` without one.
 """
 DAMAGE = """\
 ## Damaged checkpoints
@@ -197,6 +197,7 @@ PAIR_COLUMNS: list[Column] = [
     *COUNTED,
     ("restarts at 0", _key("from_zero")),
     ("hung", _key("hung")),
+    ("longest survival", lambda row: f"{row.get('longest_s', 0)} s"),
     ("losses that differ", _key("losses_differ")),
     ("same weights", _yes("identical")),
 ]
@@ -209,7 +210,7 @@ INTERRUPT_COLUMNS: list[Column] = [
 ]
 RANK_COLUMNS: list[Column] = [
     ("engine", lambda row: ENGINES[row["engine"]]),
-    ("started by", lambda row: {"none": "hand", "lightning": "Lightning", "torchrun": "torchrun"}[row["launcher"]]),
+    ("started by", lambda row: {"lightning": "Lightning"}.get(row["launcher"], row["launcher"])),
     ("dies", _key("phase")),
     ("rank", _key("victim")),
     ("the other ended after", lambda row: f"{row['survivor_s']} s" + (" (killed)" if row["hung"] else "")),

@@ -20,7 +20,7 @@ from lightning_pet.store.reader import load_checkpoint
 
 STEPS = 6
 JOIN_LIMIT_S = 5
-LIMIT_S = 120.0
+LIMIT_S, START_S = 120.0, 600.0
 PHASES = ("joining", "setup", "first step", "within a step", "save", "validation", "end")
 LEAST = {"within a step": 3, "save": 2, "validation": 3, "end": STEPS}
 """Step of the last checkpoint that must be there; the fourth may have been saved before the validation, or not."""
@@ -34,19 +34,21 @@ class Kill:
         engine: ``"ddp"``, ``"fsdp2"`` or ``"zero2"``.
         phase: one of :data:`PHASES`.
         victim: rank of the process that dies.
-        launcher: ``"none"`` (nobody watches), ``"lightning"`` (rank 0 starts the other) or ``"torchrun"``.
+        launcher: ``"fork"`` (of a process that has imported everything) or ``"hand"`` (both are started one by one;
+            nobody watches), ``"lightning"`` (rank 0 starts the other) or ``"torchrun"``.
     """
 
     engine: str
     phase: str
     victim: int
-    launcher: str = "none"
+    launcher: str = "fork"
 
 
-SHORT = [Kill("ddp", "within a step", 1), Kill("fsdp2", "save", 0)]
+SHORT = [Kill("ddp", "within a step", 1, "hand"), Kill("fsdp2", "save", 0), Kill("ddp", "validation", 0)]
 FULL = [
     *(Kill("ddp", phase, victim) for phase in PHASES for victim in (0, 1)),
     *(Kill(engine, phase, victim) for engine in ("fsdp2", "zero2") for phase in PHASES[3:6] for victim in (0, 1)),
+    *(Kill("ddp", "within a step", victim, "hand") for victim in (0, 1)),
     *(Kill("ddp", "joining", victim, launcher) for launcher in ("lightning", "torchrun") for victim in (0, 1)),
 ]
 
@@ -60,14 +62,9 @@ def run(folder: Path, short: bool) -> Iterator[dict[str, Any]]:
 def survive(kill: Kill, folder: Path, resume: bool) -> dict[str, Any]:
     """Start, kill, wait for the survivor, look at the disk, resume."""
     folder.mkdir(parents=True)
-    processes = _start(kill, folder)
-    _wait_for_kill(folder, processes)
-    hung = _wait_for_end(folder)
+    codes, hung, ended = _forked(kill, folder) if kill.launcher == "fork" else _started(kill, folder)
     # A process that was still importing when the other one died has not waited for it yet.
-    ended_s = time.time() - max(path.stat().st_mtime for path in (folder / "killed", *folder.glob("started-*")))
-    for process in processes:
-        process.wait()
-    codes = [process.returncode for process in processes]
+    ended_s = ended - max(path.stat().st_mtime for path in (folder / "killed", *folder.glob("started-*")))
     good = last_good(folder)
     step = load_checkpoint(good)["global_step"] if good else 0
     row = {
@@ -88,13 +85,31 @@ def survive(kill: Kill, folder: Path, resume: bool) -> dict[str, Any]:
     return row
 
 
+def _forked(kill: Kill, folder: Path) -> tuple[list[int], bool, float]:
+    """Exit codes, whether one had to be killed, and when the last one ended."""
+    from benchmarks.crash import member
+
+    pair = Pair(lambda _: member.train(folder, kill.engine, kill.phase, kill.victim))
+    pair.members[kill.victim].finish(START_S)
+    codes = [pair.members[rank].finish(LIMIT_S) for rank in (kill.victim, 1 - kill.victim)]
+    return codes[:: 1 - 2 * kill.victim], pair.hung, time.time()
+
+
+def _started(kill: Kill, folder: Path) -> tuple[list[int], bool, float]:
+    """Likewise, for processes that begin with their imports and end as an interpreter does."""
+    processes = _start(kill, folder)
+    _wait_for_kill(folder, processes)
+    hung, ended = _wait_for_end(folder), time.time()
+    return [process.wait() for process in processes], hung, ended
+
+
 def _start(kill: Kill, folder: Path) -> list[subprocess.Popen[str]]:
     """Both processes, or the one that starts the other; outputs go to files, so that none waits for a reader."""
     argv = ["-m", "benchmarks.crash.member", str(folder), kill.engine, kill.phase, str(kill.victim)]
     base = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ours = {"CRASH_RUN": str(folder)}  # by which survivors are found
     port = free_port()
-    if kill.launcher == "none":
+    if kill.launcher == "hand":
         return [
             _popen([sys.executable, *argv], {**base, **group_variables(rank, port), **ours}, folder / f"{rank}.log")
             for rank in (0, 1)
@@ -111,7 +126,7 @@ def _popen(command: list[str], variables: dict[str, str], log: Path) -> subproce
 
 
 def _wait_for_kill(folder: Path, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + START_S
     while not (folder / "killed").exists():
         ended = all(process.poll() is not None for process in processes) and not (folder / "killed").exists()
         if ended or time.monotonic() > deadline:

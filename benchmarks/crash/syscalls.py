@@ -91,9 +91,8 @@ def traced(writer: Writer) -> list[tuple[str, str]]:
     assert acknowledged
     lines = (_CALL.match(line) for line in log.read_text(errors="replace").splitlines())
     calls = [(match[1], match[2]) for match in lines if match]
-    starts = [i for i, (name, _) in enumerate(calls) if name == "read"]
-    ends = [i for i, (name, _) in enumerate(calls) if name == "write"]
-    return calls[starts[0] + 1 : ends[-1]]  # from the word to go to the one of success
+    said = max(index for index, (name, _) in enumerate(calls) if name == "write")
+    return calls[:said]  # what comes before the word of success
 
 
 def saved_under(writer: Writer, options: list[str]) -> tuple[bool, bool]:

@@ -18,7 +18,8 @@ def _some(row: Row, *keys: str) -> list[str]:
 def _kills(row: Row) -> list[str]:
     if row["writer"].startswith("Lightning"):  # so that the campaign is known to find what it looks for
         return [] if row["torn"] + row["lost"] else ["a writer that is not durable passed"]
-    return _zero(row, "torn", "lost", "left") + _some(row, "hits")
+    few = row["kills"] < 100  # a save may be too quick to be hit
+    return _zero(row, "torn", "lost", "left") + _some(row, "kills", *(() if few else ("hits",)))
 
 
 def _chain(row: Row) -> list[str]:

@@ -18,10 +18,9 @@ from lightning_pet.store.reader import load_checkpoint, read
 
 def other_file_system() -> Path | None:
     """A folder on another file system than that of temporary files; ``None`` if there is none."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or memory.stat().st_dev == os.stat(tempfile.gettempdir()).st_dev:
-        return None
-    return memory
+    here = os.stat(tempfile.gettempdir()).st_dev
+    places = (Path("/dev/shm"), Path("/var/tmp"))
+    return next((place for place in places if place.is_dir() and place.stat().st_dev != here), None)
 
 
 class Writer(ABC):

@@ -7,14 +7,14 @@ from typing import Any, ClassVar, cast, get_args
 
 import lightning.pytorch as pl
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.parameters import norm_parameters
 from lightning_pet.core.placement import Placement, Sublayer, delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
+from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.controller import Controller
-from lightning_pet.errors import ArgumentError, TargetError, UnsupportedStrategyError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.activations import activation
 from lightning_pet.layers.bottleneck import BehindNorm, Bottleneck, Init, ParallelBottleneck
 
@@ -45,7 +45,7 @@ class AdapterCallback(PETCallback):
         layer_norms: train all norms of the base as well.
         drop_layers: no adapter in the first so many layers; encoder and decoder count each its own.
         robust_drop: drop a random number of first layers in every training batch, from none to all but one. One
-            trained model then works with any number (:meth:`drop_first`).
+            trained model then works with any number (:meth:`drop_first`). Not under ZeRO.
         seed: of that number, together with the step: a resumed run goes on with the same draws.
         exclude_modules: names of sub-layers to leave out, or of modules around them: suffixes, globs, or ``re:…``.
         layers_to_transform: only layers of these indices.
@@ -203,19 +203,15 @@ class AdapterCallback(PETCallback):
         deepest = max((target.sizes[1] for target, _ in self.deltas(root) if len(target.sizes) > 1), default=0)
         return Random(f"{self.seed}:{step}:{batch_idx}").randint(0, deepest)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to drop adapters at random where every process waits for all gradients.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepare the engine for adapters that are dropped at random.
 
         Raises:
-            UnsupportedStrategyError: under DDP that does not look for unused parameters.
+            UnsupportedStrategyError: if it cannot train without them.
         """
-        super().on_train_start(trainer, pl_module)
-        model = trainer.strategy.model
-        if self.robust_drop and isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
-            raise UnsupportedStrategyError(
-                "robust_drop leaves some adapters without gradient in a step, for which DDP waits. "
-                "Use strategy='ddp_find_unused_parameters_true'."
-            )
+        if self.robust_drop and stage == "fit":
+            adapter_for(trainer).expect_gaps(trainer, f"{type(self).__name__}(robust_drop=True)")
+        super().setup(trainer, pl_module, stage)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, cast, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from lightning_pet.core.naming import named_modules
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
+from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.roots import silenced
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
@@ -30,7 +30,8 @@ class AutoPromptCallback(PETCallback):
     is summed, and the tokens with the largest :math:`-w_{in}^\top \nabla` for one random position are the
     candidates. In the second, every candidate is evaluated in full, without dropout, and the best replaces the
     present token if it lowers the loss of these batches. Nothing trains, and no optimizer is needed; a head that
-    is new (``modules_to_save``) trains as usual. Source: Shin et al. 2020.
+    is new (``modules_to_save``) trains as usual. Under DDP gradients and losses are means over all processes,
+    which therefore decide alike. Source: Shin et al. 2020.
 
     Args:
         length: tokens of the trigger.
@@ -47,7 +48,7 @@ class AutoPromptCallback(PETCallback):
 
     Raises:
         ArgumentError: if a number is out of range, or an option lacks its tokenizer.
-        UnsupportedStrategyError: if the run has several processes.
+        UnsupportedStrategyError: if the strategy shards the model over processes.
 
     Example:
         >>> from lightning_pet import AutoPromptCallback
@@ -136,10 +137,11 @@ class AutoPromptCallback(PETCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the trigger."""
-        if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy):
+        if stage == "fit" and adapter_for(trainer).shards:
             raise UnsupportedStrategyError(
-                f"AutoPromptCallback searches in one process, but the strategy is {type(trainer.strategy).__name__}. "
-                "Use Trainer(devices=1), without a strategy."
+                f"AutoPromptCallback compares all rows of the token table and runs training_step outside of the "
+                f"engine's own forward, which {type(trainer.strategy).__name__} does not allow for. Use one device, or "
+                "strategy='ddp'."
             )
         super().setup(trainer, pl_module, stage)
         if self._words is None and self.tokenizer is not None:
@@ -166,12 +168,12 @@ class AutoPromptCallback(PETCallback):
                 "the trigger received no gradient: training_step did not run the model, or ran it without gradients."
             )
         if not search.tried:
-            search.add_gradient(gradient)
+            search.add_gradient(trainer.strategy.reduce(gradient, reduce_op="mean"))
             if search.batches == self.accumulation:
                 search.propose(rows.ids, table, self.candidates, self._excluded(trainer, len(table)), self.seed)
             return
         losses = [self._loss(trainer, pl_module, rows, trigger, batch, batch_idx) for trigger in search.triggers()]
-        search.add_losses(torch.stack(losses))
+        search.add_losses(trainer.strategy.reduce(torch.stack(losses), reduce_op="mean").cpu())
         if search.batches == self.accumulation:
             chosen, loss = search.decide()
             pl_module.log(f"trigger/{self.name}", loss, prog_bar=True, batch_size=1)
@@ -213,7 +215,7 @@ class AutoPromptCallback(PETCallback):
         finally:
             rows.ids.copy_(before)
         loss = returned["loss"] if isinstance(returned, Mapping) else returned
-        return cast(Tensor, loss).detach().float().cpu()
+        return cast(Tensor, loss).detach().float()
 
     def _shown(self, ids: Sequence[int]) -> str:
         return f"{ids}" if self._words is None else f"{self._words.decode(ids)!r} {list(ids)}"

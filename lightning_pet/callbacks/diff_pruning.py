@@ -8,27 +8,26 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.adaptation import renew
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules, named_tensors
-from lightning_pet.core.parameters import every_parameter, tied
+from lightning_pet.core.naming import named_modules
+from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.controller import Controller
-from lightning_pet.engine.density import Counted, DensityCurve
+from lightning_pet.engine.cut import fix, largest_entries
+from lightning_pet.engine.density import DensityCurve, counted
 from lightning_pet.engine.monitors import compare_anew
 from lightning_pet.engine.parameter_groups import Exchange, set_option
-from lightning_pet.engine.strategy import StrategyAdapter, each_whole, trainable
+from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
-from lightning_pet.layers.magnitude import largest
 from lightning_pet.layers.sparse_difference import Kind, SparseDifference
 
 GatesOf = Literal["weight", "group"]
@@ -167,14 +166,7 @@ class DiffPruningCallback(PETCallback):
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find every parameter; see :func:`~lightning_pet.core.parameters.every_parameter`."""
-        return every_parameter(
-            root,
-            structure,
-            embeddings=self.embeddings,
-            norms=self.norms,
-            heads=self.heads,
-            exclude=(*(self.exclude_modules or ()), *(self.modules_to_save or ())),
-        )
+        return chosen_parameters(root, structure, self)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build one difference per tensor; modules that share a tensor share its difference.
@@ -187,8 +179,8 @@ class DiffPruningCallback(PETCallback):
         for first, *others in tied(root, targets):
             parameter = cast(nn.Parameter, modules[first.module]._parameters[first.parameter])
             delta = self._difference(parameter, first.path)
-            found.append(Insertion(first, delta, _suffix(first)))
-            found += [Insertion(other, Tied(delta), _suffix(other)) for other in others]
+            found.append(Insertion(first, delta, suffix_of(first)))
+            found += [Insertion(other, Tied(delta), suffix_of(other)) for other in others]
             size += delta.size
         if self._budget(size) < 1:
             raise TargetError(
@@ -271,11 +263,13 @@ class DiffPruningCallback(PETCallback):
         Raises:
             ArgumentError: if the length of the run is not known, or a stage has no step.
         """
-        self._live, self._looked = self.differences(Controller.get(trainer).adapted.root), False
+        controller = Controller.get(trainer)
+        controller.adapter.settle()
+        self._live, self._looked = self.differences(controller.adapted.root), False
         for _, delta in self._live:
             delta.train()  # a model may be trained in evaluation mode; its gates are random all the same
         gates = [p for _, delta in self._live for p in delta.gate_parameters]
-        self._gate_groups = Controller.get(trainer).adapter.groups_of(gates, pl_module)
+        self._gate_groups = controller.adapter.groups_of(gates, pl_module)
         if trainer.global_step == 0:
             self._curve = DensityCurve()
         self._plan(trainer)
@@ -332,7 +326,7 @@ class DiffPruningCallback(PETCallback):
             )
             self._cut_if_due(trainer, due=True)
         if self.plot:
-            parts, _ = self._counted(trainer)  # in every process
+            parts, _ = counted(self._live, Controller.get(trainer).adapter)  # in every process
             if trainer.is_global_zero:
                 self._curve.draw(trainer, f"{self.method}_{self.name}", parts)
 
@@ -376,56 +370,24 @@ class DiffPruningCallback(PETCallback):
         deltas = [delta for _, delta in self.differences(root)]
         size = sum(delta.size for delta in deltas)
         wanted = self._budget(size)
-        whole = iter if adapter is None else adapter.whole
-        try:
-            with torch.no_grad():
-                places = largest(lambda: (d.difference(own) for d, own in each_whole(deltas, whole)), wanted)
-        except ValueError:
-            raise PETError("the difference holds NaN or infinity; lower the learning rate.") from None
+        places = largest_entries(deltas, wanted, adapter)
         kept = sum(len(place) for place in places)
         if not kept:
             raise PETError("every difference is zero: nothing was learnt, or l0_weight closed all gates; lower it.")
         if kept < wanted:
             rank_zero_warn(f"only {kept} of {wanted} entries are not zero; a lower l0_weight keeps more gates open.")
         rank_zero_info(f"diff pruning: kept {kept:,} of {size:,} entries ({kept / size:.3%}).")
-        if adapter is not None and adapter.is_wrapped(root):
-            self._fix_held(deltas, places, adapter)
-            fixed = []
-        else:
-            fixed = [(pair, place) for delta, place in zip(deltas, places, strict=True) for pair in delta.fix(place)]
-        renew(root)
-        return [Exchange(*pair, place) for pair, place in fixed]
-
-    def _fix_held(
-        self, deltas: Sequence[SparseDifference], places: Sequence[Tensor], adapter: StrategyAdapter[Any]
-    ) -> None:
-        """Fix differences whose parameters an engine holds, one after the other."""
-        for delta, place in zip(deltas, places, strict=True):
-            with torch.no_grad():
-                ((_, own),) = adapter.whole_modules([delta])
-                kept = {"indices": place, "values": delta.difference(own).reshape(-1)[place]}
-            delta.take_form(kept, held=True)
-            adapter.fill(named_tensors(delta), delta.spread(kept))
+        return fix(root, deltas, places, adapter)
 
     # --- what is reported -------------------------------------------------------------------------
 
     def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        parts, penalty = self._counted(trainer)
+        parts, penalty = counted(self._live, Controller.get(trainer).adapter)
         values = self._curve.note(trainer.global_step, parts)
         if not self._is_cut:
             values["penalty"] = penalty
         for label, value in values.items():
             pl_module.log(f"pet/{self.method}_{self.name}/{label}", value, on_step=True, on_epoch=False)
-
-    def _counted(self, trainer: pl.Trainer) -> tuple[list[tuple[str, Counted]], float]:
-        """The entries of every difference with the module that it belongs to, and the penalty of all."""
-        modules = {id(delta): target.module for target, delta in self._live}
-        parts, penalty = [], 0.0
-        for delta, own in Controller.get(trainer).adapter.whole_modules([delta for _, delta in self._live]):
-            counted = Counted(delta.size, delta.count_nonzero(own), delta.expected_nonzero(own))
-            parts.append((modules[id(delta)], counted))
-            penalty += delta.weighted_penalty(own)
-        return parts, penalty
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""
@@ -434,7 +396,3 @@ class DiffPruningCallback(PETCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the interrupted run."""
         self._curve.history = [list(row) for row in state_dict.get("history", [])]
-
-
-def _suffix(target: Target) -> str:
-    return "" if target.parameter == "weight" else target.parameter

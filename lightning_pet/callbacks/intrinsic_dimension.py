@@ -14,7 +14,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.parameters import every_parameter, tied
+from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
@@ -89,14 +89,7 @@ class IntrinsicDimensionCallback(PETCallback):
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find every parameter; see :func:`~lightning_pet.core.parameters.every_parameter`."""
-        return every_parameter(
-            root,
-            structure,
-            embeddings=self.embeddings,
-            norms=self.norms,
-            heads=self.heads,
-            exclude=(*(self.exclude_modules or ()), *(self.modules_to_save or ())),
-        )
+        return chosen_parameters(root, structure, self)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build the common vector and one projection per tensor.
@@ -121,8 +114,8 @@ class IntrinsicDimensionCallback(PETCallback):
         for index, (group, tensor) in enumerate(zip(groups, tensors, strict=True)):
             first, *others = group
             delta = self._projection(subspace, index, first, tensor.numel())
-            found.append(Insertion(first, delta, _suffix(first)))
-            found += [Insertion(other, Tied(delta), _suffix(other)) for other in others]
+            found.append(Insertion(first, delta, suffix_of(first)))
+            found += [Insertion(other, Tied(delta), suffix_of(other)) for other in others]
         return found
 
     def _check(self, tensors: Sequence[nn.Parameter], factors: int) -> None:
@@ -190,7 +183,3 @@ class IntrinsicDimensionCallback(PETCallback):
                 f"{len(idle)} of {len(deltas)} tensors were not read in the first step: {', '.join(idle[:4])}{more}. "
                 "They belong to modules that did not run, and count for nothing; leave them out with exclude_modules."
             )
-
-
-def _suffix(target: Target) -> str:
-    return "" if target.parameter == "weight" else target.parameter

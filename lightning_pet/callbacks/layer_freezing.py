@@ -15,8 +15,9 @@ from lightning_pet.core.naming import canonical
 from lightning_pet.core.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import suggest
+from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.controller import Controller
-from lightning_pet.engine.unfreezing import check_long_enough, check_strategy, elapsed
+from lightning_pet.engine.unfreezing import check_long_enough, elapsed
 from lightning_pet.errors import ArgumentError, TargetError
 
 Norms = Literal["none", "final", "all"]
@@ -44,7 +45,7 @@ class LayerFreezingCallback(PETCallback):
         norms: norms that train, too: ``"final"`` (those outside of the layers: after them, in most models)
             or ``"all"``.
         unfreeze_every: epochs or optimizer steps after which one more layer of each stack trains;
-            ``None``: all from the start.
+            ``None``: all from the start. Not under ZeRO.
         unfreeze_interval: whether ``unfreeze_every`` counts epochs or optimizer steps.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
@@ -60,6 +61,7 @@ class LayerFreezingCallback(PETCallback):
     """
 
     method: ClassVar[str] = "layer_freezing"
+    shards = True
 
     def __init__(
         self,
@@ -79,7 +81,6 @@ class LayerFreezingCallback(PETCallback):
         self.embeddings = embeddings
         self.norms = norms
         self.unfreeze_every = unfreeze_every
-        self.shards = unfreeze_every is None  # engines that shard fix at their set-up what trains
         self.unfreeze_interval = unfreeze_interval
         self._unfrozen: int | None = None  # groups that train at the moment
         self._validate()
@@ -187,9 +188,9 @@ class LayerFreezingCallback(PETCallback):
     # --- gradual unfreezing -----------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies under which a parameter cannot start to train in the middle of a run."""
+        """Refuse engines that move parameters which do not train yet."""
         if self.unfreeze_every is not None and stage == "fit":
-            check_strategy(trainer, self)
+            adapter_for(trainer).require_passing_over(f"{type(self).__name__}(unfreeze_every={self.unfreeze_every})")
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -241,6 +242,7 @@ class LayerFreezingCallback(PETCallback):
         for name, parameter in root.named_parameters(remove_duplicate=False):
             if canonical(name) in waiting:
                 parameter.requires_grad_(not waiting[canonical(name)])
+        Controller.get(trainer).adapter.wrap_again()
 
 
 def _is_count(value: object, least: int | None = None) -> bool:

@@ -111,8 +111,9 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = F
 
     def back() -> None:
         for delta, parameters, buffers in changed:
-            delta._parameters.update(parameters)
-            delta._buffers.update(buffers)
+            for own, tensors in ((delta._parameters, parameters), (delta._buffers, buffers)):
+                own.clear()
+                own.update(tensors)
         renew(root)
 
     return back if changed else lambda: None

@@ -21,13 +21,15 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_pet.core.effective import effective, held
 from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.quantised import DENSE, dense_values, is_quantised
 from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
+from lightning_pet.core.slot import Slot
 from lightning_pet.core.structure import Target
-from lightning_pet.errors import ArgumentError, DeadSiteError, TargetError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
 
 _SCOPE = "_pet_scope"  # this module's weight deltas are visible now
@@ -45,30 +47,6 @@ class Deltas(nn.ModuleDict):
         # Not isinstance: a sharding engine may have wrapped a delta, and passes its attributes through.
         own = cast(dict[str, Delta], self._modules)
         return [delta for key, delta in own.items() if key not in self.muted and delta.path == path]
-
-
-class Slot:
-    """Carries the input of one module to a delta on another, within one forward."""
-
-    def __init__(self, pet: Deltas, key: str) -> None:
-        self.pet = pet
-        self.key = key
-        self.value: Tensor | None = None
-
-    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the first tensor of a call, unless the delta that wants it is muted."""
-        if self.key not in self.pet.muted:
-            self.value = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-
-    def take(self) -> Tensor:
-        """Give the tensor away: a slot keeps no activation alive."""
-        value, self.value = self.value, None
-        if value is None:
-            raise DeadSiteError(
-                f"the delta {self.key!r} reads the input of another module, which was not called before it in this "
-                "forward. Exclude this place."
-            )
-        return value
 
 
 class _Host(nn.Module):
@@ -138,17 +116,12 @@ class _WeightHost(_AroundHost):
                 module.__dict__[_SCOPE] = scope
 
     def _pet_weight(self, name: str) -> Tensor | None:
-        held = self._parameters if name in self._parameters else self.__dict__
-        if name not in held:
-            raise AttributeError(name)  # nn.Module words it
-        weight: Tensor | None = held[name]
+        weight = held(self, name)
         if weight is None or not self.__dict__.get(_SCOPE):
             return weight
-        effective: Tensor = weight
-        for delta in self.pet.active("weight"):
-            if delta.parameter == name:
-                effective = delta(effective)
-        return effective
+        for delta in (delta for delta in self.pet.active("weight") if delta.parameter == name):
+            weight = delta(weight)
+        return weight
 
 
 class _RecurrentHost(_WeightHost):
@@ -177,7 +150,7 @@ def _swapped(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, .
 
 
 def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> type[nn.Module]:
-    members: dict[str, Any] = {name: _effective(name) for name in parameters}
+    members: dict[str, Any] = {name: effective(name) for name in parameters}
     # The host's own name: code that prints or compares class names must not notice.
     members |= {
         "__pet_base__": base,
@@ -210,21 +183,6 @@ def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
     for delta in self.pet.active("generate"):
         call = partial(delta, call)
     return call(*args, **kwargs)
-
-
-def _effective(name: str) -> property:
-    def read(self: _WeightHost) -> Tensor | None:
-        return self._pet_weight(name)
-
-    def write(self: _WeightHost, value: Any) -> None:
-        # No parameter: what an engine puts in its place while it computes (FSDP1: a view of its flat tensor).
-        self.__dict__[name] = value
-
-    def delete(self: _WeightHost) -> None:
-        if self.__dict__.pop(name, None) is None:
-            raise AttributeError(name)
-
-    return property(read, write, delete)
 
 
 def _has_plain_forward(cls: type[nn.Module]) -> bool:

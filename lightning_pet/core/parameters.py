@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from torch import nn
 
@@ -70,6 +71,33 @@ def every_parameter(
     targets = [Target(path, name, *_role(structure, path, name)) for path, name in kept]
     # Stored with the target: whoever loads a file has seen no forward.
     return tuple(replace(target, reads=reader_of(root, target, structure.called)) for target in targets)
+
+
+class Choice(Protocol):
+    """Options by which methods that change every parameter leave some out; see :func:`every_parameter`."""
+
+    embeddings: bool
+    norms: bool
+    heads: bool
+    exclude_modules: list[str] | None
+    modules_to_save: list[str] | None
+
+
+def chosen_parameters(root: nn.Module, structure: Structure, choice: Choice) -> tuple[Target, ...]:
+    """The targets of :func:`every_parameter` that a method's options leave; modules to save train as they are."""
+    return every_parameter(
+        root,
+        structure,
+        embeddings=choice.embeddings,
+        norms=choice.norms,
+        heads=choice.heads,
+        exclude=(*(choice.exclude_modules or ()), *(choice.modules_to_save or ())),
+    )
+
+
+def suffix_of(target: Target) -> str:
+    """Tells the deltas of one method on several parameters of a module apart."""
+    return "" if target.parameter == "weight" else target.parameter
 
 
 def tied(root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, ...]]:

@@ -60,7 +60,7 @@ def format_of(tensor: Tensor) -> str:
         return f"bitsandbytes {kind}" + (", repacked by an evaluation on the CPU" if is_repacked(tensor) else "")
     if type(tensor) not in DENSE and _dequantises_itself(tensor):
         return f"{type(tensor).__module__.partition('.')[0]} {type(tensor).__name__}"
-    return str(tensor.dtype).removeprefix("torch.")
+    return str(tensor.dtype)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

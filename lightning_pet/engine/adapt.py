@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.core.adaptation import commit, undo
@@ -16,6 +17,7 @@ from lightning_pet.core.preparation import prepare
 from lightning_pet.core.probe import analyse
 from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
+from lightning_pet.engine.layer_formats import lack_of_gradient
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
 from lightning_pet.errors import ArgumentError
 from lightning_pet.store.reader import Stored, read
@@ -75,6 +77,8 @@ def apply(
     except BaseException:
         undo(root, [key_of(method) for method in new])
         raise
+    if (reason := lack_of_gradient(root)) is not None:
+        rank_zero_warn(f"the deltas can be used, but not trained: {reason}")
     return Adapted(root)
 
 

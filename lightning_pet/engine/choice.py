@@ -25,7 +25,7 @@ ADAPTERS: list[tuple[type[Strategy], tuple[str, str] | None]] = [
     (FSDPStrategy, ("fsdp", "FSDPAdapter")),
     (ModelParallelStrategy, ("model_parallel", "ModelParallelAdapter")),
     (SingleDeviceStrategy, ("strategy", "StrategyAdapter")),
-    (DDPStrategy, ("strategy", "StrategyAdapter")),
+    (DDPStrategy, ("ddp", "DDPAdapter")),
 ]
 """Strategy class → module and class of its adapter; the first match by ``isinstance`` decides."""
 

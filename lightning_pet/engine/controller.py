@@ -230,6 +230,8 @@ class Controller:
             same("the methods", described(root))
         if self._new:
             self._start()
+        if any(method.start_from for method in self._new):
+            self.adapter.after_insertion(root, complete=True)  # a file may have brought other shapes
         with self.adapter.planning(root):
             self._plan = self.adapted.plan()  # now: once an engine has the model, shapes are those of its parts
 

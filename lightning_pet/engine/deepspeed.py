@@ -34,6 +34,8 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     """Reads and writes through DeepSpeed's functions for single parameters; its master copies are float32."""
 
+    passes_over = False
+
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
         super().__init__(strategy)
         self._meta: dict[str, Tensor] = {}

@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 
+from lightning_pet.core.structure import Target
 from lightning_pet.engine.figures import Curve, save_figure
+from lightning_pet.engine.strategy import StrategyAdapter
+from lightning_pet.layers.sparse_difference import SparseDifference
 
 
 class Counted(NamedTuple):
@@ -21,6 +24,24 @@ class Counted(NamedTuple):
     size: int
     nonzero: int
     expected: float
+
+
+def counted(
+    parts: Sequence[tuple[Target, SparseDifference]], adapter: StrategyAdapter[Any]
+) -> tuple[list[tuple[str, Counted]], float]:
+    """Count the entries of differences, and add up their penalties; every process calls this.
+
+    Args:
+        parts: the differences, with their places.
+        adapter: gathers them, one after the other.
+    """
+    modules = {id(difference): target.module for target, difference in parts}
+    found, penalty = [], 0.0
+    for difference, own in adapter.whole_modules([difference for _, difference in parts]):
+        count = Counted(difference.size, difference.count_nonzero(own), difference.expected_nonzero(own))
+        found.append((modules[id(difference)], count))
+        penalty += difference.weighted_penalty(own)
+    return found, penalty
 
 
 class DensityCurve:

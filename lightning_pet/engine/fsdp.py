@@ -26,7 +26,7 @@ from lightning_pet.core.insertion import Deltas
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.engine import private
 from lightning_pet.engine.parameter_groups import scaled_norm
-from lightning_pet.engine.sharded import ShardedAdapter, own_units
+from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
 from lightning_pet.engine.strategy import CheckpointRules, Named, flat_names
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.delta import Delta, Part
@@ -60,6 +60,16 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                 "strategy='ddp', which does the same."
             )
 
+    def expect_gaps(self, trainer: pl.Trainer, what: str) -> None:
+        """Refuse accumulation with them: a unit that the last of several batches passes over loses its gradient."""
+        super().expect_gaps(trainer, what)
+        if trainer.accumulate_grad_batches != 1:
+            raise UnsupportedStrategyError(
+                f"{what} with accumulate_grad_batches={trainer.accumulate_grad_batches}: FSDP1 cannot accumulate the "
+                "gradient of a unit that takes no part in the last batch. Use ModelParallelStrategy (FSDP2) or "
+                "strategy='ddp', or accumulate_grad_batches=1."
+            )
+
     def _copies(self) -> bool:
         """Whether each process would hold all of the model."""
         if self.strategy.world_size == 1:
@@ -81,6 +91,7 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
         if not complete:
             return
         self._units = {id(unit) for unit in (*(delta for _, delta in own_units(root)), *_trained_modules(root))}
+        self._refuse_mixed_units(root)
         module = self.strategy.lightning_module
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(module)} if module is not None else {}
         if not isinstance(policy := self.strategy.kwargs.get("auto_wrap_policy"), _WithDeltas):
@@ -100,6 +111,24 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                 "Build the model on the CPU in one process at least (sync_module_states=True sends it to the others), "
                 "or use ModelParallelStrategy (FSDP2)."
             )
+
+    def _refuse_mixed_units(self, root: nn.Module) -> None:
+        """A delta that others use is no unit of its own, and a unit has one precision."""
+        deltas = deltas_of(root)
+        own = {id(p) for _, _, delta in deltas for p in delta.parameters()}
+        cast = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.strategy.precision_plugin.precision)
+        base = next((cast or p.dtype for p in root.parameters() if id(p) not in own and p.is_floating_point()), None)
+        for path, _, delta in deltas:
+            if id(delta) not in self._units and base and any(p.dtype != base for p in delta.parameters()):
+                raise UnsupportedStrategyError(
+                    f"{path} is used by several modules, so that on FSDP1 it has a unit together with base weights. "
+                    f"They will be {base} there, and a unit has one precision. Use precision='bf16-mixed' or "
+                    "'32-true' with a float32 base, or ModelParallelStrategy (FSDP2)."
+                )
+
+    def is_wrapped(self, root: nn.Module) -> bool:
+        """Whether units were made of the model, or of a part of it before an error."""
+        return super().is_wrapped(root) or any(isinstance(module, FSDP) for module in root.modules())
 
     # --- gathering ----------------------------------------------------------------------------------
 
@@ -152,8 +181,9 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
     def _by_unit(self, named: Named) -> Iterable[tuple[FSDP | None, list[tuple[str, Tensor]]]]:
         root = self.strategy.model
         assert root is not None
-        with _summoned(root, writeback=False):
-            pass  # the outermost unit must be the first that is used, or it would not be taken as such
+        if not private.knows_outermost(root):
+            with _summoned(root, writeback=False):
+                pass  # the outermost unit must be the first that is used, or it would not be taken as such
         unit_of = {id(p): unit for unit in FSDP.fsdp_modules(root) for p in _own_parameters(unit)}
         found: dict[int, tuple[FSDP | None, list[tuple[str, Tensor]]]] = {}
         for name, tensor in named:

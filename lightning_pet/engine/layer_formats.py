@@ -88,17 +88,24 @@ def outside_of_init(dtype: torch.dtype) -> Iterator[None]:
 def refuse_without_gradient(root: nn.Module) -> None:
     """No layer may stop the gradient on its way to what trains before it.
 
+    Raises:
+        UnsupportedStrategyError: naming the first layer that does.
+    """
+    if (reason := lack_of_gradient(root)) is not None:
+        raise UnsupportedStrategyError(reason)
+
+
+def lack_of_gradient(root: nn.Module) -> str | None:
+    """Why what is before a quantised layer could not train, and what to do; ``None`` if all of them pass a gradient.
+
     Formats that also quantise activations have no derivative in some libraries: their output does not depend on
     their input as far as autograd can see, and training would go wrong without a word.
-
-    Raises:
-        UnsupportedStrategyError: naming the first such layer.
     """
     seen: set[tuple[type, str]] = set()
     for path, module in named_places(root).items():
         weight: Any = module._parameters.get("weight")
         if weight is not None and is_repacked(weight):
-            raise UnsupportedStrategyError(
+            return (
                 f"{path} is stored as {format_of(weight)}: in that form its product has no gradient, so nothing before "
                 "it would train. Load the base again, and evaluate it only with the delta in it."
             )
@@ -107,12 +114,13 @@ def refuse_without_gradient(root: nn.Module) -> None:
             continue
         key = type(weight), str(flatten()[1])
         if key not in seen and not _passes_gradient(module, weight):
-            raise UnsupportedStrategyError(
+            return (
                 f"{path} is stored as {format_of(weight)} in a form whose product has no gradient with respect to its "
                 "input (activations are quantised too), so nothing before it would train. Use a weight-only format, "
                 "such as Int8WeightOnlyConfig or IntxWeightOnlyConfig."
             )
         seen.add(key)
+    return None
 
 
 def _passes_gradient(module: Any, weight: Any) -> bool:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_pet.core.naming import canonical, named_modules
+from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
 from lightning_pet.engine.strategy import CheckpointRules, trainable
 from lightning_pet.errors import UnsupportedStrategyError
@@ -35,7 +35,7 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
             return
         from torch.distributed.fsdp import fully_shard
 
-        self._reshard()
+        self.settle()
         modules = named_modules(root)
         alone = {path for path, _ in own_units(root)}
         for path, host_path, delta in deltas_of(root):
@@ -58,22 +58,23 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
                 f"{len(plain)} parameters train but are not sharded, so every process would train its own: "
                 f"{', '.join(plain[:4])}. Let configure_model call fully_shard on the whole model at the end."
             )
+        _refuse_mixed_groups(module)
 
     # --- in place of the strategy's methods -------------------------------------------------------
 
     def lightning_module_state_dict(self, rules: CheckpointRules, original: Callable[..., Any]) -> dict[str, Any]:
         """The delta, gathered from what the optimizer holds."""
-        self._reshard()
+        self.settle()
         return super().lightning_module_state_dict(rules, original)
 
     def load_model_state_dict(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
     ) -> None:
         """Copy the delta into what the optimizer holds."""
-        self._reshard()
+        self.settle()
         super().load_model_state_dict(rules, original, checkpoint, strict)
 
-    def _reshard(self) -> None:
+    def settle(self) -> None:
         """Give back what a forward left whole: validation, or the look at the structure.
 
         Outermost units stay whole, and all of them with ``reshard_after_forward=False``; their parameters are then
@@ -84,6 +85,25 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
         for module in self.strategy.lightning_module.modules() if self.strategy.lightning_module else ():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _refuse_mixed_groups(module: nn.Module) -> None:
+    """What trains within one call of ``fully_shard`` must have one precision."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for path, unit in named_modules(module).items():
+        if not isinstance(unit, FSDPModule):
+            continue
+        within = [part for part in cast(nn.Module, unit).modules() if part is not unit and isinstance(part, FSDPModule)]
+        inner = {id(p) for part in within for p in cast(nn.Module, part).parameters()}
+        trained = {name: p for name, p in trainable(cast(nn.Module, unit)).items() if id(p) not in inner}
+        examples = {p.dtype: name for name, p in trained.items()}
+        if len(examples) > 1:
+            found = " and ".join(f"{join(path, name)} ({dtype})" for dtype, name in examples.items())
+            raise UnsupportedStrategyError(
+                f"{found} train within one fully_shard, whose gradients must have one precision. Call fully_shard on "
+                "the module that trains in low precision (a head) by itself, or use precision='bf16-mixed'."
+            )
 
 
 def _mesh_around(modules: Mapping[str, nn.Module], path: str) -> Any:

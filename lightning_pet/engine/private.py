@@ -23,7 +23,8 @@ name                                                      used for
 ``Optimizer._step_supports_amp_scaling``                  clipping gradients that are still scaled
 ``ModelCheckpoint._link_checkpoint``                      a link to the last checkpoint that never dangles
 ``_MultiProcessingLauncher``, ``._already_fit``           warning about deltas that stay in other processes
-``DDPStrategy._ddp_kwargs``                               layers that start to train in the middle of a run
+``DDPStrategy._ddp_kwargs``                               layers that are dropped, or start to train within a run
+``overrides.distributed._sync_module_states``             equal values in all processes where DDP wraps nothing
 ``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
@@ -38,6 +39,7 @@ name                                                      used for
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
+``FullyShardedDataParallel._is_root``                      whether a unit of FSDP1 was used before
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
 ``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
@@ -64,6 +66,7 @@ from typing import Any, Final
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -94,9 +97,21 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
     return undo
 
 
-def finds_unused_parameters(strategy: Any) -> bool:
-    """Whether a DDP strategy looks in every step for parameters without a gradient."""
-    return bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+def look_for_unused_parameters(strategy: Any) -> bool:
+    """Let a DDP strategy look in every step for parameters without a gradient; return whether it did not before."""
+    before = bool(strategy._ddp_kwargs.get("find_unused_parameters", False))
+    strategy._ddp_kwargs["find_unused_parameters"] = True
+    return not before
+
+
+def expects_one_graph(strategy: Any) -> bool:
+    """Whether a DDP strategy keeps from its first step which parameters have gradients."""
+    return bool(strategy._ddp_kwargs.get("static_graph", False))
+
+
+def share_from_first(module: Any) -> None:
+    """Give every process the values that the first one has, as DDP does when it wraps a model."""
+    _sync_module_states(module)
 
 
 def keep_from_ddp(module: Any, names: Iterable[str]) -> None:
@@ -289,6 +304,11 @@ def module_policy(policy: Any) -> Callable[[Any, bool, int], bool] | None:
         function = policy._lambda_fn
         return lambda module, recurse, size: recurse or bool(function(module))
     return None if policy is None else lambda module, recurse, size: bool(policy(module, recurse, size))
+
+
+def knows_outermost(unit: Any) -> bool:
+    """Whether a unit of FSDP1 was used before, so that it knows whether it is the outermost one."""
+    return getattr(unit, "_is_root", True) is not None
 
 
 @contextmanager

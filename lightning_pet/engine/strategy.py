@@ -7,7 +7,6 @@ callback hook runs. Engines that shard have adapters of their own; :mod:`lightni
 knows which is whose.
 """
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,15 +15,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.agreement import agreed
-from lightning_pet.engine.layer_formats import share_quantised
 from lightning_pet.engine.parameter_groups import clip_norm, groups_of
+from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
 
@@ -68,13 +67,16 @@ class CheckpointRules(Protocol):
 
 
 class StrategyAdapter(Generic[S]):
-    """Single device and DDP: every process holds everything, and all of them the same."""
+    """A single device; base of all others."""
 
     shards = False
     """Whether a process holds parts of tensors only."""
 
     materialized_late = False
     """Whether deltas were on the meta device when the model was complete, so that they got their values since."""
+
+    passes_over = True
+    """Whether its optimizers leave a parameter as it is that has no gradient in a step."""
 
     replaced: tuple[str, ...] = (
         "lightning_module_state_dict",
@@ -180,9 +182,6 @@ class StrategyAdapter(Generic[S]):
             root: the adapted root.
             complete: whether the last hook that builds the model has run.
         """
-        module = self.strategy.lightning_module
-        if complete and module is not None and isinstance(self.strategy, DDPStrategy):
-            share_quantised(module)
 
     def check_start(self, root: nn.Module) -> None:
         """Refuse to load files into the deltas, if they would not stay in them.
@@ -223,7 +222,11 @@ class StrategyAdapter(Generic[S]):
 
     def whole_modules(self, modules: Sequence[M]) -> Iterator[tuple[M, dict[str, Tensor]]]:
         """Give each module with its tensors whole; every process must run through all of them."""
+        self.settle()
         return each_whole(modules, self.whole)
+
+    def settle(self) -> None:
+        """Let modules have the parameters that train, where an engine may have left others in their places."""
 
     def watch_gradients(self, named: Named) -> None:
         """Gradients of these parameters will be asked for after each optimizer step of this run."""
@@ -260,14 +263,32 @@ class StrategyAdapter(Generic[S]):
         """Classes of the optimizers."""
         return [type(optimizer).__name__ for optimizer in self.optimizers()]
 
+    def require_passing_over(self, what: str) -> None:
+        """An option needs optimizers that leave a parameter without gradient as it is.
+
+        Args:
+            what: names the option.
+
+        Raises:
+            UnsupportedStrategyError: if this engine's do not.
+        """
+        if not self.passes_over:
+            raise UnsupportedStrategyError(
+                f"{what}: parameters without gradient in a step must stay as they are, but the optimizer of "
+                f"{type(self.strategy).__name__} steps flat partitions, in which weight decay and momentum move them "
+                "as well. Use strategy='ddp' or ModelParallelStrategy (FSDP2), or leave the option out."
+            )
+
+    def expect_gaps(self, trainer: pl.Trainer, what: str) -> None:
+        """An option leaves parameters without gradient in some steps, others each time; the model is not wrapped yet.
+
+        Raises:
+            UnsupportedStrategyError: if the engine cannot have that.
+        """
+        self.require_passing_over(what)
+
     def wrap_again(self) -> None:
-        """Parameters of the model have been exchanged during a fit: let the strategy know the new ones."""
-        strategy = self.strategy
-        if isinstance(strategy, DDPStrategy):
-            # The old reducer's hooks go with it: nothing else may hold it when the new one is made.
-            strategy.model = strategy.lightning_module
-            gc.collect()
-            strategy.configure_ddp()
+        """Other parameters than before train from now on, in the middle of a fit: let the strategy know."""
 
 
 def each_whole(modules: Sequence[M], whole: Callable[[Named], Named] = iter) -> Iterator[tuple[M, dict[str, Tensor]]]:

@@ -1,39 +1,15 @@
-"""Parameters that start to train in the middle of a run: when, and where that works."""
+"""Parameters that start to train in the middle of a run: when."""
 
 import math
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_pet.engine import private
-from lightning_pet.errors import ArgumentError, UnsupportedStrategyError
+from lightning_pet.errors import ArgumentError
 
 
 def elapsed(trainer: pl.Trainer, interval: str) -> int:
     """Epochs or optimizer steps done; equal after a resume."""
     return trainer.current_epoch if interval == "epoch" else trainer.global_step
-
-
-def check_strategy(trainer: pl.Trainer, method: object) -> None:
-    """Some strategies decide once, at the start, which parameters have gradients.
-
-    Raises:
-        UnsupportedStrategyError: naming the strategy to use.
-    """
-    strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy):
-        return
-    if type(strategy) is DDPStrategy:
-        if private.finds_unused_parameters(strategy):
-            return
-        raise UnsupportedStrategyError(
-            f"{type(method).__name__}(unfreeze_every=…) under DDP: layers without a gradient must be looked for in "
-            "every step. Use strategy='ddp_find_unused_parameters_true', or unfreeze_every=None."
-        )
-    raise UnsupportedStrategyError(
-        f"{type(method).__name__}(unfreeze_every=…) does not work under {type(strategy).__name__}, which fixes at the "
-        "start of a run what trains. Use one device or DDP, or unfreeze_every=None."
-    )
 
 
 def check_long_enough(trainer: pl.Trainer, every: int, interval: str, groups: int) -> None:

@@ -80,7 +80,7 @@ class SparseDifference(Delta):
         def made(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=like.device, dtype=dtype or like.dtype))
 
-        self.values: nn.Parameter | None = None
+        self.values: Tensor | None = None
         self.indices: Tensor | None = None
         self.w: nn.Parameter | None = made(*self.shape)
         self.alpha = made(*self.shape, dtype=self.gate_dtype) if self.kind != "group" else None
@@ -147,7 +147,9 @@ class SparseDifference(Delta):
         return difference
 
     def _own(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        return {name: p for name, p in self._parameters.items() if p is not None} if tensors is None else tensors
+        if tensors is not None:
+            return tensors
+        return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight with the difference added."""
@@ -197,12 +199,17 @@ class SparseDifference(Delta):
         assert self.w is not None
         old, gates = self.w, self.gate_parameters
         self._take_fixed_form(places, self.difference().detach().reshape(-1)[places])
-        return [(old, self.values if places.numel() else None), *((gate, None) for gate in gates)]
+        new = self.values if isinstance(self.values, nn.Parameter) else None
+        return [(old, new), *((gate, None) for gate in gates)]
 
     def _take_fixed_form(self, places: Tensor, values: Tensor) -> None:
         self.w = self.alpha = self.alpha_group = None
         self._take_places(places, values)
-        self.values = nn.Parameter(values.clone(), requires_grad=values.numel() > 0)
+        del self.values
+        if values.numel():
+            self.values = nn.Parameter(values.clone())
+        else:  # engines that shard cannot take a parameter without numbers
+            self.register_buffer("values", values.clone())
 
     def _take_places(self, places: Tensor, like: Tensor) -> None:
         index = torch.int32 if self.size < 2**31 else torch.int64

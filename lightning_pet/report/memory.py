@@ -8,10 +8,12 @@ rehearsal (:mod:`lightning_pet.report.rehearsal`), and what an engine makes of t
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_iter
@@ -23,6 +25,8 @@ from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.adapt import StartingMethod, apply
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.roots import root_of, silenced
+from lightning_pet.errors import TargetError
+from lightning_pet.report.activations import estimate
 from lightning_pet.report.memory_engines import Bytes, Engine, EngineName, Inventory, Part, bytes_under
 from lightning_pet.report.rehearsal import Stage, Step, is_packed, rehearse, rehearse_optimizer
 
@@ -52,6 +56,15 @@ class MemoryPlan:
         """Bytes in all."""
         return self.bytes.total
 
+    @property
+    def host(self) -> int:
+        """Bytes in host memory: base values that are put back when a delta is taken out.
+
+        Under FSDP2 the base is in parts when they are noted.
+        """
+        parts = self.engine.processes if self.engine.name == "fsdp2" else 1
+        return ceil(self.inventory.originals / parts)
+
     def under(self, strategy: EngineName | Engine, processes: int = 1) -> "MemoryPlan":
         """The plan of the same run under another strategy.
 
@@ -69,7 +82,7 @@ class MemoryPlan:
             "processes": self.engine.processes,
             "trained": self.trained,
             "bytes": vars(self.bytes) | {"total": self.total},
-            "host_bytes": self.inventory.originals,
+            "host_bytes": self.host,
             "notes": list(self.notes),
         }
 
@@ -124,11 +137,11 @@ def plan_memory(
     twin = stage.twin(model, [] if trainer is None else [trainer], _true_dtype(precision))
     if trainer is not None:
         twin.trainer = trainer  # which a copy of a LightningModule leaves behind
+    shapes = stage.batch(batch)
     if callbacks:
-        with stage.entered(kernels=False):
-            apply(twin, callbacks)
+        _insert(stage, twin, callbacks, shapes)
     let_inputs_require_grad(root_of(twin)[1])
-    step = None if batch is None else _step(stage, twin, stage.batch(batch), precision, notes)
+    step = None if batch is None else _step(stage, twin, shapes, precision, notes)
     states, momentary = _optimizer(stage, twin, optimizer, gpu, notes)
     record = record_of(root_of(twin)[1])
     originals = sum(_plain(tensor) for tensor in record.originals.values()) if record else 0
@@ -144,6 +157,17 @@ def plan_memory(
     )
     trained = sum(part.numel for part in inventory.trained)
     return MemoryPlan(engine, bytes_under(engine, inventory), trained, inventory, tuple(notes))
+
+
+def _insert(stage: Stage, twin: nn.Module, callbacks: Sequence[StartingMethod], batch: Any) -> None:
+    """Apply the methods as a Trainer does: a model that does not describe its inputs is looked at with the batch."""
+    with stage.entered(kernels=False):
+        try:
+            apply(twin, callbacks)
+        except TargetError:
+            if batch is None:
+                raise
+            apply(twin, callbacks, forward=lambda: _loss(twin, batch))
 
 
 def _true_dtype(precision: str) -> torch.dtype | None:
@@ -197,13 +221,22 @@ def _step(stage: Stage, twin: nn.Module, batch: Any, precision: str, notes: list
         notes.append("nothing trains by a gradient: activations are not counted.")
         return None
     try:
-        return rehearse(stage, twin, loss)
+        return rehearse(stage, twin, loss, layers_of(twin))
     except Exception as error:  # user code, of any kind
-        notes.append(
-            f"activations are not counted, because the training step does not run without values "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''})."
-        )
-        return None
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
+    root = root_of(twin)[1]
+    tokens = _tokens(batch)
+    estimated = None if tokens is None else estimate(root, tokens)
+    known = "not counted" if estimated is None else "estimated by a formula"
+    notes.append(f"activations are {known}: the training step does not run without values ({reason}).")
+    return None if estimated is None else Step(estimated, estimated, estimated)
+
+
+def _tokens(batch: Any) -> int | None:
+    """Numbers in the first two-dimensional tensor of integers, which are token ids."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return next((t.numel() for t in found if t.dim() == 2 and not t.is_floating_point()), None)
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:

@@ -115,7 +115,7 @@ class Bytes:
         gradients: gradients of what trains, as long as all of them are there.
         optimizer: state of the optimizer, with the float32 copies that DeepSpeed trains.
         communication: buffers in which gradients are sent.
-        gathered: parameters of other processes, and gradients for them, at the worst moment.
+        gathered: parameters of other processes at the worst moment.
         activations: what forward and backward (or the optimizer) need besides at the worst moment.
     """
 
@@ -181,9 +181,7 @@ def _gathered(engine: Engine, inventory: Inventory) -> int:
     units: dict[int, list[Part]] = {}
     for part in inventory.parts:
         units.setdefault(part.unit if engine.layers_are_units else 0, []).append(part)
-    values = _sum(units.pop(0, ())) + 2 * max((_sum(parts) for parts in units.values()), default=0)
-    trained = [_sum(part for part in parts if part.trains) for parts in (*units.values(), ())]
-    return values + 2 * max(trained)  # a unit's gradients are whole, and once more in the order of sending
+    return _sum(units.pop(0, ())) + 2 * max((_sum(parts) for parts in units.values()), default=0)
 
 
 # --- DeepSpeed ------------------------------------------------------------------------------------
@@ -224,10 +222,11 @@ def _zero_parts(engine: Engine, inventory: Inventory) -> Bytes:
 
 
 def _live(engine: Engine, inventory: Inventory) -> int:
+    """What is gathered and not released yet, and the buffer in which the next ones come: they are copied out of it."""
     numbers = [part.numel for part in inventory.parts]
-    most = max(engine.max_live_parameters, max(numbers, default=0)) + engine.prefetch_bucket_size
-    share = min(1.0, most / max(sum(numbers), 1))
-    return ceil(share * _sum(inventory.parts, half=inventory.half))
+    live = min(sum(numbers), max(engine.max_live_parameters, *numbers, 0))
+    coming = min(sum(numbers), engine.prefetch_bucket_size)
+    return ceil((live + coming) / max(sum(numbers), 1) * _sum(inventory.parts, half=inventory.half))
 
 
 _RULES: dict[EngineName, Callable[[Engine, Inventory], Bytes]] = {

@@ -64,8 +64,8 @@ def show_memory(plan: MemoryPlan, others: Sequence[tuple[MemoryPlan, str]], memo
     table.add_row("total", gib(plan.total), style="bold")
     console.print(table)
     console.print(f"trained: {plan.trained:,} numbers")
-    if plan.inventory.originals:
-        console.print(f"in host memory besides: {gib(plan.inventory.originals)} of base values, to put them back")
+    if plan.host:
+        console.print(f"in host memory besides: {gib(plan.host)} of base values, to put them back")
     console.print(_others(others, memory))
     for note in (*(f"Note: {note}" for note in plan.notes), UNCOUNTED):
         console.print(note, markup=False, highlight=False)

@@ -7,7 +7,7 @@ checkpointing, the deltas' own autograd functions), so no formula has to know th
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,8 @@ class Step:
     Attributes:
         forward: at the worst moment of the forward, gradients of the step before not counted.
         backward: likewise of the backward, with the gradients that are there by then.
-        working: of both together, gradients never counted.
+        working: of both together, where the gradients of a unit of parameters leave as soon as all of them are there,
+            by way of one copy.
     """
 
     forward: int
@@ -65,15 +66,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Forget the highest so far."""
         self.peak, self.peak_working = self.working + self.gradients, self.working
 
-    def gradient_made(self, parameter: Tensor) -> None:
-        """This parameter's gradient is complete: it is no temporary any more."""
-        if parameter.grad is None:
-            return
-        storage = parameter.grad.untyped_storage()
-        if self._kinds.get(id(storage)) == "working":
-            self._kinds[id(storage)] = "gradients"
-            self.working -= storage.nbytes()
-            self.gradients += storage.nbytes()
+    def gradients_made(self, parameters: Sequence[Tensor]) -> None:
+        """These parameters' gradients are complete, and a sharding engine would send them: they are no temporaries."""
+        storages = [p.grad.untyped_storage() for p in parameters if p.grad is not None]
+        moved = [storage for storage in storages if self._kinds.get(id(storage)) == "working"]
+        size = sum(storage.nbytes() for storage in moved)
+        self.peak_working = max(self.peak_working, self.working + size)
+        self._kinds |= dict.fromkeys(map(id, moved), "gradients")
+        self.working -= size
+        self.gradients += size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = _ANSWERS.get(func)
@@ -268,19 +269,21 @@ def is_packed(tensor: Tensor) -> bool:
     return hasattr(tensor.data, "__tensor_flatten__") or not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def rehearse(stage: Stage, model: nn.Module, loss: Callable[[], Any]) -> Step:
+def rehearse(stage: Stage, model: nn.Module, loss: Callable[[], Any], units: Mapping[int, int] | None = None) -> Step:
     """Run one forward and backward.
 
     Args:
         stage: where the model's twin was made.
         model: the twin, with its deltas; parameters that train have no gradient yet.
         loss: runs the forward and returns the loss.
+        units: number of the unit that a parameter is in, by ``id``; 0 for those that are not named.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    members: dict[int, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            members.setdefault((units or {}).get(id(parameter), 0), []).append(parameter)
     with stage.entered((*model.parameters(), *model.buffers())) as ledger:
-        hooks: list[Any] = []
-        for parameter in trained:
-            hooks.append(parameter.register_post_accumulate_grad_hook(ledger.gradient_made))  # type: ignore[no-untyped-call]
+        hooks = [hook for unit in members.values() for hook in _when_complete(unit, ledger.gradients_made)]
         try:
             value = loss()
             forward, working = ledger.peak, ledger.peak_working
@@ -291,6 +294,19 @@ def rehearse(stage: Stage, model: nn.Module, loss: Callable[[], Any]) -> Step:
             for hook in hooks:
                 hook.remove()
         return Step(forward, ledger.peak, max(working, ledger.peak_working))
+
+
+def _when_complete(unit: list[nn.Parameter], act: Callable[[Sequence[Tensor]], None]) -> Iterator[Any]:
+    """Hooks that act once every parameter of a unit has its gradient."""
+    waiting = {id(parameter) for parameter in unit}
+
+    def made(parameter: Tensor) -> None:
+        waiting.discard(id(parameter))
+        if not waiting:
+            act(unit)
+
+    for parameter in unit:
+        yield parameter.register_post_accumulate_grad_hook(made)  # type: ignore[no-untyped-call]
 
 
 def rehearse_optimizer(stage: Stage, optimizer: torch.optim.Optimizer) -> tuple[dict[int, int], int]:

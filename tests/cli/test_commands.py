@@ -110,10 +110,17 @@ def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_pa
         "import sys\nfrom lightning_pet.lightning_cli import run\n"
         "for verb in ('validate', 'test', 'predict', 'fit'):\n"
         "    print('verb', verb, flush=True)\n    run([verb, '-c', sys.argv[1], '--ckpt_path', sys.argv[2]])\n"
+        "for epochs in '12':\n"
+        "    run(['fit', '-c', sys.argv[1], '--ckpt_path=last-good', '--trainer.default_root_dir=again',\n"
+        "         f'--trainer.max_epochs={epochs}'])\n"
     )
     done = run([str(script), str(config), str(trained[0])], tmp_path)
     for text in ("val/loss", "test/loss", "verb fit", "`Trainer.fit` stopped: `max_epochs=2` reached"):
         assert text in done.stdout + done.stderr
+    assert "no checkpoint below" in done.stderr
+    (first,) = [line for line in done.stderr.splitlines() if "going on from" in line]
+    assert "again" in first
+    assert torch.load(next((tmp_path / "again").rglob("*epoch=1*.ckpt")), weights_only=True)["global_step"] == 16
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,20 @@ ROOT = HERE.parents[1]
 PATHS = os.pathsep.join(map(str, (HERE, HERE.parent / "engine", ROOT)))
 EXPECTED = {f"net.{i}.pet.lora_default.{p}" for i in (0, 2) for p in "ab"} | {"head.weight", "head.bias"}
 ZERO1 = "--trainer.strategy=deepspeed_stage_1"
+POLICY, WRAP = "--trainer.strategy.auto_wrap_policy", "torch.distributed.fsdp.wrap.ModuleWrapPolicy"
 ENGINES = {  # configuration, the user's module, what is overridden
     "fsdp2": ("fsdp2", "ShardedNet", []),
     "zero3": ("deepspeed_zero3", "Net", []),
     "fsdp": ("fsdp", "Net", []),
+    "fsdp-layers": (
+        "fsdp",
+        "Net",
+        ["--trainer.strategy=engines.CPUFSDP", f"{POLICY}={WRAP}", f"{POLICY}.module_classes=[torch.nn.Linear]"],
+    ),
     "zero2": ("deepspeed_zero2", "Net", []),
     "zero1": ("deepspeed_zero2", "Net", [ZERO1]),
 }
-SLOW = {"fsdp", "zero2", "zero1"}
+SLOW = {"fsdp", "fsdp-layers", "zero2", "zero1"}
 # The command that pip installs; run twice, to resume, in one process: importing takes longer than training.
 COMMAND = "import sys\nfrom lightning_pet.cli import main\nsys.exit(main())\n"
 TWICE = (  # in one group, which is there before the first command and stays: its port is not free again at once

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_pet import Adapted, LoRACallback, NotMergeableError, apply
 from lightning_pet.core.adapted import adapt
+from lightning_pet.core.insertion import attach
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import DeadSiteError
@@ -268,3 +269,33 @@ def test_a_weight_that_is_read_again_after_its_module_was_called() -> None:
     with torch.no_grad():
         shift.by.fill_(0.5)
     assert torch.allclose(model(X), before + 3 * 0.5 * X.sum(1, keepdim=True))
+
+
+class Doubling(Delta):
+    """Twice the weight."""
+
+    path = "weight"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_an_engine_may_put_a_tensor_in_the_place_of_a_weight() -> None:
+    """As FSDP1 does while it computes: it deletes the parameter and sets a view of its own."""
+    host = nn.Linear(4, 4, bias=False)
+    root, weight = nn.Sequential(host), host.weight
+    attach(root, Target("0"), "doubling", Doubling())
+    view = weight.detach() + 1
+    del host.weight
+    assert not hasattr(host, "weight")
+    host.weight = view
+    assert host.weight is view
+    assert torch.equal(root(X), nn.functional.linear(X, 2 * view))
+    del host.weight
+    host.weight = weight
+    assert host.weight is weight
+    assert list(dict(root.named_parameters())) == ["0.weight"]
+    assert torch.equal(root(X), nn.functional.linear(X, 2 * weight))
+    del host.weight
+    with pytest.raises(AttributeError):
+        del host.weight

@@ -17,6 +17,7 @@ from diff_runs import CLIPPED, diff  # noqa: E402
 from engines import make  # noqa: E402
 from models import every_step, trainer  # noqa: E402
 
+from lightning_pet.engine.delta import save_delta  # noqa: E402
 from lightning_pet.errors import PETError  # noqa: E402
 
 
@@ -37,6 +38,8 @@ def main(folder: Path, engine: str) -> dict[str, Any]:
     found["losses"], fitted, callback = run(folder / "plain", engine)
     found["history"] = callback._curve.history
     fitted.save_checkpoint(folder / "after.ckpt")
+    if "-" not in engine:
+        save_delta(fitted.lightning_module, folder / "delta.pet.safetensors")
     found["again"] = {
         n: run(folder / f"from{n}", engine, path=folder / "plain" / f"step={n}.ckpt", seed=99)[0] for n in (3, 6, 8)
     }

@@ -119,7 +119,8 @@ def strategy_of(engine: str, **options: Any) -> Strategy | str:
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     if engine.startswith("fsdp"):
         return CPUFSDP(process_group_backend="gloo", **options)
-    return CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo")
+    small = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}  # the defaults reserve gigabytes
+    return CPUDeepSpeed(stage=int(engine[4]), process_group_backend="gloo", **small)
 
 
 def make(engine: str, base: type, dropout: float) -> tuple[Any, Strategy | str]:

@@ -53,6 +53,7 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "AdaLoRA": lambda _: [pet.AdaLoRACallback(target_r=2, init_r=4, tinit=1, tfinal=1)],
     "Adapter": lambda _: [pet.AdapterCallback(bottleneck_size=4)],
     "Adapter, parallel": lambda _: [pet.AdapterCallback(bottleneck_size=4, placement="parallel")],
+    "Adapter, robust drop": lambda _: [pet.AdapterCallback(bottleneck_size=4, robust_drop=True)],
     "AdapterBias": lambda _: [pet.AdapterBiasCallback()],
     "Adapter fusion": lambda folder: [pet.AdapterFusionCallback(adapters(folder), temperature=9.0)],
     "Compacter": lambda _: [pet.CompacterCallback(bottleneck_size=4, phm_dim=2)],
@@ -65,7 +66,11 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "BitFit": lambda _: [pet.BitFitCallback()],
     "Layer freezing": lambda _: [pet.LayerFreezingCallback(train_last=1)],
     "Gradual unfreezing": lambda _: [pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step")],
-    "Diff pruning": lambda _: [pet.DiffPruningCallback(density=0.1, plot=False)],
+    "Diff pruning": lambda _: [
+        pet.DiffPruningCallback(
+            density=0.1, stages=(0.75, 0.25), l0_weight=0.01, alpha_init=1.0, alpha_clip=1e-3, plot=False
+        )
+    ],
     "Intrinsic dimension": lambda _: [pet.IntrinsicDimensionCallback(d=50)],
     "Full fine-tuning": lambda _: [pet.FullFineTuningCallback()],
     "MAM (prefix and parallel adapter)": lambda _: [

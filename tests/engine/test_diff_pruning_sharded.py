@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed_operator import require_deepspeed
 from diff_runs import CLIPPED, STEPS, diff, flat
 from launch import launch
 from models import Data, Module, Net, cosine, every_step, fit
@@ -32,7 +33,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Module, list[li
 
 def run(engine: str, one: Any, factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     if engine.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install lightning-pet[deepspeed])")
+        require_deepspeed()
     folder = factory.mktemp(engine)
     (folder / "single").symlink_to(one[0])
     codes, outputs = launch([SCRIPT, str(folder), engine], timeout=300)
@@ -102,9 +103,11 @@ def test_one_process_resumes_it(one: Any, two: Any, step: int) -> None:
 
 
 def test_loads_and_validates(one: Any, two: Any) -> None:
-    net, x = Net(dropout=0), torch.randn(7, 6)
-    load_delta(net, two[0] / "after.ckpt")
-    torch.testing.assert_close(net.eval()(x), one[1].net.eval()(x), atol=1e-4, rtol=1e-4)
+    x = torch.randn(7, 6)
+    for name in ("after.ckpt", "delta.pet.safetensors"):
+        net = Net(dropout=0)
+        load_delta(net, two[0] / name)
+        torch.testing.assert_close(net.eval()(x), one[1].net.eval()(x), atol=1e-4, rtol=1e-4)
     for step in (3, 8):
         mine, theirs = state(two[0] / f"validated{step}.ckpt"), state(two[0] / "plain" / f"step={step}.ckpt")
         assert mine["state_dict"].keys() == theirs["state_dict"].keys()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lightning_pet.core.quantised import dense_values, format_of, is_quantised
 from lightning_pet.engine.layer_formats import replaces_layers
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+DOCS = Path(__file__).parents[2] / "docs" / "quantisation.md"
 SCRIPT = str(Path(__file__).with_name("quantised_runs.py"))
 
 
@@ -91,6 +93,16 @@ def test_trains_and_resumes_exactly(name, where, tmp_path, recwarn):
     assert equal(loaded, module)
     x = torch.randn(3, 6)
     assert torch.equal(loaded.eval()(x), module.eval()(x))
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
+    found = {}
+    exec(example[1], found)
+    module = found["trainer"].lightning_module
+    assert is_quantised(module.net[0].weight)
+    assert module.net[0].pet["lora_default"].b.abs().max() > 0
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}], ids=str)

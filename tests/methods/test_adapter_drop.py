@@ -2,7 +2,6 @@
 
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_pet import AdapterCallback, UnsupportedStrategyError
+from lightning_pet import AdapterCallback
 from lightning_pet.layers.bottleneck import Bottleneck
 
 LAYERS = 3
@@ -107,17 +106,3 @@ def test_an_error_leaves_no_adapter_dropped(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="dropped adapters"):
         fit(module, robust(), max_steps=16, default_root_dir=tmp_path)
     assert not any(dropped(module))
-
-
-def test_ddp_must_look_for_unused_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_pet.callbacks import adapter
-
-    monkeypatch.setattr(adapter, "DistributedDataParallel", SimpleNamespace)
-    for finds in (True, False):
-        trainer = SimpleNamespace(strategy=SimpleNamespace(model=SimpleNamespace(find_unused_parameters=finds)))
-        AdapterCallback().on_train_start(trainer, None)  # type: ignore[arg-type]
-        if finds:
-            robust().on_train_start(trainer, None)  # type: ignore[arg-type]
-        else:
-            with pytest.raises(UnsupportedStrategyError, match="ddp_find_unused_parameters_true"):
-                robust().on_train_start(trainer, None)  # type: ignore[arg-type]

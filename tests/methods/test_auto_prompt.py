@@ -17,7 +17,6 @@ from lightning_pet import (
     LoRACallback,
     PromptTuningCallback,
     TargetError,
-    UnsupportedStrategyError,
     apply,
     inspect_delta,
     load_delta,
@@ -285,12 +284,6 @@ def test_a_model_or_tokenizer_that_does_not_fit() -> None:
         apply(zoo.vit()[0], [AutoPromptCallback()])
     with pytest.raises(ArgumentError, match="makes id"):
         apply(zoo.gpt2()[0], [AutoPromptCallback(init_text="zz", tokenizer="bytes")])
-
-
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedStrategyError, match="searches in one process"):
-        fit(LanguageModel(), [AutoPromptCallback(verbose=False)], tmp_path, strategy="ddp", devices=1)
-    torch.distributed.destroy_process_group()
 
 
 def test_perturbing_finds_nothing_to_move() -> None:

@@ -418,3 +418,46 @@ def test_raw_parameters_and_lists_of_them() -> None:
     attached = model.eval()(x)
     adapted.merge_()
     torch.testing.assert_close(model(x), attached)
+
+
+# --- parameters that an engine holds ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"gates": "group"}, {"structured": False}], ids=str)
+def test_what_an_engine_holds_is_fixed_in_place(options: dict[str, Any], tmp_path: Path) -> None:
+    model, adapted, _ = adapted_mlp(**options)
+    perturb(adapted)
+    twin, x = copy.deepcopy(model), torch.randn(4, 6)
+    before = dict(model.named_parameters())
+    for delta, other in zip(deltas(model), deltas(twin), strict=True):
+        places = torch.arange(0, delta.size, 3)
+        kept = {"indices": places, "values": delta.difference().detach().reshape(-1)[places]}
+        other.fix(places)
+        assert delta.take_form(kept, held=True)
+        delta.load_state_dict(delta.spread(kept), strict=True)
+        assert torch.equal(delta.difference(), other.difference())
+        assert delta.count_nonzero() == other.count_nonzero()
+        assert {name: t.tolist() for name, t in delta.packed().items()} == {
+            name: t.tolist() for name, t in other.packed().items()
+        }
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert torch.equal(model(x), twin(x))
+    model(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for delta, other in zip(deltas(model), deltas(twin), strict=True):
+        places = other.indices.long()
+        assert torch.equal(delta.w.grad.reshape(-1)[places], other.values.grad)
+        assert not delta.w.grad.reshape(-1)[1::3].any()
+        with torch.no_grad():
+            delta.w.view(-1)[1::3] += 1  # by an optimizer that has some momentum left
+    assert torch.equal(model(x), twin(x))
+    save_delta(model, tmp_path / "held.pet.safetensors")
+    fresh, _ = zoo.mlp()
+    load_delta(fresh, tmp_path / "held.pet.safetensors")
+    assert torch.equal(fresh(x), twin(x))
+    for delta, other in zip(deltas(model), deltas(twin), strict=True):
+        delta.unpack(other.packed())  # no engine holds it any more
+        assert delta.w is None
+    adapted.merge_()
+    assert torch.equal(model(x), twin(x))

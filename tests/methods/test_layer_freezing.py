@@ -14,11 +14,9 @@ from lightning_pet import (
     LayerFreezingCallback,
     LoRACallback,
     TargetError,
-    UnsupportedStrategyError,
     apply,
 )
-from tests.engine.models import CLASSES, WIDTH, Data, Module, ckpt, digest, every_step, fit, trainer
-from tests.launch import launch
+from tests.engine.models import CLASSES, WIDTH, Module, ckpt, digest, every_step, fit, trainer
 
 from . import zoo
 from .battery import Battery, Case
@@ -233,24 +231,6 @@ def test_a_second_fit_starts_from_the_top_again() -> None:
     assert watch.moved[0] == "head"
 
 
-ONE_OF_TWO = """
-from tests.engine.models import Data, Module, digest, fit
-from tests.methods.test_layer_freezing import Deep, decaying, gradual
-module = Module(Deep(), decaying)
-options = {"strategy": "ddp_find_unused_parameters_true", "devices": 2, "use_distributed_sampler": False}
-fit(module, gradual(), max_epochs=5, data=Data(shuffle=False), **options)
-print("FOUND", digest(module))
-"""
-
-
-def test_two_processes_on_the_same_rows_equal_one() -> None:
-    codes, outputs = launch(["-c", ONE_OF_TWO], timeout=300)
-    assert codes == [0, 0], outputs[0][-3000:]
-    module = Module(Deep(), decaying)
-    fit(module, gradual(), max_epochs=5, data=Data(shuffle=False))
-    assert {output.split("FOUND ")[1].split()[0] for output in outputs} == {digest(module)}
-
-
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -310,9 +290,3 @@ def test_bad_places_leave_the_model_untouched(build: str, options: dict[str, Any
 def test_a_run_that_ends_before_the_last_layer_trains(options: dict[str, Any], run: dict[str, Any], text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         fit(Module(Deep()), gradual(**options), **run)
-
-
-def test_ddp_must_look_for_parameters_without_a_gradient() -> None:
-    run = trainer(gradual(), strategy="ddp")
-    with pytest.raises(UnsupportedStrategyError, match="ddp_find_unused_parameters_true"):
-        gradual().setup(run, Module(Deep()), "fit")

@@ -27,6 +27,7 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
+from lightning_pet.core.adaptation import refresh
 from lightning_pet.core.quantised import format_of, is_quantised, numbers_in
 from tests.quantised_models import FORMATS, dense_twin, int8_activations
 
@@ -62,8 +63,8 @@ def bert(quantise):
     model, run = zoo.bert()
     quantise(model).eval()
     for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt":
-            module.train()  # in evaluation it quantises its input too
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):
+            module.train()  # in evaluation one quantises its input too, and the other wants more features than these
     return model, run
 
 
@@ -209,21 +210,29 @@ def test_biases_train_in_full_precision_whatever_the_layer_computes_in(name):
     assert sum(p.numel() for p in trained(model).values()) == apply(zoo.bert()[0], [BitFitCallback()]).plan().trainable
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_weight_that_is_read_and_not_called_is_refused_by_name(name):
-    class Reads(nn.Module):
+def test_a_weight_that_is_read_and_not_called_is_refused_by_name():
+    class Reading(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = nn.Linear(8, 8)
+            self.first, self.inner = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x):
-            return x @ self.inner.weight.t()
+            return nn.functional.linear(self.first(x), self.inner.weight)
 
-    model = FORMATS[name](Reads())
-    with pytest.raises(TargetError, match=r"inner\.weight is stored as .*read without a call"):
-        apply(
-            model, [LoRACallback(r=2, target_modules=["inner"])], forward=lambda: model.inner(torch.ones(1, 8)) * 0 + 1
-        )
+    model, x = FORMATS["torchao int8"](Reading()), torch.randn(2, 8)
+    before = model(x)
+    message = r"inner\.weight is stored as torchao Int8Tensor.*read without a call"
+    with pytest.raises(TargetError, match=message):
+        apply(model, [LoRACallback(r=2, target_modules=["inner"])], forward=lambda: model(x))
+    assert torch.equal(model(x), before)
+
+
+def test_a_weight_that_is_quantised_under_a_delta_that_adds_to_it_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    adapted = apply(model, [DiffPruningCallback(density=0.5)], forward=lambda: model(torch.ones(1, 8)))
+    FORMATS["torchao int8"](model)
+    with pytest.raises(TargetError, match=r"0\.weight is stored as torchao Int8Tensor"):
+        refresh(adapted.root)
 
 
 def test_heads_that_are_quantised_are_refused_and_may_be_left_as_they_are():
@@ -255,6 +264,7 @@ def test_an_evaluation_does_not_end_the_training_of_what_is_before():
 
 def test_merging_says_what_to_do_instead():
     model, _ = bert(int8_activations)
-    apply(model, [LoRACallback(r=2)])
+    with pytest.warns(match="used, but not trained: .*no gradient with respect to its input"):
+        apply(model, [LoRACallback(r=2)])
     with pytest.raises(NotMergeableError, match=r"stored as torchao Int8Tensor.*merge_\(dequantize=True\)"):
         apply(model, [LoRACallback(r=2, name="second")]).merge_()
