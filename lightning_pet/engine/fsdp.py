@@ -48,16 +48,16 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                 "FSDPStrategy(use_orig_params=False) melts frozen and trained parameters into one, and the state of "
                 "its optimizer cannot be saved. Leave the option out: Lightning's default is True."
             )
+        if self.strategy.sharding_strategy is ShardingStrategy.NO_SHARD:
+            raise UnsupportedStrategyError(
+                "FSDPStrategy(sharding_strategy='NO_SHARD') cannot save units within units, and shards nothing. Use "
+                "strategy='ddp', which does the same."
+            )
         if self._copies():
             raise UnsupportedStrategyError(
                 "FSDPStrategy would shard over one process only (one device, or HYBRID_SHARD with a device_mesh whose "
                 "last size is 1). torch turns this into NO_SHARD: units within units cannot be saved, and the copies "
                 "exchange no gradients. Use strategy='auto' or 'ddp', or a mesh that shards."
-            )
-        if self.strategy.sharding_strategy is ShardingStrategy.NO_SHARD:
-            raise UnsupportedStrategyError(
-                "FSDPStrategy(sharding_strategy='NO_SHARD') cannot save units within units, and shards nothing. Use "
-                "strategy='ddp', which does the same."
             )
 
     def expect_gaps(self, trainer: pl.Trainer, what: str) -> None:
