@@ -20,12 +20,18 @@ def require_deepspeed() -> None:
 
     Without DeepSpeed itself, which the test extra holds, the tests that call this fail.
     """
-    if not sys.platform.startswith("linux"):
-        pytest.skip(f"DeepSpeed has no operator for processes on the CPU of {sys.platform}")
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"DeepSpeed builds an operator at its first run, and there is no C++ compiler ({compiler})")
+    if not can_build():
+        pytest.skip(f"DeepSpeed builds an operator at its first run: needs Linux and a C++ compiler ({_compiler()})")
     _build()
+
+
+def can_build() -> bool:
+    """Whether the operator can be built here."""
+    return sys.platform.startswith("linux") and shutil.which(_compiler()) is not None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
 
 
 @functools.cache

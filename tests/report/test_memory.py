@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from deepspeed_operator import require_deepspeed
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
@@ -377,7 +378,7 @@ def test_engines_of_a_trainers_settings() -> None:
 
 
 def test_engine_of_a_deepspeed_object() -> None:
-    pytest.importorskip("deepspeed")
+    require_deepspeed()
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
     found = engine_of(DeepSpeedStrategy(stage=2, reduce_bucket_size=1000, overlap_comm=False), 4)
