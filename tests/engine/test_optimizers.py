@@ -507,4 +507,4 @@ def test_private_names_exist():
     assert len(list(private.nested_schedulers(SCHEDULERS["nested"](optimizer)))) == 5
     assert private.uses_first_group_only(lbfgs(Module()))
     assert not private.uses_first_group_only(optimizer)
-    assert private.LAST_LR in parameter_groups._LR_LISTS
+    assert private.LAST_LR in parameter_groups.LR_LISTS
