@@ -231,7 +231,7 @@ def test_eager_optimizer_of_the_cli(monkeypatch, tmp_path):
 
     Model.configure_optimizers = L.LightningModule.configure_optimizers
     arguments = [
-        "fit", "--seed_everything=false", "--optimizer=AdamW", "--optimizer.lr=0.05",
+        "fit", "--seed_everything=false", "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.05",
         "--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=5",
         "--trainer.callbacks+=LoRACallback", "--trainer.callbacks.r=2", "--trainer.callbacks.target_modules=[fc1,fc2]",
         "--trainer.callbacks.lora_plus_ratio=4", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
