@@ -53,7 +53,7 @@ def _on_layers(cls: type[pet.PETCallback], **options: Any) -> Callable[[], pet.P
 
 
 ADALORA = _on_layers(pet.AdaLoRACallback, target_r=1, init_r=3, dropout=0.2, target_modules=["fc1", "fc2"])
-DIFF_PRUNING = _on_layers(pet.DiffPruningCallback, density=0.2)
+DIFF_PRUNING = _on_layers(pet.DiffPruningCallback, density=0.2, plot=False)
 SHORT = [
     Chain("LoRA", 40, 5),
     Chain("LoRA", 40, 5, save_last="link", resume="last"),
