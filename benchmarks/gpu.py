@@ -3,9 +3,9 @@
 A Llama of 1.2 billion parameters (random weights, bfloat16) learns to predict the next token of random
 text. The floor is the least that any method can cost whose gradient reaches the embeddings: forward and
 backward through the frozen base, no parameter gradient, no optimizer. All variants see the same batch,
-run one after the other in one process, and are measured in a plain loop and as a ``Trainer`` runs them,
-as they are and with every decoder layer compiled. Both libraries keep the delta in float32, which is
-their default; ``peft-bf16`` casts it to the base's type.
+run one after the other in one process, and are measured in a plain loop, as a ``Trainer`` runs them and
+under FSDP2 (one process: what its hooks cost), as they are and with every decoder layer compiled. Both
+libraries keep the delta in float32, which is their default; ``peft-bf16`` casts it to the base's type.
 
 Times are medians of steps between CUDA events. Memory is the peak that the allocator gave out, above
 what it had given out before the model was built: weights, delta, optimizer state, activations, logits.
@@ -30,6 +30,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import transformers
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -98,7 +99,8 @@ def variants() -> list[Variant]:
     trained = [Variant("floor", loop="Trainer"), *(Variant("ours", t, "Trainer") for t in TARGETS)]
     compiled = [Variant("floor", compiled=True), *(Variant(*pair, compiled=True) for pair in own)]
     both = [Variant("ours", targets, "Trainer", compiled=True) for targets in TARGETS]
-    return [*plain, *trained, *compiled, *both]
+    sharded = [Variant("ours", targets, "FSDP2") for targets in TARGETS]
+    return [*plain, *trained, *sharded, *compiled, *both]
 
 
 def build(shape: Shape, device: str) -> nn.Module:
@@ -221,6 +223,19 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
 
+class Sharded(Module):
+    """The same under FSDP2: every layer is a unit, and the rest another."""
+
+    def configure_model(self) -> None:
+        """Shard once."""
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for layer in [m for m in self.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
 def under_trainer(
     model: nn.Module, batch: dict[str, Tensor], variant: Variant, steps: int, clock: Clock, device: str
 ) -> None:
@@ -231,6 +246,7 @@ def under_trainer(
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
+        strategy=ModelParallelStrategy(1, 1) if variant.loop == "FSDP2" else "auto",
         precision="bf16-true",
         max_epochs=1,
         callbacks=[callback(variant.targets)] if variant.method == "ours" else [],
@@ -240,7 +256,8 @@ def under_trainer(
         enable_model_summary=False,
     )
     rows = [batch] * (steps + WARM_UP + 1)
-    trainer.fit(Module(model, clock, variant.method == "floor"), DataLoader(rows, batch_size=None))
+    module = (Sharded if variant.loop == "FSDP2" else Module)(model, clock, variant.method == "floor")
+    trainer.fit(module, DataLoader(rows, batch_size=None))
 
 
 @contextmanager
