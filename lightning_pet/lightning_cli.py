@@ -7,7 +7,8 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -149,9 +150,7 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         options: those of the search.
         arguments: those of ``fit``.
     """
-    sys.path.insert(0, os.getcwd())
-    given, sys.argv = sys.argv, sys.argv[:1]
-    try:
+    with command("intrinsic-dimension"):
         probe = _OneRun(FullFineTuningCallback(), None, arguments)
         metric = options.metric or probe.chosen_metric()
         if "loss" in metric:
@@ -176,13 +175,6 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         show_dimension(found, metric)
         if options.plot is not None:
             plot_dimension(found, metric, options.plot)
-    except Exception as error:
-        reason = own_error(error)
-        if reason is None:
-            raise
-        sys.exit(f"lightning-pet intrinsic-dimension: {type(reason).__name__}: {reason}")
-    finally:
-        sys.argv = given
 
 
 def as_list(value: Any) -> list[Any]:
@@ -198,27 +190,45 @@ def run(argv: list[str]) -> None:
     Args:
         argv: arguments, the verb first. Without a configuration and a model, the built-in example runs.
     """
-    # A console script does not have the working directory on its path, but the user's module is there.
-    sys.path.insert(0, os.getcwd())
-    if not any(re.match(r"(-c|--config|--model|-h|--help)\b", argument) for argument in argv[1:]):
-        argv = [argv[0], "--config", str(default_config()), *argv[1:]]
-    # LightningCLI reads the command line itself; so does Lightning when it starts more processes.
-    given, sys.argv = sys.argv, [sys.argv[0], *argv]
+    argv = [argv[0], *or_default(argv[1:])]
     joined = torch.distributed.is_initialized()
-    try:
+    with command(argv[0], argv):
         PetCLI(save_config_kwargs={"overwrite": True}, parser_kwargs={"default_env": False})
         if torch.distributed.is_initialized() and not joined:  # its threads may abort an interpreter that ends
             torch.distributed.destroy_process_group()
+
+
+def or_default(arguments: list[str]) -> list[str]:
+    """The arguments of a verb, with the built-in example where they name no configuration, model or help."""
+    if any(re.match(r"(-c|--config|--model|-h|--help)\b", argument) for argument in arguments):
+        return arguments
+    return ["--config", str(default_config()), *arguments]
+
+
+@contextmanager
+def command(verb: str, argv: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block the user's modules can be imported, and our own errors end the process with a message.
+
+    Args:
+        verb: for the message.
+        argv: the command line within the block, the verb first: LightningCLI may read it itself, and so does Lightning
+            when it starts more processes.
+    """
+    # A console script does not have the working directory on its path, but the user's module is there.
+    sys.path.insert(0, os.getcwd())
+    given, sys.argv = sys.argv, [*sys.argv[:1], *argv]
+    try:
+        yield
     except Exception as error:
-        reason = own_error(error)
+        reason = _own_error(error)
         if reason is None:
             raise
-        sys.exit(f"lightning-pet {argv[0]}: {type(reason).__name__}: {reason}")
+        sys.exit(f"lightning-pet {verb}: {type(reason).__name__}: {reason}")
     finally:
         sys.argv = given
 
 
-def own_error(error: BaseException | None) -> PETError | None:
+def _own_error(error: BaseException | None) -> PETError | None:
     """Our own error behind another one: the parser wraps what a constructor raised."""
     while error is not None and not isinstance(error, PETError):
         error = error.__cause__ or error.__context__

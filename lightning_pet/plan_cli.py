@@ -1,12 +1,8 @@
 """``lightning-pet plan``: the parts of a run are built as ``fit`` builds them, and planned instead of trained."""
 
 import json
-import os
-import re
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.lightning_cli import PetCLI, as_list, default_config, own_error
+from lightning_pet.lightning_cli import PetCLI, as_list, command, or_default
 from lightning_pet.report.memory import plan_memory
 from lightning_pet.report.memory_engines import ENGINES, Engine
 from lightning_pet.report.memory_setup import (
@@ -93,10 +89,10 @@ def plan_run(options: Namespace, arguments: list[str]) -> None:
         options: those of the plan.
         arguments: those of ``fit``.
     """
-    with _command("plan", arguments) as argv:
+    with command("plan"):
         memory = None if options.device_memory is None else bytes_of(options.device_memory)
         with without_weights() if options.meta else nullcontext():
-            run = _Plan(argv)
+            run = _Plan(or_default(arguments))
             engine = engine_of(run.asked["strategy"], run.asked["devices"], run.asked["num_nodes"] or 1)
             run.assembled(engine)
         batch = run.batch(options.batch_size, options.tokens)
@@ -111,21 +107,3 @@ def plan_run(options: Namespace, arguments: list[str]) -> None:
             print(json.dumps(plan.as_dict() | {"others": [other.as_dict() for other in others]}, indent=2))
         else:
             show_memory(plan, list(zip(others, remarks, strict=True)), memory)
-
-
-@contextmanager
-def _command(verb: str, arguments: list[str]) -> Iterator[list[str]]:
-    """Within the block the user's modules can be imported, and our own errors end the process with a message."""
-    sys.path.insert(0, os.getcwd())
-    if not any(re.match(r"(-c|--config|--model)\b", argument) for argument in arguments):
-        arguments = ["--config", str(default_config()), *arguments]
-    given, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        yield arguments
-    except Exception as error:
-        reason = own_error(error)
-        if reason is None:
-            raise
-        sys.exit(f"lightning-pet {verb}: {type(reason).__name__}: {reason}")
-    finally:
-        sys.argv = given
