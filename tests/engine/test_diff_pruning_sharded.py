@@ -1,15 +1,13 @@
 """Diff pruning on engines that shard, on two gloo processes: both stages, and files that every engine goes on with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deepspeed_operator import require_deepspeed
 from diff_runs import CLIPPED, STEPS, diff, flat
-from launch import launch
 from models import Data, Module, Net, cosine, every_step, fit
+from two_processes import on_engine
 
 from lightning_pet.engine.delta import load_delta
 
@@ -32,13 +30,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Module, list[li
 
 
 def run(engine: str, one: Any, factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    if engine.startswith("zero"):
-        require_deepspeed()
-    folder = factory.mktemp(engine)
-    (folder / "single").symlink_to(one[0])
-    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=300)
-    assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
-    return folder, [json.loads(output.split("FOUND ")[1].splitlines()[0]) for output in outputs]
+    return on_engine(SCRIPT, engine, one[0], factory.mktemp(engine), timeout=300)
 
 
 @pytest.fixture(scope="session", params=ENGINES)

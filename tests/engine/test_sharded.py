@@ -1,14 +1,12 @@
 """Engines that shard, on two gloo processes: what one process trains, and files that every engine reads."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed_operator import require_deepspeed
 from engines import PLUS
-from launch import launch
 from models import Data, Module, Net, cosine, every_step, fit, lora, trainer
+from two_processes import on_engine
 
 from lightning_pet.engine.delta import inspect_delta, load_delta
 
@@ -28,13 +26,7 @@ def one(tmp_path_factory):
 
 
 def run(engine, one, factory):
-    if engine.startswith("zero"):
-        require_deepspeed()
-    folder = factory.mktemp(engine)
-    (folder / "single").symlink_to(one[0])
-    codes, outputs = launch([SCRIPT, str(folder), engine], timeout=200)
-    assert codes == [0, 0], "\n".join(output[-3000:] for output in outputs)
-    return folder, [json.loads(output.split("FOUND ")[1].splitlines()[0]) for output in outputs]
+    return on_engine(SCRIPT, engine, one[0], factory.mktemp(engine), timeout=200)
 
 
 @pytest.fixture(scope="session", params=ENGINES)
