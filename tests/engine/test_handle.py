@@ -1,4 +1,4 @@
-"""The handle, wherever the user stands: from the LightningModule, from the callback, and what both say of themselves."""
+"""The handle, wherever the user stands: in the LightningModule, in the callback; and what both say of themselves."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ def test_the_handle_says_why_there_is_none():
     pair = nn.ModuleDict({"teacher": Net(), "student": Net(seed=2)})
     for net in pair.values():
         apply(net, [lora()])
-    with pytest.raises(PETError, match="2 models inside of this ModuleDict .* teacher, student. Pass the one"):
+    with pytest.raises(PETError, match=r"2 models inside of this ModuleDict .* teacher, student\. Pass the one"):
         Adapted(pair)
     assert Adapted(pair["student"]).root is pair["student"]
 
