@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
 from lightning_pet.core.applied import Adaptation, record_of
-from lightning_pet.core.insertion import CHILD, mute
+from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.core.plan import Plan, plan_of
 from lightning_pet.core.preparation import prepare
 from lightning_pet.core.quantised import check_replaceable, dense_values, is_quantised, replace_by_dense
+from lightning_pet.core.stand_in import switched_off
 from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
 from lightning_pet.layers.delta import Delta, Tied
@@ -109,19 +110,15 @@ class Adapted:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the model computes what the base computed, bit for bit."""
-        record = self.record
-        if record.muted:
-            yield
-            return
+        """Within the block the model computes what the base computed, bit for bit; for the calling thread only.
+
+        Other threads go on with the deltas and with trained heads and biases. The values of the parameters stay: this
+        thread reads the original ones. What forwards inside of the block do to buffers is forgotten at its end, where
+        the deltas had changed them. Enter and leave the block in one thread, and do not ``await`` in between.
+        """
         self._refuse_lost_originals("switched off")
-        trained = self._swap_originals()
-        self._mute(True)
-        try:
+        with switched_off(self.root, self.record):
             yield
-        finally:
-            self._mute(False)
-            copy_in(self.root, trained)
 
     def remove(self) -> None:
         """Take everything out: the model is bit for bit what it was, with its own parameter names."""
@@ -181,18 +178,6 @@ class Adapted:
                 old = merged[id(bias)][1] if id(bias) in merged else bias.detach()
                 merged[id(bias)] = (bias, delta.merged_bias(old))
         return list(merged.values())
-
-    def _mute(self, on: bool) -> None:
-        mute(self.root, {path for _, _, path, _ in self.record.hosts()}, on)
-        self.record.muted = on
-
-    def _swap_originals(self) -> dict[str, Tensor]:
-        """Put the original values in, and return the trained ones."""
-        changed = {*self.record.trained_names, *changed_buffers(self.root)}
-        tensors = {name: tensor for name, tensor in named_tensors(self.root) if name in changed}
-        trained = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        copy_in(self.root, {name: self.record.originals[name] for name in tensors})
-        return trained
 
     def _refuse_lost_originals(self, verb: str) -> None:
         lost = [n for n in self.record.trained_names if self.record.originals[n].is_meta]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pet.core.call import Switch
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
 
@@ -57,7 +58,7 @@ class Adaptation:
         originals: copies of the base tensors that training may change (trained parameters,
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
-        muted: whether the deltas are switched off at the moment.
+        switch: stands for this root where a thread chooses what acts.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -66,7 +67,7 @@ class Adaptation:
     scopes: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
-    muted: bool = False
+    switch: Switch = field(default_factory=Switch)
 
     @property
     def trained_names(self) -> tuple[str, ...]:

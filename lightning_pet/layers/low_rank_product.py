@@ -178,6 +178,8 @@ def low_rank_linear(
         [..., out], differentiable in all tensors but ``origin``.
     """
     a0, b0 = (None, None) if origin is None else origin
+    if not torch.is_grad_enabled():  # the same products without a node, which costs more than they do
+        return _LowRankLinear.forward(x, weight, bias, a, b, a0, b0, scale, merged, None)[0]
     rebuild, sources = source_of(x) or (None, ())
     output: Tensor
     output, _ = _LowRankLinear.apply(x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)  # type: ignore[no-untyped-call]
