@@ -18,6 +18,8 @@ from lightning_pet.core.heads import find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.patterns import listed
+from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
@@ -67,14 +69,17 @@ class PETCallback(Callback):
         *,
         name: str = "default",
         module: str | None = None,
-        modules_to_save: list[str] | None = None,
+        modules_to_save: list[str] | str | None = None,
         start_from: str | None = None,
         base_check: BaseCheck = "error",
         budget: float | None = None,
         delta_files: bool = False,
         verbose: bool = True,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise ArgumentError(unknown_option(type(self).__name__, next(iter(unknown)), self.options()))
         if not name or not name.isidentifier() or len(name) > 64:
             raise ArgumentError(
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
@@ -87,7 +92,7 @@ class PETCallback(Callback):
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
         self.name = name
         self.module = module
-        self.modules_to_save = modules_to_save
+        self.modules_to_save = listed(modules_to_save)
         self.start_from = start_from
         self.base_check = base_check
         self.budget = budget
@@ -147,15 +152,16 @@ class PETCallback(Callback):
         """Optimizer options (``lr``, ``weight_decay`` …) of its own parameters that do not train with their group's."""
         return {}
 
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of all arguments of the constructor."""
+        signatures = [inspect.signature(c.__init__) for c in cls.__mro__ if issubclass(c, PETCallback)]
+        named = (p.name for s in signatures for p in s.parameters.values() if p.kind is not p.VAR_KEYWORD)
+        return [name for name in dict.fromkeys(named) if name != "self"]
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        names = [
-            p
-            for c in type(self).__mro__
-            if issubclass(c, PETCallback)
-            for p in inspect.signature(c.__init__).parameters
-        ]
-        kept = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "kwargs")}
+        kept = {name: getattr(self, name) for name in self.options()}
         of_the_run = ("start_from", "base_check", "delta_files", "verbose")
         return {name: value for name, value in kept.items() if name not in of_the_run}
 
