@@ -14,7 +14,7 @@ from lightning_pet.core.insertion import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import listed, listed_layers
+from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.engine.controller import Controller
@@ -112,9 +112,9 @@ class AdaLoRACallback(PETCallback):
         self.total_step = total_step
         self.dropout = dropout
         self.target_modules = listed(target_modules)
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed(layers_pattern)
+        self.layers_pattern = listed_if_given(layers_pattern)
         self._validate()
         self._importance: dict[str, Importance] = {}
         self._seen = 0  # optimizer steps that were looked at

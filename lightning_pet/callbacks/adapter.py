@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.parameters import norm_parameters
-from lightning_pet.core.patterns import listed, listed_layers
+from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import Placement, Sublayer, delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.choice import adapter_for
@@ -104,7 +104,7 @@ class AdapterCallback(PETCallback):
         self.drop_layers = drop_layers
         self.robust_drop = robust_drop
         self.seed = seed
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.layers_to_transform = listed_layers(layers_to_transform)
         self._validate()
 

@@ -19,7 +19,7 @@ from lightning_pet.core.heads import find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
-from lightning_pet.core.patterns import listed
+from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
@@ -93,7 +93,7 @@ class PETCallback(Callback):
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
         self.name = name
         self.module = module
-        self.modules_to_save = listed(modules_to_save)
+        self.modules_to_save = listed_if_given(modules_to_save)
         self.start_from = start_from
         self.base_check = base_check
         self.budget = budget

@@ -13,7 +13,7 @@ from lightning_pet.core.insertion import base_class, host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_linear, is_norm, named_places
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.patterns import listed
+from lightning_pet.core.patterns import listed, listed_if_given
 from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.stacks import names_of_base
 from lightning_pet.core.structure import Structure, Target
@@ -64,7 +64,7 @@ class BitFitCallback(PETCallback):
     ) -> None:
         super().__init__(**kwargs)
         self.biases = listed(biases)
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.add_missing = add_missing
         if not self.biases:
             raise ArgumentError("biases is empty: use 'all', or name at least one role, suffix or pattern.")

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.parameters import norm_parameters
-from lightning_pet.core.patterns import listed, listed_layers
+from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError
@@ -93,7 +93,7 @@ class CompacterCallback(PETCallback):
         self.cross_attention = cross_attention
         self.layer_norms = layer_norms
         self.drop_layers = drop_layers
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.layers_to_transform = listed_layers(layers_to_transform)
         self._validate()
 

@@ -15,7 +15,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
-from lightning_pet.core.patterns import listed
+from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
 from lightning_pet.engine.choice import adapter_for
@@ -127,7 +127,7 @@ class DiffPruningCallback(PETCallback):
         self.embeddings = embeddings
         self.norms = norms
         self.heads = heads
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.seed = seed
         self.plot = plot
         self._validate()

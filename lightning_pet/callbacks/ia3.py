@@ -14,7 +14,7 @@ from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import listed, listed_layers
+from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -74,9 +74,9 @@ class IA3Callback(PETCallback):
         super().__init__(**kwargs)
         self.target_modules = listed(target_modules)
         self.feedforward_modules = listed(feedforward_modules)
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed(layers_pattern)
+        self.layers_pattern = listed_if_given(layers_pattern)
         if not self.target_modules and not self.feedforward_modules:
             raise ArgumentError("target_modules and feedforward_modules are empty: name at least one projection.")
 

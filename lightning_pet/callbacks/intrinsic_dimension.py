@@ -15,7 +15,7 @@ from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
-from lightning_pet.core.patterns import listed
+from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
@@ -84,7 +84,7 @@ class IntrinsicDimensionCallback(PETCallback):
         self.embeddings = embeddings
         self.norms = norms
         self.heads = heads
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.authors_gradient = authors_gradient
         self._read = False
 

@@ -13,7 +13,7 @@ from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import check_patterns, listed, listed_layers, value_at
+from lightning_pet.core.patterns import check_patterns, listed, listed_if_given, listed_layers, value_at
 from lightning_pet.core.quantised import initialize, shape_of
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
@@ -103,9 +103,9 @@ class LoRACallback(PETCallback):
         self.alpha = alpha
         self.dropout = dropout
         self.target_modules = listed(target_modules)
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed(layers_pattern)
+        self.layers_pattern = listed_if_given(layers_pattern)
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init = init

@@ -13,7 +13,7 @@ from lightning_pet.core.attention import AttentionPrefix, PrefixSite, site_targe
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import layer_index
 from lightning_pet.core.naming import named_modules
-from lightning_pet.core.patterns import listed, listed_layers, name_matcher, names_from_above
+from lightning_pet.core.patterns import listed_if_given, listed_layers, name_matcher, names_from_above
 from lightning_pet.core.structure import AttentionCore, Structure, Target
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
@@ -94,7 +94,7 @@ class PrefixTuningCallback(PETCallback):
         self.attention = attention
         self.where = where
         self.layers_to_transform = listed_layers(layers_to_transform)
-        self.exclude_modules = listed(exclude_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self._words: list[tuple[Tensor, Tensor]] | None = None
         self._validate()
 

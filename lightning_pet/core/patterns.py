@@ -6,7 +6,7 @@ Which of them hit what in a model is decided in :mod:`lightning_pet.core.targets
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar, overload
+from typing import TypeVar
 
 from lightning_pet.core.naming import join
 from lightning_pet.core.structure import Role, Target
@@ -27,21 +27,15 @@ _GLOB = "*?["
 # -- what a constructor is given ----------------------------------------------------------------------
 
 
-@overload
-def listed(patterns: Sequence[str] | str) -> list[str]: ...
-@overload
-def listed(patterns: Sequence[str] | str | None) -> list[str] | None: ...
-def listed(patterns: Sequence[str] | str | None) -> list[str] | None:
+def listed(patterns: Sequence[str] | str) -> list[str]:
     r"""Names or patterns as a list; one string may hold several, separated by commas.
 
-    >>> listed("query, value"), listed("layers.[0,1].mlp"), listed(r"wi,re:.*\.\d{1,2}"), listed(None)
-    (['query', 'value'], ['layers.[0,1].mlp'], ['wi', 're:.*\\.\\d{1,2}'], None)
+    >>> listed("query, value"), listed("layers.[0,1].mlp"), listed(r"wi,re:.*\.\d{1,2}")
+    (['query', 'value'], ['layers.[0,1].mlp'], ['wi', 're:.*\\.\\d{1,2}'])
 
     Raises:
         ArgumentError: if it is neither a string nor several.
     """
-    if patterns is None:
-        return None
     if isinstance(patterns, str):
         head, mark, expression = patterns.partition("re:")  # the commas of an expression are its own
         return [name for name in _COMMA.split(head.strip()) if name] + ([mark + expression] if mark else [])
@@ -50,6 +44,11 @@ def listed(patterns: Sequence[str] | str | None) -> list[str] | None:
             f"{patterns!r} names nothing: give a list of names or patterns, or a string with commas between them."
         )
     return list(patterns)
+
+
+def listed_if_given(patterns: Sequence[str] | str | None) -> list[str] | None:
+    """The same for an option that may be ``None``."""
+    return None if patterns is None else listed(patterns)
 
 
 def listed_layers(layers: Sequence[int] | int | None) -> list[int] | None:
