@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import pytest
+import torch
 from tiny_models import hf
 from torch import nn
 
@@ -107,6 +108,69 @@ def test_all_linear():
     experts = {t.parameter for t in resolve("mixtral", "all-linear")}
     assert experts == {"weight", "gate_up_proj", "down_proj"}
     assert not [t for t in resolve("mixtral", "all-linear") if t.module.endswith("gate")]
+
+
+class Scores(nn.Module):
+    """Layers with one output: two weigh features (as they are, and as a sum over positions), two are values."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.mix, self.pool = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+        self.critic, self.energy = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = self.enc(x).relu()
+        h = h + self.mix(h).sigmoid() * h
+        pooled = self.pool(h).softmax(1).transpose(1, 2) @ h
+        return self.critic(pooled).tanh() * 3 + self.energy(h).sum(1)
+
+
+def test_a_router_is_what_weighs_other_features():
+    model = Scores()
+    seen = analyse(model, lambda: model(torch.randn(2, 3, 4)))
+    assert seen.weighing == {"mix", "pool"}
+    assert modules(resolve_targets(model, "all-linear", seen)) == ["enc", "critic", "energy"]
+    shell = nn.ModuleDict({"net": model})
+    assert modules(
+        resolve_targets(model, "all-linear", analyse(shell, lambda: model(torch.randn(2, 3, 4))).within("net"))
+    ) == [
+        "enc",
+        "critic",
+        "energy",
+    ]
+    assert modules(resolve_targets(model, "mix", seen)) == ["mix"]  # who names it gets it
+
+
+def test_without_a_forward_names_tell_a_gate_of_one_output():
+    model = nn.ModuleDict(
+        {name: nn.Linear(4, 1) for name in ("value", "shared_expert_gate", "router", "discriminator")}
+    )
+    assert modules(resolve_targets(model, "all-linear", Structure())) == ["value", "discriminator"]
+
+
+def test_all_conv(caplog):
+    model = nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 8, 3),
+            "wave": nn.Conv1d(3, 8, 3, groups=1),
+            "up": nn.ConvTranspose2d(8, 8, 2),
+            "fc": nn.Linear(8, 8),
+            "classifier": nn.Conv2d(8, 2, 1),
+        }
+    )
+    assert modules(resolve_targets(model, "all-conv", Structure())) == ["stem", "wave", "up"]
+    some = resolve_targets(
+        model, "all-conv", Structure(), hosts=lambda module, name: not isinstance(module, nn.ConvTranspose2d)
+    )
+    assert modules(some) == ["stem", "wave"]
+    assert "leaves out 1 layers that this method cannot adapt: up (ConvTranspose2d)" in caplog.text
+    assert modules(resolve_targets(model, ["all-conv", "all-linear"], Structure(), exclude=["up"])) == [
+        "stem",
+        "wave",
+        "fc",
+    ]
+    with pytest.raises(TargetError, match="'all-conv' hits nothing: the model has no convolution"):
+        resolve("bert", "all-conv")
 
 
 def test_all_linear_reaches_torch_attention():
