@@ -130,21 +130,14 @@ def test_a_router_is_what_weighs_other_features():
     seen = analyse(model, lambda: model(torch.randn(2, 3, 4)))
     assert seen.weighing == {"mix", "pool"}
     assert modules(resolve_targets(model, "all-linear", seen)) == ["enc", "critic", "energy"]
-    shell = nn.ModuleDict({"net": model})
-    assert modules(
-        resolve_targets(model, "all-linear", analyse(shell, lambda: model(torch.randn(2, 3, 4))).within("net"))
-    ) == [
-        "enc",
-        "critic",
-        "energy",
-    ]
+    inside = analyse(nn.ModuleDict({"net": model}), lambda: model(torch.randn(2, 3, 4))).within("net")
+    assert resolve_targets(model, "all-linear", inside) == resolve_targets(model, "all-linear", seen)
     assert modules(resolve_targets(model, "mix", seen)) == ["mix"]  # who names it gets it
 
 
 def test_without_a_forward_names_tell_a_gate_of_one_output():
-    model = nn.ModuleDict(
-        {name: nn.Linear(4, 1) for name in ("value", "shared_expert_gate", "router", "discriminator")}
-    )
+    names = ("value", "shared_expert_gate", "router", "discriminator")
+    model = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
     assert modules(resolve_targets(model, "all-linear", Structure())) == ["value", "discriminator"]
 
 
@@ -154,21 +147,16 @@ def test_all_conv(caplog):
             "stem": nn.Conv2d(3, 8, 3),
             "wave": nn.Conv1d(3, 8, 3, groups=1),
             "up": nn.ConvTranspose2d(8, 8, 2),
-            "fc": nn.Linear(8, 8),
+            "proj": nn.Linear(8, 8),
             "classifier": nn.Conv2d(8, 2, 1),
         }
     )
     assert modules(resolve_targets(model, "all-conv", Structure())) == ["stem", "wave", "up"]
-    some = resolve_targets(
-        model, "all-conv", Structure(), hosts=lambda module, name: not isinstance(module, nn.ConvTranspose2d)
-    )
-    assert modules(some) == ["stem", "wave"]
+    some = functools.partial(resolve_targets, hosts=lambda module, name: not isinstance(module, nn.ConvTranspose2d))
+    assert modules(some(model, "all-conv", Structure())) == ["stem", "wave"]
     assert "leaves out 1 layers that this method cannot adapt: up (ConvTranspose2d)" in caplog.text
-    assert modules(resolve_targets(model, ["all-conv", "all-linear"], Structure(), exclude=["up"])) == [
-        "stem",
-        "wave",
-        "fc",
-    ]
+    both = resolve_targets(model, ["all-conv", "all-linear"], Structure(), exclude=["up"])
+    assert modules(both) == ["stem", "wave", "proj"]
     with pytest.raises(TargetError, match="'all-conv' hits nothing: the model has no convolution"):
         resolve("bert", "all-conv")
 
