@@ -196,7 +196,7 @@ def test_convolutional_networks() -> None:
     """The only linear layer is the head, so ``all-linear`` hits nothing; nobody has asked for it."""
     assert {"conv.bias", "bn.bias", "fc.bias"} <= set(apply(Convolutions(), BitFitCallback()).record.trained_names)
     added = apply(Convolutions(bias=False), BitFitCallback(add_missing=True, modules_to_save=[]))
-    assert added.record.trained_names == ("bn.bias",)
+    assert added.record.trained_names == ("bn.bias", "fc.bias")
     with pytest.raises(TargetError, match=r"has no bias there. Set add_missing=True"):
         apply(Convolutions(bias=False, norm=False), BitFitCallback(modules_to_save="fc"))
     with pytest.raises(TargetError, match="no linear layer or norm") as caught:
