@@ -312,6 +312,11 @@ class _Scope:
 # -- pieces -----------------------------------------------------------------------------------------
 
 
+def is_role(pattern: str) -> bool:
+    """Whether a pattern speaks of what a place does, and of no name."""
+    return pattern in ("all", "all-linear") or _ROLE.fullmatch(pattern) is not None
+
+
 def name_matcher(pattern: str) -> Callable[[str], bool]:
     """What a pattern that is no role says of a dotted name.
 

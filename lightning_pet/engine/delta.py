@@ -251,10 +251,10 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         )
     places, scopes = [record.targets for record in stored.methods], [_scope(m, stored, modules) for m in methods]
     try:
-        prepared = prepare(root, methods, None, resolved=places, scopes=scopes)
+        prepared = prepare(root, methods, None, resolved=places, scopes=scopes, stored=stored.tensors.keys())
     except TargetError as error:
         raise DeltaFileError(f"{stored.path} does not fit this {type(root).__name__}: {error}", "mismatch") from error
-    outside = _outside(root, scopes)
+    outside = _outside(root, prepared)
     _check_fit(root, prepared, stored, outside)
     if stored.base is not None:
         trained = [name for item in prepared for name in item.trained] + [n for n in outside if n in stored.tensors]
@@ -286,9 +286,11 @@ def _rebuild(record: MethodRecord, path: Path) -> Method:
     return method
 
 
-def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str:
-    """The submodule that a method is confined to, from the root."""
-    named = method.module or ""
+def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str | None:
+    """The submodule that a method is confined to, from the root; ``None`` if it is not."""
+    if method.module is None:
+        return None
+    named = method.module
     scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
     if scope not in modules:
         kind = type(modules[""]).__name__
@@ -300,10 +302,14 @@ def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> 
     return scope
 
 
-def _outside(root: nn.Module, scopes: Sequence[str]) -> set[str]:
-    """Base parameters in none of the scopes: they train as the user lets them, and are stored with the delta."""
+def _outside(root: nn.Module, prepared: Sequence[Prepared]) -> set[str]:
+    """Base parameters in none of the bases: they train as the user lets them, and are stored with the delta."""
+    after = Adaptation(
+        scopes=tuple(scope for item in prepared for scope in item.scopes),
+        apart=tuple(path for item in prepared for path in item.apart),
+    )
     parameters = {name for name, tensor in named_tensors(root) if isinstance(tensor, nn.Parameter)}
-    return {name for name in parameters if not any(not scope or name.startswith(f"{scope}.") for scope in scopes)}
+    return {name for name in parameters if not after.in_base(name)}
 
 
 def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
