@@ -269,8 +269,10 @@ class Controller:
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
         paths = [method.start_from for method in self._new if method.start_from]
-        if paths:
-            self.adapter.check_start(root_of(self.module)[1])
+        if not paths:
+            return
+        self.adapter.check_start(root_of(self.module)[1])
+        with self.adapter.undisturbed():
             files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 

@@ -175,6 +175,10 @@ class StrategyAdapter(Generic[S]):
         """Within this context deltas are planned, built and inserted, and base parameters show their whole shapes."""
         return nullcontext()
 
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Within this context tensors are made as usual, whatever the engine does to those of ``configure_model``."""
+        return nullcontext()
+
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Deltas were inserted; the engine has not wrapped the model yet.
 
