@@ -14,6 +14,7 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
+from lightning_pet.core.outside import mark_outside
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
@@ -148,6 +149,7 @@ def freeze(root: nn.Module) -> None:
     kept = [name for name in record.trainable_names if name in planned or not record.in_base(name)]
     record.trainable_names = tuple(dict.fromkeys((*kept, *reversed(outside.values()))))
     _keep_originals(root, record)
+    mark_outside(root)
     trainable = set(record.trainable_names)
     wanted = {id(p) for name, p in named if name in trainable}
     for _, parameter in named:
@@ -198,6 +200,7 @@ def refresh(root: nn.Module) -> None:
     forbid_repacking(root)  # layers may have been made anew
     record.trainable_names = tuple(n for n in record.trainable_names if n in planned)
     record.originals.clear()
+    record.marks.clear()
     freeze(root)
     modules = named_modules(root)
     for _, target, path, key in record.hosts():

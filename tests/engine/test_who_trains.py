@@ -29,7 +29,7 @@ METHODS = {
     "prompt": lambda **o: lp.PromptTuningCallback(length=2, verbose=False, **o),
     "bitfit": lambda **o: lp.BitFitCallback(verbose=False, **o),
     "freezing": lambda **o: lp.LayerFreezingCallback(train_last=1, verbose=False, **o),
-    "intrinsic": lambda **o: lp.IntrinsicDimensionCallback(d=20, exclude_modules=["pooler.dense"], verbose=False, **o),
+    "intrinsic": lambda **o: lp.IntrinsicDimensionCallback(d=60, exclude_modules=["pooler.dense"], verbose=False, **o),
     "diff": lambda **o: lp.DiffPruningCallback(density=0.5, exclude_modules=["pooler.dense"], verbose=False, **o),
 }
 
