@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pet.core.marks import Mark
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
 
@@ -44,6 +45,11 @@ class Applied:
         """Name of this method's deltas among those of a host."""
         return f"{self.method}_{self.name}"
 
+    @property
+    def label(self) -> str:
+        """What people call it: its short name, with the user's name if there is one."""
+        return self.method if self.name == "default" else f"{self.method}:{self.name}"
+
 
 @dataclass
 class Adaptation:
@@ -57,6 +63,7 @@ class Adaptation:
         originals: copies of the base tensors that training may change (trained parameters,
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
+        marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
         muted: whether the deltas are switched off at the moment.
     """
 
@@ -66,6 +73,7 @@ class Adaptation:
     scopes: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
+    marks: dict[str, Mark | None] = field(default_factory=dict)
     muted: bool = False
 
     @property
@@ -92,6 +100,11 @@ def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
         if RECORD in module.__dict__:
             return canonical(path), module
     return None
+
+
+def adapted_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Every adapted root inside a model, by path."""
+    return {canonical(path): module for path, module in model.named_modules() if RECORD in module.__dict__}
 
 
 def described(root: nn.Module) -> list[str]:
