@@ -19,6 +19,8 @@ from lightning_pet.core.heads import find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.patterns import listed_if_given
+from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, PETError, TargetError
@@ -68,14 +70,17 @@ class PETCallback(Callback):
         *,
         name: str = "default",
         module: str | None = None,
-        modules_to_save: list[str] | None = None,
+        modules_to_save: list[str] | str | None = None,
         start_from: str | None = None,
         base_check: BaseCheck = "error",
         budget: float | None = None,
         delta_files: bool = False,
         verbose: bool = True,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise ArgumentError(unknown_option(type(self).__name__, next(iter(unknown)), self.options()))
         if not name or not name.isidentifier() or len(name) > 64:
             raise ArgumentError(
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
@@ -88,7 +93,7 @@ class PETCallback(Callback):
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
         self.name = name
         self.module = module
-        self.modules_to_save = modules_to_save
+        self.modules_to_save = listed_if_given(modules_to_save)
         self.start_from = start_from
         self.base_check = base_check
         self.budget = budget
@@ -181,8 +186,14 @@ class PETCallback(Callback):
         for c in cls.__mro__:
             if issubclass(c, PETCallback):
                 for name, parameter in inspect.signature(c.__init__).parameters.items():
-                    found.setdefault(name, parameter.default)
-        return {name: default for name, default in found.items() if name not in ("self", "kwargs")}
+                    if parameter.kind is not parameter.VAR_KEYWORD:
+                        found.setdefault(name, parameter.default)
+        return {name: default for name, default in found.items() if name != "self"}
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of all arguments of the constructor."""
+        return list(cls._defaults())
 
     def _arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._defaults()}

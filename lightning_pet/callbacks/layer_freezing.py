@@ -12,6 +12,7 @@ from lightning_pet.core.adaptation import freeze
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Insertion, key_of
 from lightning_pet.core.naming import canonical
+from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import suggest
@@ -66,8 +67,8 @@ class LayerFreezingCallback(PETCallback):
     def __init__(
         self,
         train_last: int = 2,
-        train_layers: list[int | str] | None = None,
-        stacks: list[str] | None = None,
+        train_layers: list[int | str] | int | str | None = None,
+        stacks: list[str] | str | None = None,
         embeddings: bool = False,
         norms: Norms = "none",
         unfreeze_every: int | None = None,
@@ -76,8 +77,8 @@ class LayerFreezingCallback(PETCallback):
     ) -> None:
         super().__init__(**kwargs)
         self.train_last = train_last
-        self.train_layers = train_layers
-        self.stacks = stacks
+        self.train_layers = [train_layers] if isinstance(train_layers, int | str) else train_layers
+        self.stacks = listed_if_given(stacks)
         self.embeddings = embeddings
         self.norms = norms
         self.unfreeze_every = unfreeze_every

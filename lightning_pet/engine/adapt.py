@@ -46,7 +46,10 @@ class StartingMethod(Method, Protocol):
 
 
 def apply(
-    model: nn.Module, callbacks: Sequence[StartingMethod], *, forward: Callable[[], Any] | None = None
+    model: nn.Module,
+    callbacks: StartingMethod | Sequence[StartingMethod],
+    *,
+    forward: Callable[[], Any] | None = None,
 ) -> Adapted:
     """Apply methods to any model, without a Trainer.
 
@@ -56,7 +59,7 @@ def apply(
 
     Args:
         model: any module; for a LightningModule that is a shell around one child, the child is adapted.
-        callbacks: the methods, in the order in which they act.
+        callbacks: the method, or several in the order in which they act.
         forward: runs the model once on a small batch, to read its structure. Not needed for
             transformers models, models with an ``example_input_array``, or targets given by name.
 
@@ -68,9 +71,7 @@ def apply(
         TargetError: if a target does not exist.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    if not callbacks:
-        raise ArgumentError("no method was given: pass at least one callback, e.g. [LoRACallback()].")
-    new = insert_methods(model, callbacks, forward)
+    new = insert_methods(model, methods_in(callbacks), forward)
     root = root_of(model)[1]
     try:
         start(model, new)
@@ -80,6 +81,23 @@ def apply(
     if (reason := lack_of_gradient(root)) is not None:
         rank_zero_warn(f"the deltas can be used, but not trained: {reason}")
     return Adapted(root)
+
+
+def methods_in(callbacks: StartingMethod | Sequence[StartingMethod]) -> list[StartingMethod]:
+    """One method or several as a list.
+
+    Raises:
+        ArgumentError: if there is none, or something else is among them.
+    """
+    several: list[Any] = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    if not several:
+        raise ArgumentError("no method was given: pass at least one callback, e.g. LoRACallback().")
+    for method in several:
+        if isinstance(method, type) or not isinstance(method, Method):
+            name = method.__name__ if isinstance(method, type) else type(method).__name__
+            made = f"{name}()" if isinstance(method, type) else "LoRACallback(), or a list of several"
+            raise ArgumentError(f"{name} is not a method: pass a PET callback, e.g. {made}.")
+    return several
 
 
 def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None) -> list[M]:
