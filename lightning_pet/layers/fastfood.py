@@ -172,9 +172,10 @@ class _Linear(torch.autograd.Function):
         return torch.stack([_linear(row, size, seed, transposed) for row in vector.unbind(dims[0])]), 0
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler traces no forward mode of a function's own
 def _linear(vector: Tensor, size: int, seed: int, transposed: bool) -> Tensor:
-    projected: Tensor = _Linear.apply(vector, size, seed, transposed)  # type: ignore[no-untyped-call]
+    # A compiler traces no forward mode of a function's own.
+    apply = torch.compiler.disable(_Linear.apply)  # type: ignore[no-untyped-call]
+    projected: Tensor = apply(vector, size, seed, transposed)
     return projected
 
 
