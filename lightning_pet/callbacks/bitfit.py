@@ -53,6 +53,7 @@ class BitFitCallback(PETCallback):
     """
 
     method: ClassVar[str] = "bitfit"
+    in_place = True
     shards = True
 
     def __init__(
@@ -68,10 +69,6 @@ class BitFitCallback(PETCallback):
         self.add_missing = add_missing
         if not self.biases:
             raise ArgumentError("biases is empty: use 'all', or name at least one role, suffix or pattern.")
-
-    def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-        """Names of the parameters of task heads; a bias in a module does not keep it from being one."""
-        return super().head_parameters(root, ())
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the biases, and the modules that get one.

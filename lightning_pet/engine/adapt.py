@@ -100,14 +100,23 @@ def methods_in(callbacks: StartingMethod | Sequence[StartingMethod]) -> list[Sta
     return several
 
 
-def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None) -> list[M]:
-    """Insert the methods that the model does not have yet, all or none, and return them."""
+def insert_methods(
+    model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None, *, of_loss: bool = False
+) -> list[M]:
+    """Insert the methods that the model does not have yet, all or none, and return them.
+
+    Args:
+        model: the model, or what holds it.
+        methods: what to apply.
+        forward: runs the model once.
+        of_loss: that computes the loss.
+    """
     prefix, root = root_of(model)
     pending = [method for method in methods if not is_applied(root, method)]
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
         with torch.compiler.set_stance("force_eager"):  # a look at compiled parts must not trace its own hooks
-            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
+            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix, of_loss=of_loss)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
         commit(root, prepare(root, pending, structure, scopes=scopes))

@@ -264,7 +264,9 @@ class Controller:
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
-                self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
+                self._new += insert_methods(
+                    self.module, self.methods, batch_forward(self.trainer, self.module), of_loss=True
+                )
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
@@ -313,7 +315,7 @@ class Controller:
             # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
             return None
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
-        delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.trainable_names}
+        delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.planned_names}
         hosts = {
             join(prefix, name): join(prefix, host_parameter(self.adapted.root, target))
             for _, target, path, key in record.hosts()
