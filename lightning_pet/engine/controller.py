@@ -24,6 +24,7 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, described, record_of
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
+from lightning_pet.core.outside import mark_anew
 from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
@@ -40,6 +41,7 @@ from lightning_pet.engine.precision import keep_delta_precision, warn_of_roundin
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.save_order import save_after_module
 from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
@@ -262,7 +264,9 @@ class Controller:
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
-                self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
+                self._new += insert_methods(
+                    self.module, self.methods, batch_forward(self.trainer, self.module), of_loss=True
+                )
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
@@ -311,7 +315,7 @@ class Controller:
             # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
             return None
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
-        delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.trainable_names}
+        delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.planned_names}
         hosts = {
             join(prefix, name): join(prefix, host_parameter(self.adapted.root, target))
             for _, target, path, key in record.hosts()
@@ -347,6 +351,7 @@ class Controller:
         self._undo_all()
         root = self.adapted.root
         freeze(root)
+        mark_anew(root)
         if self.adapter.materialized_late:
             self._start()
         self.adapter.check_wrapped(self.module)
@@ -356,6 +361,7 @@ class Controller:
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
         self._undo.append(measure_losses(self.module, root))
+        self._undo.append(save_after_module(self.trainer, self.module))
         if self._plan is not None and any(method.verbose for method in self.methods):
             show_plan(self._plan)
 

@@ -238,6 +238,10 @@ class StrategyAdapter(Generic[S]):
     def watch_gradients(self, named: Named) -> None:
         """Gradients of these parameters will be asked for after each optimizer step of this run."""
 
+    def anywhere(self, names: set[str]) -> set[str]:
+        """Names that were found in any process, where each sees its own parts only."""
+        return names
+
     def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
         """Give each parameter's whole gradient in the last step, as the optimizer used it.
 
