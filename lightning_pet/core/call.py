@@ -57,6 +57,11 @@ class Switch:
     def __reduce__(self) -> tuple[Any, ...]:
         return Switch, ()
 
+    def is_off(self) -> bool:
+        """Whether no delta of the root acts in this thread."""
+        selection = chosen().get(self.number)
+        return selection is not None and not selection.keys
+
     @contextmanager
     def using(self, selection: Selection) -> Iterator["Block"]:
         """Within the block this thread uses this selection on the root; other threads do not notice.
