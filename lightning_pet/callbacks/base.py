@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
 from lightning_pet.core.heads import find_heads, parameters_below
@@ -20,7 +21,7 @@ from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
-from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
@@ -93,6 +94,7 @@ class PETCallback(Callback):
         self.budget = budget
         self.delta_files = delta_files
         self.verbose = verbose
+        self._of_run: pl.LightningModule | None = None  # of the run that it is, or was last, part of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -147,17 +149,48 @@ class PETCallback(Callback):
         """Optimizer options (``lr``, ``weight_decay`` …) of its own parameters that do not train with their group's."""
         return {}
 
+    @property
+    def adapted(self) -> Adapted:
+        """The handle on the adapted model, as soon as the model is adapted in a run, and after it.
+
+        Raises:
+            PETError: if this callback was in no run yet, or the delta was merged or removed since.
+        """
+        if self._of_run is None:
+            raise PETError(
+                f"{type(self).__name__} was in no run of this process yet. Pass it to Trainer(callbacks=[…]) and call "
+                "fit; for a model that was adapted elsewhere, lightning_pet.Adapted(model) is the handle."
+            )
+        return Adapted(self._of_run)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and other processes get the description, not the model of the last run."""
+        return self.__dict__ | {"_of_run": None}
+
+    def __repr__(self) -> str:
+        defaults = self._defaults()
+        given = [
+            f"{name}={value!r}" for name, value in self._arguments().items() if _many(value) != _many(defaults[name])
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        """Constructor arguments with their defaults: those of the method, then those that all methods have."""
+        found: dict[str, Any] = {}
+        for c in cls.__mro__:
+            if issubclass(c, PETCallback):
+                for name, parameter in inspect.signature(c.__init__).parameters.items():
+                    found.setdefault(name, parameter.default)
+        return {name: default for name, default in found.items() if name not in ("self", "kwargs")}
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._defaults()}
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        names = [
-            p
-            for c in type(self).__mro__
-            if issubclass(c, PETCallback)
-            for p in inspect.signature(c.__init__).parameters
-        ]
-        kept = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "kwargs")}
         of_the_run = ("start_from", "base_check", "delta_files", "verbose")
-        return {name: value for name, value in kept.items() if name not in of_the_run}
+        return {name: value for name, value in self._arguments().items() if name not in of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 
@@ -215,6 +248,7 @@ class PETCallback(Callback):
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""
         methods = [callback for callback in trainer.callbacks if isinstance(callback, PETCallback)]  # type: ignore[attr-defined]
         controller = Controller.of(trainer, pl_module, methods)
+        self._of_run = pl_module
         if controller.leads(self):
             controller.setup(stage)
 
@@ -244,6 +278,11 @@ class PETCallback(Callback):
         """Leave no wrapper behind."""
         if (controller := Controller.get(trainer)).leads(self):
             controller.teardown()
+
+
+def _many(value: Any) -> Any:
+    """One name is a list of one, and pairs are lists: in these forms arguments are kept."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
 
 
 def _suffix(target: Target) -> str:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
-from lightning_pet.core.applied import Adaptation, record_of
+from lightning_pet.core.applied import Adaptation, adapted_roots, record_of
 from lightning_pet.core.insertion import mute
 from lightning_pet.core.merging import merged_weights
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import named_tensors
 from lightning_pet.core.plan import Plan, plan_of
-from lightning_pet.core.preparation import prepare
+from lightning_pet.core.preparation import is_shared, prepare
 from lightning_pet.core.quantised import is_quantised, replace_by_dense
 from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, PETError
@@ -22,8 +22,14 @@ from lightning_pet.errors import DeltaFileError, PETError
 class Adapted:
     """A model with its deltas.
 
+    Args:
+        model: what was adapted, or anything that contains it, such as the LightningModule after ``fit``.
+
     Attributes:
         root: the adapted root; the same object as before, with deltas as children of its layers.
+
+    Raises:
+        PETError: if nothing was applied, or to several models inside of this one.
 
     >>> import torch
     >>> from lightning_pet import LoRACallback, apply
@@ -31,6 +37,8 @@ class Adapted:
     >>> adapted = apply(net, [LoRACallback(r=2, target_modules=["0"])])
     >>> sorted(adapted.state_dict())
     ['0.pet.lora_default.a', '0.pet.lora_default.b']
+    >>> adapted
+    Adapted(Sequential: lora on 1 place, trains 16 of 30 numbers)
     >>> with adapted.disabled():
     ...     _ = net(torch.ones(1, 4))  # the base model's output
     >>> adapted.remove()
@@ -38,10 +46,29 @@ class Adapted:
     ['0.bias', '0.weight', '2.bias', '2.weight']
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        if record_of(root) is None:
-            raise PETError(f"nothing was applied to this {type(root).__name__}; call lightning_pet.apply first.")
-        self.root = root
+    def __init__(self, model: nn.Module) -> None:
+        found = {"": model} if record_of(model) is not None else adapted_roots(model)
+        if not found:
+            raise PETError(
+                f"nothing was applied to this {type(model).__name__}, nor to anything inside of it. Call "
+                "lightning_pet.apply or load_delta, or fit it with a PET callback; if one of these was done, pass the "
+                "module that it was done to, or one that contains it."
+            )
+        if len(found) > 1:
+            raise PETError(
+                f"{len(found)} models inside of this {type(model).__name__} were adapted, each on its own: "
+                f"{', '.join(found)}. Pass the one that is meant."
+            )
+        (self.root,) = found.values()
+
+    def __repr__(self) -> str:
+        record, kind = record_of(self.root), type(self.root).__name__
+        if record is None:
+            return f"Adapted({kind}: merged or removed)"
+        places = [(a, sum(not is_shared(target) for target in a.targets)) for a in record.applied]
+        methods = ", ".join(f"{a.label} on {n} place{'s' * (n != 1)}" for a, n in places)
+        plan, off = self.plan(), ", switched off now" if record.muted else ""
+        return f"Adapted({kind}: {methods}, trains {plan.trainable:,} of {plan.base:,} numbers{off})"
 
     @property
     def record(self) -> Adaptation:

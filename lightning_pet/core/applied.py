@@ -44,6 +44,11 @@ class Applied:
         """Name of this method's deltas among those of a host."""
         return f"{self.method}_{self.name}"
 
+    @property
+    def label(self) -> str:
+        """What people call it: its short name, with the user's name if there is one."""
+        return self.method if self.name == "default" else f"{self.method}:{self.name}"
+
 
 @dataclass
 class Adaptation:
@@ -92,6 +97,11 @@ def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
         if RECORD in module.__dict__:
             return canonical(path), module
     return None
+
+
+def adapted_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Every adapted root inside a model, by path."""
+    return {canonical(path): module for path, module in model.named_modules() if RECORD in module.__dict__}
 
 
 def described(root: nn.Module) -> list[str]:

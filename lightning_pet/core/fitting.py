@@ -83,7 +83,8 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
         common |= {"bias": True} if options.bias else {}
         return forms.linear(inputs, outputs, options.rank, transposed=kind == "conv1d_hf", rows=target.rows, **common)
     turned = transposed(host, target.parameter)
-    if turned is None and (options.use_dora or weight.is_meta):
+    unasked = weight.is_meta and any(True for _ in host.buffers())  # what it computes with has no values yet
+    if turned is None and (options.use_dora or unasked):
         raise TargetError(
             f"{target.path} is square in a {type(host).__name__}, whose forward is no plain product: whether its rows "
             "or its columns are the outputs cannot be told, and "

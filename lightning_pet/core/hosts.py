@@ -81,7 +81,7 @@ def matrix_of(module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
     if kind == "conv":
         return shape[0], prod(shape[1:])
     if kind == "linear" and hasattr(module, "in_features"):
-        return int(module.out_features), int(module.in_features)  # type: ignore[call-overload]
+        return _sizes(module)
     rows, columns = shape[-2:]
     turned = kind in ("conv1d_hf", "embedding") or bool(transposed(module, parameter))
     return (columns, rows) if turned else (rows, columns)
@@ -100,7 +100,7 @@ def transposed(module: nn.Module, parameter: str = "weight") -> bool | None:
         return False
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
         return False
-    sizes = (module.out_features, module.in_features)
+    sizes = _sizes(module)
     if sizes[0] == sizes[1]:
         return None
     return tuple(weight.shape) != sizes
@@ -110,6 +110,11 @@ def embed_scale(module: nn.Module) -> float:
     """The factor by which an embedding multiplies what it looks up (Gemma, M2M100)."""
     found = next((getattr(module, name) for name in _SCALES if getattr(module, name, None) is not None), 1.0)
     return float(found)
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """(out, in), as a linear layer says itself: the weight of a quantised one may be packed."""
+    return int(layer.out_features), int(layer.in_features)
 
 
 def _is_dense_matrix(weight: Tensor) -> bool:
@@ -173,7 +178,7 @@ def _multiplies(module: nn.Module) -> "Kind | None":
         drawn = torch.randn(shape, generator=generator, dtype=torch.promote_types(weight.dtype, torch.float32))
         return drawn if weight.is_meta else drawn.to(weight.device)
 
-    inputs, outputs = int(module.in_features), int(module.out_features)  # type: ignore[call-overload]
+    outputs, inputs = _sizes(module)
     w, b = numbers(*weight.shape), None if bias is None else numbers(*bias.shape)
     values: dict[str, nn.Parameter | None] = {
         name: None if value is None else nn.Parameter(value) for name, value in (("weight", w), ("bias", b))

@@ -1,4 +1,4 @@
-"""What every weight becomes when deltas are added into it: all of it is computed, and checked, before anything changes."""
+"""What every weight becomes when deltas are added into it, computed and checked before anything changes."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, cast
