@@ -14,6 +14,7 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
+from lightning_pet.core.outside import covered, mark_outside
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
@@ -129,10 +130,6 @@ def _keep_originals(root: nn.Module, record: Adaptation) -> None:
             record.originals[name] = tensor.detach().to("cpu", copy=True) if here else without_values(tensor)
 
 
-def _in_scope(record: Adaptation, name: str) -> bool:
-    return any(not scope or name.startswith(f"{scope}.") for scope in record.scopes)
-
-
 def freeze(root: nn.Module) -> None:
     """Set ``requires_grad`` of every parameter in scope to what the record says.
 
@@ -145,10 +142,11 @@ def freeze(root: nn.Module) -> None:
     own = set(record.delta_names)
     # By identity: a tied tensor has several names, of which the record holds one.
     named = [(canonical(name), p) for name, p in root.named_parameters(remove_duplicate=False)]
-    inside = {id(p) for name, p in named if name in own or _in_scope(record, name)}
+    inside = {id(p) for name, p in named if name in own or covered(record.scopes, name)}
     outside = {id(p): name for name, p in reversed(named) if p.requires_grad and id(p) not in inside}
     record.trainable_names = tuple(dict.fromkeys((*record.trainable_names, *reversed(outside.values()))))
     _keep_originals(root, record)
+    mark_outside(root)
     trainable = set(record.trainable_names)
     wanted = {id(p) for name, p in named if name in trainable}
     for _, parameter in named:
@@ -197,8 +195,9 @@ def refresh(root: nn.Module) -> None:
         return
     own = set(record.delta_names)
     forbid_repacking(root)  # layers may have been made anew
-    record.trainable_names = tuple(n for n in record.trainable_names if n in own or _in_scope(record, n))
+    record.trainable_names = tuple(n for n in record.trainable_names if n in own or covered(record.scopes, n))
     record.originals.clear()
+    record.marks.clear()
     freeze(root)
     modules = named_modules(root)
     for _, target, path, key in record.hosts():

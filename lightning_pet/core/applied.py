@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pet.core.marks import Mark
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
 
@@ -62,6 +63,7 @@ class Adaptation:
         originals: copies of the base tensors that training may change (trained parameters,
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
+        marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
         muted: whether the deltas are switched off at the moment.
     """
 
@@ -71,6 +73,7 @@ class Adaptation:
     scopes: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
+    marks: dict[str, Mark | None] = field(default_factory=dict)
     muted: bool = False
 
     @property

@@ -24,6 +24,7 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, described, record_of
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
+from lightning_pet.core.outside import mark_anew
 from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
@@ -40,6 +41,7 @@ from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.save_order import save_after_module
 from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
@@ -267,8 +269,10 @@ class Controller:
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
         paths = [method.start_from for method in self._new if method.start_from]
-        if paths:
-            self.adapter.check_start(root_of(self.module)[1])
+        if not paths:
+            return
+        self.adapter.check_start(root_of(self.module)[1])
+        with self.adapter.undisturbed():
             files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
@@ -345,6 +349,7 @@ class Controller:
         self._undo_all()
         root = self.adapted.root
         freeze(root)
+        mark_anew(root)
         if self.adapter.materialized_late:
             self._start()
         self.adapter.check_wrapped(self.module)
@@ -352,6 +357,7 @@ class Controller:
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
         self._undo.append(measure_losses(self.module, root))
+        self._undo.append(save_after_module(self.trainer, self.module))
         if self._plan is not None and any(method.verbose for method in self.methods):
             show_plan(self._plan)
 

@@ -234,6 +234,17 @@ def test_options_of_strategies(strategy, callbacks, words):
     assert is_pristine(module)
 
 
+def test_manual_optimization_on_fsdp1():
+    """Its backward pass would run within the forward of the outermost unit: values of the third step were wrong."""
+    run, module = trainer(lora()), Module(Net())
+    module.automatic_optimization = False
+    run._accelerator_connector.strategy = FSDPStrategy()
+    run.strategy.connect(module)
+    with pytest.raises(UnsupportedStrategyError, match=r"Module optimizes manually.*ModelParallelStrategy"):
+        run.callbacks[0].setup(run, module, "fit")
+    assert is_pristine(module)
+
+
 def test_parameters_that_fully_shard_left_out():
     module = Module(Net())
     fitted = SimpleNamespace(world_size=2, optimizers=[torch.optim.SGD(module.parameters(), lr=0.1)])
