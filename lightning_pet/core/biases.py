@@ -6,7 +6,6 @@ from torch import nn
 
 from lightning_pet.core.fused import Rows
 
-
 _BIAS = re.compile(r"(?:^|_)bias(?:_|$)")
 
 
