@@ -2,24 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.insertion import host_kind, reader_of
+from lightning_pet.core.fitting import Options, fitted, largest_rank
+from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.parameters import with_readers
+from lightning_pet.core.patterns import check_patterns, listed, listed_if_given, listed_layers, value_at
 from lightning_pet.core.quantised import initialize, shape_of
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
-from lightning_pet.layers.low_rank_hosts import DoraConv, DoraEmbedding, LowRankConv, LowRankEmbedding
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Bias = Literal["none", "lora_only", "all"]
@@ -33,22 +32,28 @@ class LoRACallback(PETCallback):
     Liu et al. 2024 (DoRA), Meng et al. 2024 (PiSSA), Büyükakyüz 2024 (OLoRA), Hayou et al. 2024 (LoRA+).
 
     Args:
-        r: rank; at most min(in, out) of every target.
+        r: rank; at most min(in, out) of every target (see ``clamp_rank``).
         alpha: numerator of the scale.
         dropout: probability of dropping an input of the low-rank branch (not of the base).
         target_modules: roles (``"attention.q"``, ``"ffn.up"``, ``"all-linear"``), suffixes
             (``"q_proj"``), globs (``"encoder.layer.*.output.dense"``), or ``"re:…"``. Every one must hit.
             A fused projection is split: ``"attention.v"`` adapts only v on GPT-2.
         exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices.
+        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
+        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
+            the names of modules is that of something else, such as a stage.
         use_rslora: scale by alpha/√r instead of alpha/r.
         use_dora: also train the magnitude of every output feature.
         init: how A and B start. ``"pissa"`` (principal singular vectors) and ``"olora"`` (QR) subtract
             the start values in the delta, so the base weight still stays as it is.
-        rank_pattern: rank for some targets, by suffix or glob, e.g. ``{"attention.self.query": 16}``.
+        rank_pattern: rank for some targets, by role, suffix, glob or ``"re:…"``, e.g. ``{"attention.q": 16}``. The
+            first pattern that hits counts, and every one must count somewhere.
         alpha_pattern: alpha for some targets, likewise.
+        clamp_rank: a target that is too small for its rank gets the largest that it can have, which is said,
+            instead of an error.
         lora_plus_ratio: learning rate of B over that of A.
         bias: biases that train as well: ``"none"``, those of the targets, or all.
+        lora_bias: B has a bias of its own, which trains; linear layers and convolutions only, and not with DoRA.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
@@ -70,6 +75,7 @@ class LoRACallback(PETCallback):
         "target_modules",
         "exclude_modules",
         "layers_to_transform",
+        "layers_pattern",
     }
 
     def __init__(
@@ -78,31 +84,37 @@ class LoRACallback(PETCallback):
         alpha: float = 16,
         dropout: float = 0.0,
         target_modules: list[str] | str = ["attention.q", "attention.v"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: list[str] | str | None = None,
         use_rslora: bool = False,
         use_dora: bool = False,
         init: Init = "kaiming",
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        clamp_rank: bool = False,
         lora_plus_ratio: float = 1.0,
         bias: Bias = "none",
+        lora_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
-        self.target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        self.exclude_modules = exclude_modules
-        self.layers_to_transform = layers_to_transform
+        self.target_modules = listed(target_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
+        self.layers_to_transform = listed_layers(layers_to_transform)
+        self.layers_pattern = listed_if_given(layers_pattern)
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init = init
         self.rank_pattern = rank_pattern
         self.alpha_pattern = alpha_pattern
+        self.clamp_rank = clamp_rank
         self.lora_plus_ratio = lora_plus_ratio
         self.bias = bias
+        self.lora_bias = lora_bias
         self._validate()
 
     def _validate(self) -> None:
@@ -129,6 +141,8 @@ class LoRACallback(PETCallback):
                 raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
         if self.use_dora and self.init in ("pissa", "olora"):
             raise ArgumentError(f"use_dora with init={self.init!r}: both replace the start of the weight; choose one.")
+        if self.use_dora and self.lora_bias:
+            raise ArgumentError("lora_bias with use_dora: DoRA has no place for a bias of B; choose one.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
@@ -138,6 +152,7 @@ class LoRACallback(PETCallback):
             structure,
             exclude=self.exclude_modules or (),
             layers=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
             hosts=lambda module, parameter: host_kind(module, parameter) is not None,
         )
         return with_readers(root, found, structure)
@@ -146,16 +161,11 @@ class LoRACallback(PETCallback):
         """Build one low-rank delta per target.
 
         Raises:
-            ArgumentError: if a pattern of ranks or alphas hits no target.
+            ArgumentError: if a pattern of ranks or alphas decides for no target.
             TargetError: if the rank is larger than a target allows.
         """
-        for label, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for key in pattern or {}:
-                if not any(_matches(key, target.module) for target in targets):
-                    raise ArgumentError(
-                        f"{label}: {key!r} hits none of the {len(targets)} targets, the first of which is "
-                        f"{targets[0].module!r}. Use a suffix or a glob of a target's path."
-                    )
+        check_patterns("rank_pattern", self.rank_pattern, targets)
+        check_patterns("alpha_pattern", self.alpha_pattern, targets)
         return super().insertions(root, targets)
 
     def build(self, root: nn.Module, target: Target) -> Delta:
@@ -163,11 +173,10 @@ class LoRACallback(PETCallback):
         host = named_modules(root)[target.module]
         weight = host._parameters[target.parameter]
         assert weight is not None  # resolve_targets returned it
-        rank = _lookup(self.rank_pattern, target.module, self.r)
-        alpha = _lookup(self.alpha_pattern, target.module, self.alpha)
-        self._check_rank(rank, target, shape_of(weight))
+        rank = self._rank(target, shape_of(weight), largest_rank(host, target.parameter))
+        alpha = value_at(self.alpha_pattern, target, self.alpha)
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-        delta = self._delta(root, host, target, weight, rank, scale)
+        delta = fitted(root, target, Options(rank, scale, self.dropout, self.init, self.use_dora, self.lora_bias))
         if not weight.is_meta:
             initialize(delta, host, target.parameter)
         elif self.init in ("pissa", "olora") or self.use_dora:
@@ -177,75 +186,45 @@ class LoRACallback(PETCallback):
             )
         return delta
 
-    def _check_rank(self, rank: int, target: Target, shape: tuple[int, ...]) -> None:
-        limit = min(shape[-2:] if len(shape) == 3 else (shape[0], math.prod(shape[1:])))
-        if rank > limit:
+    def _rank(self, target: Target, shape: tuple[int, ...], limit: int) -> int:
+        rank = value_at(self.rank_pattern, target, self.r)
+        if rank > limit and not self.clamp_rank:
             raise TargetError(
                 f"{target.path} is {'×'.join(map(str, shape))}: the rank can be at most {limit}, "
                 f"not {rank}. "
-                "Lower r, set a lower rank_pattern for it, or exclude it."
+                "Lower r, set a lower rank_pattern for it, exclude it, or give it the rank that it can have by "
+                "clamp_rank=True."
+            )
+        return min(rank, limit)
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Pick a rank, if there is a budget, and say which targets have a lower one than was asked for."""
+        super().spend_budget(root, targets)
+        low = [
+            f"{target.path} ({limit} instead of {rank})"
+            for target, limit in self._limits(root, targets)
+            if (rank := value_at(self.rank_pattern, target, self.r)) > limit
+        ]
+        if self.clamp_rank and low:
+            rank_zero_warn(
+                f"clamp_rank: {len(low)} of {len(targets)} targets are too small for their rank and have a lower one: "
+                f"{', '.join(low[:4])}{' …' if len(low) > 4 else ''}."
             )
 
-    def _delta(
-        self, root: nn.Module, host: nn.Module, target: Target, weight: nn.Parameter, rank: int, scale: float
-    ) -> Delta:
-        kind = host_kind(host, target.parameter)
-        # Full precision even on a half-precision base: updates are far smaller than the values.
-        common: dict[str, Any] = {
-            "scale": scale,
-            "device": weight.device,
-            "dtype": weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
-        }
-        dense: dict[str, Any] = {"dropout": self.dropout, "init": self.init}
-        rows = target.rows
-        called = target.reads is None and reader_of(root, target, None) is None
-        if kind in ("linear", "conv1d_hf") and called:
-            transposed = kind == "conv1d_hf"
-            sizes = (weight.shape[0], weight.shape[1]) if transposed else _linear_sizes(host, weight)
-            options: dict[str, Any] = {"use_dora": self.use_dora, "transposed": transposed, "rows": rows}
-            return LowRankLinear(sizes[0], sizes[1], rank, **dense, **common, **options)
-        if kind == "embedding":
-            embedding = cast(nn.Embedding, host)
-            factor = float(getattr(host, "scalar_embed_scale", getattr(host, "embed_scale", 1.0)))
-            cls = DoraEmbedding if self.use_dora else LowRankEmbedding
-            self._refuse_dropout(target)
-            sizes = (embedding.num_embeddings, embedding.embedding_dim)
-            return cls(*sizes, rank, **common, padding_idx=embedding.padding_idx, embed_scale=factor)
-        if kind == "conv":
-            return self._convolution(host, target, rank, dense, common)
-        self._refuse_dropout(target)
-        # transformers marks experts that are stored as [n, in, out]; DoRA and OLoRA are not symmetric in the two.
-        transposed = weight.ndim == 3 and bool(getattr(host, "is_transposed", False))
-        options = {"use_dora": self.use_dora, "init": self.init, "rows": rows, "transposed": transposed}
-        return LowRankParameter(tuple(weight.shape), rank, **common, **options)
+    def numbers(self, root: nn.Module, targets: Sequence[Target]) -> int:
+        """Numbers that the method would train at the present rank.
 
-    def _convolution(
-        self, host: nn.Module, target: Target, rank: int, dense: dict[str, Any], common: dict[str, Any]
-    ) -> Delta:
-        conv = cast(nn.Conv2d, host)
-        if self.use_dora:
-            self._refuse_dropout(target)
-            dense = {"init": self.init}
-        return (DoraConv if self.use_dora else LowRankConv)(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            rank,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            **dense,
-            **common,
-        )
+        Raises:
+            TargetError: if the rank is larger than any target allows, so that no budget searches beyond.
+        """
+        limits = [limit for _, limit in self._limits(root, targets)]
+        if limits and self.r > max(limits):
+            raise TargetError(f"r={self.r}: no target allows more than {max(limits)}.")
+        return super().numbers(root, targets)
 
-    def _refuse_dropout(self, target: Target) -> None:
-        if self.dropout:
-            raise TargetError(
-                f"{target.path}: dropout={self.dropout} needs the input of a linear or convolution, but this weight is "
-                "read, not called (or looked up). Exclude it with exclude_modules, or set dropout=0."
-            )
+    def _limits(self, root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, int]]:
+        modules = named_modules(root)
+        return [(target, largest_rank(modules[target.module], target.parameter)) for target in targets]
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: heads, and biases by option."""
@@ -271,16 +250,3 @@ class LoRACallback(PETCallback):
         if self.lora_plus_ratio == 1:
             return {}
         return {name: self.lora_plus_ratio for name in delta_names if name.endswith(".b")}
-
-
-def _linear_sizes(host: nn.Module, weight: nn.Parameter) -> tuple[int, int]:
-    # A quantised layer's weight may be packed; its declared sizes are right.
-    return int(getattr(host, "in_features", weight.shape[1])), int(getattr(host, "out_features", weight.shape[0]))
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
-
-
-def _lookup(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    return next((value for key, value in (patterns or {}).items() if _matches(key, path)), default)

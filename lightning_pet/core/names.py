@@ -5,7 +5,7 @@ can be run. The patterns are the vocabulary of the field, not a table of archite
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,22 +111,42 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """A linear that returns scores, a single number or a tuple instead of features."""
-    if is_linear(module) and features(module)[1] == 1:
-        return True  # the gate of a shared expert, a predictor of durations
+    """A layer whose class says that it returns scores, maybe in a tuple, instead of features."""
     overrides = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     return bool(re.search(r"router|topk|gating", type(module).__name__, re.I)) or (
         overrides and bool(re.search(r"gate", type(module).__name__, re.I))
     )
 
 
-def layer_index(path: str) -> int | None:
+def gives_one_number(module: nn.Module) -> bool:
+    """A linear layer with one output: a value, a score, the gate of a shared expert."""
+    return is_linear(module) and features(module)[1] == 1
+
+
+def is_named_gate(path: str) -> bool:
+    """Whether a name speaks of weighing others, where no forward tells.
+
+    >>> is_named_gate("mlp.shared_expert_gate"), is_named_gate("critic.value")
+    (True, False)
+    """
+    return re.search(r"gate|gating|router", path.rpartition(".")[2], re.I) is not None
+
+
+def layer_index(path: str, lists: Sequence[str] | None = None) -> int | None:
     """Index of the layer that a module belongs to: the first number in its path, ``None`` without one.
 
-    >>> layer_index("encoder.block.3.layer.1.DenseReluDense.wi")
-    3
+    Args:
+        path: of the module.
+        lists: names, or ends of dotted names, of the lists that hold the layers: the number behind one of them counts.
+
+    >>> layer_index("encoder.block.3.layer.1.DenseReluDense.wi"), layer_index("layers.0.blocks.1.mlp", ["blocks"])
+    (3, 1)
     """
-    found = _LAYER.search(path)
+    if lists:
+        names = "|".join(re.escape(name) for name in lists)
+        found = re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?=\.|$)", path)
+    else:
+        found = _LAYER.search(path)
     return int(found.group(1)) if found else None
 
 
@@ -142,7 +162,7 @@ def roles_by_name(model: nn.Module) -> list[NamedRoles]:
     for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
             continue  # known exactly, see multihead_targets
-        if is_linear(module) and not is_router(module):
+        if is_linear(module) and not is_router(module) and not gives_one_number(module):
             if not isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
                 found.extend(_by_name(modules, path, "weight"))
         else:

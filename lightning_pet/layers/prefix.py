@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.transforms import is_transformed
 
 _FOLDED = ("key", "value")
 _AGREES = 1e-3  # largest relative difference between a stored prefix and the one its network gives
@@ -125,7 +126,11 @@ class Prefix(Delta):
         """Keys (H × l × key_dim) and values (H × l × value_dim)."""
         if self.network is None:
             return self.key, self.value
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+            return self._unfolded()
+        # In training a forward without autograd may be the first of a reentrantly checkpointed layer, whose second
+        # is made from the parameters: both have to see the same, and an engine may write past a tensor's version.
+        if self.training:
             return self._unfolded()
         return self.folded()
 
@@ -133,11 +138,11 @@ class Prefix(Delta):
         """Keys and values without their history, kept until a parameter changes."""
         if self.network is None:
             return self.key.detach(), self.value.detach()
-        stamp = self._stamp()
-        if self._folded is None or stamp is None or self._folded[0] != stamp:
+        stamp, folded = self._stamp(), self._folded  # another thread may exchange it meanwhile
+        if folded is None or stamp is None or folded[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():
-                self._folded = (stamp or (), *self._unfolded())
-        return self._folded[1], self._folded[2]
+                self._folded = folded = (stamp or (), *self._unfolded())
+        return folded[1], folded[2]
 
     def _unfolded(self) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.weight.device.type, enabled=False):

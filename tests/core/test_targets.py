@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import pytest
+import torch
 from tiny_models import hf
 from torch import nn
 
@@ -109,6 +110,57 @@ def test_all_linear():
     assert not [t for t in resolve("mixtral", "all-linear") if t.module.endswith("gate")]
 
 
+class Scores(nn.Module):
+    """Layers with one output: two weigh features (as they are, and as a sum over positions), two are values."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.mix, self.pool = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+        self.critic, self.energy = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = self.enc(x).relu()
+        h = h + self.mix(h).sigmoid() * h
+        pooled = self.pool(h).softmax(1).transpose(1, 2) @ h
+        return self.critic(pooled).tanh() * 3 + self.energy(h).sum(1)
+
+
+def test_a_router_is_what_weighs_other_features():
+    model = Scores()
+    seen = analyse(model, lambda: model(torch.randn(2, 3, 4)))
+    assert seen.weighing == {"mix", "pool"}
+    assert modules(resolve_targets(model, "all-linear", seen)) == ["enc", "critic", "energy"]
+    inside = analyse(nn.ModuleDict({"net": model}), lambda: model(torch.randn(2, 3, 4))).within("net")
+    assert resolve_targets(model, "all-linear", inside) == resolve_targets(model, "all-linear", seen)
+    assert modules(resolve_targets(model, "mix", seen)) == ["mix"]  # who names it gets it
+
+
+def test_without_a_forward_names_tell_a_gate_of_one_output():
+    names = ("value", "shared_expert_gate", "router", "discriminator")
+    model = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
+    assert modules(resolve_targets(model, "all-linear", Structure())) == ["value", "discriminator"]
+
+
+def test_all_conv(caplog):
+    model = nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 8, 3),
+            "wave": nn.Conv1d(3, 8, 3, groups=1),
+            "up": nn.ConvTranspose2d(8, 8, 2),
+            "proj": nn.Linear(8, 8),
+            "classifier": nn.Conv2d(8, 2, 1),
+        }
+    )
+    assert modules(resolve_targets(model, "all-conv", Structure())) == ["stem", "wave", "up"]
+    some = functools.partial(resolve_targets, hosts=lambda module, name: not isinstance(module, nn.ConvTranspose2d))
+    assert modules(some(model, "all-conv", Structure())) == ["stem", "wave"]
+    assert "leaves out 1 layers that this method cannot adapt: up (ConvTranspose2d)" in caplog.text
+    both = resolve_targets(model, ["all-conv", "all-linear"], Structure(), exclude=["up"])
+    assert modules(both) == ["stem", "wave", "proj"]
+    with pytest.raises(TargetError, match="'all-conv' hits nothing: the model has no convolution"):
+        resolve("bert", "all-conv")
+
+
 def test_all_linear_reaches_torch_attention():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
     targets = resolve_targets(model, "all-linear", Structure())
@@ -153,6 +205,17 @@ def test_exclude():
         resolve("bert", "attention.q", exclude=["query"])
 
 
+def test_excluding_a_container_excludes_what_is_below_it():
+    assert modules(resolve("bert", "query", exclude=["encoder.layer.0"])) == ["encoder.layer.1.attention.self.query"]
+    assert len(resolve("bert", "all-linear", exclude=["intermediate", "attention.output"])) == 9
+    assert len(resolve("bert", "all-linear", exclude=["re:encoder.layer.1", "pooler"])) == 6
+    assert {t.parameter for t in resolve("mixtral", "all-linear", exclude=["experts"])} == {"weight"}
+    with pytest.raises(TargetError, match=r"'encodr'.*hits no module"):
+        resolve("bert", "query", exclude=["encodr"])
+    with pytest.raises(TargetError, match="nothing is left"):
+        resolve("bert", "query", exclude=["encoder"])
+
+
 def test_excluding_a_fused_projection_excludes_its_parts():
     kept = resolve("gpt2", ["attention.q", "attention.v"], exclude=["h.0.attn.c_attn"])
     assert modules(kept) == ["h.1.attn.c_attn"] * 2
@@ -172,8 +235,32 @@ def test_layers():
     assert modules(resolve("bert", "attention.q", layers=[1])) == ["encoder.layer.1.attention.self.query"]
     with pytest.raises(TargetError, match=r"no layer 7; it has 0 to 1"):
         resolve("bert", "attention.q", layers=[0, 7])
-    with pytest.raises(TargetError, match="nothing is left"):
+    with pytest.raises(TargetError, match=r"nothing is left of target pattern 'embedding'.*no numbered layer"):
         resolve("bert", "embedding", layers=[0])
+
+
+def test_no_pattern_is_lost_to_the_choice_of_layers():
+    with pytest.raises(TargetError, match=r"'pooler\.dense'.*no numbered layer.*name='second'"):
+        resolve("bert", ["attention.q", "pooler.dense"], layers=[1])
+    with pytest.raises(TargetError, match=r"'layer\.0\.output\.dense'.*in the layers \[0\]"):
+        resolve("bert", ["attention.q", "layer.0.output.dense"], layers=[1])
+    assert len(resolve("bert", "all-linear", layers=[1])) == 6  # a pattern with places elsewhere, too, is not lost
+
+
+def test_layers_of_a_named_list():
+    model = nn.ModuleDict(
+        {f"stage{i}": nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(2))}) for i in "ab"}
+    )
+    nested = nn.ModuleList([nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})])
+    assert modules(resolve_targets(model, "all-linear", Structure(), layers=[1])) == [
+        "stagea.blocks.1",
+        "stageb.blocks.1",
+    ]
+    assert modules(resolve_targets(nested, "all-linear", Structure(), layers=[1], layers_pattern=["blocks"])) == [
+        "0.blocks.1"
+    ]
+    with pytest.raises(TargetError, match=r"no layer 1 of layers_pattern=\['layers'\]"):
+        resolve_targets(nested, "all-linear", Structure(), layers=[1], layers_pattern=["layers"])
 
 
 def test_order_and_repetition():

@@ -1,6 +1,7 @@
 """LoRA and its variants: the battery, golden properties, and its own errors."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,12 +33,35 @@ class TestLoRA(Battery):
         Case("embedding", options={"r": 2, "target_modules": "table", "modules_to_save": []}, parameters=2 * (12 + 6)),
         Case("conv1d", options=FIRST, parameters=2 * 4 * 3 + 6 * 2),
         Case("conv2d", options=FIRST, parameters=2 * 3 * 9 + 6 * 2),
+        Case("mlp", options={**FIRST, "lora_bias": True}, parameters=2 * (6 + 8) + 8),
+        Case("embedding", options={"r": 2, "target_modules": "table", "modules_to_save": [], "init": "gaussian"}),
+        Case(
+            "embedding",
+            options={"r": 2, "target_modules": "table", "modules_to_save": [], "init": "pissa"},
+            needs_values=True,
+            **INEXACT,
+        ),
+        Case("conv2d", options={**FIRST, "lora_bias": True}, parameters=2 * 3 * 9 + 6 * 2 + 6),
+        Case("conv3d", options=FIRST, parameters=2 * 2 * 6 + 6 * 2),
+        Case("conv3d", options={**FIRST, "use_dora": True}, needs_values=True, **INEXACT),
+        Case(
+            "own", options={"r": 2, "target_modules": ["turned", "gated", "conv", "positions"], "modules_to_save": []}
+        ),
+        Case("own", options={"r": 2, "target_modules": ["turned"], "use_dora": True}, needs_values=True, **INEXACT),
+        Case("reading", options={"r": 2, "target_modules": ["conv", "table", "down"]}, parameters=2 * (6 + 4 + 9 + 8)),
+        Case(
+            "reading",
+            options={"r": 2, "target_modules": ["conv", "table"], "use_dora": True},
+            needs_values=True,
+            **INEXACT,
+        ),
         Case("transformer_encoder", options=QV, parameters=2 * 2 * 2 * (16 + 16)),
         Case("transformer_encoder", options=ALL),
         Case("bert", options=QV, parameters=2 * 2 * 2 * (16 + 16)),
         Case("bert", options={**ALL, "use_dora": True}, needs_values=True, **INEXACT),
         Case("gpt2", options={"r": 2, "target_modules": "attention.v"}, parameters=2 * 2 * (16 + 16)),
         Case("gpt2", options=ALL),
+        Case("gpt2", options={**QV, "use_dora": True}, needs_values=True, **INEXACT),
         Case("llama", options=QV, parameters=2 * 2 * (16 + 16 + 16 + 8)),
         Case("llama", options=ALL),
         Case("t5", options=QV),
@@ -85,6 +109,32 @@ def test_rank_and_alpha_patterns() -> None:
     assert layer[0].attention.self.query.pet["lora_default"].a.shape == (4, 16)
     assert layer[0].attention.self.value.pet["lora_default"].a.shape == (2, 16)
     assert layer[1].attention.self.value.pet["lora_default"].scale == pytest.approx(3.0 / 2)
+
+
+def test_patterns_by_role_and_expression() -> None:
+    model, _ = zoo.bert()
+    ranks = {"re:.*layer\\.1\\..*query": 5, "attention.q": 4, "attention": 3}
+    apply(model, LoRACallback(r=2, target_modules="all-linear", rank_pattern=ranks, alpha_pattern={"ffn.up": 7.0}))
+    first, second = model.bert.encoder.layer
+    rank = [m.pet["lora_default"].a.shape[0] for m in (second.attention.self.query, first.attention.self.query)]
+    assert [*rank, second.attention.output.dense.pet["lora_default"].a.shape[0]] == [5, 4, 3]
+    assert second.intermediate.dense.pet["lora_default"].scale == pytest.approx(7 / 2)
+    assert second.output.dense.pet["lora_default"].scale == pytest.approx(16 / 2)
+
+
+def test_a_rank_that_a_target_cannot_have_is_clamped_on_request() -> None:
+    model, _ = zoo.bert()
+    with pytest.warns(UserWarning, match=r"clamp_rank: 4 of 4.*attention\.self\.query\.weight \(16 instead of 20\)"):
+        adapted = apply(model, LoRACallback(r=20, clamp_rank=True))
+    delta = model.bert.encoder.layer[0].attention.self.query.pet["lora_default"]
+    assert (delta.a.shape, delta.scale) == ((16, 16), 1.0)
+    adapted.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply(model, LoRACallback(r=16, clamp_rank=True))
+    sized = LoRACallback(budget=1.0, target_modules="pooler.dense", modules_to_save=[], clamp_rank=True)
+    apply(zoo.bert()[0], sized)
+    assert sized.r == 16
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -269,6 +319,9 @@ def test_arguments_out_of_range(options: dict[str, object], text: str) -> None:
         ({"layers_to_transform": [7]}, TargetError, "layer"),
         ({"modules_to_save": ["clasifier"]}, TargetError, "classifier"),
         ({"rank_pattern": {"nowhere": 2}}, ArgumentError, "nowhere"),
+        ({"rank_pattern": {"attention.q": 2, "layer.0.*.query": 4}}, ArgumentError, "Put 'layer.0.*.query' first"),
+        ({"alpha_pattern": {"re:(": 2}}, TargetError, "regular expression"),
+        ({"layers_to_transform": 0, "target_modules": "query,pooler.dense"}, TargetError, "pooler.dense"),
         ({"module": "encoder"}, TargetError, "encoder"),
     ],
 )
