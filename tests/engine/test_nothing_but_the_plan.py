@@ -198,7 +198,7 @@ def test_a_part_of_the_base_that_slips_into_a_group():
 def test_what_lies_beside_the_base_may_join():
     class Beside(Module):
         def __init__(self):
-            super().__init__(Net())
+            super().__init__(Net(), lambda module: adamw(module.net))
             self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
 
         def loss(self, batch):
