@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pet.core.adapted import Adapted
@@ -280,6 +280,11 @@ class PETCallback(Callback):
         """Put the random state of an interrupted run back, before anything draws from it."""
         if (controller := Controller.get(trainer)).leads(self):
             controller.resume.on_train_epoch_start(trainer)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Before a backward pass: the loss depends on something that trains."""
+        if not loss.requires_grad and (controller := Controller.get(trainer)).leads(self):
+            controller.refuse_dead()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

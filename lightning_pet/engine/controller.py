@@ -386,6 +386,19 @@ class Controller:
         self._checked.add(id(optimizer))
         self._trained = True
 
+    def refuse_dead(self) -> None:
+        """Say what torch only says of tensors.
+
+        Raises:
+            DeadSiteError: naming deltas.
+        """
+        names = sorted(required_gradients(self.adapted.root))
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise DeadSiteError(
+            f"the loss depends on nothing that trains: no delta acted in this step ({shown}). Their hosts did not run, "
+            "or the loss was computed under torch.no_grad or from detached outputs. Name targets that this step runs."
+        )
+
     # --- the end ----------------------------------------------------------------------------------
 
     def teardown(self) -> None:
