@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, cast, get_args
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, named_modules
@@ -64,6 +65,7 @@ class LoRACallback(PETCallback):
     method: ClassVar[str] = "lora"
     shards = True
     width: ClassVar[str | None] = "r"
+    figures = ("norm", "rank")
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "lora_plus_ratio",
@@ -265,6 +267,13 @@ class LoRACallback(PETCallback):
                 "use bias='none'."
             )
         return tuple(chosen)
+
+    def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
+        """The average rank over all targets, or what every method has."""
+        if name != "rank":
+            return super().figure(name, trainer)
+        places = [target.module for target, _ in self.deltas(self.adapted.root)]
+        return sum(_lookup(self.rank_pattern, place, self.r) for place in places) / len(places)
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """LoRA+: B learns ``lora_plus_ratio`` times as fast as A."""

@@ -40,6 +40,7 @@ from lightning_pet.engine.precision import keep_delta_precision
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.run_log import log_options
 from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
@@ -352,8 +353,10 @@ class Controller:
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
         self._undo.append(measure_losses(self.module, root))
-        if self._plan is not None and any(method.verbose for method in self.methods):
-            show_plan(self._plan)
+        if self._plan is not None:
+            log_options(self.trainer, self.adapted, self._plan, self.methods)
+            if any(method.verbose for method in self.methods):
+                show_plan(self._plan)
 
     def check_gradients(self, optimizer: Any) -> None:
         """Once per optimizer, before its first step: every parameter that it holds has a gradient.
