@@ -83,7 +83,7 @@ _WHERE = {
     "plan_memory": "report.memory",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
-_FILE_VERBS = ("inspect", "extract", "merge")
+_FILE_VERBS = ("inspect", "extract", "merge", "list", "init")
 
 
 def __getattr__(name: str) -> Any:

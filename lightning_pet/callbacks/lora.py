@@ -273,7 +273,8 @@ class LoRACallback(PETCallback):
         if name != "rank":
             return super().figure(name, trainer)
         places = [target.module for target, _ in self.deltas(self.adapted.root)]
-        return sum(_lookup(self.rank_pattern, place, self.r) for place in places) / len(places)
+        ranks = [int(_lookup(self.rank_pattern, place, self.r)) for place in places]
+        return sum(ranks) / len(ranks)
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """LoRA+: B learns ``lora_plus_ratio`` times as fast as A."""
