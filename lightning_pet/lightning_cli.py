@@ -26,6 +26,7 @@ from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback
 from lightning_pet.core.applied import adapted_root
 from lightning_pet.core.method import METHODS
+from lightning_pet.core.spelling import NOT_NEEDED, our_name
 from lightning_pet.data.dates import Dates
 from lightning_pet.data.docstring_topics import DocstringTopics
 from lightning_pet.data.lm_adaptation import LMAdaptationData
@@ -84,6 +85,13 @@ class PetCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--pet``."""
         parser.add_argument("--pet", type=list[PETCallback] | None, default=None, help="methods, applied in order")
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say on the help page whose model and data these are."""
+        super().add_core_arguments_to_parser(parser)
+        for key, kind in KINDS.items():
+            if (group := (parser.groups or {}).get(key)) is not None:
+                group.title = f"Your {kind.__name__}, or one of ours"
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Put the methods of ``--pet`` before all other callbacks."""
@@ -294,18 +302,6 @@ def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float
         console.print(f"{kind}: {path} ({os.path.getsize(path) / 1024:,.0f} KiB)", soft_wrap=True)
 
 
-# What users of other libraries write.
-_ALIASES = {
-    "rank": "r",
-    "lora_r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "targets": "target_modules",
-    "init_lora_weights": "init",
-    "loraplus_lr_ratio": "lora_plus_ratio",
-}
-
-
 def _suggestion(message: str, argv: list[str]) -> str:
     """The nearest known class or option to something the message complains about."""
     methods = {cls.__name__: cls for cls in METHODS.values()}
@@ -327,7 +323,11 @@ def _suggestion(message: str, argv: list[str]) -> str:
     for word in (word.rpartition(".")[2] for word in words):
         if word in known:
             continue
-        near = [_ALIASES[word]] if _ALIASES.get(word) in known else get_close_matches(word, known, n=1, cutoff=0.75)
+        if (ours := our_name(word, known)) is not None:
+            return f"Did you mean the {known[ours]}?"
+        if word in NOT_NEEDED:
+            return f"{word!r} is not needed: {NOT_NEEDED[word]}."
+        near = get_close_matches(word, known, n=1, cutoff=0.75)
         if near:
             return f"Did you mean the {known[near[0]]}?"
     return ""
@@ -345,4 +345,4 @@ def _nearest(name: str, kind: str, known: set[str]) -> str:
 
 
 def _options(cls: type[PETCallback]) -> Iterable[str]:
-    return cls().config()
+    return cls.options()

@@ -355,6 +355,8 @@ print("heavy:", heavy)
         ["--help"],
         ["inspect", "--help"],
         ["merge", "--help"],
+        ["init", "--help"],
+        ["list"],
         ["intrinsic-dimension", "--help"],
         ["plan", "-h"],
     ):

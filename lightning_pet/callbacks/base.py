@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
-from lightning_pet.core.heads import find_heads, parameters_below
+from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.patterns import listed_if_given
+from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.private import logs_this_step
@@ -68,6 +70,11 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
+    in_place: ClassVar[bool] = False
+    """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
+    thaws: ClassVar[bool] = True
+    """Such a method trains a base that is frozen as a whole: that was made ready for it."""
+
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
 
@@ -76,15 +83,18 @@ class PETCallback(Callback):
         *,
         name: str = "default",
         module: str | None = None,
-        modules_to_save: list[str] | None = None,
+        modules_to_save: list[str] | str | None = None,
         start_from: str | None = None,
         base_check: BaseCheck = "error",
         budget: float | None = None,
         delta_files: bool = False,
         verbose: bool = True,
         scalars: list[Scalar] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise ArgumentError(unknown_option(type(self).__name__, next(iter(unknown)), self.options()))
         if not name or not name.isidentifier() or len(name) > 64:
             raise ArgumentError(
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
@@ -101,7 +111,7 @@ class PETCallback(Callback):
                 raise ArgumentError(f"scalars: {figure!r} is not a figure of {type(self).__name__}, which has {known}.")
         self.name = name
         self.module = module
-        self.modules_to_save = modules_to_save
+        self.modules_to_save = listed_if_given(modules_to_save)
         self.start_from = start_from
         self.base_check = base_check
         self.budget = budget
@@ -130,9 +140,12 @@ class PETCallback(Callback):
         return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
 
     def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-        """Names of the parameters of task heads: ``modules_to_save``, or what is found by itself."""
-        heads = find_heads(root, targets) if self.modules_to_save is None else self.modules_to_save
-        return parameters_below(root, heads, "modules_to_save")
+        """Names of the parameters of task heads: ``modules_to_save``, or those among the targets."""
+        if self.modules_to_save is not None:
+            return parameters_below(root, self.modules_to_save, "modules_to_save")
+        modules = named_modules(root)
+        heads = [(target.module, modules[target.module]) for target in targets if target.role == HEAD]
+        return tuple(dict.fromkeys(join(p, canonical(n)) for p, m in heads for n, _ in m.named_parameters()))
 
     def heads_within(self, scope: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
@@ -195,8 +208,14 @@ class PETCallback(Callback):
         for c in cls.__mro__:
             if issubclass(c, PETCallback):
                 for name, parameter in inspect.signature(c.__init__).parameters.items():
-                    found.setdefault(name, parameter.default)
-        return {name: default for name, default in found.items() if name not in ("self", "kwargs")}
+                    if parameter.kind is not parameter.VAR_KEYWORD:
+                        found.setdefault(name, parameter.default)
+        return {name: default for name, default in found.items() if name != "self"}
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of all arguments of the constructor."""
+        return list(cls._defaults())
 
     def _arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._defaults()}

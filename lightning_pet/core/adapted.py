@@ -12,6 +12,7 @@ from lightning_pet.core.applied import Adaptation, adapted_roots, record_of
 from lightning_pet.core.insertion import CHILD, mute
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.core.plan import Plan, plan_of
 from lightning_pet.core.preparation import is_shared, prepare
 from lightning_pet.core.quantised import check_replaceable, dense_values, is_quantised, replace_by_dense
@@ -86,7 +87,9 @@ class Adapted:
         return plan_of(self.root, self.record)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The delta: its tensors, the trained base tensors (heads, biases), and changed buffers.
+        """The delta: its tensors, the trained base tensors (heads, biases), and what has changed besides.
+
+        Besides: buffers, and parameters beside the base into which the user's code writes (an average of weights).
 
         Returns:
             References (not copies) by canonical name relative to the root.
@@ -94,7 +97,7 @@ class Adapted:
         tensors = dict(named_tensors(self.root))
         names = (*self.record.delta_names, *self.record.trained_names)
         return {name: tensors[name].detach() for name in names} | {
-            name: tensor.detach() for name, tensor in changed_buffers(self.root).items()
+            name: tensor.detach() for name, tensor in (changed_buffers(self.root) | changed_outside(self.root)).items()
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -108,6 +111,7 @@ class Adapted:
         self.check_fit(tensors)
         copy_in(self.root, {name: self.record.originals[name] for name in changed_buffers(self.root)})
         copy_in(self.root, tensors)
+        note_changed(self.root, tensors)
 
     def check_fit(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None) -> None:
         """Raise what :meth:`load_state_dict` would raise.
@@ -118,7 +122,8 @@ class Adapted:
         """
         own = dict(named_tensors(self.root)) if own is None else own
         required = {*self.record.delta_names, *self.record.trained_names}
-        optional = {n for n, t in own.items() if not isinstance(t, nn.Parameter)} - required
+        optional = {n for n, t in named_tensors(self.root) if not isinstance(t, nn.Parameter)} - required
+        optional |= outside_parameters(self.root, self.record).keys()
         problems = [f"missing {name}" for name in sorted(required - set(tensors))]
         problems += [f"unexpected {name}" for name in sorted(set(tensors) - required - optional)]
         problems += [

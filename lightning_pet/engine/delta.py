@@ -16,6 +16,7 @@ from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.outside import note_changed, outside_parameters
 from lightning_pet.core.preparation import Prepared, delta_key, prepare
 from lightning_pet.core.structure import Target
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
@@ -74,8 +75,8 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
             "has the others. Pass the LightningModule, in every process; or use trainer.save_checkpoint, whose file "
             "load_delta reads without any engine."
         )
-    manifest = replace(manifest, base=base_fingerprint(root, adapted.record, exact))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _packed(adapted).items()}
+    manifest = replace(manifest, base=base_fingerprint(root, adapted.record, tensors, exact))
     return write_delta(path, tensors, manifest)
 
 
@@ -239,7 +240,7 @@ def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
 
 def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapted:
     """Check a stored delta against a model, then insert and load it."""
-    root = root_of(model)[1]
+    root_path, root = root_of(model)
     methods = [_rebuild(record, stored.path) for record in stored.methods]
     modules = named_modules(root)
     missing = [t.path for m in stored.methods for t in m.targets if not _has(modules, t)]
@@ -251,10 +252,14 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         )
     places, scopes = [record.targets for record in stored.methods], [_scope(m, stored, modules) for m in methods]
     try:
-        prepared = prepare(root, methods, None, resolved=places, scopes=scopes)
+        prepared = prepare(root, methods, None, resolved=places, scopes=scopes, stored=stored.tensors.keys())
     except TargetError as error:
         raise DeltaFileError(f"{stored.path} does not fit this {type(root).__name__}: {error}", "mismatch") from error
-    outside = _outside(root, scopes)
+    after = Adaptation(
+        scopes=tuple(scope for item in prepared for scope in item.scopes),
+        apart=tuple(path for item in prepared for path in item.apart),
+    )
+    outside = set(outside_parameters(root, after))
     _check_fit(root, prepared, stored, outside)
     if stored.base is not None:
         trained = [name for item in prepared for name in item.trained] + [n for n in outside if n in stored.tensors]
@@ -267,7 +272,19 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
     renew(root)
     own = set(record.delta_names)
     copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
+    note_changed(root, stored.tensors)
+    _copy_beside(model, root_path, stored)
     return Adapted(root)
+
+
+def _copy_beside(model: nn.Module, root_path: str, stored: Stored) -> None:
+    """Copy what a checkpoint holds of its LightningModule beside the root, if this is a module of that kind."""
+    if root_path != stored.root:
+        return
+    own = dict(named_tensors(model))
+    inside = f"{root_path}."
+    fitting = {n: t for n, t in stored.beside.items() if n in own and own[n].shape == t.shape}
+    copy_in(model, {name: tensor for name, tensor in fitting.items() if not name.startswith(inside)})
 
 
 def _rebuild(record: MethodRecord, path: Path) -> Method:
@@ -286,9 +303,11 @@ def _rebuild(record: MethodRecord, path: Path) -> Method:
     return method
 
 
-def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str:
-    """The submodule that a method is confined to, from the root."""
-    named = method.module or ""
+def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str | None:
+    """The submodule that a method is confined to, from the root; ``None`` if it is not."""
+    if method.module is None:
+        return None
+    named = method.module
     scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
     if scope not in modules:
         kind = type(modules[""]).__name__
@@ -298,12 +317,6 @@ def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> 
             "mismatch",
         )
     return scope
-
-
-def _outside(root: nn.Module, scopes: Sequence[str]) -> set[str]:
-    """Base parameters in none of the scopes: they train as the user lets them, and are stored with the delta."""
-    parameters = {name for name, tensor in named_tensors(root) if isinstance(tensor, nn.Parameter)}
-    return {name for name in parameters if not any(not scope or name.startswith(f"{scope}.") for scope in scopes)}
 
 
 def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:

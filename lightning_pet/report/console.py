@@ -28,7 +28,7 @@ _WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
     "No seed found, seed set to",  # the next line says the same
 )
-_WIDE = 120  # columns from which a full bar and the speed have room beside two metrics
+_WIDE = 124  # columns from which a full bar and the speed have room beside two metrics
 _BESIDE_BAR = 72
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Stored:
         tensors: by name from the adapted root.
         base: fingerprint of the base it was trained on.
         root: path of the adapted root in the LightningModule that wrote it.
+        beside: tensors of that LightningModule beside the root, by name; a training checkpoint has them.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Stored:
     tensors: dict[str, Tensor]
     base: Fingerprint | None
     root: str = ""
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read(path: PathLike) -> Stored:
@@ -62,7 +64,8 @@ def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
     prefix = f"{entry['root']}." if entry["root"] else ""
     state = checkpoint["state_dict"]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return Stored(Path(path), methods_of(entry), tensors, saved_fingerprint(entry, path), entry["root"])
+    beside = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    return Stored(Path(path), methods_of(entry), tensors, saved_fingerprint(entry, path), entry["root"], beside)
 
 
 def is_delta_file(path: PathLike) -> bool:
