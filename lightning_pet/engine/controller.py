@@ -16,6 +16,7 @@ from lightning_pet.core.adaptation import (
     outgrown,
     refresh,
     renew,
+    required_gradients,
     take_out,
     undo,
 )
@@ -41,12 +42,13 @@ from lightning_pet.engine.precision import keep_delta_precision, warn_of_roundin
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.run_log import log_options
 from lightning_pet.engine.save_order import save_after_module
 from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.engine.table import show_plan
 from lightning_pet.engine.watch import Watch, refuse_meddlers
-from lightning_pet.errors import PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.store.reader import read
 
 _ATTRIBUTE = "_pet_controller"
@@ -370,8 +372,10 @@ class Controller:
             self._undo.append(optim.pass_over_empty(self.module, self.adapter.optimizers))
         self._undo.append(self.watch.guard_optimizers())
         self._undo.append(save_after_module(self.trainer, self.module))
-        if self._plan is not None and any(method.verbose for method in self.methods):
-            show_plan(self._plan)
+        if self._plan is not None:
+            log_options(self.trainer, self.adapted, self._plan, self.methods)
+            if any(method.verbose for method in self.methods):
+                show_plan(self._plan)
 
     def before_step(self, optimizer: Any) -> None:
         """Before an optimizer steps: some delta has received a gradient, and the base is known.
@@ -388,6 +392,19 @@ class Controller:
         self.watch.check(f"at the end of epoch {self.trainer.current_epoch}")
         self.watch.begin()  # for optimizers that step by themselves
         self.firing.report(f"in epoch {self.trainer.current_epoch}")
+
+    def refuse_dead(self) -> None:
+        """Say what torch only says of tensors.
+
+        Raises:
+            DeadSiteError: naming deltas.
+        """
+        names = sorted(required_gradients(self.adapted.root))
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise DeadSiteError(
+            f"the loss depends on nothing that trains: no delta acted in this step ({shown}). Their hosts did not run, "
+            "or the loss was computed under torch.no_grad or from detached outputs. Name targets that this step runs."
+        )
 
     # --- the end ----------------------------------------------------------------------------------
 
