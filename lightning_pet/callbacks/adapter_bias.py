@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.heads import parameters_below
+from lightning_pet.core.heads import HEAD, parameters_below
 from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_norm, named_places
@@ -175,7 +175,8 @@ class AdapterBiasCallback(PETCallback):
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: heads, and norms by option."""
         heads = super().trained(root, targets)
-        norms = _norms(root, targets) if self.layer_norms else ()
+        places = [target for target in targets if target.role != HEAD]
+        norms = _norms(root, places) if self.layer_norms else ()
         return tuple(dict.fromkeys((*heads, *parameters_below(root, norms, "layer_norms"))))
 
 
