@@ -43,8 +43,8 @@ class PETCallback(Callback):
     Args:
         name: tells two instances of one method apart.
         module: submodule of the LightningModule to adapt and freeze (default: all of it).
-        modules_to_save: modules that train as they are and are saved with the delta. ``None``: the
-            task head of a classification model is found by itself; ``[]``: none.
+        modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
+            ``None``: the task head of a classification model is found by itself; ``[]``: none.
         start_from: delta file or checkpoint whose tensors this method starts from.
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per
@@ -151,7 +151,7 @@ class PETCallback(Callback):
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
         if self.modules_to_save is None:
             return parameters_below(scope, find_heads(scope, ()), "modules_to_save")
-        paths = named_modules(scope)
+        paths = [*named_modules(scope), *(canonical(name) for name, _ in scope.named_parameters())]
         there = [head for head in self.modules_to_save if any(f".{path}".endswith(f".{head}") for path in paths)]
         return parameters_below(scope, there, "modules_to_save")
 
