@@ -22,6 +22,7 @@ from lightning_pet.core.structure import Target
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
 from lightning_pet.engine.roots import root_of
+from lightning_pet.engine.unaccompanied import accompany_runs
 from lightning_pet.errors import DeltaFileError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import holds_parts, whole_shape
@@ -265,6 +266,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         trained = [name for item in prepared for name in item.trained] + [n for n in outside if n in stored.tensors]
         record = record_of(root) or Adaptation()
         check_base(stored.base, root, record, stored.path, base_check, trained)
+    accompany_runs()
     record = commit(root, prepared)
     for prefix, delta in _deltas(root, record).items():
         if tensors := _below(stored.tensors, prefix):
