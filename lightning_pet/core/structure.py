@@ -132,6 +132,7 @@ class Structure:
         disagreements: human-readable differences between probe and names.
         unresolved: fused projections of which it is known that they hold a role, but not in which rows.
         prefix: path of this model in what the user handed over; names in target patterns may start with it.
+        failure: why the forward that was given could not be read; ``""`` if it was, or none was given.
     """
 
     targets: tuple[Target, ...] = ()
@@ -144,6 +145,7 @@ class Structure:
     disagreements: tuple[str, ...] = field(default=())
     unresolved: tuple[Target, ...] = ()
     prefix: str = ""
+    failure: str = ""
 
     def within(self, scope: str) -> "Structure":
         """The part of the model below one submodule, with paths from that submodule."""

@@ -19,7 +19,7 @@ from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
-from lightning_pet.errors import ArgumentError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.store.reader import Stored, read
 
 _log = logging.getLogger(__name__)
@@ -68,10 +68,10 @@ def apply(
 
     Raises:
         ArgumentError: if two methods have one name, or nothing is given.
-        TargetError: if a target does not exist.
+        TargetError: if a target does not exist, or ``forward`` raises.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    new = insert_methods(model, methods_in(callbacks), forward)
+    new = insert_methods(model, methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
         start(model, new)
@@ -100,17 +100,35 @@ def methods_in(callbacks: StartingMethod | Sequence[StartingMethod]) -> list[Sta
     return several
 
 
-def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None) -> list[M]:
-    """Insert the methods that the model does not have yet, all or none, and return them."""
+def insert_methods(
+    model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None, *, strict: bool = False
+) -> list[M]:
+    """Insert the methods that the model does not have yet, all or none, and return them.
+
+    Args:
+        model: what the user handed over.
+        methods: all of them.
+        forward: runs the model; ``None``: the ``example_input_array``, if there is one.
+        strict: a forward that raises is an error, not only one opinion less.
+    """
     prefix, root = root_of(model)
     pending = [method for method in methods if not is_applied(root, method)]
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
         with torch.compiler.set_stance("force_eager"):  # a look at compiled parts must not trace its own hooks
-            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
+            look = forward or example_forward(model)
+            structure = replace(analyse(root, look, strict=strict and forward is not None), prefix=prefix)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
-        commit(root, prepare(root, pending, structure, scopes=scopes))
+        if structure.failure and forward is None and any(True for _ in root.parameters()):  # else it is built later
+            rank_zero_warn(f"the structure was read without the example_input_array: {structure.failure}")
+        try:
+            prepared = prepare(root, pending, structure, scopes=scopes)
+        except TargetError as error:
+            if structure.failure and structure.source == "names":
+                raise type(error)(f"{error} (There are only names to go by: {structure.failure})") from error
+            raise
+        commit(root, prepared)
     return pending
 
 
