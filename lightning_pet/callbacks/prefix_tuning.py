@@ -137,6 +137,12 @@ class PrefixTuningCallback(PETCallback):
                     "attention in a way that a prefix cannot join. Leave it out by "
                     f"exclude_modules=[{core.owner.rpartition('.')[2]!r}], or choose adapters or LoRA."
                 )
+            if core.drifts:
+                raise TargetError(
+                    f"prefix tuning: {core.owner!r} ({type(named_modules(root)[core.owner]).__name__}) adds biases that "
+                    "are counted from the last key, so that the weight of a prefix would change with every further "
+                    "token, for earlier positions too. Use prompt tuning, adapters or LoRA on this model."
+                )
         widths = {group: _width(structure, cores, group) for group in map(_group, cores)}
         if self.init != "random":
             self._words = self._activations(root, structure, cores)

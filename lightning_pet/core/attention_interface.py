@@ -8,7 +8,7 @@ them.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -57,7 +57,9 @@ def _joined(prefix: Tensor, real: Tensor) -> Tensor:
 class InterfaceObserver(Protocol):
     """Sees what is asked of the interface."""
 
-    def interface(self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor) -> Any:
+    def interface(
+        self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor, biases: Sequence[Any] = ()
+    ) -> Any:
         """Look at one attention, and run it by ``attend()``."""
         ...
 
@@ -126,7 +128,7 @@ def _attend(
     call = partial(_attend_with, prefixes, attend, kind) if prefixes else attend
     if _observer is not None:
         call = partial(call, module, query, key, value, attention_mask, *args, **kwargs)
-        return _observer.interface(call, module, key, value)
+        return _observer.interface(call, module, key, value, (attention_mask, kwargs.get("position_bias")))
     return call(module, query, key, value, attention_mask, *args, **kwargs)
 
 

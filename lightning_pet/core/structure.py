@@ -104,6 +104,7 @@ class AttentionCore:
         route: how a prefix gets there.
         scale: factor of the scores, where the owner forms them by a product of its own.
         axis: which dimension of those scores are the heads, where there is one of windows, too.
+        drifts: a bias shifts all scores with the number of keys, which softmax forgives and a prefix does not.
     """
 
     owner: str
@@ -114,6 +115,7 @@ class AttentionCore:
     route: Route = ""
     scale: float | None = None
     axis: int = 1
+    drifts: bool = False
 
 
 @dataclass(frozen=True)
