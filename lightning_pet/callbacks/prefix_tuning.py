@@ -138,10 +138,10 @@ class PrefixTuningCallback(PETCallback):
                     f"exclude_modules=[{core.owner.rpartition('.')[2]!r}], or choose adapters or LoRA."
                 )
             if core.drifts:
+                kind = type(named_modules(root)[core.owner]).__name__
                 raise TargetError(
-                    f"prefix tuning: {core.owner!r} ({type(named_modules(root)[core.owner]).__name__}) adds biases that "
-                    "are counted from the last key, so that the weight of a prefix would change with every further "
-                    "token, for earlier positions too. Use prompt tuning, adapters or LoRA on this model."
+                    f"prefix tuning: {core.owner!r} ({kind}) adds biases that are counted from the last key, so that "
+                    "the weight of a prefix would change with every further token, for earlier positions too. Use prompt tuning, adapters or LoRA on this model."
                 )
         widths = {group: _width(structure, cores, group) for group in map(_group, cores)}
         if self.init != "random":
