@@ -141,7 +141,8 @@ class PrefixTuningCallback(PETCallback):
                 kind = type(named_modules(root)[core.owner]).__name__
                 raise TargetError(
                     f"prefix tuning: {core.owner!r} ({kind}) adds biases that are counted from the last key, so that "
-                    "the weight of a prefix would change with every further token, for earlier positions too. Use prompt tuning, adapters or LoRA on this model."
+                    "the weight of a prefix would change with every further token, for earlier positions too. Use "
+                    "prompt tuning, adapters or LoRA on this model."
                 )
         widths = {group: _width(structure, cores, group) for group in map(_group, cores)}
         if self.init != "random":
