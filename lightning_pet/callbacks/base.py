@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
-from lightning_pet.core.heads import find_heads, parameters_below
+from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
@@ -61,6 +61,11 @@ class PETCallback(Callback):
     """The argument that sizes the method (a positive integer), for ``budget``; ``None`` if it has no size."""
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
+
+    in_place: ClassVar[bool] = False
+    """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
+    thaws: ClassVar[bool] = True
+    """Such a method trains a base that is frozen as a whole: that was made ready for it."""
 
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
@@ -121,9 +126,12 @@ class PETCallback(Callback):
         return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
 
     def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-        """Names of the parameters of task heads: ``modules_to_save``, or what is found by itself."""
-        heads = find_heads(root, targets) if self.modules_to_save is None else self.modules_to_save
-        return parameters_below(root, heads, "modules_to_save")
+        """Names of the parameters of task heads: ``modules_to_save``, or those among the targets."""
+        if self.modules_to_save is not None:
+            return parameters_below(root, self.modules_to_save, "modules_to_save")
+        modules = named_modules(root)
+        heads = [(target.module, modules[target.module]) for target in targets if target.role == HEAD]
+        return tuple(dict.fromkeys(join(p, canonical(n)) for p, m in heads for n, _ in m.named_parameters()))
 
     def heads_within(self, scope: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""

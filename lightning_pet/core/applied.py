@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pet.core.call import Switch
 from lightning_pet.core.marks import Mark
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
@@ -60,27 +61,42 @@ class Adaptation:
         delta_names: parameters and persistent buffers of all deltas.
         trainable_names: delta parameters that train, then base parameters that do.
         scopes: submodules whose other parameters are frozen (``""``: everything).
+        apart: parts of them that are left to the user, as all outside of them is.
         originals: copies of the base tensors that training may change (trained parameters,
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
         marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
-        muted: whether the deltas are switched off at the moment.
+        switch: stands for this root where a thread chooses what acts.
     """
 
     applied: list[Applied] = field(default_factory=list)
     delta_names: tuple[str, ...] = ()
     trainable_names: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     marks: dict[str, Mark | None] = field(default_factory=dict)
-    muted: bool = False
+    switch: Switch = field(default_factory=Switch)
 
     @property
     def trained_names(self) -> tuple[str, ...]:
         """Base parameters that train as they are."""
         own = set(self.delta_names)
         return tuple(name for name in self.trainable_names if name not in own)
+
+    @property
+    def planned_names(self) -> tuple[str, ...]:
+        """What the methods train: deltas, heads and other base parameters; not what the user trains beside them."""
+        trained = {name for applied in self.applied for name in applied.trained}
+        own = set(self.delta_names)
+        return tuple(name for name in self.trainable_names if name in own or name in trained)
+
+    def in_base(self, name: str) -> bool:
+        """Whether a base parameter belongs to what is adapted, and is frozen unless a method trains it."""
+        if any(f"{name}.".startswith(f"{path}.") for path in self.apart):
+            return False
+        return any(not scope or name.startswith(f"{scope}.") for scope in self.scopes)
 
     def hosts(self) -> Iterable[tuple[Applied, Target, str, str]]:
         """Every inserted delta as (method, target, host path, key)."""

@@ -4,7 +4,7 @@ A method covers the base. Beside it the user's code may write into parameters th
 of BYOL, MoCo or a mean teacher). What has changed there since the first delta came belongs to the delta.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -15,16 +15,11 @@ from lightning_pet.core.naming import named_tensors
 Parameters = dict[str, nn.Parameter]
 
 
-def covered(scopes: Sequence[str], name: str) -> bool:
-    """Whether a parameter of this name is of the base that these scopes confine methods to."""
-    return any(not scope or name.startswith(f"{scope}.") for scope in scopes)
-
-
 def outside_parameters(root: nn.Module, record: Adaptation) -> Parameters:
     """Parameters beside the base, under all of their names; one that is tied to a base parameter is of the base."""
     own = set(record.delta_names)
     named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
-    inside = {id(p) for name, p in named if name in own or covered(record.scopes, name)}
+    inside = {id(p) for name, p in named if name in own or record.in_base(name)}
     return {name: p for name, p in named if id(p) not in inside}
 
 

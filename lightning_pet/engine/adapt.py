@@ -101,15 +101,21 @@ def methods_in(callbacks: StartingMethod | Sequence[StartingMethod]) -> list[Sta
 
 
 def insert_methods(
-    model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None, *, strict: bool = False
+    model: nn.Module,
+    methods: Sequence[M],
+    forward: Callable[[], Any] | None = None,
+    *,
+    strict: bool = False,
+    of_loss: bool = False,
 ) -> list[M]:
     """Insert the methods that the model does not have yet, all or none, and return them.
 
     Args:
-        model: what the user handed over.
-        methods: all of them.
-        forward: runs the model; ``None``: the ``example_input_array``, if there is one.
+        model: the model, or what holds it.
+        methods: what to apply.
+        forward: runs the model once; ``None``: the ``example_input_array`` does, if there is one.
         strict: a forward that raises is an error, not only one opinion less.
+        of_loss: that computes the loss.
     """
     prefix, root = root_of(model)
     pending = [method for method in methods if not is_applied(root, method)]
@@ -117,7 +123,8 @@ def insert_methods(
         scopes = [scope_in(model, prefix, method.module) for method in pending]
         with torch.compiler.set_stance("force_eager"):  # a look at compiled parts must not trace its own hooks
             look = forward or example_forward(model)
-            structure = replace(analyse(root, look, strict=strict and forward is not None), prefix=prefix)
+            seen = analyse(root, look, strict=strict and forward is not None)
+            structure = replace(seen, prefix=prefix, of_loss=of_loss)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
         if structure.failure and forward is None and any(True for _ in root.parameters()):  # else it is built later

@@ -81,8 +81,10 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
                 "checkpoint, or start a new run.",
                 "mismatch",
             )
-        if then["targets"] != now["targets"]:
-            there, present = ({t["module"] for t in m["targets"]} for m in (then, now))
+        # Heads are told apart by their tensors: earlier releases did not note them here.
+        places = [[t for t in m["targets"] if t["role"] != "head"] for m in (then, now)]
+        if places[0] != places[1]:
+            there, present = ({t["module"] for t in targets} for targets in places)
             only = sorted(there ^ present)[:4] or ["the same modules, but other roles or rows"]
             raise DeltaFileError(
                 f"{path}: {now['method']}:{now['name']} was trained on {len(there)} places, this run has "

@@ -252,10 +252,14 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         )
     places, scopes = [record.targets for record in stored.methods], [_scope(m, stored, modules) for m in methods]
     try:
-        prepared = prepare(root, methods, None, resolved=places, scopes=scopes)
+        prepared = prepare(root, methods, None, resolved=places, scopes=scopes, stored=stored.tensors.keys())
     except TargetError as error:
         raise DeltaFileError(f"{stored.path} does not fit this {type(root).__name__}: {error}", "mismatch") from error
-    outside = set(outside_parameters(root, Adaptation(scopes=tuple(scopes))))
+    after = Adaptation(
+        scopes=tuple(scope for item in prepared for scope in item.scopes),
+        apart=tuple(path for item in prepared for path in item.apart),
+    )
+    outside = set(outside_parameters(root, after))
     _check_fit(root, prepared, stored, outside)
     if stored.base is not None:
         trained = [name for item in prepared for name in item.trained] + [n for n in outside if n in stored.tensors]
@@ -299,9 +303,11 @@ def _rebuild(record: MethodRecord, path: Path) -> Method:
     return method
 
 
-def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str:
-    """The submodule that a method is confined to, from the root."""
-    named = method.module or ""
+def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str | None:
+    """The submodule that a method is confined to, from the root; ``None`` if it is not."""
+    if method.module is None:
+        return None
+    named = method.module
     scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
     if scope not in modules:
         kind = type(modules[""]).__name__
