@@ -15,6 +15,7 @@ from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.preparation import prepare
 from lightning_pet.core.probe import analyse
+from lightning_pet.core.together import check_fires
 from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
@@ -69,6 +70,7 @@ def apply(
     Raises:
         ArgumentError: if two methods have one name, or nothing is given.
         TargetError: if a target does not exist, or ``forward`` raises.
+        DeadSiteError: if no target is called or read in ``forward``.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
     new = insert_methods(model, methods_in(callbacks), forward, strict=True)
@@ -135,6 +137,8 @@ def insert_methods(
             if structure.failure and structure.source == "names":
                 raise type(error)(f"{error} (There are only names to go by: {structure.failure})") from error
             raise
+        if forward is not None and not of_loss and not structure.failure:
+            check_fires([insertion for item in prepared for insertion in item.insertions], structure)
         commit(root, prepared)
     return pending
 
