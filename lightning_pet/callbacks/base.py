@@ -305,9 +305,26 @@ class PETCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Before an optimizer's first step: every delta that it holds must have received a gradient."""
+        """Before an optimizer's first step: its deltas must have received a gradient."""
         if (controller := Controller.get(trainer)).leads(self):
-            controller.check_gradients(optimizer)
+            controller.before_step(optimizer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the base before the first batch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.begin()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base with what it was, and name deltas that never fired."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.on_train_epoch_end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base once more, after all hooks of the last epoch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.check("at the end of the fit")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
