@@ -59,6 +59,9 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
+    of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose"})
+    """Options that are no part of the delta: no file holds them, or has a say in them."""
+
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
 
@@ -156,8 +159,7 @@ class PETCallback(Callback):
             for p in inspect.signature(c.__init__).parameters
         ]
         kept = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "kwargs")}
-        of_the_run = ("start_from", "base_check", "delta_files", "verbose")
-        return {name: value for name, value in kept.items() if name not in of_the_run}
+        return {name: value for name, value in kept.items() if name not in self.of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 

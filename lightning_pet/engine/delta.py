@@ -1,33 +1,32 @@
 """Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import commit, copy_in, renew
+from lightning_pet.core.adaptation import commit, copy_in, renew, undo
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.method import METHODS, Method, key_of
+from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
-from lightning_pet.core.preparation import Prepared, delta_key, prepare
-from lightning_pet.core.structure import Target
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
+from lightning_pet.engine.fitting import below, faults_of, fitted
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
 from lightning_pet.engine.roots import root_of
-from lightning_pet.errors import DeltaFileError, PETError, TargetError
+from lightning_pet.errors import DeltaFileError, PETError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import holds_parts, whole_shape
-from lightning_pet.store.delta_file import read_manifest, write_delta
+from lightning_pet.store.archive import load_checkpoint
+from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import written_by
 from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.reader import PathLike, Stored, is_delta_file, load_checkpoint, read
+from lightning_pet.store.reader import PathLike, Stored, is_delta_file, manifest_of, read
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]
@@ -98,12 +97,6 @@ def _deltas(root: nn.Module, record: Adaptation, method: Method | None = None) -
     }
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a path, by their names from there."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
 def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -> Adapted:
     """Insert a delta from a file into a model and load its values.
 
@@ -162,12 +155,14 @@ def _accepted(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inspect_delta(path: PathLike) -> Manifest:
-    """Read what a delta file says of itself, without its tensors and without a model.
+    """Read what a delta file or a training checkpoint says of its delta, without a model.
+
+    Of a delta file no values are read; a checkpoint is verified as for a load.
 
     Raises:
-        DeltaFileError: if the file is not a sound delta file.
+        DeltaFileError: if it is not a sound delta file or checkpoint of this library.
     """
-    return read_manifest(path)
+    return manifest_of(path)
 
 
 def start_from(
@@ -198,16 +193,14 @@ def start_from(
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
         check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then, whole)
     deltas = _deltas(adapted.root, adapted.record, method)
-    problems = [
-        join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(_below(stored.tensors, prefix))
-    ]
+    problems = [join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(below(stored.tensors, prefix))]
     if problems:
         raise DeltaFileError(
             f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
             "mismatch",
         )
     for prefix, delta in deltas.items():
-        delta.unpack(_below(stored.tensors, prefix))
+        delta.unpack(below(stored.tensors, prefix))
     renew(adapted.root)
     mine = next(applied.trained for applied in adapted.record.applied if applied.key == key_of(method))
     if absent := [name for name in mine if name not in stored.tensors]:
@@ -238,108 +231,27 @@ def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
 
 
 def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapted:
-    """Check a stored delta against a model, then insert and load it."""
+    """Check a stored delta against a model, then insert and load it.
+
+    Raises:
+        ArgumentError: if a method of this name is in the model already.
+        DeltaFileError: if the delta is not sound, or does not fit. The model is untouched then.
+    """
     root = root_of(model)[1]
-    methods = [_rebuild(record, stored.path) for record in stored.methods]
-    modules = named_modules(root)
-    missing = [t.path for m in stored.methods for t in m.targets if not _has(modules, t)]
-    if missing:
-        raise DeltaFileError(
-            f"{stored.path} was trained on a model with {missing[0]}, which this {type(root).__name__} does not have "
-            f"({len(missing)} places are missing). Load it into the kind of model it was trained on.",
-            "mismatch",
-        )
-    places, scopes = [record.targets for record in stored.methods], [_scope(m, stored, modules) for m in methods]
-    try:
-        prepared = prepare(root, methods, None, resolved=places, scopes=scopes)
-    except TargetError as error:
-        raise DeltaFileError(f"{stored.path} does not fit this {type(root).__name__}: {error}", "mismatch") from error
-    outside = _outside(root, scopes)
-    _check_fit(root, prepared, stored, outside)
+    fit = fitted(root, stored)
     if stored.base is not None:
-        trained = [name for item in prepared for name in item.trained] + [n for n in outside if n in stored.tensors]
-        record = record_of(root) or Adaptation()
-        check_base(stored.base, root, record, stored.path, base_check, trained)
-    record = commit(root, prepared)
-    for prefix, delta in _deltas(root, record).items():
-        if tensors := _below(stored.tensors, prefix):
-            delta.unpack(tensors)
-    renew(root)
-    own = set(record.delta_names)
-    copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
+        check_base(stored.base, root, record_of(root) or Adaptation(), stored.path, base_check, fit.trained)
+    with faults_of(stored.path, f"does not fit this {type(root).__name__}"):
+        prepared = fit.build()
+        record = commit(root, prepared)
+        try:
+            for prefix, delta in _deltas(root, record).items():
+                if tensors := below(stored.tensors, prefix):
+                    delta.unpack(tensors)
+            renew(root)
+            own = set(record.delta_names)
+            copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
+        except BaseException:
+            undo(root, [item.key for item in prepared])
+            raise
     return Adapted(root)
-
-
-def _rebuild(record: MethodRecord, path: Path) -> Method:
-    cls = METHODS.get(record.method)
-    if cls is None:
-        raise DeltaFileError(
-            f"{path} holds a delta of method {record.method!r}; this release knows {', '.join(sorted(METHODS))}.",
-            "version",
-        )
-    try:
-        method: Method = cls(**record.config)
-    except (TypeError, ValueError) as error:
-        raise DeltaFileError(
-            f"{path}: the options of {record.method}:{record.name} are not valid: {error}", "schema"
-        ) from error
-    return method
-
-
-def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str:
-    """The submodule that a method is confined to, from the root."""
-    named = method.module or ""
-    scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
-    if scope not in modules:
-        kind = type(modules[""]).__name__
-        raise DeltaFileError(
-            f"{stored.path}: {method.method}:{method.name} is confined to {scope!r}, which this {kind} does not have. "
-            "Load it into the kind of model it was trained on.",
-            "mismatch",
-        )
-    return scope
-
-
-def _outside(root: nn.Module, scopes: Sequence[str]) -> set[str]:
-    """Base parameters in none of the scopes: they train as the user lets them, and are stored with the delta."""
-    parameters = {name for name, tensor in named_tensors(root) if isinstance(tensor, nn.Parameter)}
-    return {name for name in parameters if not any(not scope or name.startswith(f"{scope}.") for scope in scopes)}
-
-
-def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
-    module = modules.get(target.module)
-    if module is None or (target.reads is not None and target.reads not in modules):
-        return False
-    return not target.parameter or module._parameters.get(target.parameter) is not None
-
-
-def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str]) -> None:
-    """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
-    own = dict(named_tensors(root))
-    trained = {name for item in prepared for name in item.trained}
-    record = record_of(root)
-    others = set(record.delta_names if record else ())
-    optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)} - others
-    problems: list[str] = []
-    left = dict(stored.tensors)
-    for item in prepared:
-        for insertion in item.insertions:
-            prefix = join(insertion.target.module, CHILD, delta_key(item.method, insertion))
-            tensors = _below(left, prefix)
-            problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
-            for name in tensors:
-                del left[join(prefix, name)]
-    problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional - outside)]
-    problems += [
-        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in left.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
-        raise DeltaFileError(
-            f"{stored.path} does not fit this {type(root).__name__}: {'; '.join(problems[:4])}{more}. Load it into the "
-            "kind of model it was trained on.",
-            "mismatch",
-        )

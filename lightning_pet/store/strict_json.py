@@ -146,6 +146,10 @@ def check_plain(value: object, where: str, depth: int = 2) -> Any:
     Raises:
         DeltaFileError: ``schema`` or ``limit``, naming the field.
     """
+    return _check_plain(value, where, depth, [MAX_CONTAINERS])
+
+
+def _check_plain(value: object, where: str, depth: int, room: list[int]) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -157,19 +161,23 @@ def check_plain(value: object, where: str, depth: int = 2) -> Any:
             raise fault(where, f"found the number {value}, expected a finite one.")
         return float(value)
     if isinstance(value, (list, tuple, Mapping)):
-        return _check_nested(value, where, depth)
+        return _check_nested(value, where, depth, room)
     raise fault(where, f"found {_show(value)} ({type(value).__name__}), expected a plain JSON value.")
 
 
-def _check_nested(value: Sequence[object] | Mapping[Any, object], where: str, depth: int) -> Any:
+def _check_nested(value: Sequence[object] | Mapping[Any, object], where: str, depth: int, room: list[int]) -> Any:
     if depth >= MAX_DEPTH:
         raise fault(where, f"nested deeper than {MAX_DEPTH} levels.", "limit")
     if len(value) > MAX_ITEMS:
         raise fault(where, f"found {len(value)} items, expected at most {MAX_ITEMS}.", "limit")
+    # A pickle may hold one list in many places: few bytes that stand for more items than there is time for.
+    room[0] -= len(value)
+    if room[0] < 0:
+        raise fault(where, f"found more than {MAX_CONTAINERS} items in all.", "limit")
     if not isinstance(value, Mapping):
-        return [check_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return [_check_plain(item, f"{where}[{index}]", depth + 1, room) for index, item in enumerate(value)]
     return {
-        check_text(key, f"{where}: a key", MAX_NAME): check_plain(item, f"{where}.{_show(key)}", depth + 1)
+        check_text(key, f"{where}: a key", MAX_NAME): _check_plain(item, f"{where}.{_show(key)}", depth + 1, room)
         for key, item in value.items()
     }
 

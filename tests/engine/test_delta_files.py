@@ -143,8 +143,9 @@ def test_inspecting(trained, capsys):
         assert summary["methods"][0]["parameters"] == 2 * (6 + 8) + 2 * (8 + 8)
         print_summary(summary)
     assert "head.weight" in capsys.readouterr().out
-    with pytest.raises(DeltaFileError):
-        inspect_delta(folder / "c.ckpt")
+    saved, other = inspect_delta(folder / "c.ckpt"), inspect_delta(folder / "d.pet.safetensors")
+    assert (saved.methods, saved.tensors, saved.base) == (other.methods, other.tensors, other.base)
+    assert saved.step == 10
 
 
 def test_numbers_of_methods_with_similar_names(tmp_path):

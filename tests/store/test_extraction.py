@@ -82,8 +82,9 @@ def test_refusals(run, tmp_path):
     path = tmp_path / "c.ckpt"
     with pytest.raises(ArgumentError, match="no training checkpoint"):
         pet.extract_delta(run[0] / "saved.safetensors", tmp_path / "d.pet.safetensors")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DeltaFileError, match=r"absent\.ckpt: cannot be opened") as caught:
         pet.extract_delta(tmp_path / "absent.ckpt", tmp_path / "d.pet.safetensors")
+    assert caught.value.code == "io"
     path.write_bytes(ckpt(run[0], 2).read_bytes())
     with pytest.raises(ArgumentError, match="is the checkpoint itself"):
         pet.extract_delta(path, path)
