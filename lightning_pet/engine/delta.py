@@ -1,11 +1,11 @@
 """Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -18,15 +18,16 @@ from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
 from lightning_pet.engine.fitting import below, faults_of, fitted
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
+from lightning_pet.engine.module_from_file import beside, build
 from lightning_pet.engine.roots import root_of
-from lightning_pet.errors import DeltaFileError, PETError
+from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import written_by
 from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.reader import PathLike, Stored, is_delta_file, manifest_of, read
+from lightning_pet.store.reader import PathLike, Stored, delta_of, is_delta_file, manifest_of, read
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]
@@ -117,14 +118,29 @@ def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -
 
 
 def load_from_checkpoint(
-    module: Module | type[Module], path: PathLike, *, base_check: str = "error", **kwargs: Any
+    module: Module | type[Module],
+    path: PathLike,
+    *,
+    map_location: torch.device | str | int | None = None,
+    hparams_file: PathLike | None = None,
+    strict: bool | None = None,
+    base_check: str = "error",
+    **kwargs: Any,
 ) -> Module:
     """Build a LightningModule, insert the delta of a checkpoint and load it.
 
+    As ``LightningModule.load_from_checkpoint``, for checkpoints that hold a delta. A class is built from the
+    hyper-parameters in the checkpoint: arguments, one dictionary, or what LightningCLI noted. Classes in the latter
+    must have been imported before, as no name in a file is; with ``_class_path`` a subclass of ``module`` is built.
+
     Args:
-        module: an instance with its base weights, or a class; a class is built from the hyper-parameters
-            in the checkpoint and ``kwargs``.
+        module: an instance with its base weights, or a class.
         path: a training checkpoint or delta file.
+        map_location: the device to put a module on that was built from a class (default: where its constructor
+            puts it). An instance stays where it is.
+        hparams_file: a ``.yaml`` or ``.csv`` file of hyper-parameters to use instead of those in the checkpoint.
+        strict: ``False``: what the checkpoint holds beside the delta need not fit the module (metrics that came or
+            went). The delta itself always has to. Default: as the module's ``strict_loading``.
         base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
             byte), ``"warn"`` or ``"off"``.
         **kwargs: constructor arguments that override the stored hyper-parameters.
@@ -133,25 +149,28 @@ def load_from_checkpoint(
         The module, adapted and loaded.
 
     Raises:
-        DeltaFileError: if the file is damaged or does not fit.
+        ArgumentError: if a hyper-parameter that the checkpoint could not hold is not given.
+        DeltaFileError: if the file is damaged or does not fit; ``unsafe`` if its hyper-parameters name a class that
+            was not imported.
     """
+    content = None if is_delta_file(path) else load_checkpoint(path)
+    stored = read(path) if content is None else delta_of(content, path)
+    built = isinstance(module, type)
     if isinstance(module, type):
-        saved = {} if is_delta_file(path) else load_checkpoint(path).get("hyper_parameters", {})
-        module = module(**_accepted(module, saved) | kwargs)
+        module = build(module, content or {}, path, kwargs, hparams_file)
+    elif kwargs or hparams_file is not None:
+        given = ", ".join([*kwargs, *(["hparams_file"] if hparams_file is not None else [])])
+        raise ArgumentError(f"{given}: this {type(module).__name__} is built already. Pass its class to build another.")
     if isinstance(module, pl.LightningModule):
         if not any(True for _ in module.parameters()):
             module.setup("predict")
         module.configure_model()
-    load_delta(module, path, base_check=base_check)
-    return module
-
-
-def _accepted(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the constructor takes: a module may save more hyper-parameters than it has arguments."""
-    parameters = inspect.signature(cls.__init__).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return {name: value for name, value in options.items() if not name.startswith("_")}
-    return {name: value for name, value in options.items() if name in parameters}
+    others = beside(module, content, strict, path) if content is not None else {}
+    insert(module, stored, base_check)
+    copy_in(module, others)
+    if content is not None and isinstance(module, pl.LightningModule):
+        module.on_load_checkpoint(content)
+    return module.to(map_location) if built and map_location is not None else module
 
 
 def inspect_delta(path: PathLike) -> Manifest:

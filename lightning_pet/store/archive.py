@@ -10,6 +10,7 @@ import torch
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.container import Limits, open_regular
+from lightning_pet.store.entry import MARK
 
 _ANY_SIZE: Final = Limits(file_bytes=2**63)  # a checkpoint of full fine-tuning is as large as the model and more
 _INFLATED: Final = 64 << 20  # torch.save compresses nothing; what else packs a checkpoint gains little
@@ -65,6 +66,7 @@ def read_checkpoint(
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in (*checkpoint, *state)):
         raise DeltaFileError(f"{path} is not a Lightning checkpoint: it has no state_dict of names.", "schema")
+    state.pop(MARK, None)
     return cast(dict[str, Any], checkpoint)
 
 

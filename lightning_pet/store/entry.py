@@ -5,7 +5,7 @@ Plain types only, so that ``torch.load(weights_only=True)`` reads it.
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from lightning_pet.version import VERSION
 
 KEY = "lightning_pet"
 FORMAT = 1
+MARK: Final = (
+    "lightning_pet: this checkpoint holds a delta without its base - load it with lightning_pet.load_from_checkpoint "
+    "or load_delta, or give the Trainer the PET callbacks that wrote it"
+)
+"""A name in ``state_dict``, without a value: other loaders put the names that they do not expect into their error."""
 
 _TARGET: dict[str, tuple[type, ...]] = {
     "module": (str,),
@@ -97,12 +102,16 @@ def _check_schema(entry: Mapping[str, Any], where: str) -> None:
         "optimizers": (list,),
         "optimizer_classes": (list,),
         "resume": (dict,),
+        "left_out": (dict,),
     }
     given = {key: types for key, types in optional.items() if key in entry}
     check_fields(dict(entry), where, {**schema, "methods": (list,), "digests": (dict,), **given})
     check_text(entry["written_by"], f"{where}.written_by", 256)
     if entry["root"]:
         check_name(entry["root"], f"{where}.root")
+    for name, reason in entry.get("left_out", {}).items():
+        check_text(name, f"{where}.left_out: a name")
+        check_text(reason, f"{where}.left_out")
     for name, digest_ in entry["digests"].items():
         check_type(name, f"{where}.digests: a name", (str,))
         check_type(digest_, f"{where}.digests.{name}", (str,))
@@ -128,10 +137,11 @@ def methods_of(entry: Mapping[str, Any], path: object) -> tuple[MethodRecord, ..
 
 def check_tensors(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], path: object) -> None:
     """Every tensor must be the one that was written, and finite."""
-    state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    state = {name: t for name, t in checkpoint["state_dict"].items() if isinstance(t, Tensor) and name != MARK}
     for name, tensor in state.items():
         _check_memory(name, tensor, path)
-    verify_digests(state, entry["digests"], where=str(path))
+    digests = {name: digest_ for name, digest_ in entry["digests"].items() if name != MARK}
+    verify_digests(state, digests, where=str(path))
     for name, tensor in state.items():
         if tensor.is_floating_point():
             require_finite(name, tensor, where=str(path))

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import read_delta, read_manifest
-from lightning_pet.store.entry import check_tensors, methods_of, read_entry, saved_fingerprint
+from lightning_pet.store.entry import MARK, check_tensors, methods_of, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import Manifest, MethodRecord
 from lightning_pet.store.strict_json import fault
@@ -63,6 +63,7 @@ def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
     prefix = f"{entry['root']}." if entry["root"] else ""
     state = checkpoint["state_dict"]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    tensors.pop(MARK, None)  # of a checkpoint that was not read but is about to be written
     if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise fault(f"{path}: {odd[0]}", f"found {type(tensors[odd[0]]).__name__}, expected a tensor.")
     return Stored(Path(path), methods_of(entry, path), tensors, saved_fingerprint(entry, path), entry["root"])
