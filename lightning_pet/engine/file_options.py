@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_t
 from lightning_pet.core.method import METHODS, Method
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.manifest import MethodRecord
+from lightning_pet.store.strict_json import shown
 
 _MAX_PATTERNS: Final = 4096  # every pattern is compared with every place
 
@@ -38,12 +39,12 @@ def method_of(record: MethodRecord, where: object) -> Method:
             raise DeltaFileError(f"{label} are not valid: {option!r} is none of {', '.join(expected)}.", "schema")
         if not _is_a(value, expected[option]):
             raise DeltaFileError(
-                f"{label} are not valid: {option}={_shown(value)}, expected {_spelled(expected[option])}.", "schema"
+                f"{label} are not valid: {option}={shown(value)}, expected {_spelled(expected[option])}.", "schema"
             )
         if isinstance(value, Mapping) and len(value) > _MAX_PATTERNS:
             raise DeltaFileError(f"{label}: {option} has {len(value)} entries, more than {_MAX_PATTERNS}.", "limit")
     if record.config.get("name", record.name) != record.name:
-        raise DeltaFileError(f"{label} are not valid: they call it {_shown(record.config['name'])}.", "mismatch")
+        raise DeltaFileError(f"{label} are not valid: they call it {shown(record.config['name'])}.", "mismatch")
     try:
         return cast(Method, cls(**{**record.config, "name": record.name}))
     except Exception as error:  # whatever a constructor does with the numbers of a stranger
@@ -81,11 +82,6 @@ def _is_a(value: object, expected: Any) -> bool:
     if expected is float:
         return type(value) in (int, float)
     return type(value) is (type(None) if expected is None else expected)
-
-
-def _shown(value: object) -> str:
-    text = ascii(value)[:60]
-    return text if len(text) < 60 else f"{text}…"
 
 
 def _spelled(expected: Any) -> str:

@@ -14,7 +14,7 @@ from lightning_pet.core.applied import Adaptation, Applied
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.fingerprint import Fingerprint, from_plain, to_plain
 from lightning_pet.store.manifest import MethodRecord, checked_methods
-from lightning_pet.store.strict_json import check_fields, check_name, check_text, check_type, fault
+from lightning_pet.store.strict_json import check_fields, check_name, check_text, check_type, fault, shown
 from lightning_pet.store.tensors import digest, require_finite, verify_digests
 from lightning_pet.version import VERSION
 
@@ -88,8 +88,8 @@ def read_entry(checkpoint: Mapping[str, Any], path: object) -> dict[str, Any]:
         )
     if type(entry.get("format")) is not int or entry["format"] != FORMAT:
         raise DeltaFileError(
-            f"{path} has format {ascii(entry.get('format'))[:80]}, this release reads {FORMAT}. It was written by "
-            f"{ascii(entry.get('written_by'))[:80]}; install that release or a newer one.",
+            f"{path} has format {shown(entry.get('format'))}, this release reads {FORMAT}. It was written by "
+            f"{shown(entry.get('written_by'))}; install that release or a newer one.",
             "version",
         )
     _check_schema(entry, f"{path}: {KEY}")
