@@ -1,5 +1,6 @@
 """Modules that LightningCLI built: again, from what it noted, without importing anything by a name in a file."""
 
+import argparse
 import importlib.abc
 import inspect
 import sys
@@ -42,8 +43,23 @@ def instantiate(cls: type[Any], instantiator: object, config: Mapping[str, Any],
             raise DeltaFileError(f"{path}: {named!r} is no subclass of {cls.__name__}, which was asked for.", "unsafe")
     for nested in _class_paths(options):
         _known_class(nested, path)
-    with _no_import_of(options, path):
-        return instantiate_module(cls, options)
+    with _no_import_of(options) as refusal:
+        try:
+            return instantiate_module(cls, options)
+        except Exception as error:
+            if refusal.refused is not None:
+                raise DeltaFileError(
+                    f"{path}: its hyper-parameters name the module {refusal.refused!r}, which was not imported here. If "
+                    "you trust the file, import it first; nothing is imported because a file names it.",
+                    "unsafe",
+                ) from error
+            if isinstance(error, argparse.ArgumentError):
+                raise DeltaFileError(
+                    f"{path}: {cls.__name__} does not take its hyper-parameters: {error}. Pass other values as keyword "
+                    "arguments, or an instance of the module.",
+                    "schema",
+                ) from error
+            raise
 
 
 def _known_class(name: object, path: PathLike) -> type[Any]:
@@ -82,33 +98,37 @@ def _texts(value: object) -> Iterator[str]:
 
 
 class _Refusal(importlib.abc.MetaPathFinder):
-    def __init__(self, names: frozenset[str], path: PathLike) -> None:
-        self.names, self.path = names, path
+    """Finds no module of these names; what is imported already is never asked for.
+
+    Attributes:
+        refused: the first one that was asked for.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+        self.refused: str | None = None
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Refuse to find a module that the file names; what is imported already is never asked for."""
+        """Refuse to find a module that the file names."""
         if fullname in self.names:
-            raise DeltaFileError(
-                f"{self.path}: its hyper-parameters name the module {fullname!r}, which was not imported here. If you "
-                "trust the file, import it first; nothing is imported because a file names it.",
-                "unsafe",
-            )
+            self.refused = self.refused or fullname
+            raise ModuleNotFoundError(f"{fullname} is not imported because a file names it", name=fullname)
         return None
 
 
 @contextmanager
-def _no_import_of(config: Mapping[str, Any], path: PathLike) -> Iterator[None]:
+def _no_import_of(config: Mapping[str, Any]) -> Iterator[_Refusal]:
     """Within the block no module is imported that a text of the configuration names.
 
     The parser takes a text for an import path wherever the constructor's annotation allows for a class or function.
     """
     parts = [text.split(".") for text in _texts(config) if len(text) < 1024]
     names = frozenset(".".join(part[:end]) for part in parts for end in range(1, min(len(part), 16) + 1))
-    finder = _Refusal(names, path)
+    finder = _Refusal(names)
     sys.meta_path.insert(0, finder)
     try:
-        yield
+        yield finder
     finally:
         sys.meta_path.remove(finder)

@@ -27,7 +27,7 @@ class NotPlainError(TypeError):
     """A value without an exact plain form; ``str`` says where it is and of which type."""
 
 
-def plain(value: Any, where: str = "", depth: int = 0) -> Any:
+def plain(value: Any, where: str = "it", depth: int = 0) -> Any:
     """The form of a value that ``torch.load(weights_only=True)`` reads.
 
     Paths become text, members of an enum their values, numbers of numpy those of Python, arrays tensors,
@@ -72,7 +72,7 @@ def _of_numpy(value: Any, where: str, depth: int) -> Any:
 
 def _collection(value: Any, where: str, depth: int) -> Any:
     if depth > _MAX_DEPTH:
-        raise NotPlainError(f"{where or 'it'} is nested more than {_MAX_DEPTH} levels deep")
+        raise NotPlainError(f"{where} is nested more than {_MAX_DEPTH} levels deep")
     if _is_omegaconf(value):
         value = sys.modules[OMEGACONF].OmegaConf.to_container(value, resolve=False)
     elif isinstance(value, argparse.Namespace) or type(value).__name__ == "Namespace":
@@ -97,7 +97,7 @@ def _is_omegaconf(value: object) -> bool:
 def _not_plain(value: object, where: str) -> NotPlainError:
     kind = value if isinstance(value, type) else type(value)
     text = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    return NotPlainError(f"{where or 'it'} is {'the class' if kind is value else 'of'} {text}")
+    return NotPlainError(f"{where} is {'the class' if kind is value else 'of'} {text}")
 
 
 def split(hyper_parameters: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, str]]:
