@@ -26,6 +26,7 @@ from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback
 from lightning_pet.core.applied import adapted_root
 from lightning_pet.core.method import METHODS
+from lightning_pet.core.spelling import NOT_NEEDED, our_name
 from lightning_pet.data.reference import ReferencePoints
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.report.dimension_search import Runs, search
@@ -272,18 +273,6 @@ def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float
         console.print(f"{kind}: {path} ({os.path.getsize(path) / 1024:,.0f} KiB)", soft_wrap=True)
 
 
-# What users of other libraries write.
-_ALIASES = {
-    "rank": "r",
-    "lora_r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "targets": "target_modules",
-    "init_lora_weights": "init",
-    "loraplus_lr_ratio": "lora_plus_ratio",
-}
-
-
 def _suggestion(message: str, argv: list[str]) -> str:
     """The nearest known callback or option to something the message complains about."""
     methods = {cls.__name__: cls for cls in METHODS.values()}
@@ -296,8 +285,10 @@ def _suggestion(message: str, argv: list[str]) -> str:
     for word in candidates:
         if word in known:
             continue
-        if _ALIASES.get(word) in known:
-            return f"Did you mean the {known[_ALIASES[word]]}?"
+        if (ours := our_name(word, known)) is not None:
+            return f"Did you mean the {known[ours]}?"
+        if word in NOT_NEEDED:
+            return f"{word!r} is not needed: {NOT_NEEDED[word]}."
         near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
         if near:
             return f"Did you mean the {known[near[0]]}?"
@@ -305,4 +296,4 @@ def _suggestion(message: str, argv: list[str]) -> str:
 
 
 def _options(cls: type[PETCallback]) -> Iterable[str]:
-    return cls().config()
+    return cls.options()

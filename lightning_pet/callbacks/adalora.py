@@ -14,6 +14,7 @@ from lightning_pet.core.insertion import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import with_readers
+from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.engine.controller import Controller
@@ -51,7 +52,9 @@ class AdaLoRACallback(PETCallback):
         dropout: probability of dropping an input of the low-rank branch.
         target_modules: roles, suffixes, globs, or ``"re:…"``; see :class:`LoRACallback`.
         exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices.
+        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
+        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
+            the names of modules is that of something else, such as a stage.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
@@ -74,6 +77,7 @@ class AdaLoRACallback(PETCallback):
         "target_modules",
         "exclude_modules",
         "layers_to_transform",
+        "layers_pattern",
     }
 
     def __init__(
@@ -90,8 +94,9 @@ class AdaLoRACallback(PETCallback):
         total_step: int | None = None,
         dropout: float = 0.0,
         target_modules: list[str] | str = ["attention", "ffn"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: list[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -106,9 +111,10 @@ class AdaLoRACallback(PETCallback):
         self.orth_reg_weight = orth_reg_weight
         self.total_step = total_step
         self.dropout = dropout
-        self.target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        self.exclude_modules = exclude_modules
-        self.layers_to_transform = layers_to_transform
+        self.target_modules = listed(target_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
+        self.layers_to_transform = listed_layers(layers_to_transform)
+        self.layers_pattern = listed_if_given(layers_pattern)
         self._validate()
         self._importance: dict[str, Importance] = {}
         self._seen = 0  # optimizer steps that were looked at
@@ -157,6 +163,7 @@ class AdaLoRACallback(PETCallback):
             structure,
             exclude=self.exclude_modules or (),
             layers=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
             hosts=lambda module, parameter: host_kind(module, parameter) in _HOSTS,
         )
         return with_readers(root, found, structure)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.parameters import norm_parameters
+from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import Placement, Sublayer, delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.choice import adapter_for
@@ -83,8 +84,8 @@ class AdapterCallback(PETCallback):
         drop_layers: int = 0,
         robust_drop: bool = False,
         seed: int = 0,
-        exclude_modules: list[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -103,8 +104,8 @@ class AdapterCallback(PETCallback):
         self.drop_layers = drop_layers
         self.robust_drop = robust_drop
         self.seed = seed
-        self.exclude_modules = exclude_modules
-        self.layers_to_transform = layers_to_transform
+        self.exclude_modules = listed_if_given(exclude_modules)
+        self.layers_to_transform = listed_layers(layers_to_transform)
         self._validate()
 
     def _validate(self) -> None:

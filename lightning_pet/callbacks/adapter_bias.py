@@ -11,6 +11,7 @@ from lightning_pet.core.insertion import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_norm, named_places
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
@@ -57,8 +58,8 @@ class AdapterBiasCallback(PETCallback):
         form: Form = "authors",
         share_alpha: bool = False,
         layer_norms: bool = False,
-        exclude_modules: list[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -67,8 +68,8 @@ class AdapterBiasCallback(PETCallback):
         self.form = form
         self.share_alpha = share_alpha
         self.layer_norms = layer_norms
-        self.exclude_modules = exclude_modules
-        self.layers_to_transform = layers_to_transform
+        self.exclude_modules = listed_if_given(exclude_modules)
+        self.layers_to_transform = listed_layers(layers_to_transform)
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the feed-forwards.

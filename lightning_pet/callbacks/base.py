@@ -12,15 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
-from lightning_pet.core.heads import find_heads, parameters_below
+from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.patterns import listed_if_given
+from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
-from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
@@ -62,6 +65,11 @@ class PETCallback(Callback):
     of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose"})
     """Options that are no part of the delta: no file holds them, or has a say in them."""
 
+    in_place: ClassVar[bool] = False
+    """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
+    thaws: ClassVar[bool] = True
+    """Such a method trains a base that is frozen as a whole: that was made ready for it."""
+
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
 
@@ -70,14 +78,17 @@ class PETCallback(Callback):
         *,
         name: str = "default",
         module: str | None = None,
-        modules_to_save: list[str] | None = None,
+        modules_to_save: list[str] | str | None = None,
         start_from: str | None = None,
         base_check: BaseCheck = "error",
         budget: float | None = None,
         delta_files: bool = False,
         verbose: bool = True,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise ArgumentError(unknown_option(type(self).__name__, next(iter(unknown)), self.options()))
         if not name or not name.isidentifier() or len(name) > 64:
             raise ArgumentError(
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
@@ -90,12 +101,13 @@ class PETCallback(Callback):
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
         self.name = name
         self.module = module
-        self.modules_to_save = modules_to_save
+        self.modules_to_save = listed_if_given(modules_to_save)
         self.start_from = start_from
         self.base_check = base_check
         self.budget = budget
         self.delta_files = delta_files
         self.verbose = verbose
+        self._of_run: pl.LightningModule | None = None  # of the run that it is, or was last, part of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,9 +129,12 @@ class PETCallback(Callback):
         return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
 
     def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-        """Names of the parameters of task heads: ``modules_to_save``, or what is found by itself."""
-        heads = find_heads(root, targets) if self.modules_to_save is None else self.modules_to_save
-        return parameters_below(root, heads, "modules_to_save")
+        """Names of the parameters of task heads: ``modules_to_save``, or those among the targets."""
+        if self.modules_to_save is not None:
+            return parameters_below(root, self.modules_to_save, "modules_to_save")
+        modules = named_modules(root)
+        heads = [(target.module, modules[target.module]) for target in targets if target.role == HEAD]
+        return tuple(dict.fromkeys(join(p, canonical(n)) for p, m in heads for n, _ in m.named_parameters()))
 
     def heads_within(self, scope: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
@@ -150,16 +165,53 @@ class PETCallback(Callback):
         """Optimizer options (``lr``, ``weight_decay`` …) of its own parameters that do not train with their group's."""
         return {}
 
+    @property
+    def adapted(self) -> Adapted:
+        """The handle on the adapted model, as soon as the model is adapted in a run, and after it.
+
+        Raises:
+            PETError: if this callback was in no run yet, or the delta was merged or removed since.
+        """
+        if self._of_run is None:
+            raise PETError(
+                f"{type(self).__name__} was in no run of this process yet. Pass it to Trainer(callbacks=[…]) and call "
+                "fit; for a model that was adapted elsewhere, lightning_pet.Adapted(model) is the handle."
+            )
+        return Adapted(self._of_run)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and other processes get the description, not the model of the last run."""
+        return self.__dict__ | {"_of_run": None}
+
+    def __repr__(self) -> str:
+        defaults = self._defaults()
+        given = [
+            f"{name}={value!r}" for name, value in self._arguments().items() if _many(value) != _many(defaults[name])
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        """Constructor arguments with their defaults: those of the method, then those that all methods have."""
+        found: dict[str, Any] = {}
+        for c in cls.__mro__:
+            if issubclass(c, PETCallback):
+                for name, parameter in inspect.signature(c.__init__).parameters.items():
+                    if parameter.kind is not parameter.VAR_KEYWORD:
+                        found.setdefault(name, parameter.default)
+        return {name: default for name, default in found.items() if name != "self"}
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of all arguments of the constructor."""
+        return list(cls._defaults())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._defaults()}
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        names = [
-            p
-            for c in type(self).__mro__
-            if issubclass(c, PETCallback)
-            for p in inspect.signature(c.__init__).parameters
-        ]
-        kept = {name: getattr(self, name) for name in dict.fromkeys(names) if name not in ("self", "kwargs")}
-        return {name: value for name, value in kept.items() if name not in self.of_the_run}
+        return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 
@@ -217,6 +269,7 @@ class PETCallback(Callback):
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""
         methods = [callback for callback in trainer.callbacks if isinstance(callback, PETCallback)]  # type: ignore[attr-defined]
         controller = Controller.of(trainer, pl_module, methods)
+        self._of_run = pl_module
         if controller.leads(self):
             controller.setup(stage)
 
@@ -246,6 +299,11 @@ class PETCallback(Callback):
         """Leave no wrapper behind."""
         if (controller := Controller.get(trainer)).leads(self):
             controller.teardown()
+
+
+def _many(value: Any) -> Any:
+    """One name is a list of one, and pairs are lists: in these forms arguments are kept."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
 
 
 def _suffix(target: Target) -> str:

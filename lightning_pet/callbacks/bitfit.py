@@ -13,10 +13,11 @@ from lightning_pet.core.insertion import base_class, host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_linear, is_norm, named_places
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.patterns import listed, listed_if_given
 from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.stacks import names_of_base
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import resolve_targets
+from lightning_pet.core.targets import resolve_excluded, resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
 from lightning_pet.layers.delta import Delta
@@ -52,25 +53,22 @@ class BitFitCallback(PETCallback):
     """
 
     method: ClassVar[str] = "bitfit"
+    in_place = True
     shards = True
 
     def __init__(
         self,
         biases: list[str] | str = "all",
-        exclude_modules: list[str] | None = None,
+        exclude_modules: list[str] | str | None = None,
         add_missing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.biases = [biases] if isinstance(biases, str) else list(biases)
-        self.exclude_modules = exclude_modules
+        self.biases = listed(biases)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.add_missing = add_missing
         if not self.biases:
             raise ArgumentError("biases is empty: use 'all', or name at least one role, suffix or pattern.")
-
-    def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
-        """Names of the parameters of task heads; a bias in a module does not keep it from being one."""
-        return super().head_parameters(root, ())
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the biases, and the modules that get one.
@@ -116,7 +114,7 @@ class BitFitCallback(PETCallback):
         return [place for place in (*linear, *norms) if place.module not in heads]
 
     def _excluded(self, root: nn.Module, structure: Structure) -> Sequence[Target]:
-        return resolve_targets(root, self.exclude_modules, structure, hosts=_any) if self.exclude_modules else ()
+        return resolve_excluded(root, self.exclude_modules or (), structure, hosts=_any)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build a delta where a bias is missing, or where only some of its rows train."""

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.parameters import norm_parameters
+from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError
@@ -75,8 +76,8 @@ class CompacterCallback(PETCallback):
         cross_attention: bool = False,
         layer_norms: bool = False,
         drop_layers: int = 0,
-        exclude_modules: list[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -92,8 +93,8 @@ class CompacterCallback(PETCallback):
         self.cross_attention = cross_attention
         self.layer_norms = layer_norms
         self.drop_layers = drop_layers
-        self.exclude_modules = exclude_modules
-        self.layers_to_transform = layers_to_transform
+        self.exclude_modules = listed_if_given(exclude_modules)
+        self.layers_to_transform = listed_layers(layers_to_transform)
         self._validate()
 
     def _validate(self) -> None:

@@ -15,6 +15,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
+from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.averaging import refuse_averages
 from lightning_pet.engine.choice import adapter_for
@@ -105,7 +106,7 @@ class DiffPruningCallback(PETCallback):
         embeddings: bool = True,
         norms: bool = True,
         heads: bool = False,
-        exclude_modules: list[str] | None = None,
+        exclude_modules: list[str] | str | None = None,
         seed: int = 0,
         plot: bool = True,
         **kwargs: Any,
@@ -126,7 +127,7 @@ class DiffPruningCallback(PETCallback):
         self.embeddings = embeddings
         self.norms = norms
         self.heads = heads
-        self.exclude_modules = exclude_modules
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.seed = seed
         self.plot = plot
         self._validate()

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.core.heads import HEAD
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical
 from lightning_pet.core.quantised import format_of, is_quantised
@@ -35,6 +36,8 @@ class FullFineTuningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "full_fine_tuning"
+    in_place = True
+    thaws = False
     shards = True
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
@@ -58,6 +61,6 @@ class FullFineTuningCallback(PETCallback):
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """All parameters of the model, or of the submodule and the heads."""
-        places = [target.module for target in targets] or [""]
+        places = [target.module for target in targets if target.role != HEAD] or [""]
         names = [name for place in places for name in names_of_base(root, place)]
-        return tuple(dict.fromkeys((*names, *self.head_parameters(root, ()))))
+        return tuple(dict.fromkeys((*names, *self.head_parameters(root, targets))))

@@ -14,6 +14,7 @@ from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import with_readers
+from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -35,7 +36,9 @@ class IA3Callback(PETCallback):
         feedforward_modules: projections whose input is rescaled, that is, the output of the non-linearity
             before them; in a gated feed-forward layer, its product with the gate. Wins where both hit.
         exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices.
+        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
+        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
+            the names of modules is that of something else, such as a stage.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
@@ -56,21 +59,24 @@ class IA3Callback(PETCallback):
         "feedforward_modules",
         "exclude_modules",
         "layers_to_transform",
+        "layers_pattern",
     }
 
     def __init__(
         self,
         target_modules: list[str] | str = ["attention.k", "attention.v"],  # noqa: B006  # never mutated; the CLI shows it
         feedforward_modules: list[str] | str = ["ffn.down"],  # noqa: B006
-        exclude_modules: list[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: list[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.target_modules = _listed(target_modules)
-        self.feedforward_modules = _listed(feedforward_modules)
-        self.exclude_modules = exclude_modules
-        self.layers_to_transform = layers_to_transform
+        self.target_modules = listed(target_modules)
+        self.feedforward_modules = listed(feedforward_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
+        self.layers_to_transform = listed_layers(layers_to_transform)
+        self.layers_pattern = listed_if_given(layers_pattern)
         if not self.target_modules and not self.feedforward_modules:
             raise ArgumentError("target_modules and feedforward_modules are empty: name at least one projection.")
 
@@ -79,6 +85,7 @@ class IA3Callback(PETCallback):
         options: dict[str, Any] = {
             "exclude": self.exclude_modules or (),
             "layers": self.layers_to_transform,
+            "layers_pattern": self.layers_pattern,
             "hosts": _can_host,
         }
         inner: tuple[Target, ...] = ()
@@ -127,10 +134,6 @@ class IA3Callback(PETCallback):
         if inner:
             return InputScaling(inputs, transposed=transposed, **options)
         return OutputScaling(outputs, target.rows, transposed=transposed, **options)
-
-
-def _listed(patterns: list[str] | str) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _can_host(module: nn.Module, parameter: str) -> bool:

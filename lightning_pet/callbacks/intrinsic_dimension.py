@@ -15,6 +15,7 @@ from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
+from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
@@ -68,7 +69,7 @@ class IntrinsicDimensionCallback(PETCallback):
         embeddings: bool = True,
         norms: bool = True,
         heads: bool = False,
-        exclude_modules: list[str] | None = None,
+        exclude_modules: list[str] | str | None = None,
         authors_gradient: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -83,7 +84,7 @@ class IntrinsicDimensionCallback(PETCallback):
         self.embeddings = embeddings
         self.norms = norms
         self.heads = heads
-        self.exclude_modules = exclude_modules
+        self.exclude_modules = listed_if_given(exclude_modules)
         self.authors_gradient = authors_gradient
         self._read = False
 

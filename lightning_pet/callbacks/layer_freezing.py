@@ -10,8 +10,10 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.adaptation import freeze
 from lightning_pet.core.applied import record_of
+from lightning_pet.core.heads import HEAD
 from lightning_pet.core.method import Insertion, key_of
 from lightning_pet.core.naming import canonical
+from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import suggest
@@ -61,13 +63,14 @@ class LayerFreezingCallback(PETCallback):
     """
 
     method: ClassVar[str] = "layer_freezing"
+    in_place = True
     shards = True
 
     def __init__(
         self,
         train_last: int = 2,
-        train_layers: list[int | str] | None = None,
-        stacks: list[str] | None = None,
+        train_layers: list[int | str] | int | str | None = None,
+        stacks: list[str] | str | None = None,
         embeddings: bool = False,
         norms: Norms = "none",
         unfreeze_every: int | None = None,
@@ -76,8 +79,8 @@ class LayerFreezingCallback(PETCallback):
     ) -> None:
         super().__init__(**kwargs)
         self.train_last = train_last
-        self.train_layers = train_layers
-        self.stacks = stacks
+        self.train_layers = [train_layers] if isinstance(train_layers, int | str) else train_layers
+        self.stacks = listed_if_given(stacks)
         self.embeddings = embeddings
         self.norms = norms
         self.unfreeze_every = unfreeze_every
@@ -172,10 +175,13 @@ class LayerFreezingCallback(PETCallback):
 
     def _groups(self, root: nn.Module, targets: Sequence[Target]) -> list[tuple[str, ...]]:
         """Parameters in the order in which they start to train."""
-        first = [*self.head_parameters(root, ()), *(target.path for target in targets if target.role == "ffn.norm")]
+        first = [
+            *self.head_parameters(root, targets),
+            *(target.path for target in targets if target.role == "ffn.norm"),
+        ]
         stacks: dict[str, list[Target]] = {}
         for target in targets:
-            if not target.parameter:
+            if not target.parameter and target.role != HEAD:
                 stacks.setdefault(target.module.rpartition(".")[0], []).insert(0, target)
         depth = max((len(stack) for stack in stacks.values()), default=0)
         layers = []
@@ -235,7 +241,8 @@ class LayerFreezingCallback(PETCallback):
         self._unfrozen = unfrozen
         root, targets = self._applied(trainer)
         groups = self._groups(root, targets)
-        waiting = {name: turn >= unfrozen for turn, group in enumerate(groups) for name in group}
+        planned = set(Controller.get(trainer).adapted.record.planned_names)  # what the user froze is not among them
+        waiting = {name: turn >= unfrozen for turn, group in enumerate(groups) for name in group if name in planned}
         for applied in Controller.get(trainer).adapted.record.applied:
             if applied.key != key_of(self):  # what another method trains, trains from the start
                 waiting |= dict.fromkeys(waiting.keys() & applied.trained, False)

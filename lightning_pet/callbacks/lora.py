@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
@@ -13,6 +13,7 @@ from lightning_pet.core.insertion import host_kind, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.parameters import with_readers
+from lightning_pet.core.patterns import check_patterns, listed, listed_if_given, listed_layers, value_at
 from lightning_pet.core.quantised import initialize, shape_of
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
@@ -33,20 +34,25 @@ class LoRACallback(PETCallback):
     Liu et al. 2024 (DoRA), Meng et al. 2024 (PiSSA), Büyükakyüz 2024 (OLoRA), Hayou et al. 2024 (LoRA+).
 
     Args:
-        r: rank; at most min(in, out) of every target.
+        r: rank; at most min(in, out) of every target (see ``clamp_rank``).
         alpha: numerator of the scale.
         dropout: probability of dropping an input of the low-rank branch (not of the base).
         target_modules: roles (``"attention.q"``, ``"ffn.up"``, ``"all-linear"``), suffixes
             (``"q_proj"``), globs (``"encoder.layer.*.output.dense"``), or ``"re:…"``. Every one must hit.
             A fused projection is split: ``"attention.v"`` adapts only v on GPT-2.
         exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices.
+        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
+        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
+            the names of modules is that of something else, such as a stage.
         use_rslora: scale by alpha/√r instead of alpha/r.
         use_dora: also train the magnitude of every output feature.
         init: how A and B start. ``"pissa"`` (principal singular vectors) and ``"olora"`` (QR) subtract
             the start values in the delta, so the base weight still stays as it is.
-        rank_pattern: rank for some targets, by suffix or glob, e.g. ``{"attention.self.query": 16}``.
+        rank_pattern: rank for some targets, by role, suffix, glob or ``"re:…"``, e.g. ``{"attention.q": 16}``. The
+            first pattern that hits counts, and every one must count somewhere.
         alpha_pattern: alpha for some targets, likewise.
+        clamp_rank: a target that is too small for its rank gets the largest that it can have, which is said,
+            instead of an error.
         lora_plus_ratio: learning rate of B over that of A.
         bias: biases that train as well: ``"none"``, those of the targets, or all.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
@@ -70,6 +76,7 @@ class LoRACallback(PETCallback):
         "target_modules",
         "exclude_modules",
         "layers_to_transform",
+        "layers_pattern",
     }
 
     def __init__(
@@ -78,13 +85,15 @@ class LoRACallback(PETCallback):
         alpha: float = 16,
         dropout: float = 0.0,
         target_modules: list[str] | str = ["attention.q", "attention.v"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | None = None,
-        layers_to_transform: list[int] | None = None,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: list[str] | str | None = None,
         use_rslora: bool = False,
         use_dora: bool = False,
         init: Init = "kaiming",
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        clamp_rank: bool = False,
         lora_plus_ratio: float = 1.0,
         bias: Bias = "none",
         **kwargs: Any,
@@ -93,14 +102,16 @@ class LoRACallback(PETCallback):
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
-        self.target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        self.exclude_modules = exclude_modules
-        self.layers_to_transform = layers_to_transform
+        self.target_modules = listed(target_modules)
+        self.exclude_modules = listed_if_given(exclude_modules)
+        self.layers_to_transform = listed_layers(layers_to_transform)
+        self.layers_pattern = listed_if_given(layers_pattern)
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init = init
         self.rank_pattern = rank_pattern
         self.alpha_pattern = alpha_pattern
+        self.clamp_rank = clamp_rank
         self.lora_plus_ratio = lora_plus_ratio
         self.bias = bias
         self._validate()
@@ -138,6 +149,7 @@ class LoRACallback(PETCallback):
             structure,
             exclude=self.exclude_modules or (),
             layers=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
             hosts=lambda module, parameter: host_kind(module, parameter) is not None,
         )
         return with_readers(root, found, structure)
@@ -146,16 +158,11 @@ class LoRACallback(PETCallback):
         """Build one low-rank delta per target.
 
         Raises:
-            ArgumentError: if a pattern of ranks or alphas hits no target.
+            ArgumentError: if a pattern of ranks or alphas decides for no target.
             TargetError: if the rank is larger than a target allows.
         """
-        for label, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for key in pattern or {}:
-                if not any(_matches(key, target.module) for target in targets):
-                    raise ArgumentError(
-                        f"{label}: {key!r} hits none of the {len(targets)} targets, the first of which is "
-                        f"{targets[0].module!r}. Use a suffix or a glob of a target's path."
-                    )
+        check_patterns("rank_pattern", self.rank_pattern, targets)
+        check_patterns("alpha_pattern", self.alpha_pattern, targets)
         return super().insertions(root, targets)
 
     def build(self, root: nn.Module, target: Target) -> Delta:
@@ -163,9 +170,8 @@ class LoRACallback(PETCallback):
         host = named_modules(root)[target.module]
         weight = host._parameters[target.parameter]
         assert weight is not None  # resolve_targets returned it
-        rank = _lookup(self.rank_pattern, target.module, self.r)
-        alpha = _lookup(self.alpha_pattern, target.module, self.alpha)
-        self._check_rank(rank, target, shape_of(weight))
+        rank = self._rank(target, shape_of(weight))
+        alpha = value_at(self.alpha_pattern, target, self.alpha)
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         delta = self._delta(root, host, target, weight, rank, scale)
         if not weight.is_meta:
@@ -177,14 +183,46 @@ class LoRACallback(PETCallback):
             )
         return delta
 
-    def _check_rank(self, rank: int, target: Target, shape: tuple[int, ...]) -> None:
-        limit = min(shape[-2:] if len(shape) == 3 else (shape[0], math.prod(shape[1:])))
-        if rank > limit:
+    def _rank(self, target: Target, shape: tuple[int, ...]) -> int:
+        rank, limit = value_at(self.rank_pattern, target, self.r), _rank_limit(shape)
+        if rank > limit and not self.clamp_rank:
             raise TargetError(
                 f"{target.path} is {'×'.join(map(str, shape))}: the rank can be at most {limit}, "
                 f"not {rank}. "
-                "Lower r, set a lower rank_pattern for it, or exclude it."
+                "Lower r, set a lower rank_pattern for it, exclude it, or give it the rank that it can have by "
+                "clamp_rank=True."
             )
+        return min(rank, limit)
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Pick a rank, if there is a budget, and say which targets have a lower one than was asked for."""
+        super().spend_budget(root, targets)
+        low = [
+            f"{target.path} ({limit} instead of {rank})"
+            for target, limit in self._limits(root, targets)
+            if (rank := value_at(self.rank_pattern, target, self.r)) > limit
+        ]
+        if self.clamp_rank and low:
+            rank_zero_warn(
+                f"clamp_rank: {len(low)} of {len(targets)} targets are too small for their rank and have a lower one: "
+                f"{', '.join(low[:4])}{' …' if len(low) > 4 else ''}."
+            )
+
+    def numbers(self, root: nn.Module, targets: Sequence[Target]) -> int:
+        """Numbers that the method would train at the present rank.
+
+        Raises:
+            TargetError: if the rank is larger than any target allows, so that no budget searches beyond.
+        """
+        limits = [limit for _, limit in self._limits(root, targets)]
+        if limits and self.r > max(limits):
+            raise TargetError(f"r={self.r}: no target allows more than {max(limits)}.")
+        return super().numbers(root, targets)
+
+    def _limits(self, root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, int]]:
+        modules = named_modules(root)
+        weights = [(target, modules[target.module]._parameters[target.parameter]) for target in targets]
+        return [(target, _rank_limit(shape_of(weight))) for target, weight in weights if weight is not None]
 
     def _delta(
         self, root: nn.Module, host: nn.Module, target: Target, weight: nn.Parameter, rank: int, scale: float
@@ -278,9 +316,6 @@ def _linear_sizes(host: nn.Module, weight: nn.Parameter) -> tuple[int, int]:
     return int(getattr(host, "in_features", weight.shape[1])), int(getattr(host, "out_features", weight.shape[0]))
 
 
-def _matches(pattern: str, path: str) -> bool:
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
-
-
-def _lookup(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    return next((value for key, value in (patterns or {}).items() if _matches(key, path)), default)
+def _rank_limit(shape: tuple[int, ...]) -> int:
+    """The largest rank of a weight: of each matrix where it has three dimensions, else of its rows."""
+    return min(shape[-2:] if len(shape) == 3 else (shape[0], math.prod(shape[1:])))

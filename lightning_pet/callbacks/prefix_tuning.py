@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -14,6 +13,7 @@ from lightning_pet.core.attention import AttentionPrefix, PrefixSite, site_targe
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import layer_index
 from lightning_pet.core.naming import named_modules
+from lightning_pet.core.patterns import listed_if_given, listed_layers, name_matcher, names_from_above
 from lightning_pet.core.structure import AttentionCore, Structure, Target
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
@@ -45,7 +45,8 @@ class PrefixTuningCallback(PETCallback):
         attention: which attentions: ``"self"``, ``"cross"`` or ``"both"``.
         where: in an encoder-decoder model: ``"encoder"``, ``"decoder"`` or ``"both"``.
         layers_to_transform: only these layer indices.
-        exclude_modules: attentions to leave out, by the end of their name or by glob.
+        exclude_modules: attentions to leave out, by their name or that of a module around them: suffixes, globs, or
+            ``re:…``.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
@@ -79,8 +80,8 @@ class PrefixTuningCallback(PETCallback):
         tokenizer: str | None = None,
         attention: Attention = "both",
         where: Where = "both",
-        layers_to_transform: list[int] | None = None,
-        exclude_modules: list[str] | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        exclude_modules: list[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -92,8 +93,8 @@ class PrefixTuningCallback(PETCallback):
         self.tokenizer = tokenizer
         self.attention = attention
         self.where = where
-        self.layers_to_transform = layers_to_transform
-        self.exclude_modules = exclude_modules
+        self.layers_to_transform = listed_layers(layers_to_transform)
+        self.exclude_modules = listed_if_given(exclude_modules)
         self._words: list[tuple[Tensor, Tensor]] | None = None
         self._validate()
 
@@ -158,7 +159,7 @@ class PrefixTuningCallback(PETCallback):
             if (self.attention == "both" or core.cross is (self.attention == "cross"))
             and (self.where == "both" or (_stack(core.owner) in decoders) is (self.where == "decoder"))
         ]
-        chosen = self._in_layers(self._not_excluded(chosen))
+        chosen = self._in_layers(self._not_excluded(chosen, structure.prefix))
         if not chosen:
             raise TargetError(
                 f"prefix tuning: no attention of {name} is left with attention={self.attention!r}, "
@@ -170,13 +171,17 @@ class PrefixTuningCallback(PETCallback):
             raise TargetError(f"prefix tuning: {twice[0]!r} is self- and cross-attention in one; exclude it.")
         return chosen
 
-    def _not_excluded(self, cores: list[AttentionCore]) -> list[AttentionCore]:
+    def _not_excluded(self, cores: list[AttentionCore], prefix: str) -> list[AttentionCore]:
+        around = {core.owner: names_from_above(core.owner, prefix) for core in cores}
+        dropped: set[str] = set()
         for pattern in self.exclude_modules or ():
-            if not any(_matches(pattern, core.owner) for core in cores):
+            hits = {owner for owner, names in around.items() if any(map(name_matcher(pattern), names))}
+            dropped |= hits
+            if not hits:
                 raise TargetError(
                     f"exclude_modules: {pattern!r} hits none of the attentions {_some(core.owner for core in cores)}."
                 )
-        return [core for core in cores if not any(_matches(p, core.owner) for p in self.exclude_modules or ())]
+        return [core for core in cores if core.owner not in dropped]
 
     def _in_layers(self, cores: list[AttentionCore]) -> list[AttentionCore]:
         if self.layers_to_transform is None:
@@ -287,10 +292,6 @@ def _factory(root: nn.Module, target: Target) -> dict[str, Any]:
     parameter = next((p for p in (*host.parameters(), *root.parameters()) if p.is_floating_point()), torch.empty(0))
     dtype = parameter.dtype if parameter.dtype in (torch.float32, torch.float64) else torch.float32
     return {"device": parameter.device, "dtype": dtype}
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
 
 
 def _some(names: Any) -> str:

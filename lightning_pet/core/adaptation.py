@@ -14,6 +14,7 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.insertion import CHILD, attach, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
+from lightning_pet.core.outside import mark_outside
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
@@ -65,7 +66,8 @@ def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared])
                 names[full] = None
         trainable |= dict.fromkeys(applied.trained)
     record.delta_names, record.trainable_names = tuple(names), tuple(trainable)
-    record.scopes = tuple(sorted({*record.scopes, *(item.scope for item in prepared)}))
+    record.scopes = tuple(sorted({*record.scopes, *(scope for item in prepared for scope in item.scopes)}))
+    record.apart = tuple(sorted({*record.apart, *(path for item in prepared for path in item.apart)}))
     freeze(root)
 
 
@@ -129,26 +131,25 @@ def _keep_originals(root: nn.Module, record: Adaptation) -> None:
             record.originals[name] = tensor.detach().to("cpu", copy=True) if here else without_values(tensor)
 
 
-def _in_scope(record: Adaptation, name: str) -> bool:
-    return any(not scope or name.startswith(f"{scope}.") for scope in record.scopes)
-
-
 def freeze(root: nn.Module) -> None:
     """Set ``requires_grad`` of every parameter in scope to what the record says.
 
     It never looks at the flags as they are: a ``LightningModule.setup`` may have reset them all. Outside
-    of the scope it is the other way round: what the user lets train is noted, to be saved with the delta.
+    of the base it is the other way round: what the user lets train is noted, to be saved with the delta.
     """
     record = record_of(root)
     if record is None:
         return
-    own = set(record.delta_names)
+    own, planned = set(record.delta_names), set(record.planned_names)
     # By identity: a tied tensor has several names, of which the record holds one.
     named = [(canonical(name), p) for name, p in root.named_parameters(remove_duplicate=False)]
-    inside = {id(p) for name, p in named if name in own or _in_scope(record, name)}
+    inside = {id(p) for name, p in named if name in own or record.in_base(name)}
+    inside |= {id(p) for name, p in named if name in planned}
     outside = {id(p): name for name, p in reversed(named) if p.requires_grad and id(p) not in inside}
-    record.trainable_names = tuple(dict.fromkeys((*record.trainable_names, *reversed(outside.values()))))
+    kept = [name for name in record.trainable_names if name in planned or not record.in_base(name)]
+    record.trainable_names = tuple(dict.fromkeys((*kept, *reversed(outside.values()))))
     _keep_originals(root, record)
+    mark_outside(root)
     trainable = set(record.trainable_names)
     wanted = {id(p) for name, p in named if name in trainable}
     for _, parameter in named:
@@ -195,10 +196,11 @@ def refresh(root: nn.Module) -> None:
     record = record_of(root)
     if record is None:
         return
-    own = set(record.delta_names)
+    planned = set(record.planned_names)
     forbid_repacking(root)  # layers may have been made anew
-    record.trainable_names = tuple(n for n in record.trainable_names if n in own or _in_scope(record, n))
+    record.trainable_names = tuple(n for n in record.trainable_names if n in planned)
     record.originals.clear()
+    record.marks.clear()
     freeze(root)
     modules = named_modules(root)
     for _, target, path, key in record.hosts():

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
-from lightning_pet.core.applied import Adaptation, record_of
+from lightning_pet.core.applied import Adaptation, adapted_roots, record_of
 from lightning_pet.core.insertion import CHILD, mute
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.core.plan import Plan, plan_of
-from lightning_pet.core.preparation import prepare
+from lightning_pet.core.preparation import is_shared, prepare
 from lightning_pet.core.quantised import check_replaceable, dense_values, is_quantised, replace_by_dense
 from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
@@ -25,8 +26,14 @@ _ORDER = ("shared", "weight", "activation", "around", "generate")  # in which de
 class Adapted:
     """A model with its deltas.
 
+    Args:
+        model: what was adapted, or anything that contains it, such as the LightningModule after ``fit``.
+
     Attributes:
         root: the adapted root; the same object as before, with deltas as children of its layers.
+
+    Raises:
+        PETError: if nothing was applied, or to several models inside of this one.
 
     >>> import torch
     >>> from lightning_pet import LoRACallback, apply
@@ -34,6 +41,8 @@ class Adapted:
     >>> adapted = apply(net, [LoRACallback(r=2, target_modules=["0"])])
     >>> sorted(adapted.state_dict())
     ['0.pet.lora_default.a', '0.pet.lora_default.b']
+    >>> adapted
+    Adapted(Sequential: lora on 1 place, trains 16 of 30 numbers)
     >>> with adapted.disabled():
     ...     _ = net(torch.ones(1, 4))  # the base model's output
     >>> adapted.remove()
@@ -41,10 +50,29 @@ class Adapted:
     ['0.bias', '0.weight', '2.bias', '2.weight']
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        if record_of(root) is None:
-            raise PETError(f"nothing was applied to this {type(root).__name__}; call lightning_pet.apply first.")
-        self.root = root
+    def __init__(self, model: nn.Module) -> None:
+        found = {"": model} if record_of(model) is not None else adapted_roots(model)
+        if not found:
+            raise PETError(
+                f"nothing was applied to this {type(model).__name__}, nor to anything inside of it. Call "
+                "lightning_pet.apply or load_delta, or fit it with a PET callback; if one of these was done, pass the "
+                "module that it was done to, or one that contains it."
+            )
+        if len(found) > 1:
+            raise PETError(
+                f"{len(found)} models inside of this {type(model).__name__} were adapted, each on its own: "
+                f"{', '.join(found)}. Pass the one that is meant."
+            )
+        (self.root,) = found.values()
+
+    def __repr__(self) -> str:
+        record, kind = record_of(self.root), type(self.root).__name__
+        if record is None:
+            return f"Adapted({kind}: merged or removed)"
+        places = [(a, sum(not is_shared(target) for target in a.targets)) for a in record.applied]
+        methods = ", ".join(f"{a.label} on {n} place{'s' * (n != 1)}" for a, n in places)
+        plan, off = self.plan(), ", switched off now" if record.muted else ""
+        return f"Adapted({kind}: {methods}, trains {plan.trainable:,} of {plan.base:,} numbers{off})"
 
     @property
     def record(self) -> Adaptation:
@@ -59,7 +87,9 @@ class Adapted:
         return plan_of(self.root, self.record)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The delta: its tensors, the trained base tensors (heads, biases), and changed buffers.
+        """The delta: its tensors, the trained base tensors (heads, biases), and what has changed besides.
+
+        Besides: buffers, and parameters beside the base into which the user's code writes (an average of weights).
 
         Returns:
             References (not copies) by canonical name relative to the root.
@@ -67,7 +97,7 @@ class Adapted:
         tensors = dict(named_tensors(self.root))
         names = (*self.record.delta_names, *self.record.trained_names)
         return {name: tensors[name].detach() for name in names} | {
-            name: tensor.detach() for name, tensor in changed_buffers(self.root).items()
+            name: tensor.detach() for name, tensor in (changed_buffers(self.root) | changed_outside(self.root)).items()
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -81,6 +111,7 @@ class Adapted:
         self.check_fit(tensors)
         copy_in(self.root, {name: self.record.originals[name] for name in changed_buffers(self.root)})
         copy_in(self.root, tensors)
+        note_changed(self.root, tensors)
 
     def check_fit(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None) -> None:
         """Raise what :meth:`load_state_dict` would raise.
@@ -91,7 +122,8 @@ class Adapted:
         """
         own = dict(named_tensors(self.root)) if own is None else own
         required = {*self.record.delta_names, *self.record.trained_names}
-        optional = {n for n, t in own.items() if not isinstance(t, nn.Parameter)} - required
+        optional = {n for n, t in named_tensors(self.root) if not isinstance(t, nn.Parameter)} - required
+        optional |= outside_parameters(self.root, self.record).keys()
         problems = [f"missing {name}" for name in sorted(required - set(tensors))]
         problems += [f"unexpected {name}" for name in sorted(set(tensors) - required - optional)]
         problems += [

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pet.core.marks import Mark
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
 
@@ -44,6 +45,11 @@ class Applied:
         """Name of this method's deltas among those of a host."""
         return f"{self.method}_{self.name}"
 
+    @property
+    def label(self) -> str:
+        """What people call it: its short name, with the user's name if there is one."""
+        return self.method if self.name == "default" else f"{self.method}:{self.name}"
+
 
 @dataclass
 class Adaptation:
@@ -54,9 +60,11 @@ class Adaptation:
         delta_names: parameters and persistent buffers of all deltas.
         trainable_names: delta parameters that train, then base parameters that do.
         scopes: submodules whose other parameters are frozen (``""``: everything).
+        apart: parts of them that are left to the user, as all outside of them is.
         originals: copies of the base tensors that training may change (trained parameters,
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
+        marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
         muted: whether the deltas are switched off at the moment.
     """
 
@@ -64,8 +72,10 @@ class Adaptation:
     delta_names: tuple[str, ...] = ()
     trainable_names: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
+    marks: dict[str, Mark | None] = field(default_factory=dict)
     muted: bool = False
 
     @property
@@ -73,6 +83,19 @@ class Adaptation:
         """Base parameters that train as they are."""
         own = set(self.delta_names)
         return tuple(name for name in self.trainable_names if name not in own)
+
+    @property
+    def planned_names(self) -> tuple[str, ...]:
+        """What the methods train: deltas, heads and other base parameters; not what the user trains beside them."""
+        trained = {name for applied in self.applied for name in applied.trained}
+        own = set(self.delta_names)
+        return tuple(name for name in self.trainable_names if name in own or name in trained)
+
+    def in_base(self, name: str) -> bool:
+        """Whether a base parameter belongs to what is adapted, and is frozen unless a method trains it."""
+        if any(f"{name}.".startswith(f"{path}.") for path in self.apart):
+            return False
+        return any(not scope or name.startswith(f"{scope}.") for scope in self.scopes)
 
     def hosts(self) -> Iterable[tuple[Applied, Target, str, str]]:
         """Every inserted delta as (method, target, host path, key)."""
@@ -92,6 +115,11 @@ def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
         if RECORD in module.__dict__:
             return canonical(path), module
     return None
+
+
+def adapted_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Every adapted root inside a model, by path."""
+    return {canonical(path): module for path, module in model.named_modules() if RECORD in module.__dict__}
 
 
 def described(root: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ can be run. The patterns are the vocabulary of the field, not a table of archite
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,13 +120,21 @@ def is_router(module: nn.Module) -> bool:
     )
 
 
-def layer_index(path: str) -> int | None:
+def layer_index(path: str, lists: Sequence[str] | None = None) -> int | None:
     """Index of the layer that a module belongs to: the first number in its path, ``None`` without one.
 
-    >>> layer_index("encoder.block.3.layer.1.DenseReluDense.wi")
-    3
+    Args:
+        path: of the module.
+        lists: names, or ends of dotted names, of the lists that hold the layers: the number behind one of them counts.
+
+    >>> layer_index("encoder.block.3.layer.1.DenseReluDense.wi"), layer_index("layers.0.blocks.1.mlp", ["blocks"])
+    (3, 1)
     """
-    found = _LAYER.search(path)
+    if lists:
+        names = "|".join(re.escape(name) for name in lists)
+        found = re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?=\.|$)", path)
+    else:
+        found = _LAYER.search(path)
     return int(found.group(1)) if found else None
 
 

@@ -10,9 +10,10 @@ from lightning_pet.core.heads import find_heads
 from lightning_pet.core.insertion import reader_of
 from lightning_pet.core.names import is_norm, named_places
 from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.patterns import name_matcher
 from lightning_pet.core.quantised import format_of, is_quantised
 from lightning_pet.core.structure import Role, Structure, Target
-from lightning_pet.core.targets import name_matcher, resolve_targets
+from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import TargetError
 
 _Place = tuple[str, str]  # module path, parameter name

@@ -26,9 +26,9 @@ from torch import nn
 
 from lightning_pet.core.adaptation import host_parameter
 from lightning_pet.core.names import layer_index, named_places, without_numbers
-from lightning_pet.core.naming import canonical, join
+from lightning_pet.core.naming import canonical
+from lightning_pet.core.patterns import name_matcher, names_from_above
 from lightning_pet.core.structure import Role, Site, SiteKind, Structure, Target
-from lightning_pet.core.targets import name_matcher
 from lightning_pet.errors import TargetError
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -108,10 +108,7 @@ class _Selection:
     def hits(self, pattern: str, *paths: str) -> bool:
         """Whether a pattern names one of these modules or one around them."""
         matches = name_matcher(pattern)
-        parts = [join(self.prefix, path).split(".") for path in paths]
-        cut = len(self.prefix.split(".")) if self.prefix else 0
-        names = {".".join(p[start:end]) for p in parts for start in (0, cut) for end in range(start + 1, len(p) + 1)}
-        return any(map(matches, names))
+        return any(matches(name) for path in paths for name in names_from_above(path, self.prefix))
 
 
 class _Finder:
@@ -165,12 +162,13 @@ class _Finder:
         for pattern in exclude:
             if not any(chosen.hits(pattern, *names) for names in groups):
                 shown = ", ".join(repr(site.branch[-1]) for site in self.structure.sites[:4])
-                raise TargetError(f"exclude pattern {pattern!r} names no place of {self.model}; there are {shown} …")
+                raise TargetError(f"exclude_modules: {pattern!r} names no place of {self.model}; there are {shown} …")
         present = {layer_index(site.branch[0]) for site in self.structure.sites} - {None}
         unknown = sorted(set(layers or ()) - present)
         if unknown:
             found = ", ".join(map(str, sorted(cast(set[int], present)))) or "no numbered layers"
-            raise TargetError(f"layers={list(layers or ())}: the model has no layer {unknown[0]}; it has {found}.")
+            asked = f"layers_to_transform={list(layers or ())}"
+            raise TargetError(f"{asked}: the model has no layer {unknown[0]}; it has {found}.")
         return chosen
 
     def check_covered(self, kinds: Sequence[SiteKind], keep: _Selection) -> None:

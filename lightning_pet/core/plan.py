@@ -82,14 +82,13 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         if not own and applied.key in users:
             continue  # it has nothing but what is shared
         trained = [p for n, p in own.items() if n in record.trainable_names]
-        label = applied.method if applied.name == "default" else f"{applied.method}:{applied.name}"
         place = f"shared by {users[applied.key]} places" if is_shared(target) else target.path
         note = getattr(modules[join(path, "pet", key)], "note", "")
         numbers = sum(p.numel() for p in trained)
         frozen = sum(p.numel() for p in own.values()) - numbers
         notes = [note] * bool(note) + [f"{frozen:,} frozen"] * bool(frozen)
         detail = " ".join(["×".join(map(str, p.shape)) for p in trained] + notes)
-        rows.append(PlanRow(label, place, target.role or "", detail, numbers, frozen))
+        rows.append(PlanRow(applied.label, place, target.role or "", detail, numbers, frozen))
     for name in record.trained_names:
         parameter = parameters[name]
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))

@@ -1,17 +1,20 @@
 """Plan and build: everything that can fail, before anything is changed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lightning_pet.core.applied import record_of
+from lightning_pet.core.bases import bases_around, bases_of, frozen_by_user, is_below, twins_of
+from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.core.insertion import check_attachable, reader_of
 from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.patterns import is_role, name_matcher
 from lightning_pet.core.quantised import check_hosts, check_trains
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.errors import ArgumentError
+from lightning_pet.errors import ArgumentError, TargetError
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Prepared:
         insertions: the deltas and their places.
         readers: path of the module that reads each place's parameter, or ``None``.
         trained: base parameters that train as they are.
-        scope: submodule that the method is confined to.
+        scopes: the base of this method; the rest of the model is left to the user.
+        apart: parts of the base that are left to the user, too.
     """
 
     method: Method
@@ -32,7 +36,8 @@ class Prepared:
     insertions: tuple[Insertion, ...]
     readers: tuple[str | None, ...]
     trained: tuple[str, ...]
-    scope: str
+    scopes: tuple[str, ...]
+    apart: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -46,7 +51,8 @@ def prepare(
     structure: Structure | None,
     *,
     resolved: Sequence[tuple[Target, ...]] | None = None,
-    scopes: Sequence[str] | None = None,
+    scopes: Sequence[str | None] | None = None,
+    stored: Collection[str] | None = None,
 ) -> list[Prepared]:
     """Plan and build methods for a model, which stays untouched.
 
@@ -55,7 +61,9 @@ def prepare(
         methods: what to apply, in order.
         structure: what is known about the model; only needed where ``resolved`` is not given.
         resolved: places found earlier (from a file), one tuple per method.
-        scopes: the submodule of the root that each method is confined to; default: the whole root.
+        scopes: the submodule of the root that each method is confined to; ``None``: the pretrained models in
+            the root, else all of it.
+        stored: names of the tensors of that file, where it is at hand.
 
     Raises:
         ArgumentError: if a method of this name is applied already.
@@ -71,26 +79,73 @@ def prepare(
                 f"two {type(method).__name__} are called {method.name!r}; give each its own, e.g. name='second'."
             )
         taken.add(key)
-        scope = scopes[index] if scopes else ""
+        scope = scopes[index] if scopes else None
         if resolved is not None:  # shared places are the method's own business
             targets = tuple(target for target in resolved[index] if not is_shared(target))
+            bases = (scope,) if scope is not None else bases_around(root, bases_of(root), targets)
+            targets = (*targets, *_stored_heads(root, method, targets, stored))
         else:
-            targets = _resolve(root, method, structure or Structure(), scope)
+            targets, bases = _resolve(root, method, structure or Structure(), scope)
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
-        prepared.append(_build(root, method, targets, scope, structure))
+            targets = (*targets, *_heads(root, method, targets, bases, structure))
+        prepared.append(_build(root, method, targets, bases, structure, stored))
     return prepared
 
 
-def _resolve(root: nn.Module, method: Method, structure: Structure, scope: str) -> tuple[Target, ...]:
+# --- where -----------------------------------------------------------------------------------------
+
+
+def _resolve(
+    root: nn.Module, method: Method, structure: Structure, scope: str | None
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """The places of a method, and the base that they lie in."""
+    bases = bases_of(root) if scope is None else (scope,)
+    named = [p for p in _patterns(method) if not is_role(p) and p not in ("all", "all-linear")]
+    failures: list[TargetError] = []
+    if len(bases) == 1 or not _patterns(method):
+        found: list[Target] = []
+        for base in bases:
+            try:
+                found += _within(root, method, structure, base)
+            except TargetError as error:  # another base, or a part of the user's own that is named, may have them
+                failures.append(error)
+        if found or not failures:
+            return tuple(found), bases
+        if scope is not None or bases == ("",):
+            raise failures[0]
+    found = _within(root, method, structure, "")
+    matches = [name_matcher(pattern) for pattern in named]
+
+    def wanted(target: Target) -> bool:
+        names = [
+            join(*at) for where in ((), (structure.prefix,)) for at in ((*where, target.module), (*where, target.path))
+        ]
+        return is_shared(target) or any(match(name) for match in matches for name in names)
+
+    inside = [t for t in found if wanted(t) or any(is_below(t.module, base) for base in bases)]
+    kept = inside or found
+    return tuple(kept), bases_around(root, bases, kept)
+
+
+def _patterns(method: Method) -> tuple[str, ...]:
+    """The patterns by which the user chose places, if the method takes any."""
+    for option in ("target_modules", "biases"):
+        value = getattr(method, option, None)
+        if value is not None:
+            return (value,) if isinstance(value, str) else tuple(value)
+    return ()
+
+
+def _within(root: nn.Module, method: Method, structure: Structure, scope: str) -> list[Target]:
     found = method.resolve(named_modules(root)[scope], structure.within(scope))
-    return tuple(
+    return [
         replace(
             target,
             module=join(scope, target.module),
             reads=None if target.reads is None else join(scope, target.reads),
         )
         for target in found
-    )
+    ]
 
 
 def is_shared(target: Target) -> bool:
@@ -98,10 +153,59 @@ def is_shared(target: Target) -> bool:
     return not target.path and target.role is None
 
 
+# --- heads -----------------------------------------------------------------------------------------
+
+
+def _heads(
+    root: nn.Module, method: Method, targets: Sequence[Target], bases: Sequence[str], structure: Structure | None
+) -> tuple[Target, ...]:
+    if getattr(method, "modules_to_save", None) is not None:
+        return ()
+    in_place = bool(getattr(method, "in_place", False))
+    found = [path for base in bases for path in heads_of(root, base, targets, structure, in_place)]
+    return tuple(Target(path, "", HEAD) for path in dict.fromkeys(found))
+
+
+def _apart(
+    root: nn.Module, method: Method, targets: Sequence[Target], bases: Sequence[str], structure: Structure | None
+) -> tuple[str, ...]:
+    """Parts of the base that are left to the user: frozen copies, and what seems to be an own output layer."""
+    twins = tuple(twins_of(root))
+    if getattr(method, "modules_to_save", None) is not None or any(target.role == HEAD for target in targets):
+        return twins
+    in_place = bool(getattr(method, "in_place", False))
+    if structure is not None and structure.outputs:
+        ends = [path for base in bases for path in last_layers(root, base, targets, structure, in_place)]
+    else:
+        ends = [path for path in [left_output(root, bases, targets, in_place)] if path is not None]
+    return (*twins, *ends)
+
+
+def _stored_heads(
+    root: nn.Module, method: Method, targets: Sequence[Target], stored: Collection[str] | None
+) -> tuple[Target, ...]:
+    """Heads of a file that does not name them: those of ours that it holds."""
+    if getattr(method, "modules_to_save", None) is not None or any(target.role == HEAD for target in targets):
+        return ()
+    places = () if getattr(method, "in_place", False) else targets
+    held = find_heads(root, places)
+    if stored is not None:
+        held = tuple(path for path in held if any(is_below(name, path) for name in stored))
+    return tuple(Target(path, "", HEAD) for path in held)
+
+
+# --- building --------------------------------------------------------------------------------------
+
+
 def _build(
-    root: nn.Module, method: Method, targets: tuple[Target, ...], scope: str, structure: Structure | None
+    root: nn.Module,
+    method: Method,
+    targets: tuple[Target, ...],
+    bases: tuple[str, ...],
+    structure: Structure | None,
+    stored: Collection[str] | None,
 ) -> Prepared:
-    insertions = tuple(method.insertions(root, targets))
+    insertions = tuple(method.insertions(root, [target for target in targets if target.role != HEAD]))
     modules = named_modules(root)
     for insertion in insertions:
         target, key = insertion.target, delta_key(method, insertion)
@@ -110,7 +214,7 @@ def _build(
             check_attachable(modules[target.reads], target, key)
         check_hosts(insertion.delta, modules[target.module], target.path, target.parameter)
     called = structure.called if structure else None
-    trained = method.trained(root, targets)
+    trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
         check_trains(name, parameters[name])
@@ -126,7 +230,34 @@ def _build(
             for insertion in insertions
         ),
         trained=trained,
-        scope=scope,
+        scopes=bases,
+        apart=_apart(root, method, targets, bases, structure),
+    )
+
+
+def _awake(
+    root: nn.Module, method: Method, trained: tuple[str, ...], stored: Collection[str] | None
+) -> tuple[str, ...]:
+    """What a method that trains the base in place may train: nothing that the user froze beside what he did not.
+
+    A base that is frozen as a whole was made ready for us; full fine-tuning alone takes even that as it is.
+
+    Raises:
+        TargetError: if full fine-tuning has nothing to train.
+    """
+    if not getattr(method, "in_place", False):
+        return trained
+    if stored is not None:
+        return tuple(name for name in trained if name in stored)
+    saved = getattr(method, "modules_to_save", None) or ()
+    named = set(parameters_below(root, saved, "modules_to_save"))
+    frozen = frozen_by_user(root) - named
+    awake = tuple(name for name in trained if name not in frozen)
+    if awake or getattr(method, "thaws", True):
+        return awake or trained
+    raise TargetError(
+        f"{type(method).__name__} trains what you train, and every parameter of {type(root).__name__} is frozen. Let "
+        "some require a gradient, or name modules to thaw in modules_to_save."
     )
 
 

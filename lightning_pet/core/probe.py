@@ -14,14 +14,14 @@ from lightning_pet.core.attention_observer import Observer, Seen, with_routes
 from lightning_pet.core.cores import Core, find_cores
 from lightning_pet.core.fused import Rows, count, rows_feeding
 from lightning_pet.core.graph import Edge, Graph, tensors
-from lightning_pet.core.inputs import candidate_forwards
+from lightning_pet.core.inputs import candidate_forwards, is_self_describing
 from lightning_pet.core.names import named_places
 from lightning_pet.core.opinions import merge
 from lightning_pet.core.record import Record, Recorder, accepts_mask, undisturbed
 from lightning_pet.core.residual import Addition, find_additions
 from lightning_pet.core.roles import Use, Uses, attention_uses, ffn_uses
 from lightning_pet.core.sites import Taps, build_sites
-from lightning_pet.core.structure import AttentionCore, Role, Site, Structure, Target
+from lightning_pet.core.structure import AttentionCore, Output, Role, Site, Structure, Target
 from lightning_pet.errors import TargetError
 
 _ORDER: tuple[Role, ...] = (
@@ -156,7 +156,27 @@ class _Reading:
             called=frozenset(call.path for call in self.record.calls),
             source="probe",
             unresolved=in_module_order(self.model, unresolved),
+            outputs=() if is_self_describing(self.model) else self._outputs(),
         )
+
+    def _outputs(self) -> tuple[Output, ...]:
+        """Layers of which every use is behind all other weights, with what feeds them."""
+        graph = self.graph
+        followed = [False] * len(graph.nodes)
+        for i in range(len(graph.nodes) - 1, -1, -1):  # successors come later
+            followed[i] = any(followed[j] or j in graph.gemms for j in graph.successors[i])
+        uses: dict[str, list[int]] = {}
+        for i in graph.gemms:
+            if (host := self.host(i)) is not None:
+                uses.setdefault(host[0], []).append(i)
+        found = []
+        for module, gemms in uses.items():
+            if not any(followed[i] for i in gemms):
+                above = graph.ancestors(j for i in gemms for j in graph.data[i])
+                feeding = {host[0] for j in above if j in graph.gemms and (host := self.host(j)) is not None}
+                feeding |= {tap.call.path for j in above for tap in self.taps.outputs.get(j, ())}
+                found.append(Output(module, frozenset(feeding - {module})))
+        return tuple(found)
 
     def _add_opaque(self) -> None:
         """Quantised linears hide their weight: take their outputs from the record instead."""

@@ -24,6 +24,7 @@ Role = Literal[
     "mixer.output",
     "mixer.norm",
     "embedding",
+    "head",
     "prompt.call",
     "prompt.rows",
     "prompt.guard",
@@ -31,8 +32,9 @@ Role = Literal[
     "prompt.generate",
 ]
 """What a place does. ``output`` is f(x) of a residual sum (or the sum, where the module returns that), ``norm`` the
-norm that reads the sum, and ``core`` the softmax attention itself; ``prompt`` places are those of virtual tokens (see
-:mod:`lightning_pet.core.prompt_places`); the others are projections, and the token embedding."""
+norm that reads the sum, ``core`` the softmax attention itself, and ``head`` an output layer that trains as it is;
+``prompt`` places are those of virtual tokens (see :mod:`lightning_pet.core.prompt_places`); the others are projections,
+and the token embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
 Route = Literal["", "interface", "functional"]
 """How a prefix gets into an attention: transformers' table of attention functions, torch's own, or not at all."""
@@ -117,6 +119,19 @@ class AttentionCore:
 
 
 @dataclass(frozen=True)
+class Output:
+    """A layer behind which a forward applied no other weight.
+
+    Attributes:
+        module: path of the layer.
+        fed_by: paths of the modules that its input was computed by.
+    """
+
+    module: str
+    fed_by: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Structure:
     """All that was found out about one model.
 
@@ -132,6 +147,8 @@ class Structure:
         disagreements: human-readable differences between probe and names.
         unresolved: fused projections of which it is known that they hold a role, but not in which rows.
         prefix: path of this model in what the user handed over; names in target patterns may start with it.
+        outputs: output layers, where a forward was read of a model that does not describe itself.
+        of_loss: that forward went on to the loss, so that layers of the loss may be among them.
     """
 
     targets: tuple[Target, ...] = ()
@@ -144,6 +161,8 @@ class Structure:
     disagreements: tuple[str, ...] = field(default=())
     unresolved: tuple[Target, ...] = ()
     prefix: str = ""
+    outputs: tuple[Output, ...] = ()
+    of_loss: bool = False
 
     def within(self, scope: str) -> "Structure":
         """The part of the model below one submodule, with paths from that submodule."""
@@ -179,4 +198,9 @@ class Structure:
             embedding=strip(self.embedding) if self.embedding and self.embedding.startswith(prefix) else None,
             consumer=strip(self.consumer) if self.consumer and self.consumer.startswith(prefix) else None,
             called=frozenset(strips(tuple(self.called))) if self.called is not None else None,
+            outputs=tuple(
+                Output(strip(output.module), frozenset(strips(tuple(output.fed_by))))
+                for output in self.outputs
+                if output.module.startswith(prefix)
+            ),
         )

@@ -17,8 +17,6 @@ Every pattern must hit something, otherwise :class:`~lightning_pet.errors.Target
 """
 
 import difflib
-import fnmatch
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,19 +25,12 @@ from torch import nn
 from lightning_pet.core.fused import overlap
 from lightning_pet.core.names import is_linear, is_router, layer_index, named_places
 from lightning_pet.core.naming import canonical, join
-from lightning_pet.core.structure import Role, Structure, Target
+from lightning_pet.core.patterns import GROUPS, has_role, is_role, name_matcher, names_from_above
+from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import TargetError
-
-__all__ = ["layer_index", "name_matcher", "output_heads", "resolve_targets", "role_names", "suggest"]
 
 Hosts = Callable[[nn.Module, str], bool]
 
-_GROUPS: dict[str, tuple[Role, ...]] = {
-    "attention": ("attention.q", "attention.k", "attention.v", "attention.o"),
-    "ffn": ("ffn.gate", "ffn.up", "ffn.down"),
-    "embedding": ("embedding",),
-}
-_ROLE = re.compile(r"(attention)(?:\.(self|cross))?(?:\.([qkvo]))?|ffn(?:\.(up|gate|down))?|embedding")
 _HEAD_NAMES = frozenset(
     ("lm_head", "score", "classifier", "classification_head", "qa_outputs", "cls", "head", "heads", "fc", "logits_proj")
 )
@@ -53,6 +44,7 @@ def resolve_targets(
     *,
     exclude: Sequence[str] = (),
     layers: Sequence[int] | None = None,
+    layers_pattern: Sequence[str] | None = None,
     hosts: Hosts | None = None,
 ) -> tuple[Target, ...]:
     """Find the parameters that ``patterns`` name.
@@ -61,8 +53,10 @@ def resolve_targets(
         model: the model that ``structure`` describes.
         patterns: one pattern or several; see the top of this file.
         structure: roles of the model, from :func:`lightning_pet.core.probe.analyse`.
-        exclude: patterns of places to leave out; each must hit as well.
-        layers: keep only places in the layers of these indices (the first number in the module's name).
+        exclude: patterns of places to leave out, or names of modules around them; each must hit as well.
+        layers: keep only places in the layers of these indices (the first number in the module's name). Some of
+            every pattern must be left.
+        layers_pattern: names of the lists of layers: a layer's index is the number right behind one of them.
         hosts: ``(module, parameter name) -> bool``: what the method can sit on. Default: any weight with two
             or more dimensions.
 
@@ -78,24 +72,34 @@ def resolve_targets(
     unwanted = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if not wanted:
         raise TargetError("no target pattern given; name at least one, for example 'attention.q' or 'all-linear'.")
-    scope = _Scope(model, structure, hosts or _is_matrix)
-    dropped = [target for pattern in unwanted for target in scope.match(pattern)]
+    scope = _Scope(model, structure, hosts or _is_matrix, layers_pattern)
+    dropped = [target for pattern in unwanted for target in scope.match_below(pattern)]
     scope.ignore(dropped)
-    found = [target for pattern in wanted for target in scope.match(pattern)]
+    indices = None if layers is None else scope.check_layers(layers)
+    found = [target for pattern in wanted for target in scope.in_layers(pattern, scope.match(pattern), indices)]
     kept = [target for target in dict.fromkeys(found) if not any(_same_place(target, other) for other in dropped)]
-    if layers is not None:
-        indices = scope.check_layers(layers)
-        kept = [target for target in kept if layer_index(target.module) in indices]
     if not kept:
         raise TargetError(
-            f"nothing is left of target_modules={list(wanted)} after exclude={list(unwanted)}"
-            f"{'' if layers is None else f' and layers={list(layers)}'}. Relax one of them."
+            f"nothing is left of target_modules={list(wanted)} after exclude_modules={list(unwanted)}"
+            f"{'' if layers is None else f' and layers_to_transform={list(layers)}'}. Relax one of them."
         )
     # One projection may play two roles with all of its rows (keys and values from one latent): it is one place.
     places = {(target.module, target.parameter, target.rows): target for target in reversed(kept)}
     result = scope.ordered(list(places.values()))
     _check_overlap(result)
     return result
+
+
+def resolve_excluded(
+    model: nn.Module, patterns: Sequence[str], structure: Structure, *, hosts: Hosts | None = None
+) -> tuple[Target, ...]:
+    """All places that patterns of ``exclude_modules`` take out; every pattern must hit.
+
+    Raises:
+        TargetError: naming the pattern that hits nothing.
+    """
+    scope = _Scope(model, structure, hosts or _is_matrix)
+    return tuple(dict.fromkeys(target for pattern in patterns for target in scope.match_below(pattern)))
 
 
 def role_names(structure: Structure) -> tuple[str, ...]:
@@ -144,7 +148,10 @@ def _output_embedding(module: nn.Module) -> Any:
 class _Scope:
     """All places of one model that can host, and the ways to name them."""
 
-    def __init__(self, model: nn.Module, structure: Structure, hosts: Hosts) -> None:
+    def __init__(
+        self, model: nn.Module, structure: Structure, hosts: Hosts, layers_pattern: Sequence[str] | None = None
+    ) -> None:
+        self.layers_pattern = layers_pattern
         self.model = model
         self.structure = structure
         self.hosts = hosts
@@ -171,14 +178,29 @@ class _Scope:
             raise TargetError(f"a target pattern must be a non-empty string, got {pattern!r}.")
         if pattern == "all-linear":
             return self._all_linear()
-        if _ROLE.fullmatch(pattern):
+        if is_role(pattern):
             targets = self._by_role(pattern)
             if targets:
                 return targets
         paths = self._by_name(pattern)
         if paths:
             return paths
-        raise TargetError(self._missing_role(pattern) if _ROLE.fullmatch(pattern) else self._missing(pattern))
+        raise TargetError(self._missing_role(pattern) if is_role(pattern) else self._missing(pattern))
+
+    def match_below(self, pattern: str) -> list[Target]:
+        """Targets of one pattern and of everything below the modules that it names; raises if there are none."""
+        if not isinstance(pattern, str) or not pattern or pattern.startswith("all-"):
+            return self.match(pattern)
+        if is_role(pattern) and any(has_role(t, pattern) for t in (*self.structure.targets, *self.unresolved)):
+            return self.match(pattern)
+        matches, prefix = name_matcher(pattern), self.structure.prefix
+        inside = set()
+        for path, names in self.names.items():
+            bare = [name.removeprefix(f"{prefix}.") for name in names]
+            if any(matches(above) for name in bare for above in names_from_above(name, prefix)):
+                inside.add(path)
+        found = [self._target(path, name) for path, name in self.place if path in inside and self._hosts(path, name)]
+        return list(dict.fromkeys((*found, *self._by_name(pattern)))) or self.match(pattern)
 
     def ignore(self, dropped: Sequence[Target]) -> None:
         """Forget the excluded places, so that what is unknown about them no longer matters."""
@@ -186,7 +208,7 @@ class _Scope:
         self.unresolved = [t for t in self.structure.unresolved if (t.module, t.parameter) not in places]
 
     def _by_role(self, pattern: str) -> list[Target]:
-        unknown = [target for target in self.unresolved if _has_role(target, pattern)]
+        unknown = [target for target in self.unresolved if has_role(target, pattern)]
         if unknown:
             first = unknown[0]
             ran = self.structure.called is None or first.module in self.structure.called
@@ -197,7 +219,7 @@ class _Scope:
                 f"that runs it to the structure probe, leave it out (exclude {first.module.rpartition('.')[2]!r} or "
                 "'re:...'), or target the whole projection by its name."
             )
-        hits = [target for target in self.structure.targets if _has_role(target, pattern)]
+        hits = [target for target in self.structure.targets if has_role(target, pattern)]
         return [target for target in hits if self._hosts(target.module, target.parameter)]
 
     def _all_linear(self) -> list[Target]:
@@ -245,7 +267,7 @@ class _Scope:
         found = role_names(self.structure)
         listed = ", ".join(found) if found else "none"
         how = "" if self.structure.source == "probe" else " (by names only: no forward was run; a batch finds more)"
-        blocked = [target for target in self.structure.targets if _has_role(target, pattern)]
+        blocked = [target for target in self.structure.targets if has_role(target, pattern)]
         if blocked:
             module = self.modules[blocked[0].module]
             return (
@@ -268,7 +290,7 @@ class _Scope:
                 f"target pattern {pattern!r} hits {containers[0]!r} ({kind}), which has no weight that this method "
                 f"can adapt; {hint}."
             )
-        names = [*role_names(self.structure), *_GROUPS, "all-linear", *self._suffixes()]
+        names = [*role_names(self.structure), *GROUPS, "all-linear", *self._suffixes()]
         tail = pattern.rpartition(":")[2]
         return (
             f"target pattern {pattern!r} hits no module of {type(self.model).__name__}."
@@ -294,14 +316,33 @@ class _Scope:
 
     # -- selection --------------------------------------------------------------------------------
 
+    def _layer(self, path: str) -> int | None:
+        return layer_index(path, self.layers_pattern)
+
     def check_layers(self, layers: Sequence[int]) -> frozenset[int]:
         """The indices as a set; raises if the model has no such layer."""
-        present = {index for path in self.first.values() if (index := layer_index(path)) is not None}
+        present = {index for path in self.first.values() if (index := self._layer(path)) is not None}
         unknown = sorted(set(layers) - present)
         if unknown:
             found = f"0 to {max(present)}" if present else "no numbered layers"
-            raise TargetError(f"layers={list(layers)}: the model has no layer {unknown[0]}; it has {found}.")
+            under = f" of layers_pattern={list(self.layers_pattern)}" if self.layers_pattern else ""
+            raise TargetError(
+                f"layers_to_transform={list(layers)}: the model has no layer {unknown[0]}{under}; it has {found}."
+            )
         return frozenset(layers)
+
+    def in_layers(self, pattern: str, hits: Sequence[Target], layers: Collection[int] | None) -> Sequence[Target]:
+        """Those of a pattern's targets that are in these layers; raises if none is: they would be lost silently."""
+        kept = [target for target in hits if layers is None or self._layer(target.module) in layers]
+        if hits and not kept:
+            elsewhere = sorted({index for t in hits if (index := self._layer(t.module)) is not None})
+            where = f"the layers {elsewhere}" if elsewhere else "no numbered layer"
+            raise TargetError(
+                f"layers_to_transform={sorted(layers or ())}: nothing is left of target pattern {pattern!r}, since "
+                f"{hits[0].path!r} and the like are in {where}. Leave the pattern out, or adapt these places by a "
+                "callback of their own (name='second') without layers_to_transform."
+            )
+        return kept
 
     def ordered(self, targets: Collection[Target]) -> tuple[Target, ...]:
         """The same targets in module order."""
@@ -310,32 +351,6 @@ class _Scope:
 
 
 # -- pieces -----------------------------------------------------------------------------------------
-
-
-def name_matcher(pattern: str) -> Callable[[str], bool]:
-    """What a pattern that is no role says of a dotted name.
-
-    Raises:
-        TargetError: if it is no regular expression, but should be.
-    """
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise TargetError(f"target pattern {pattern!r} is not a regular expression: {error}.") from error
-        return lambda name: expression.fullmatch(name) is not None
-    if any(sign in pattern for sign in "*?["):
-        return lambda name: fnmatch.fnmatchcase(name, pattern)
-    return lambda name: name == pattern or name.endswith(f".{pattern}")
-
-
-def _has_role(target: Target, pattern: str) -> bool:
-    parts = pattern.split(".")
-    if len(parts) > 1 and parts[1] in ("self", "cross"):
-        if target.cross is not (parts[1] == "cross"):
-            return False
-        del parts[1]
-    return target.role == ".".join(parts) or (len(parts) == 1 and target.role in _GROUPS.get(parts[0], ()))
 
 
 def _is_matrix(module: nn.Module, parameter: str) -> bool:

@@ -46,7 +46,10 @@ class StartingMethod(Method, Protocol):
 
 
 def apply(
-    model: nn.Module, callbacks: Sequence[StartingMethod], *, forward: Callable[[], Any] | None = None
+    model: nn.Module,
+    callbacks: StartingMethod | Sequence[StartingMethod],
+    *,
+    forward: Callable[[], Any] | None = None,
 ) -> Adapted:
     """Apply methods to any model, without a Trainer.
 
@@ -56,7 +59,7 @@ def apply(
 
     Args:
         model: any module; for a LightningModule that is a shell around one child, the child is adapted.
-        callbacks: the methods, in the order in which they act.
+        callbacks: the method, or several in the order in which they act.
         forward: runs the model once on a small batch, to read its structure. Not needed for
             transformers models, models with an ``example_input_array``, or targets given by name.
 
@@ -68,9 +71,7 @@ def apply(
         TargetError: if a target does not exist.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    if not callbacks:
-        raise ArgumentError("no method was given: pass at least one callback, e.g. [LoRACallback()].")
-    new = insert_methods(model, callbacks, forward)
+    new = insert_methods(model, methods_in(callbacks), forward)
     root = root_of(model)[1]
     try:
         start(model, new)
@@ -82,14 +83,40 @@ def apply(
     return Adapted(root)
 
 
-def insert_methods(model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None) -> list[M]:
-    """Insert the methods that the model does not have yet, all or none, and return them."""
+def methods_in(callbacks: StartingMethod | Sequence[StartingMethod]) -> list[StartingMethod]:
+    """One method or several as a list.
+
+    Raises:
+        ArgumentError: if there is none, or something else is among them.
+    """
+    several: list[Any] = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    if not several:
+        raise ArgumentError("no method was given: pass at least one callback, e.g. LoRACallback().")
+    for method in several:
+        if isinstance(method, type) or not isinstance(method, Method):
+            name = method.__name__ if isinstance(method, type) else type(method).__name__
+            made = f"{name}()" if isinstance(method, type) else "LoRACallback(), or a list of several"
+            raise ArgumentError(f"{name} is not a method: pass a PET callback, e.g. {made}.")
+    return several
+
+
+def insert_methods(
+    model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None, *, of_loss: bool = False
+) -> list[M]:
+    """Insert the methods that the model does not have yet, all or none, and return them.
+
+    Args:
+        model: the model, or what holds it.
+        methods: what to apply.
+        forward: runs the model once.
+        of_loss: that computes the loss.
+    """
     prefix, root = root_of(model)
     pending = [method for method in methods if not is_applied(root, method)]
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
         with torch.compiler.set_stance("force_eager"):  # a look at compiled parts must not trace its own hooks
-            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix)
+            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix, of_loss=of_loss)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
         commit(root, prepare(root, pending, structure, scopes=scopes))

@@ -1,6 +1,6 @@
 """What a run compares before it uses a saved delta: its base, and the methods of a checkpoint."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,7 +19,7 @@ Whole = Callable[[Named], Named]
 
 
 def base_parameters(
-    root: nn.Module, record: Adaptation, trained: Sequence[str] | None = None
+    root: nn.Module, record: Adaptation, trained: Iterable[str] | None = None
 ) -> list[tuple[str, Tensor]]:
     """The frozen base: every parameter that is neither a delta nor trained, each tied tensor once.
 
@@ -38,9 +38,19 @@ def base_parameters(
     ]
 
 
-def base_fingerprint(root: nn.Module, record: Adaptation, exact: bool = False, whole: Whole = iter) -> Fingerprint:
-    """Fingerprint of the frozen base; ``exact`` adds a digest of every byte."""
-    return fingerprint(whole(base_parameters(root, record)), exact)
+def base_fingerprint(
+    root: nn.Module, record: Adaptation, saved: Iterable[str], exact: bool = False, whole: Whole = iter
+) -> Fingerprint:
+    """Fingerprint of the frozen base.
+
+    Args:
+        root: the adapted root.
+        record: what was applied to it.
+        saved: tensors that the file holds; the base is the rest.
+        exact: add a digest of every byte.
+        whole: gathers what processes hold parts of.
+    """
+    return fingerprint(whole(base_parameters(root, record, [*record.trained_names, *saved])), exact)
 
 
 def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) -> None:
@@ -71,8 +81,10 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
                 "checkpoint, or start a new run.",
                 "mismatch",
             )
-        if then["targets"] != now["targets"]:
-            there, present = ({t["module"] for t in m["targets"]} for m in (then, now))
+        # Heads are told apart by their tensors: earlier releases did not note them here.
+        places = [[t for t in m["targets"] if t["role"] != "head"] for m in (then, now)]
+        if places[0] != places[1]:
+            there, present = ({t["module"] for t in targets} for targets in places)
             only = sorted(there ^ present)[:4] or ["the same modules, but other roles or rows"]
             raise DeltaFileError(
                 f"{path}: {now['method']}:{now['name']} was trained on {len(there)} places, this run has "
@@ -88,7 +100,7 @@ def check_base(
     record: Adaptation,
     path: object,
     policy: str,
-    trained: Sequence[str] | None = None,
+    trained: Iterable[str] | None = None,
     whole: Whole = iter,
 ) -> None:
     """The base must be the one that the delta was trained on.

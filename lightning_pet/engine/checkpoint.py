@@ -1,6 +1,6 @@
 """What a run's checkpoints hold, and the checks before one is used: the rules behind the strategy adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from lightning_pet.core.adaptation import changed_buffers, take_forms
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.core.naming import canonical, join, named_tensors
+from lightning_pet.core.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.engine import base_check
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.excerpts import held_schedule, held_states, stored_names, stored_schedule, stored_states
@@ -55,9 +56,10 @@ class Checkpoints:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._base: Fingerprint | None = None
+        self._base: tuple[frozenset[str], Fingerprint] | None = None
         self._optimizer_names: Any = None
         self._optimizer_classes: Any = None
+        self._from_file: Iterable[str] = ()  # of the adapted root, before the state dict was completed
 
     # --- saving ---------------------------------------------------------------------------------
 
@@ -100,9 +102,14 @@ class Checkpoints:
         return (names - excerpts.keys()) | {e.name for n, e in excerpts.items() if e is not None and n in names}
 
     def _wanted(self) -> set[str]:
-        return self._required() | {self._full(n) for n in changed_buffers(self._run.adapted.root)} | self._outside()
+        return self._required() | {self._full(name) for name in self._changed()} | self._beside_root()
 
-    def _outside(self) -> set[str]:
+    def _changed(self) -> set[str]:
+        """What has changed besides the delta and is saved: buffers, and parameters beside the base."""
+        root = self._run.adapted.root
+        return self._run.adapter.anywhere({*changed_buffers(root), *changed_outside(root)})
+
+    def _beside_root(self) -> set[str]:
         # Buffers of metrics and losses beside the root are few and small.
         mine = {id(tensor) for _, tensor in named_tensors(self._run.adapted.root)}
         return {name for name, tensor in named_tensors(self._run.module) if id(tensor) not in mine}
@@ -116,7 +123,7 @@ class Checkpoints:
         left_out = make_plain(checkpoint)
         record = run.adapted.record
         written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
-        entry = make_entry(record, run.root_path, self._fingerprint(), written)
+        entry = make_entry(record, run.root_path, self._fingerprint(frozenset(self._changed())), written)
         if "optimizer_states" in checkpoint:
             entry["optimizers"] = self._store_optimizers(checkpoint)
             entry["optimizer_classes"] = run.adapter.class_names()
@@ -150,13 +157,13 @@ class Checkpoints:
     def _shapes(self) -> dict[str, Tensor]:
         return self._run.adapter.shaped(named_tensors(self._run.module))
 
-    def _fingerprint(self) -> Fingerprint:
-        # The base is frozen, so once per run is enough.
-        if self._base is None:
-            adapted = self._run.adapted
+    def _fingerprint(self, saved: frozenset[str]) -> Fingerprint:
+        # The base is frozen, so once is enough, until more beside it has changed and is saved.
+        if self._base is None or self._base[0] != saved:
+            adapted, whole = self._run.adapted, self._run.adapter.whole
             exact = self._run.base_check == "exact"
-            self._base = base_check.base_fingerprint(adapted.root, adapted.record, exact, self._run.adapter.whole)
-        return self._base
+            self._base = saved, base_check.base_fingerprint(adapted.root, adapted.record, saved, exact, whole)
+        return self._base[1]
 
     def new_run(self) -> None:
         """Forget what was true of the last run only."""
@@ -178,12 +185,14 @@ class Checkpoints:
             for key in _STATES:
                 if key in checkpoint:
                     self._check_fit(checkpoint[key], path)
-            base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, whole=whole)
+            stored = [*adapted.record.trained_names, *self._split(checkpoint["state_dict"])[0]]
+            base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, stored, whole)
         except BaseException:
             undo()
             raise
         if "resume" in entry and run.trainer.state.fn == TrainerFn.FITTING:
             run.resume.load_state(entry["resume"])
+        self._from_file = self._split(checkpoint["state_dict"])[0].keys()
         self._optimizer_names, self._optimizer_classes = entry.get("optimizers"), entry.get("optimizer_classes")
         for key in _STATES:
             if key in checkpoint and not run.adapter.shards:
@@ -199,7 +208,7 @@ class Checkpoints:
     def _check_fit(self, state: Mapping[str, Any], path: object) -> None:
         inside, outside = self._split(state)
         own = self._shapes()
-        allowed = self._outside()
+        allowed = self._beside_root()
         for name, value in outside.items():
             if name not in allowed or own[name].shape != value.shape:
                 raise DeltaFileError(
@@ -235,12 +244,15 @@ class Checkpoints:
         inside, state = self._split(checkpoint["state_dict"])
         state |= {self._full(name): value for name, value in as_held(run.adapted.root, inside).items()}
         own = list(named_tensors(run.module))
-        wanted = self._wanted() | {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
+        besides = outside_parameters(run.adapted.root, run.adapted.record)
+        wanted = self._required() | self._beside_root() | {self._full(name) for name in besides}
+        wanted |= {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
         found = {name: value for name, value in state.items() if name in wanted}
         shaped = self._split(run.adapter.shaped(own))[0]
         run.adapted.check_fit(self._split(found)[0], shaped)  # once more: on_load_checkpoint of the user came between
         originals = run.adapted.record.originals
         run.adapter.fill(own, {self._full(name): originals[name] for name in changed_buffers(run.adapted.root)})
+        note_changed(run.adapted.root, self._from_file)
         run.adapter.fill(own, found)  # in a second turn: a completed state refers to the very buffers
 
     def before_optimizers(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, described, record_of
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
+from lightning_pet.core.outside import mark_anew
 from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
@@ -37,10 +38,11 @@ from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.engine.precision import keep_delta_precision
+from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.save_order import save_after_module
 from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.engine.table import show_plan
@@ -264,13 +266,17 @@ class Controller:
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
-                self._new += insert_methods(self.module, self.methods, batch_forward(self.trainer, self.module))
+                self._new += insert_methods(
+                    self.module, self.methods, batch_forward(self.trainer, self.module), of_loss=True
+                )
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
         paths = [method.start_from for method in self._new if method.start_from]
-        if paths:
-            self.adapter.check_start(root_of(self.module)[1])
+        if not paths:
+            return
+        self.adapter.check_start(root_of(self.module)[1])
+        with self.adapter.undisturbed():
             files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
@@ -311,7 +317,7 @@ class Controller:
             # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
             return None
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
-        delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.trainable_names}
+        delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.planned_names}
         hosts = {
             join(prefix, name): join(prefix, host_parameter(self.adapted.root, target))
             for _, target, path, key in record.hosts()
@@ -347,13 +353,17 @@ class Controller:
         self._undo_all()
         root = self.adapted.root
         freeze(root)
+        mark_anew(root)
         if self.adapter.materialized_late:
             self._start()
         self.adapter.check_wrapped(self.module)
+        if not self.adapter.keeps_masters:
+            warn_of_rounding(self.module)
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
         self._undo.append(measure_losses(self.module, root))
+        self._undo.append(save_after_module(self.trainer, self.module))
         if self._plan is not None and any(method.verbose for method in self.methods):
             show_plan(self._plan)
 

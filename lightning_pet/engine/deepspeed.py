@@ -5,7 +5,7 @@ for single parameters can gather and set everything, so that the checkpoint is t
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.naming import join, named_modules, named_tensors
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
-from lightning_pet.engine.sharded import ShardedAdapter
+from lightning_pet.engine.sharded import ShardedAdapter, deltas_of
 from lightning_pet.engine.strategy import CheckpointRules, Named, flat_names, trainable
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import is_partition, without_values
@@ -35,6 +35,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     """Reads and writes through DeepSpeed's functions for single parameters; its master copies are float32."""
 
     passes_over = False
+    keeps_masters = True
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
         super().__init__(strategy)
@@ -60,17 +61,36 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
 
         Inside of ``zero.Init`` deltas would be partitioned while they are built, too; so it is suspended.
         """
-        with private.without_zero_init(), _whole_shapes(root):
+        with self.undisturbed(), _whole_shapes(root):
             yield
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Outside of ``zero.Init``, which also casts every tensor that is made, those of a file that is read too."""
+        return private.without_zero_init()
 
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Give values to deltas of a partitioned base, and note the shapes: partitions have none."""
-        with private.without_zero_init():
+        with self.undisturbed():
             self._materialize(root)
         super().after_insertion(root, complete=complete)
         module = self.strategy.lightning_module
         if complete and module is not None:
             self._meta = {name: without_values(tensor) for name, tensor in named_tensors(module)}
+            self._narrow(root)
+
+    def _narrow(self, root: nn.Module) -> None:
+        """Give deltas of a partitioned base its precision: the engine casts them beside any other base.
+
+        The engine keeps what trains in one buffer, and master copies of it in float32.
+        """
+        config: Any = self.strategy.config
+        names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        enabled = [dtype for name, dtype in names.items() if config.get(name, {}).get("enabled")]
+        if enabled and any(is_partition(parameter) for parameter in root.parameters()):
+            for _, _, delta in deltas_of(root):
+                for parameter in delta.parameters():
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.to(enabled[0])
 
     def _materialize(self, root: nn.Module) -> None:
         modules, record = named_modules(root), record_of(root)
@@ -222,7 +242,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         for name, tensor in named:
             full = safe_get_full_fp32_param(tensor) if trains and tensor.requires_grad else None
             if full is not None:
-                yield name, full.detach().to(self._dtype(name, full))
+                yield name, full.detach()
                 continue
             with _gathered(tensor, None):
                 yield name, tensor.detach().clone() if hasattr(tensor, "ds_id") else tensor.detach()
@@ -301,9 +321,6 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         module = self.strategy.lightning_module
         assert module is not None
         return trainable(module)
-
-    def _dtype(self, name: str, full: Tensor) -> torch.dtype:
-        return self._meta[name].dtype if name in self._meta else full.dtype
 
 
 @contextmanager

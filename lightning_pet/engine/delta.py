@@ -15,6 +15,7 @@ from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.outside import note_changed
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
 from lightning_pet.engine.fitting import below, faults_of, fitted
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
@@ -74,8 +75,8 @@ def save_delta(model: nn.Module, path: PathLike, *, notes: Mapping[str, str] | N
             "has the others. Pass the LightningModule, in every process; or use trainer.save_checkpoint, whose file "
             "load_delta reads without any engine."
         )
-    manifest = replace(manifest, base=base_fingerprint(root, adapted.record, exact))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _packed(adapted).items()}
+    manifest = replace(manifest, base=base_fingerprint(root, adapted.record, tensors, exact))
     return write_delta(path, tensors, manifest)
 
 
@@ -256,7 +257,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         ArgumentError: if a method of this name is in the model already.
         DeltaFileError: if the delta is not sound, or does not fit. The model is untouched then.
     """
-    root = root_of(model)[1]
+    root_path, root = root_of(model)
     fit = fitted(root, stored)
     if stored.base is not None:
         check_base(stored.base, root, record_of(root) or Adaptation(), stored.path, base_check, fit.trained)
@@ -270,7 +271,19 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
             renew(root)
             own = set(record.delta_names)
             copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
+            note_changed(root, stored.tensors)
+            _copy_beside(model, root_path, stored)
         except BaseException:
             undo(root, [item.key for item in prepared])
             raise
     return Adapted(root)
+
+
+def _copy_beside(model: nn.Module, root_path: str, stored: Stored) -> None:
+    """Copy what a checkpoint holds of its LightningModule beside the root, if this is a module of that kind."""
+    if root_path != stored.root:
+        return
+    own = dict(named_tensors(model))
+    inside = f"{root_path}."
+    fitting = {n: t for n, t in stored.beside.items() if n in own and own[n].shape == t.shape}
+    copy_in(model, {name: tensor for name, tensor in fitting.items() if not name.startswith(inside)})

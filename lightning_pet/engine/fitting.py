@@ -8,10 +8,11 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from lightning_pet.core.applied import record_of
+from lightning_pet.core.applied import Adaptation, record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.outside import outside_parameters
 from lightning_pet.core.preparation import Prepared, delta_key, is_shared, prepare
 from lightning_pet.core.structure import Target
 from lightning_pet.core.unbuilt import filled_later, without_memory
@@ -34,19 +35,21 @@ class Fit:
         methods: the methods of the file.
         places: of each, as the file names them.
         scopes: submodule that each is confined to.
+        stored: names of the tensors in the file.
         trained: base parameters that the file brings values of.
     """
 
     root: nn.Module
     methods: tuple[Method, ...]
     places: tuple[tuple[Target, ...], ...]
-    scopes: tuple[str, ...]
+    scopes: tuple[str | None, ...]
+    stored: frozenset[str]
     trained: tuple[str, ...]
 
     def build(self) -> list[Prepared]:
         """Build the deltas, for the values of the file to be copied into them."""
         with filled_later():
-            return prepare(self.root, self.methods, None, resolved=self.places, scopes=self.scopes)
+            return _prepared(self.root, self.methods, self.places, self.scopes, self.stored)
 
 
 @contextmanager
@@ -94,11 +97,26 @@ def fitted(root: nn.Module, stored: Stored) -> Fit:
         _refuse_twice(method, stored.path)
     places, scopes = tuple(m.targets for m in stored.methods), tuple(_scope(m, stored, modules) for m in methods)
     with faults_of(stored.path, f"does not fit this {type(root).__name__}"), without_memory():
-        prepared = prepare(root, methods, None, resolved=places, scopes=scopes)
-        outside = _outside(root, scopes)
+        names = frozenset(stored.tensors)
+        prepared = _prepared(root, methods, places, scopes, names)
+        after = Adaptation(
+            scopes=tuple(scope for item in prepared for scope in item.scopes),
+            apart=tuple(path for item in prepared for path in item.apart),
+        )
+        outside = set(outside_parameters(root, after))
         _check(root, prepared, stored, outside)
-    trained = [*(name for item in prepared for name in item.trained), *(n for n in outside if n in stored.tensors)]
-    return Fit(root, methods, places, scopes, tuple(trained))
+    trained = [*(name for item in prepared for name in item.trained), *(n for n in outside if n in names)]
+    return Fit(root, methods, places, scopes, names, tuple(trained))
+
+
+def _prepared(
+    root: nn.Module,
+    methods: Sequence[Method],
+    places: Sequence[tuple[Target, ...]],
+    scopes: Sequence[str | None],
+    names: frozenset[str],
+) -> list[Prepared]:
+    return prepare(root, methods, None, resolved=places, scopes=scopes, stored=names)
 
 
 def _refuse_taken(root: nn.Module, methods: Sequence[Method]) -> None:
@@ -130,9 +148,11 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str:
-    """The submodule that a method is confined to, from the root."""
-    named = method.module or ""
+def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str | None:
+    """The submodule that a method is confined to, from the root; ``None`` if it is not."""
+    if method.module is None:
+        return None
+    named = method.module
     scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
     if scope not in modules:
         kind = type(modules[""]).__name__
@@ -142,12 +162,6 @@ def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> 
             "mismatch",
         )
     return scope
-
-
-def _outside(root: nn.Module, scopes: Sequence[str]) -> set[str]:
-    """Base parameters in none of the scopes: they train as the user lets them, and are stored with the delta."""
-    parameters = {name for name, tensor in named_tensors(root) if isinstance(tensor, nn.Parameter)}
-    return {name for name in parameters if not any(not scope or name.startswith(f"{scope}.") for scope in scopes)}
 
 
 def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:

@@ -49,8 +49,8 @@ def instantiate(cls: type[Any], instantiator: object, config: Mapping[str, Any],
         except Exception as error:
             if refusal.refused is not None:
                 raise DeltaFileError(
-                    f"{path}: its hyper-parameters name the module {refusal.refused!r}, which was not imported here. If "
-                    "you trust the file, import it first; nothing is imported because a file names it.",
+                    f"{path}: its hyper-parameters name the module {refusal.refused!r}, which was not imported here. "
+                    "If you trust the file, import it first; nothing is imported because a file names it.",
                     "unsafe",
                 ) from error
             if isinstance(error, argparse.ArgumentError):

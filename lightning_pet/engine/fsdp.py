@@ -53,6 +53,13 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
                 "FSDPStrategy(sharding_strategy='NO_SHARD') cannot save units within units, and shards nothing. Use "
                 "strategy='ddp', which does the same."
             )
+        module = self.strategy.lightning_module
+        if module is not None and not module.automatic_optimization:
+            raise UnsupportedStrategyError(
+                f"{type(module).__name__} optimizes manually (automatic_optimization=False): its "
+                "backward pass would run within FSDP1's forward, before the units have been made ready for it, and "
+                "train wrong values. Use ModelParallelStrategy (FSDP2), strategy='ddp', or automatic optimization."
+            )
         if self._copies():
             raise UnsupportedStrategyError(
                 "FSDPStrategy would shard over one process only (one device, or HYBRID_SHARD with a device_mesh whose "

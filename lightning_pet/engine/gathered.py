@@ -50,7 +50,7 @@ def save_gathered(
     # As for a checkpoint: outside of the writing process nothing but shapes is kept.
     state = strategy.lightning_module_state_dict()
     tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    manifest = replace(manifest, base=base_fingerprint(adapted.root, adapted.record, exact, adapter.whole))
+    manifest = replace(manifest, base=base_fingerprint(adapted.root, adapted.record, tensors, exact, adapter.whole))
     write = strategy.is_global_zero
     size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)
     return int(strategy.broadcast(size))

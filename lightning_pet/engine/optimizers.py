@@ -5,13 +5,14 @@ that are matched by parameter name instead of by position. All names are canonic
 LightningModule (:func:`lightning_pet.core.naming.canonical`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_pet.core.applied import adapted_root, record_of
 from lightning_pet.core.naming import canonical
 from lightning_pet.engine.parameter_groups import Place, Wish, names_of, places_of, regroup, shown, trainable_of
 from lightning_pet.errors import OptimizerMismatchError
@@ -27,12 +28,13 @@ def hold_delta(
     lr_ratio: Mapping[str, float],
     options: Mapping[str, Mapping[str, float]] | None = None,
 ) -> T:
-    """Let the optimizers hold exactly the trainable parameters of ``module``; call after freezing.
+    """Let the optimizers hold what is planned, and nothing else of the base; call after freezing.
 
-    * Frozen parameters, and parameters that ``module`` no longer has, are dropped in place.
+    * Frozen parameters of the base, and parameters that ``module`` no longer has, are dropped in place.
     * An absent delta parameter joins the group of its host, which keeps layer-wise learning rates; if no
-      optimizer held the host, the first group of the only optimizer. So does any other trainable
-      parameter that no optimizer holds (an unfrozen head).
+      optimizer held the host, the first group of the only optimizer. So does any other parameter of the base that
+      trains and that no optimizer holds (a head).
+    * Parameters beside the base stay where the user put them, frozen or not, and join nothing.
     * Delta parameters with a ratio other than 1, or with options, move to a new group, a copy of theirs with
       every learning rate scaled and the options set; the schedulers of that optimizer are extended.
 
@@ -63,10 +65,11 @@ def hold_delta(
     delta_names = {names.get(id(parameter), name): name for name, parameter in delta.items()}
     aliases = {canonical(name): names[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
     places = places_of(optimizers, names)
-    _drop_frozen_and_stale(optimizers, module, names)
+    beside = beside_base(module)
+    _drop_frozen_and_stale(optimizers, module, names, beside)
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in trainable_of(module).items():
-        if id(parameter) not in held:
+        if id(parameter) not in held and id(parameter) not in beside:
             host = host_of.get(delta_names.get(name, name), "")
             place = places.get(aliases.get(host, host))
             _join(optimizers, place or _only_place(optimizers, name), name, parameter)
@@ -80,7 +83,9 @@ def hold_delta(
 
 
 def check(optimizers: Iterable[Any], module: nn.Module, delta: Mapping[str, nn.Parameter] | None = None) -> None:
-    """After set-up, every trainable parameter must be in exactly one group, and nothing frozen in any.
+    """After set-up, what trains must be in exactly one group, and nothing frozen of the base in any.
+
+    What lies beside the base is the user's: it may be in no group, and frozen in one.
 
     Args:
         optimizers: the optimizers of the Trainer.
@@ -91,14 +96,14 @@ def check(optimizers: Iterable[Any], module: nn.Module, delta: Mapping[str, nn.P
         OptimizerMismatchError: naming the parameters at fault.
     """
     times: dict[int, int] = {}
-    frozen = 0
+    frozen, beside = 0, beside_base(module)
     for parameter in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
         times[id(parameter)] = times.get(id(parameter), 0) + 1
-        frozen += not parameter.requires_grad
+        frozen += not parameter.requires_grad and id(parameter) not in beside
     names = names_of(module)
     outside = {n: p for n, p in (delta or {}).items() if p.requires_grad and id(p) not in names}
     trainable = trainable_of(module) | outside
-    absent = [name for name, parameter in trainable.items() if id(parameter) not in times]
+    absent = [name for name, parameter in trainable.items() if id(parameter) not in times.keys() | beside]
     twice = [name for name, parameter in trainable.items() if times.get(id(parameter), 0) > 1]
     if absent:
         raise OptimizerMismatchError(
@@ -191,11 +196,36 @@ def collect(value: Any, *attributes: str) -> list[Any]:
     return list(found.values())
 
 
-def _drop_frozen_and_stale(optimizers: list[Any], module: nn.Module, names: Mapping[int, str]) -> None:
+def beside_base(module: nn.Module) -> set[int]:
+    """Identities of the parameters that are neither planned for nor in the base: the user's own.
+
+    In a module that nothing was applied to there are none.
+    """
+    found = adapted_root(module)
+    if found is None:
+        return set()
+    path, root = found
+    record = record_of(root)
+    assert record is not None
+    prefix = f"{path}." if path else ""
+    ours = {*record.delta_names, *record.planned_names}
+    mine: set[int] = set()
+    beside: set[int] = set()
+    for full, parameter in module.named_parameters(remove_duplicate=False):
+        name = canonical(full)
+        own = name.removeprefix(prefix)
+        inside = name.startswith(prefix) and (own in ours or record.in_base(own))
+        (mine if inside else beside).add(id(parameter))
+    return beside - mine
+
+
+def _drop_frozen_and_stale(
+    optimizers: list[Any], module: nn.Module, names: Mapping[int, str], beside: Collection[int]
+) -> None:
     strangers: list[str] = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            kept = [p.requires_grad and id(p) in names for p in group["params"]]
+            kept = [(p.requires_grad or id(p) in beside) and id(p) in names for p in group["params"]]
             for parameter, keep in zip(group["params"], kept, strict=True):
                 if not keep:
                     optimizer.state.pop(parameter, None)
@@ -234,7 +264,8 @@ def _warn_empty(optimizers: list[Any]) -> None:
         if not any(group["params"] for group in optimizer.param_groups):
             rank_zero_warn(
                 f"Optimizer {index} ({type(optimizer).__name__}) holds no trainable parameter any more: all that it "
-                "was given is frozen."
+                "was given is frozen as part of the base. If it is to train as it is, name the part to adapt instead "
+                "(module=...), or give it to modules_to_save."
             )
 
 

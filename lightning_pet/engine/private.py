@@ -36,6 +36,8 @@ name                                                      used for
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
 ``aten._unsafe_view``                                     outputs that own their memory, in ``layers/``
 ``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
+``forward_ad._current_level``,                            telling transforms of ``torch.func`` and forward mode, in
+``torch._C._functorch``                                   ``layers/transforms.py``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``

@@ -44,14 +44,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return inner if inner is not None else module
 
 
-def scope_in(model: nn.Module, prefix: str, module: str | None) -> str:
-    """Path from the root of a submodule that the user named from the LightningModule.
+def scope_in(model: nn.Module, prefix: str, module: str | None) -> str | None:
+    """Path from the root of a submodule that the user named from the LightningModule; ``None`` if none was named.
 
     Raises:
         TargetError: if there is no such submodule, or it is outside of the root.
     """
     if module is None:
-        return ""
+        return None
     paths = named_modules(model)
     if module not in paths:
         raise TargetError(f"module={module!r}: there is no such submodule.{suggest(module, paths)}")

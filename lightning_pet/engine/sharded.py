@@ -83,6 +83,13 @@ class ShardedAdapter(StrategyAdapter[P]):
         wrapped = self.strategy.model is not self.strategy.lightning_module
         return wrapped or any(is_sharded(parameter) for parameter in root.parameters())
 
+    def anywhere(self, names: set[str]) -> set[str]:
+        """Names that were found in any process: each of them gathers the same tensors."""
+        found: list[set[str]] = [set()] * self.strategy.world_size
+        if self.strategy.world_size > 1:
+            torch.distributed.all_gather_object(found, names)
+        return names.union(*found)
+
     # --- in place of the strategy's methods -------------------------------------------------------
 
     def lightning_module_state_dict(self, rules: CheckpointRules, original: Callable[..., Any]) -> dict[str, Any]:

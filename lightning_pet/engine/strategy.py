@@ -78,6 +78,9 @@ class StrategyAdapter(Generic[S]):
     passes_over = True
     """Whether its optimizers leave a parameter as it is that has no gradient in a step."""
 
+    keeps_masters = False
+    """Whether its optimizers step float32 copies of what trains in half precision."""
+
     replaced: tuple[str, ...] = (
         "lightning_module_state_dict",
         "save_checkpoint",
@@ -175,6 +178,10 @@ class StrategyAdapter(Generic[S]):
         """Within this context deltas are planned, built and inserted, and base parameters show their whole shapes."""
         return nullcontext()
 
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Within this context tensors are made as usual, whatever the engine does to those of ``configure_model``."""
+        return nullcontext()
+
     def after_insertion(self, root: nn.Module, *, complete: bool) -> None:
         """Deltas were inserted; the engine has not wrapped the model yet.
 
@@ -230,6 +237,10 @@ class StrategyAdapter(Generic[S]):
 
     def watch_gradients(self, named: Named) -> None:
         """Gradients of these parameters will be asked for after each optimizer step of this run."""
+
+    def anywhere(self, names: set[str]) -> set[str]:
+        """Names that were found in any process, where each sees its own parts only."""
+        return names
 
     def gradients(self, named: Named) -> Iterable[tuple[str, Tensor | None]]:
         """Give each parameter's whole gradient in the last step, as the optimizer used it.

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_pet.layers.transforms import is_transformed
+
 _BLOCK = 1 << 15  # pairs of normal numbers lie half a block apart: part of the definition, and fits a cache
 _PIECE = {"cpu": _BLOCK}  # elements that are drawn at a time; elsewhere launches cost more than memory
 _PIECE_ELSEWHERE = 1 << 20
@@ -60,6 +62,8 @@ def fastfood(vector: Tensor, numel: int, seed: int) -> Tensor:
         [numel]. Autograd keeps nothing for the backward pass, which is the transposed projection.
     """
     define()
+    if is_transformed():
+        return _linear(vector, numel, seed, False)
     projected: Tensor = torch.ops.lightning_pet.fastfood(vector, numel, seed)
     return projected
 
@@ -89,6 +93,8 @@ def fastfood_transposed(values: Tensor, size: int, seed: int) -> Tensor:
         [d].
     """
     define()
+    if is_transformed():
+        return _linear(values, size, seed, True)
     back: Tensor = torch.ops.lightning_pet.fastfood_transposed(values, size, seed)
     return back
 
@@ -136,6 +142,41 @@ def _fastfood_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 def _transposed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return fastfood(gradient.contiguous(), ctx.size, ctx.seed), None, None
+
+
+class _Linear(torch.autograd.Function):
+    """Both projections where the operators will not do: with all derivatives, each of which is one of them again."""
+
+    @staticmethod
+    def forward(vector: Tensor, size: int, seed: int, transposed: bool) -> Tensor:
+        return (_fastfood_transposed if transposed else _fastfood)(vector.contiguous(), size, seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        vector, ctx.size, ctx.seed, ctx.transposed = inputs
+        ctx.length = len(vector)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _linear(gradient, ctx.length, ctx.seed, not ctx.transposed), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _linear(tangent, ctx.size, ctx.seed, ctx.transposed)
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], vector: Tensor, size: int, seed: int, transposed: bool
+    ) -> tuple[Tensor, int]:
+        assert dims[0] is not None
+        return torch.stack([_linear(row, size, seed, transposed) for row in vector.unbind(dims[0])]), 0
+
+
+def _linear(vector: Tensor, size: int, seed: int, transposed: bool) -> Tensor:
+    # A compiler traces no forward mode of a function's own.
+    apply = torch.compiler.disable(_Linear.apply)  # type: ignore[no-untyped-call]
+    projected: Tensor = apply(vector, size, seed, transposed)
+    return projected
 
 
 # -- what is random ---------------------------------------------------------------------------------

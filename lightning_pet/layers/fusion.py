@@ -114,8 +114,8 @@ class Mixture(Delta):
         weights = self.scores(h.to(dtype), z).unsqueeze(-2)
         mixed = (weights.to(dtype) @ z).squeeze(-2)
         value: Tensor = self.value
-        if self.penalty is not None and torch.is_grad_enabled():
-            value = with_penalty(value, [self.value], self.penalty)
+        if self.penalty is not None:
+            value = with_penalty(value, [self.value], self.penalty, self.training)
         return F.linear(mixed, value.to(dtype)).to(h.dtype)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:

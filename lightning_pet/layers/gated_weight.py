@@ -22,10 +22,16 @@ from torch import Tensor
 from lightning_pet.errors import PETError
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
 from lightning_pet.layers.side_loss import Penalty
+from lightning_pet.layers.transforms import is_transformed
 
 Form = Literal["product", "sum"]
 _PIECE: Final = {"cpu": 1 << 15}
 _PIECE_ELSEWHERE: Final = 1 << 24
+
+_NOT_WHILE_DRAWN: Final = (
+    "are not supported while the gates of diff pruning are drawn at random: their gradient is made in "
+    "loss.backward(). Call model.eval(), in which gates take their typical values, or wait for the cut."
+)
 
 _keys = count()
 _alive: WeakValueDictionary[int, "Gates"] = WeakValueDictionary()
@@ -215,7 +221,12 @@ def gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor 
 
     Returns:
         A new tensor like ``weight``.
+
+    Raises:
+        PETError: within ``torch.func`` or forward-mode differentiation.
     """
+    if is_transformed():
+        raise PETError(f"torch.func and forward-mode differentiation {_NOT_WHILE_DRAWN}")
     moved: Tensor = torch.ops.lightning_pet.gated_weight(weight, w, alpha, group, gates.key)
     return moved
 
@@ -230,6 +241,7 @@ def _define() -> None:
     forward.register_autograd(_differentiate, setup_context=_keep)
     backward = torch.library.custom_op("lightning_pet::gated_weight_backward", _gated_weight_backward, mutates_args=())
     backward.register_fake(_fake_backward)
+    backward.register_autograd(_second_derivative)
 
 
 def _of_key(key: int) -> Gates:
@@ -256,6 +268,10 @@ def _gated_weight_backward(
 
 def _fake_backward(gradient: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, key: int) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in (w, alpha, group) if tensor is not None]
+
+
+def _second_derivative(ctx: Any, *gradients: Any) -> None:
+    raise PETError(f"second derivatives {_NOT_WHILE_DRAWN}")
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

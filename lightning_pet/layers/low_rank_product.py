@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_pet.layers.low_rank_source import source_of
+from lightning_pet.layers.transforms import is_transformed
 
 Origin = tuple[Tensor, Tensor]
 """(A0, B0), whose product is subtracted from B A."""
@@ -177,6 +178,10 @@ def low_rank_linear(
     Returns:
         [..., out], differentiable in all tensors but ``origin``.
     """
+    if is_transformed():  # the node below knows the backward pass only, and writes in place
+        if merged:
+            return F.linear(x, shifted(weight, a, b, scale, origin), bias)
+        return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
     a0, b0 = (None, None) if origin is None else origin
     rebuild, sources = source_of(x) or (None, ())
     output: Tensor

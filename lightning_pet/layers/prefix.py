@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.transforms import is_transformed
 
 _FOLDED = ("key", "value")
 _AGREES = 1e-3  # largest relative difference between a stored prefix and the one its network gives
@@ -129,7 +130,11 @@ class Prefix(Delta):
         """Keys (H × l × key_dim) and values (H × l × value_dim)."""
         if self.network is None:
             return self.key, self.value
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+            return self._unfolded()
+        # In training a forward without autograd may be the first of a reentrantly checkpointed layer, whose second
+        # is made from the parameters: both have to see the same, and an engine may write past a tensor's version.
+        if self.training:
             return self._unfolded()
         return self.folded()
 

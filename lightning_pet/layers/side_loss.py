@@ -21,6 +21,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from lightning_pet.errors import PETError
+from lightning_pet.layers.transforms import is_transformed
+
 Function = Callable[..., Tensor]
 Gradient = Callable[..., Sequence[Tensor]]
 
@@ -52,7 +55,8 @@ class Penalty:
         self.gradient = gradient
         self.weight = weight
         self.key = next(_keys)
-        self._due = False
+        self._due = False  # a forward with gradients has used it since the last backward
+        self._deferred = False  # one without gradients has, which a backward may run again, with gradients
         _define()
         _alive[self.key] = self
 
@@ -64,14 +68,23 @@ class Penalty:
         with torch.no_grad():
             return self.weight * self.function(*(_wide(parameter) for parameter in parameters))
 
-    def arm(self) -> None:
-        """Note that a forward pass has used it. A forward that runs inside of a backward is a recomputation."""
-        if torch._C._current_graph_task_id() == -1:
+    def arm(self, with_gradients: bool = True) -> None:
+        """Note that a forward pass has used it. A forward that runs inside of a backward is a recomputation.
+
+        Args:
+            with_gradients: whether that forward was recorded. Reentrant checkpointing records none but the
+                recomputation, which then makes the penalty due; after an evaluation none will.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            self._due, self._deferred = self._due or self._deferred, False
+        elif with_gradients:
             self._due = True
+        else:
+            self._deferred = True
 
     def take(self) -> Tensor | float:
         """The factor of the gradient in this backward pass: 0 if it was taken already since the last forward."""
-        due, self._due = self._due, False
+        due, self._due, self._deferred = self._due, False, False
         return self.weight * _loss.scale if due else 0.0
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -115,18 +128,39 @@ def _note_scale(gradient: Tensor) -> None:
     _loss.scale = gradient.detach().float().reshape(())
 
 
-def with_penalty(value: Tensor, parameters: Sequence[Tensor], penalty: Penalty) -> Tensor:
+def with_penalty(value: Tensor, parameters: Sequence[Tensor], penalty: Penalty, training: bool = True) -> Tensor:
     """Return ``value``; its backward adds the penalty's gradient to the parameters.
+
+    Call it without asking whether gradients are recorded: the first forward of a layer that is checkpointed
+    reentrantly records none, and counts.
 
     Args:
         value: any tensor that the loss depends on; a copy is made, so choose a small one.
         parameters: arguments of the penalty's function, in its order.
         penalty: what to add.
+        training: whether the module is in training mode: a compiled evaluation has no use for the operator.
 
     Returns:
         A tensor equal to ``value``.
+
+    Raises:
+        PETError: within ``torch.func`` or forward-mode differentiation, where nothing could add the penalty.
     """
-    passed: Tensor = torch.ops.lightning_pet.side(value, list(parameters), penalty.key)
+    with_gradients = torch.is_grad_enabled()
+    if is_transformed():
+        if not with_gradients:
+            return value
+        raise PETError(
+            "a method's penalty is added in loss.backward(), which torch.func and forward-mode differentiation do not "
+            "run: they would leave it out. Set its weight to 0 (orth_reg_weight, regularization), or, if no gradient "
+            "of the parameters is wanted, call this under torch.no_grad()."
+        )
+    if not with_gradients and not torch.compiler.is_compiling():
+        penalty.arm(with_gradients)
+        return value
+    if not with_gradients and not training:
+        return value
+    passed: Tensor = torch.ops.lightning_pet.side(value, list(parameters), penalty.key, with_gradients)
     return passed
 
 
@@ -145,15 +179,16 @@ def _define() -> None:
     side.register_autograd(_backward, setup_context=_keep)
     gradients = torch.library.custom_op("lightning_pet::side_gradients", _side_gradients, mutates_args=())
     gradients.register_fake(_fake_gradients)
+    gradients.register_autograd(_second_derivative)
 
 
-def _side(value: Tensor, parameters: list[Tensor], key: int) -> Tensor:
+def _side(value: Tensor, parameters: list[Tensor], key: int, with_gradients: bool) -> Tensor:
     if (penalty := _alive.get(key)) is not None:
-        penalty.arm()
+        penalty.arm(with_gradients)
     return value.clone()
 
 
-def _fake_side(value: Tensor, parameters: list[Tensor], key: int) -> Tensor:
+def _fake_side(value: Tensor, parameters: list[Tensor], key: int, with_gradients: bool) -> Tensor:
     return torch.empty_like(value)
 
 
@@ -167,11 +202,18 @@ def _fake_gradients(gradient: Tensor, parameters: list[Tensor], key: int) -> lis
     return [torch.empty_like(parameter) for parameter in parameters]
 
 
+def _second_derivative(ctx: Any, *gradients: Any) -> None:
+    raise PETError(
+        "a method's penalty has no second derivatives. Set its weight to 0 (orth_reg_weight, regularization) where "
+        "gradients of gradients are taken."
+    )
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, parameters, ctx.key = inputs
+    _, parameters, ctx.key, _ = inputs
     ctx.save_for_backward(*parameters)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor], None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor], None, None]:
     found = torch.ops.lightning_pet.side_gradients(gradient, list(ctx.saved_tensors), ctx.key)
-    return gradient, found, None
+    return gradient, found, None, None

@@ -51,8 +51,8 @@ class SvdLowRank(LowRank):
         if "e" not in self._parameters:
             return self.a
         e: Tensor = self.e
-        if self.penalty.weight and torch.is_grad_enabled():
-            e = with_penalty(e, [self.a, self.b], self.penalty)
+        if self.penalty.weight:
+            e = with_penalty(e, [self.a, self.b], self.penalty, self.training)
         return e.unsqueeze(-1) * self.a
 
     @property

@@ -89,7 +89,7 @@ class MemoryPlan:
 
 def plan_memory(
     model: nn.Module,
-    callbacks: Sequence[StartingMethod] = (),
+    callbacks: StartingMethod | Sequence[StartingMethod] = (),
     batch: Any = None,
     *,
     strategy: EngineName | Engine = "single",
@@ -106,7 +106,7 @@ def plan_memory(
 
     Args:
         model: a LightningModule, or any other module; on any device, also on the meta device.
-        callbacks: methods to apply first; none for a model that is adapted already, or trains in full.
+        callbacks: the method or methods to apply first; none for a model that is adapted already, or trains in full.
         batch: for a LightningModule what ``training_step`` gets; for others a mapping of keyword arguments
             or a tuple of arguments. Of the model's output ``loss`` is taken, else the sum of the first tensor.
             ``None`` leaves the activations out.
@@ -159,7 +159,7 @@ def plan_memory(
     return MemoryPlan(engine, bytes_under(engine, inventory), trained, inventory, tuple(notes))
 
 
-def _insert(stage: Stage, twin: nn.Module, callbacks: Sequence[StartingMethod], batch: Any) -> None:
+def _insert(stage: Stage, twin: nn.Module, callbacks: StartingMethod | Sequence[StartingMethod], batch: Any) -> None:
     """Apply the methods as a Trainer does: a model that does not describe its inputs is looked at with the batch."""
     with stage.entered(kernels=False):
         try:

@@ -51,7 +51,7 @@ def _method(stored: Stored, index: int) -> dict[str, Any]:
         "method": record.method,
         "name": record.name,
         "config": dict(record.config),
-        "places": [target.path for target in record.targets if not is_shared(target)],
+        "places": [target.path for target in record.targets if not is_shared(target) and target.role != "head"],
         "parameters": sum(tensor.numel() for tensor in own),
     }
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Stored:
         tensors: by name from the adapted root.
         base: fingerprint of the base it was trained on.
         root: path of the adapted root in the LightningModule that wrote it.
+        beside: tensors of that LightningModule beside the root, by name; a training checkpoint has them.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Stored:
     tensors: dict[str, Tensor]
     base: Fingerprint | None
     root: str = ""
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read(path: PathLike) -> Stored:
@@ -66,7 +68,13 @@ def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
     tensors.pop(MARK, None)  # of a checkpoint that was not read but is about to be written
     if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise fault(f"{path}: {odd[0]}", f"found {type(tensors[odd[0]]).__name__}, expected a tensor.")
-    return Stored(Path(path), methods_of(entry, path), tensors, saved_fingerprint(entry, path), entry["root"])
+    beside = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(prefix) and name != MARK and isinstance(tensor, Tensor)
+    }
+    base = saved_fingerprint(entry, path)
+    return Stored(Path(path), methods_of(entry, path), tensors, base, entry["root"], beside)
 
 
 def manifest_of(path: PathLike) -> Manifest:

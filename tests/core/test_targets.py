@@ -153,6 +153,17 @@ def test_exclude():
         resolve("bert", "attention.q", exclude=["query"])
 
 
+def test_excluding_a_container_excludes_what_is_below_it():
+    assert modules(resolve("bert", "query", exclude=["encoder.layer.0"])) == ["encoder.layer.1.attention.self.query"]
+    assert len(resolve("bert", "all-linear", exclude=["intermediate", "attention.output"])) == 9
+    assert len(resolve("bert", "all-linear", exclude=["re:encoder.layer.1", "pooler"])) == 6
+    assert {t.parameter for t in resolve("mixtral", "all-linear", exclude=["experts"])} == {"weight"}
+    with pytest.raises(TargetError, match=r"'encodr'.*hits no module"):
+        resolve("bert", "query", exclude=["encodr"])
+    with pytest.raises(TargetError, match="nothing is left"):
+        resolve("bert", "query", exclude=["encoder"])
+
+
 def test_excluding_a_fused_projection_excludes_its_parts():
     kept = resolve("gpt2", ["attention.q", "attention.v"], exclude=["h.0.attn.c_attn"])
     assert modules(kept) == ["h.1.attn.c_attn"] * 2
@@ -172,8 +183,32 @@ def test_layers():
     assert modules(resolve("bert", "attention.q", layers=[1])) == ["encoder.layer.1.attention.self.query"]
     with pytest.raises(TargetError, match=r"no layer 7; it has 0 to 1"):
         resolve("bert", "attention.q", layers=[0, 7])
-    with pytest.raises(TargetError, match="nothing is left"):
+    with pytest.raises(TargetError, match=r"nothing is left of target pattern 'embedding'.*no numbered layer"):
         resolve("bert", "embedding", layers=[0])
+
+
+def test_no_pattern_is_lost_to_the_choice_of_layers():
+    with pytest.raises(TargetError, match=r"'pooler\.dense'.*no numbered layer.*name='second'"):
+        resolve("bert", ["attention.q", "pooler.dense"], layers=[1])
+    with pytest.raises(TargetError, match=r"'layer\.0\.output\.dense'.*in the layers \[0\]"):
+        resolve("bert", ["attention.q", "layer.0.output.dense"], layers=[1])
+    assert len(resolve("bert", "all-linear", layers=[1])) == 6  # a pattern with places elsewhere, too, is not lost
+
+
+def test_layers_of_a_named_list():
+    model = nn.ModuleDict(
+        {f"stage{i}": nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(2))}) for i in "ab"}
+    )
+    nested = nn.ModuleList([nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})])
+    assert modules(resolve_targets(model, "all-linear", Structure(), layers=[1])) == [
+        "stagea.blocks.1",
+        "stageb.blocks.1",
+    ]
+    assert modules(resolve_targets(nested, "all-linear", Structure(), layers=[1], layers_pattern=["blocks"])) == [
+        "0.blocks.1"
+    ]
+    with pytest.raises(TargetError, match=r"no layer 1 of layers_pattern=\['layers'\]"):
+        resolve_targets(nested, "all-linear", Structure(), layers=[1], layers_pattern=["layers"])
 
 
 def test_order_and_repetition():

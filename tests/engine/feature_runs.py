@@ -135,8 +135,19 @@ def fsdp_options(option: str) -> dict[str, Any]:
     }.get(option, dict)()
 
 
+PRECISIONS = {"true": "bf16-true", "amp": "bf16-mixed"}
+
+
 def build(engine: str, option: str) -> tuple[Classifier, Any, dict[str, Any]]:
-    """Module, strategy and options of the Trainer."""
+    """Module, strategy and options of the Trainer; an option may end with a precision (``init+true``)."""
+    option, _, precision = option.rpartition("+") if "+" in option else (option, "", "")
+    if option in PRECISIONS:
+        option, precision = "", option
+    module, strategy, more = _build(engine, option)
+    return module, strategy, {**more, **({"precision": PRECISIONS[precision]} if precision else {})}
+
+
+def _build(engine: str, option: str) -> tuple[Classifier, Any, dict[str, Any]]:
     if engine == "fsdp2":
         return sharding(option), strategy_of(engine), {}
     if engine == "fsdp":

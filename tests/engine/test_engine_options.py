@@ -23,9 +23,17 @@ OPTIONS = {
     "fsdp": ["meta", "sync", "hybrid12", "hybrid21", "grad", "mixed"],
     "fsdp2": ["keep", "mixed", "offload", "hybrid", "early"],
     "zero2": ["fp16", "offload"],
-    "zero3": ["init", "fp16", "offload"],
+    "zero3": ["init", "fp16", "offload", "init+true", "init+amp"],
 }
-SHORT = ["fsdp-meta:Adapter", "fsdp-hybrid21:LoRA", "fsdp2-hybrid:LoRA, LoRA", "zero3-init:LoRA"]
+PRECISIONS = ["true", "amp"]  # bf16-true, bf16-mixed: under every engine
+SHORT = [
+    "fsdp-meta:Adapter",
+    "fsdp-hybrid21:LoRA",
+    "fsdp2-hybrid:LoRA, LoRA",
+    "fsdp2-true:LoRA",
+    "zero3-init:LoRA",
+    "zero3-init+true:LoRA",
+]
 LONG = [
     *(
         f"{engine}-{option}:{method}"
@@ -34,12 +42,13 @@ LONG = [
         for method in ("LoRA", "Adapter")
     ),
     *(f"{engine}:{methods}" for engine in OPTIONS for methods in SEVERAL),
+    *(f"{engine}-{precision}:LoRA" for engine in ("ddp", *OPTIONS) for precision in PRECISIONS),
 ]
 REFUSED = {
     ("hybrid21", "losses"): "torch turns this into NO_SHARD",
     ("meta", "started"): "start_from: FSDP1 would fill deltas on the meta device",
 }
-ROUNDED = ("mixed", "early", "fp16")  # these compute in half precision
+ROUNDED = ("mixed", "early", "fp16", *PRECISIONS, "init+true", "init+amp")  # these compute in half precision
 
 
 def results(folder, cases, processes):
@@ -89,7 +98,7 @@ def test_of_every_kind(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", OPTIONS)
+@pytest.mark.parametrize("engine", ["ddp", *OPTIONS])
 def test_all(engine, tmp_path):
     if engine.startswith("zero"):
         require_deepspeed()

@@ -12,7 +12,12 @@ from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, t
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from lightning_pet.callbacks.adalora import AdaLoRACallback
+from lightning_pet.callbacks.bitfit import BitFitCallback
 from lightning_pet.callbacks.lora import LoRACallback
+from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback
+from lightning_pet.core.method import METHODS
+from lightning_pet.core.spelling import NOT_NEEDED, OTHER_NAMES
 from lightning_pet.engine.adapt import apply
 from lightning_pet.engine.fsdp import FSDPAdapter
 from lightning_pet.engine.model_parallel import ModelParallelAdapter
@@ -189,6 +194,57 @@ def test_arguments(options, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LoRACallback(lora_alpha=8), ["LoRACallback has no option 'lora_alpha'", "Did you mean 'alpha'?"]),
+        (lambda: LoRACallback(rank=8), ["Did you mean 'r'?"]),
+        (lambda: LoRACallback(inference_mode=False), ["'inference_mode'", "Leave it out"]),
+        (lambda: LoRACallback(drop_out=0.1), ["Did you mean 'dropout'?"]),
+        (lambda: AdaLoRACallback(r=8), ["AdaLoRACallback has no option 'r'", "Did you mean 'init_r'?"]),
+        (lambda: PromptTuningCallback(num_virtual_tokens=8), ["PromptTuningCallback", "Did you mean 'length'?"]),
+        (lambda: BitFitCallback(quux=8), ["BitFitCallback has no option 'quux'. Its options are: biases"]),
+        (lambda: LoRACallback(layers_to_transform=[True]), ["layers_to_transform=[True]", "[0, 1]"]),
+        (lambda: LoRACallback(modules_to_save=5), ["5 names nothing", "list"]),
+        (lambda: apply(Net(), LoRACallback), ["LoRACallback is not a method", "LoRACallback()"]),
+        (lambda: apply(Net(), ["lora"]), ["str is not a method"]),
+        (lambda: apply(Net(), []), ["no method was given"]),
+    ],
+)
+def test_names_of_other_libraries_and_other_slips(make, words):
+    with pytest.raises(ArgumentError) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_name_of_others_leads_to_an_option():
+    """The table of foreign names must not outlive an option of ours."""
+    ours = {option for cls in METHODS.values() for option in cls.options()}
+    assert {name for names in OTHER_NAMES.values() for name in names} <= ours
+    assert not set(NOT_NEEDED) & ours
+
+
+def test_one_method_or_name_or_layer_need_not_be_a_list():
+    chosen = LoRACallback(
+        r=2, target_modules="fc1, fc2", exclude_modules="fc2", modules_to_save="head", layers_to_transform=3
+    )
+    assert (
+        chosen.config()
+        == LoRACallback(
+            r=2,
+            target_modules=["fc1", "fc2"],
+            exclude_modules=["fc2"],
+            modules_to_save=["head"],
+            layers_to_transform=[3],
+        ).config()
+    )
+    chosen.layers_to_transform = None
+    adapted = apply(Net(), chosen)
+    assert [target.module for _, target, _, _ in adapted.record.hosts()] == ["fc1"]
+    assert all(name.startswith("head.") for name in adapted.record.trained_names)
+
+
 @pytest.mark.parametrize("kind", [XLAStrategy, SingleDeviceXLAStrategy])
 def test_unsupported_strategies(kind):
     """Refused in setup, by name. Without their hardware they cannot be built in full; their class is what counts."""
@@ -230,6 +286,17 @@ def test_options_of_strategies(strategy, callbacks, words):
     run._accelerator_connector.strategy = strategy()
     module = Module(Net())
     with pytest.raises(UnsupportedStrategyError, match=words):
+        run.callbacks[0].setup(run, module, "fit")
+    assert is_pristine(module)
+
+
+def test_manual_optimization_on_fsdp1():
+    """Its backward pass would run within the forward of the outermost unit: values of the third step were wrong."""
+    run, module = trainer(lora()), Module(Net())
+    module.automatic_optimization = False
+    run._accelerator_connector.strategy = FSDPStrategy()
+    run.strategy.connect(module)
+    with pytest.raises(UnsupportedStrategyError, match=r"Module optimizes manually.*ModelParallelStrategy"):
         run.callbacks[0].setup(run, module, "fit")
     assert is_pristine(module)
 

@@ -1,10 +1,12 @@
 """The Fastfood projection against its formula, and the properties that make it a good projection."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_pet.layers import fastfood as layer
 from lightning_pet.layers.fastfood import fastfood, fastfood_transposed, hadamard_
@@ -137,3 +139,29 @@ def test_the_permutation_is_one() -> None:
         index = layer._permuted(torch.arange(1 << bits, dtype=torch.int32), bits, layer._keys(bits))
         assert torch.equal(index.sort().values, torch.arange(1 << bits, dtype=torch.int32))
     assert (index[1:] - index[:-1]).abs().float().mean() > 0.3 * (1 << 16)
+
+
+@pytest.mark.parametrize(("d", "numel"), [(20, 100), (30, 10)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_derivative_is_the_projection(d: int, numel: int, compiled: bool) -> None:
+    """Both are linear: the forward-mode derivative, the columns of either Jacobian, and batches of them."""
+    torch._dynamo.reset()
+    matrix = projection(d, numel, 3)
+    wrap = partial(torch.compile, backend="aot_eager", dynamic=False) if compiled else lambda function: function
+    for project, back, own in (
+        (partial(fastfood, numel=numel, seed=3), partial(fastfood_transposed, size=d, seed=3), matrix),
+        (partial(fastfood_transposed, size=d, seed=3), partial(fastfood, numel=numel, seed=3), matrix.T),
+    ):
+        at, way = torch.randn(2, own.shape[1], dtype=torch.float64)
+        value, slope = wrap(lambda v, w, f=project: torch.func.jvp(f, (v,), (w,)))(at, way)
+        assert torch.allclose(value, own @ at)
+        assert torch.allclose(slope, own @ way)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(project(forward_ad.make_dual(at, way)))
+            assert torch.allclose(dual.tangent, own @ way)
+        for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+            assert torch.allclose(jacobian(project)(at), own)
+        rows = torch.randn(3, own.shape[1], dtype=torch.float64)
+        assert torch.allclose(wrap(torch.func.vmap(project))(rows), rows @ own.T)
+        assert torch.allclose(torch.func.hessian(lambda v, f=project: f(v).square().sum())(at), 2 * own.T @ own)
+        assert torch.allclose(torch.func.vjp(project, at)[1](value)[0], back(value))

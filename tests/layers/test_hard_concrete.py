@@ -162,6 +162,26 @@ def test_no_gradient_where_a_gate_is_clamped() -> None:
     assert (dalpha[~clamped] != 0).all()
 
 
+def test_other_derivatives_are_refused_while_gates_are_drawn() -> None:
+    weight, *rest = tensors()
+    made = gates()
+    values = [p.detach() for p in rest]
+
+    def moved(w: Tensor, alpha: Tensor, group: Tensor) -> Tensor:
+        return gated_weight(weight, w, alpha, group, made)
+
+    for call in (
+        lambda: torch.func.jvp(moved, tuple(values), tuple(values)),
+        lambda: torch.func.grad(lambda w: moved(w, *values[1:]).sum())(values[0]),
+        lambda: torch.func.vmap(lambda w: moved(w, *values[1:]))(values[0][None]),
+    ):
+        with pytest.raises(PETError, match="eval"):
+            call()
+    slopes = torch.autograd.grad(moved(*rest).square().sum(), rest, create_graph=True)
+    with pytest.raises(PETError, match="second derivatives"):
+        sum(slope.sum() for slope in slopes).backward()
+
+
 def test_half_precision() -> None:
     weight, w, alpha, group = tensors(torch.float32)
     made = gates()

@@ -38,6 +38,7 @@ def test_network_is_a_linear_map_a_tanh_and_a_linear_map() -> None:
 
 def test_folded_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix, network = projected()
+    prefix.eval()
     calls = []
     forward = network.forward
     monkeypatch.setattr(network, "forward", lambda: calls.append(1) or forward())
@@ -54,6 +55,43 @@ def test_folded_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) ->
     assert prefix.key_value()[0].requires_grad
     with torch.inference_mode():
         assert torch.equal(prefix.key_value()[1], first[1])
+
+
+def test_in_training_nothing_is_kept() -> None:
+    """An engine may write past a tensor's version between a layer's two forwards under reentrant checkpointing."""
+    prefix, _ = projected()
+    with torch.no_grad():
+        first = prefix.key_value()[0]
+        prefix.weight.data.zero_()
+        assert not torch.equal(prefix.key_value()[0], first)
+
+
+def test_a_kept_prefix_belongs_to_no_transform() -> None:
+    prefix = projected()[0].eval()
+    at, way = ({name: fill(p) for name, p in prefix.named_parameters()} for fill in (torch.clone, torch.ones_like))
+
+    def keys(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(Keys(prefix), {f"prefix.{name}": t for name, t in values.items()}, ())
+
+    with torch.no_grad():
+        expected = prefix.key_value()[0]
+        _, slope = torch.func.jvp(keys, (at,), (way,))
+        both = torch.func.vmap(keys)({name: torch.stack([t, t + way[name]]) for name, t in at.items()})
+        assert torch.equal(prefix.key_value()[0], expected)
+    assert torch.allclose(both[0], expected)
+    assert torch.allclose(both[1] - both[0], slope)
+    assert slope.abs().max() > 0
+
+
+class Keys(nn.Module):
+    """The keys of a prefix, as a forward."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self) -> Tensor:
+        return self.prefix.key_value()[0]
 
 
 def test_folding_ignores_autocast() -> None:
@@ -117,6 +155,7 @@ def test_a_file_is_read_in_every_form() -> None:
 
 def test_where_both_forms_disagree_the_folded_one_counts() -> None:
     prefix, network = projected()
+    prefix.eval()
     file = prefix.packed()
     with torch.no_grad():
         network.embedding.normal_()

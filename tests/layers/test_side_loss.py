@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_pet.errors import PETError
+from lightning_pet.layers.bottleneck import Bottleneck
+from lightning_pet.layers.fusion import Mixture
 from lightning_pet.layers.side_loss import Penalty, forget_scale, measure, with_penalty
+from lightning_pet.layers.svd_low_rank import SvdLowRankLinear
 
 
 def cross(a: Tensor, b: Tensor, power: int = 2) -> Tensor:
@@ -175,6 +179,86 @@ def test_a_forward_without_gradient_changes_nothing() -> None:
         loss_of(gate)
     loss.backward()
     close(gradients(gate), truth(gate))
+
+
+def test_once_where_some_calls_are_checkpointed_reentrantly() -> None:
+    gate = Gate()
+    x = torch.linspace(-1, 1, 3).requires_grad_()
+    for first in (True, False):
+        inner = checkpoint(gate, x, use_reentrant=True) if first else gate(x)
+        outer = gate(inner) if first else checkpoint(gate, inner, use_reentrant=True)
+        outer.square().sum().backward()
+        close(gradients(gate), truth(gate, calls=2))
+
+
+def test_an_evaluation_between_two_backwards_makes_nothing_due() -> None:
+    gate = Gate()
+    loss = loss_of(gate)
+    loss.backward(retain_graph=True)
+    gradients(gate)
+    with torch.no_grad():
+        loss_of(gate)
+    loss.backward()
+    gate.penalty.weight = 0.0
+    close(gradients(gate), truth(gate))
+
+
+@pytest.mark.parametrize("layer", ["AdaLoRA", "fusion"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_keep_theirs_under_reentrant_checkpointing(layer: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    if layer == "fusion":
+        delta = Mixture(4, [Bottleneck(4, 2), Bottleneck(4, 2)], regularization=0.3)
+    else:
+        delta = SvdLowRankLinear(4, 4, 2, scale=1.0)
+        delta.penalty.weight = 0.3
+        nn.init.ones_(delta.e)
+    fixed = torch.randn(3, 4)
+
+    def call(x: Tensor) -> Tensor:
+        return delta(x + fixed, x)
+
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    forward = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    found = []
+    for reentrant in (None, False, True):
+        x = torch.zeros(3, 4, requires_grad=True)
+        out = forward(x) if reentrant is None else checkpoint(forward, x, use_reentrant=reentrant)
+        delta.zero_grad()
+        out.square().sum().backward()
+        found.append({name: p.grad for name, p in delta.named_parameters() if p.requires_grad})
+    delta.penalty.weight = 0.0
+    delta.zero_grad()
+    call(torch.zeros(3, 4)).square().sum().backward()
+    plain = {name: p.grad for name, p in delta.named_parameters() if p.requires_grad}
+    assert any(not torch.allclose(found[0][name], gradient) for name, gradient in plain.items())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_other_derivatives_are_refused() -> None:
+    gate = Gate()
+    at = {name: p.detach() for name, p in gate.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(gate, values, (torch.ones(3),)).sum()
+
+    for call in (
+        lambda: torch.func.grad(loss)(at),
+        lambda: torch.func.jvp(loss, (at,), (at,)),
+        lambda: torch.func.vmap(loss)({name: t[None] for name, t in at.items()}),
+    ):
+        with pytest.raises(PETError, match="penalty"):
+            call()
+        assert not gate.penalty._due
+    with torch.no_grad():
+        assert torch.func.jvp(loss, (at,), (at,))[1] != 0
+    slopes = torch.autograd.grad(loss_of(gate), list(gate.parameters()), create_graph=True)
+    with pytest.raises(PETError, match="second derivatives"):
+        sum(slope.sum() for slope in slopes).backward()
 
 
 def test_a_gate_that_went_away_adds_nothing() -> None:

@@ -1,6 +1,7 @@
 """LoRA and its variants: the battery, golden properties, and its own errors."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -85,6 +86,32 @@ def test_rank_and_alpha_patterns() -> None:
     assert layer[0].attention.self.query.pet["lora_default"].a.shape == (4, 16)
     assert layer[0].attention.self.value.pet["lora_default"].a.shape == (2, 16)
     assert layer[1].attention.self.value.pet["lora_default"].scale == pytest.approx(3.0 / 2)
+
+
+def test_patterns_by_role_and_expression() -> None:
+    model, _ = zoo.bert()
+    ranks = {"re:.*layer\\.1\\..*query": 5, "attention.q": 4, "attention": 3}
+    apply(model, LoRACallback(r=2, target_modules="all-linear", rank_pattern=ranks, alpha_pattern={"ffn.up": 7.0}))
+    first, second = model.bert.encoder.layer
+    rank = [m.pet["lora_default"].a.shape[0] for m in (second.attention.self.query, first.attention.self.query)]
+    assert [*rank, second.attention.output.dense.pet["lora_default"].a.shape[0]] == [5, 4, 3]
+    assert second.intermediate.dense.pet["lora_default"].scale == pytest.approx(7 / 2)
+    assert second.output.dense.pet["lora_default"].scale == pytest.approx(16 / 2)
+
+
+def test_a_rank_that_a_target_cannot_have_is_clamped_on_request() -> None:
+    model, _ = zoo.bert()
+    with pytest.warns(UserWarning, match=r"clamp_rank: 4 of 4.*attention\.self\.query\.weight \(16 instead of 20\)"):
+        adapted = apply(model, LoRACallback(r=20, clamp_rank=True))
+    delta = model.bert.encoder.layer[0].attention.self.query.pet["lora_default"]
+    assert (delta.a.shape, delta.scale) == ((16, 16), 1.0)
+    adapted.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply(model, LoRACallback(r=16, clamp_rank=True))
+    sized = LoRACallback(budget=1.0, target_modules="pooler.dense", modules_to_save=[], clamp_rank=True)
+    apply(zoo.bert()[0], sized)
+    assert sized.r == 16
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -269,6 +296,9 @@ def test_arguments_out_of_range(options: dict[str, object], text: str) -> None:
         ({"layers_to_transform": [7]}, TargetError, "layer"),
         ({"modules_to_save": ["clasifier"]}, TargetError, "classifier"),
         ({"rank_pattern": {"nowhere": 2}}, ArgumentError, "nowhere"),
+        ({"rank_pattern": {"attention.q": 2, "layer.0.*.query": 4}}, ArgumentError, "Put 'layer.0.*.query' first"),
+        ({"alpha_pattern": {"re:(": 2}}, TargetError, "regular expression"),
+        ({"layers_to_transform": 0, "target_modules": "query,pooler.dense"}, TargetError, "pooler.dense"),
         ({"module": "encoder"}, TargetError, "encoder"),
     ],
 )
