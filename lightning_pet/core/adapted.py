@@ -2,25 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
 from lightning_pet.core.applied import Adaptation, adapted_roots, record_of
-from lightning_pet.core.insertion import CHILD, mute
+from lightning_pet.core.insertion import mute
+from lightning_pet.core.merging import merged_weights
 from lightning_pet.core.method import Method
-from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.naming import named_tensors
 from lightning_pet.core.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.core.plan import Plan, plan_of
 from lightning_pet.core.preparation import is_shared, prepare
-from lightning_pet.core.quantised import check_replaceable, dense_values, is_quantised, replace_by_dense
+from lightning_pet.core.quantised import is_quantised, replace_by_dense
 from lightning_pet.core.structure import Structure
-from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
-from lightning_pet.layers.delta import Delta, Tied
-
-_ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
+from lightning_pet.errors import DeltaFileError, PETError
 
 
 class Adapted:
@@ -170,7 +167,7 @@ class Adapted:
         Raises:
             NotMergeableError: if any delta cannot be merged exactly; nothing is changed then.
         """
-        merged = self._merged_weights(dequantize)
+        merged = merged_weights(self.root, dequantize)
         with torch.no_grad():
             for parameter, weight in merged:
                 if not is_quantised(parameter):
@@ -179,40 +176,6 @@ class Adapted:
         for parameter, weight in merged:
             if is_quantised(parameter):
                 replace_by_dense(self.root, parameter, weight)
-
-    def _merged_weights(self, dequantize: bool) -> list[tuple[nn.Parameter, Tensor]]:
-        modules = named_modules(self.root)
-        owners: dict[int, set[str]] = {}
-        for name, parameter in self.root.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), set()).add(name)
-        hosts = [(a.key, t, modules[path], modules[join(path, CHILD, key)]) for a, t, path, key in self.record.hosts()]
-        hosts.sort(key=lambda item: _ORDER.index(cast(Delta, item[3]).path))
-        served: dict[tuple[str, int], set[int]] = {}
-        for method, target, host, _ in hosts:
-            served.setdefault((method, id(host._parameters.get(target.parameter))), set()).add(id(host))
-        merged: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        for method, target, host, module in hosts:
-            delta, base = cast(Delta, module), host._parameters.get(target.parameter)
-            if delta.path == "shared" or isinstance(delta, Tied):
-                continue  # part of what the deltas that use it, or that it repeats, merge
-            if base is None:
-                delta.merged(torch.empty(0))  # raises: there is no weight to merge into
-                raise NotMergeableError(f"{target.path} has no weight that the delta could be added to.")
-            holders = {id(m) for m in modules.values() if any(p is base for p in m._parameters.values())}
-            if not holders <= served[method, id(base)]:
-                raise NotMergeableError(
-                    f"{target.path} is tied ({', '.join(sorted(owners[id(base)]))}): merging would change every one "
-                    "of them. Keep the delta attached, or untie the weights first."
-                )
-            if is_quantised(base):
-                check_replaceable(host, target.path, base, dequantize)
-            weight = merged[id(base)][1] if id(base) in merged else dense_values(host, target.parameter)
-            merged[id(base)] = (base, delta.merged(weight))
-            bias = host._parameters.get("bias") if target.parameter == "weight" else None
-            if bias is not None and delta.changes_bias:
-                old = merged[id(bias)][1] if id(bias) in merged else bias.detach()
-                merged[id(bias)] = (bias, delta.merged_bias(old))
-        return list(merged.values())
 
     def _mute(self, on: bool) -> None:
         mute(self.root, {path for _, _, path, _ in self.record.hosts()}, on)

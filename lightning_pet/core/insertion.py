@@ -18,7 +18,6 @@ from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.effective import effective, held
@@ -68,13 +67,12 @@ class _Host(nn.Module):
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
             return output
-        if len(deltas) == 1 and deltas[0].reads_weight and is_quantised(cast(Tensor, self.weight)):
-            return deltas[0](args[0], output, dense_values(self, "weight"), self.bias)
         value = args[0] if args else next(iter(kwargs.values()), None)
         several = isinstance(output, tuple | list)
         tensor = output[0] if several else output
         for delta in deltas:
-            tensor = delta(value if delta.slot is None else delta.slot.take(), tensor)
+            x = value if delta.slot is None else delta.slot.take()
+            tensor = delta(x, tensor, *_weight_and_bias(self)) if delta.reads_weight else delta(x, tensor)
         if not several:
             return tensor
         return (tensor, *output[1:]) if isinstance(output, tuple) else [tensor, *output[1:]]
@@ -157,7 +155,7 @@ def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
         # Computing the product itself, a delta would read the weight past the weight deltas.
-        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
+        "__pet_fusable__": has_plain_forward(base) and not issubclass(mixin, _WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -185,7 +183,12 @@ def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)
 
 
-def _has_plain_forward(cls: type[nn.Module]) -> bool:
+def _weight_and_bias(host: Any) -> tuple[Tensor, Tensor | None]:
+    weight = host.weight
+    return dense_values(host, "weight") if is_quantised(weight) else weight, getattr(host, "bias", None)
+
+
+def has_plain_forward(cls: type[nn.Module]) -> bool:
     """Whether forward is exactly ``x W + b``, so that a delta may compute it (layers of bitsandbytes: no)."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     return owner is nn.Linear or (is_conv1d(owner) and owner.__name__ == "Conv1D")
@@ -209,42 +212,6 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def is_conv1d(cls: type[nn.Module]) -> bool:
     """Whether this is transformers' ``Conv1D`` (a linear layer with a transposed weight)."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)
-
-
-def host_kind(module: nn.Module, parameter: str = "weight") -> str | None:
-    """What a module is to a delta: the table of all that can host one.
-
-    Returns:
-        ``"linear"``, ``"conv1d_hf"`` (transposed linear), ``"embedding"``, ``"conv"``,
-        ``"weight"`` (a parameter that is read without calling its module, or one of three
-        dimensions), or ``None`` if it cannot host a delta.
-    """
-    tensor = module._parameters.get(parameter)
-    if tensor is None:
-        return None
-    cls = base_class(module)
-    if parameter != "weight" or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        return "weight" if tensor.ndim >= 2 else None
-    if is_conv1d(cls):
-        return "conv1d_hf"
-    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
-        return "weight" if _computes_otherwise(module, tensor) else "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return "conv"
-    return "weight" if tensor.ndim in (2, 3) else None
-
-
-def _computes_otherwise(module: nn.Module, weight: Tensor) -> bool:
-    """A linear layer of ordinary numbers with a forward of its own (groups, routers): only its weight is sure."""
-    plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and weight.ndim == 2
-    return (
-        isinstance(module, nn.Linear)
-        and plain
-        and not is_quantised(weight)
-        and not _has_plain_forward(base_class(module))
-    )
 
 
 def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) -> str | None:

@@ -8,12 +8,14 @@ from torch import nn
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.bases import bases_around, bases_of, frozen_by_user, is_below, twins_of
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
-from lightning_pet.core.insertion import check_attachable, reader_of
+from lightning_pet.core.insertion import check_attachable
 from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
-from lightning_pet.core.patterns import is_role, name_matcher
+from lightning_pet.core.parameters import seen_reader
+from lightning_pet.core.patterns import KINDS, is_role, name_matcher
 from lightning_pet.core.quantised import check_hosts, check_trains
 from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.together import check_together
 from lightning_pet.errors import ArgumentError, TargetError
 
 
@@ -89,6 +91,7 @@ def prepare(
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
             targets = (*targets, *_heads(root, method, targets, bases, structure))
         prepared.append(_build(root, method, targets, bases, structure, stored))
+    check_together(root, [insertion for item in prepared for insertion in item.insertions])
     return prepared
 
 
@@ -100,7 +103,7 @@ def _resolve(
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """The places of a method, and the base that they lie in."""
     bases = bases_of(root) if scope is None else (scope,)
-    named = [p for p in _patterns(method) if not is_role(p) and p not in ("all", "all-linear")]
+    named = [p for p in _patterns(method) if not is_role(p) and p not in ("all", *KINDS)]
     failures: list[TargetError] = []
     if len(bases) == 1 or not _patterns(method):
         found: list[Target] = []
@@ -213,7 +216,6 @@ def _build(
         if target.reads is not None:
             check_attachable(modules[target.reads], target, key)
         check_hosts(insertion.delta, modules[target.module], target.path, target.parameter)
-    called = structure.called if structure else None
     trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
@@ -226,7 +228,7 @@ def _build(
         targets=tuple(places),
         insertions=insertions,
         readers=tuple(
-            reader_of(root, insertion.target, called) if insertion.target.parameter else None
+            seen_reader(root, insertion.target, structure) if insertion.target.parameter else None
             for insertion in insertions
         ),
         trained=trained,
