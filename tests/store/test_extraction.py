@@ -70,7 +70,7 @@ def test_methods_whose_files_are_packed(method, tmp_path):
             if tensor.is_floating_point() and "pet" in name:
                 tensor.add_(torch.linspace(0.01, 0.2, tensor.numel()).view(tensor.shape))
     state = adapted.state_dict()
-    entry = make_entry(adapted.record, "", base_fingerprint(adapted.root, adapted.record), state)
+    entry = make_entry(adapted.record, "", base_fingerprint(adapted.root, adapted.record, state), state)
     torch.save({"state_dict": state, KEY: entry, "global_step": 1}, tmp_path / "c.ckpt")
     pet.extract_delta(tmp_path / "c.ckpt", tmp_path / "d.pet.safetensors")
     fresh, _ = zoo.bert()

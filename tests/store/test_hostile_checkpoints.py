@@ -34,7 +34,7 @@ def good():
     net = base()
     adapted = pet.apply(net, [pet.LoRACallback(r=2, target_modules=["0"])])
     state = adapted.state_dict()
-    entry = make_entry(adapted.record, "", base_fingerprint(net, adapted.record), state)
+    entry = make_entry(adapted.record, "", base_fingerprint(net, adapted.record, state), state)
     return {"state_dict": state, KEY: entry, "global_step": 1, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
 
 
