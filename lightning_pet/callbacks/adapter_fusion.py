@@ -27,6 +27,7 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.fusion import Fusable, Mixture, MixtureAround
 from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import MethodRecord
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import read
 
 
@@ -120,7 +121,7 @@ class AdapterFusionCallback(PETCallback):
         """Constructor arguments that rebuild this instance from a file: the adapters' options for their sources."""
         members = self.members
         if members is None:
-            files = [source for source in self.adapters or () if Path(source).is_file()]
+            files = [source for source in self.adapters or () if Path(expanded(source)).is_file()]
             members = [found.description for source in files for found in _in_file(source)]
         return {**super().config(), "adapters": None, "members": members}
 
@@ -248,7 +249,7 @@ class AdapterFusionCallback(PETCallback):
 
 def _find(root: nn.Module, source: str) -> list[_Trained]:
     """The adapters in a file, or the applied one of that name."""
-    if Path(source).is_file():
+    if Path(expanded(source)).is_file():
         return _in_file(source)
     record = record_of(root)
     applied = record.applied if record else []

@@ -18,6 +18,7 @@ from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.excerpts import held_schedule, held_states, stored_names, stored_schedule, stored_states
 from lightning_pet.engine.hyper_parameters import make_plain
 from lightning_pet.engine.resume import ExactResume
+from lightning_pet.engine.sealed import seal
 from lightning_pet.engine.strategy import Named, StrategyAdapter
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.layers.delta import Excerpt
@@ -121,6 +122,7 @@ class Checkpoints:
             if key in checkpoint:
                 checkpoint[key] = self.keep(checkpoint[key])
         left_out = make_plain(checkpoint)
+        seal(checkpoint)
         record = run.adapted.record
         written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
         entry = make_entry(record, run.root_path, self._fingerprint(frozenset(self._changed())), written)

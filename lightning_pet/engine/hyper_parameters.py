@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-_AS_IT_IS: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+AS_IT_IS: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+"""Exact types of what needs no other form."""
 _MAX_DEPTH: Final = 64
 OMEGACONF: Final = "omegaconf"
 
@@ -40,7 +41,7 @@ def plain(value: Any, where: str = "it", depth: int = 0) -> Any:
     >>> plain({"root": Path("data"), "sizes": (1, 2)})
     {'root': 'data', 'sizes': (1, 2)}
     """
-    if type(value) in _AS_IT_IS or isinstance(value, Tensor):
+    if type(value) in AS_IT_IS or isinstance(value, Tensor):
         return value
     if isinstance(value, Enum):
         return plain(value.value, where, depth)
@@ -60,14 +61,14 @@ def plain(value: Any, where: str = "it", depth: int = 0) -> Any:
 def _of_numpy(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, np.generic):
         item = value.item()
-        if type(item) in _AS_IT_IS:
+        if type(item) in AS_IT_IS:
             return item
     elif value.dtype.kind in "biufc":
         try:
             return torch.from_numpy(value.copy())
         except TypeError:  # a dtype that torch does not have
             pass
-    raise _not_plain(value, where)
+    raise not_plain(value, where)
 
 
 def _collection(value: Any, where: str, depth: int) -> Any:
@@ -87,14 +88,15 @@ def _collection(value: Any, where: str, depth: int) -> Any:
         return tuple(plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value))
     if isinstance(value, set | frozenset):
         return {plain(item, where, depth + 1) for item in value}
-    raise _not_plain(value, where)
+    raise not_plain(value, where)
 
 
 def _is_omegaconf(value: object) -> bool:
     return type(value).__module__.partition(".")[0] == OMEGACONF
 
 
-def _not_plain(value: object, where: str) -> NotPlainError:
+def not_plain(value: object, where: str) -> NotPlainError:
+    """The error that names a value and its type."""
     kind = value if isinstance(value, type) else type(value)
     text = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     return NotPlainError(f"{where} is {'the class' if kind is value else 'of'} {text}")

@@ -1,7 +1,6 @@
 """A LightningModule from a checkpoint: built from its hyper-parameters, and what lies beside the delta."""
 
 import inspect
-import os
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from lightning_pet.engine.hyper_parameters import OMEGACONF
 from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.store.entry import KEY
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import PathLike
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -34,7 +34,7 @@ def _from_file(path: PathLike) -> dict[str, Any]:
     suffix = Path(path).suffix
     if suffix not in (".csv", ".yaml", ".yml"):
         raise ArgumentError(f"hparams_file={str(path)!r}: use a .yaml or .csv file, as Lightning's loggers write it.")
-    file = os.fspath(path)
+    file = expanded(path)
     found: Any = load_hparams_from_tags_csv(file) if suffix == ".csv" else load_hparams_from_yaml(file, False)
     return dict(found or {})
 

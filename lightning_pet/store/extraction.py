@@ -9,6 +9,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import written_by
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import PathLike, checkpoint_manifest, delta_of, is_delta_file
 
 
@@ -36,14 +37,14 @@ def extract_delta(checkpoint: PathLike, path: PathLike, *, notes: Mapping[str, s
     if _is_file(checkpoint) and is_delta_file(checkpoint):
         raise ArgumentError(f"{checkpoint} is no training checkpoint (.ckpt); a delta file can be copied as it is.")
     content = load_checkpoint(checkpoint)
-    if os.path.exists(path) and os.path.samefile(checkpoint, path):
+    if os.path.exists(expanded(path)) and os.path.samefile(expanded(checkpoint), expanded(path)):
         raise ArgumentError(f"{path} is the checkpoint itself; give the delta file another name.")
     return write_delta_of(content, checkpoint, path, notes)
 
 
 def _is_file(path: PathLike) -> bool:
     try:
-        return os.path.isfile(path)
+        return os.path.isfile(expanded(path))
     except ValueError:  # no path of any file
         return False
 

@@ -12,6 +12,7 @@ from lightning_pet.core.naming import canonical
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.fingerprint import Verdict, compare
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import Stored, delta_of, is_delta_file, read
 
 _LOOKS: Final = 3  # into the folder, as long as files vanish meanwhile
@@ -66,7 +67,7 @@ def last_good(folder: str | os.PathLike[str], model: nn.Module | None = None) ->
 def _newest_first(folder: str | os.PathLike[str]) -> list[Path]:
     """All checkpoints below a folder; of links that dangle, and files that vanish meanwhile, the own time or none."""
     found: dict[Path, float] = {}
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(expanded(folder)):
         for path in (Path(parent, name) for name in (*files, *folders) if name.endswith(".ckpt")):
             found[path] = -1
             with contextlib.suppress(OSError):

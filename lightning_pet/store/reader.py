@@ -14,6 +14,7 @@ from lightning_pet.store.delta_file import read_delta, read_manifest
 from lightning_pet.store.entry import MARK, check_tensors, methods_of, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import Manifest, MethodRecord
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.strict_json import fault
 from lightning_pet.store.tensors import describe
 
@@ -108,9 +109,9 @@ def is_delta_file(path: PathLike) -> bool:
     """Whether a path is to be read as a delta file; otherwise it is a training checkpoint."""
     # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
     try:
-        if not Path(path).is_file():
+        if not os.path.isfile(expanded(path)):
             return True
-        with open(path, "rb") as file:
+        with open(expanded(path), "rb") as file:
             return file.read(2) != b"PK"
     except ValueError:  # no path of any file, such as one with a NUL
         return True

@@ -10,11 +10,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 from models import Data, Module, Net, ckpt, digest, every_step, fit, lora, trainer
 from torch import nn
 
-from lightning_pet import ArgumentError, load_delta, load_from_checkpoint, save_delta
+from lightning_pet import ArgumentError, last_good, load_delta, load_from_checkpoint, save_delta
 from lightning_pet.engine.hyper_parameters import NotPlainError, plain
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.entry import KEY
@@ -256,3 +257,39 @@ def test_other_loaders_lead_to_the_answer(tmp_path):
     load_delta(fresh, path)
     save_delta(fresh, tmp_path / "again.pet.safetensors")
     assert (tmp_path / "again.pet.safetensors").read_bytes() == (tmp_path / "d.pet.safetensors").read_bytes()
+
+
+class Remembering(Callback):
+    """A callback whose state is more than plain data."""
+
+    def __init__(self, best=None):
+        self.best = best
+
+    def state_dict(self):
+        return {"best": self.best, "rate": np.float64(0.5)}
+
+    def load_state_dict(self, state):
+        self.best = state["best"]
+
+
+def test_objects_of_callbacks_keep_nobody_from_the_rest(tmp_path):
+    module = Plain()
+    fit(module, lora(), Remembering(pathlib.Path("x")), every_step(tmp_path), max_steps=2)
+    path = ckpt(tmp_path, 2)
+    saved = torch.load(path, weights_only=True)
+    assert "Remembering" not in saved["callbacks"]
+    assert digest(load_from_checkpoint(Plain, path)) == digest(module)
+    assert last_good(tmp_path) == path
+    mine = Remembering()
+    with pytest.raises(DeltaFileError, match=r"the state of Remembering holds objects.*weights_only=False") as caught:
+        trainer(lora(), mine, max_epochs=1).fit(Plain(), datamodule=Data(), ckpt_path=path)
+    assert caught.value.code == "unsafe"
+    resumed = Plain()
+    trainer(lora(), mine, max_epochs=1).fit(resumed, datamodule=Data(), ckpt_path=path, weights_only=False)
+    assert mine.best == pathlib.Path("x")
+    assert len(resumed.losses) == 3
+    fit(Plain(), lora(), Remembering(3), every_step(tmp_path / "plain"), max_steps=1)
+    assert torch.load(ckpt(tmp_path / "plain", 1), weights_only=True)["callbacks"]["Remembering"] == {
+        "best": 3,
+        "rate": 0.5,
+    }
