@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
 from lightning_pet.core.applied import Adaptation, adapted_roots, record_of
-from lightning_pet.core.insertion import mute
 from lightning_pet.core.merging import merged_weights
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import named_tensors
@@ -16,6 +15,7 @@ from lightning_pet.core.outside import changed_outside, note_changed, outside_pa
 from lightning_pet.core.plan import Plan, plan_of
 from lightning_pet.core.preparation import is_shared, prepare
 from lightning_pet.core.quantised import is_quantised, replace_by_dense
+from lightning_pet.core.stand_in import switched_off
 from lightning_pet.core.structure import Structure
 from lightning_pet.errors import DeltaFileError, PETError
 
@@ -68,7 +68,7 @@ class Adapted:
             return f"Adapted({kind}: merged or removed)"
         places = [(a, sum(not is_shared(target) for target in a.targets)) for a in record.applied]
         methods = ", ".join(f"{a.label} on {n} place{'s' * (n != 1)}" for a, n in places)
-        plan, off = self.plan(), ", switched off now" if record.muted else ""
+        plan, off = self.plan(), ", switched off now" if record.switch.is_off() else ""
         return f"Adapted({kind}: {methods}, trains {plan.trainable:,} of {plan.base:,} numbers{off})"
 
     @property
@@ -138,19 +138,15 @@ class Adapted:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the model computes what the base computed, bit for bit."""
-        record = self.record
-        if record.muted:
-            yield
-            return
+        """Within the block the model computes what the base computed, bit for bit; for the calling thread only.
+
+        Other threads go on with the deltas and with trained heads and biases. The values of the parameters stay: this
+        thread reads the original ones. What forwards inside of the block do to buffers is forgotten at its end, where
+        the deltas had changed them. Enter and leave the block in one thread, and do not ``await`` in between.
+        """
         self._refuse_lost_originals("switched off")
-        trained = self._swap_originals()
-        self._mute(True)
-        try:
+        with switched_off(self.root, self.record):
             yield
-        finally:
-            self._mute(False)
-            copy_in(self.root, trained)
 
     def remove(self) -> None:
         """Take everything out: the model is bit for bit what it was, with its own parameter names."""
@@ -176,18 +172,6 @@ class Adapted:
         for parameter, weight in merged:
             if is_quantised(parameter):
                 replace_by_dense(self.root, parameter, weight)
-
-    def _mute(self, on: bool) -> None:
-        mute(self.root, {path for _, _, path, _ in self.record.hosts()}, on)
-        self.record.muted = on
-
-    def _swap_originals(self) -> dict[str, Tensor]:
-        """Put the original values in, and return the trained ones."""
-        changed = {*self.record.trained_names, *changed_buffers(self.root)}
-        tensors = {name: tensor for name, tensor in named_tensors(self.root) if name in changed}
-        trained = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        copy_in(self.root, {name: self.record.originals[name] for name in tensors})
-        return trained
 
     def _refuse_lost_originals(self, verb: str) -> None:
         lost = [n for n in self.record.trained_names if self.record.originals[n].is_meta]

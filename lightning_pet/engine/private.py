@@ -28,6 +28,8 @@ name                                                      used for
 ``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
+``._log_hyperparams``                                     what Lightning logs of a module and its data, and when it logs
+``_LoggerConnector.should_update_logs``
 ``LBFGS._params``                                         optimizers that use their first group only
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``core/graph.py`` and
 ``Node._input_metadata``, ``Node._saved_groups``,         ``core/fused.py``; guarded by ``tests/core/test_graph.py``
@@ -35,7 +37,10 @@ name                                                      used for
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names, in ``core``;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
 ``aten._unsafe_view``                                     outputs that own their memory, in ``layers/``
-``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
+``torch._C._current_graph_task_id``,                      telling recomputation from forward, in ``layers/`` and
+``._current_autograd_node``, ``threading._DummyThread``,  ``core``; which forward it repeats, and for which thread:
+``._is_key_in_tls``, ``._get_obj_in_tls`` ("context")     ``core/call.py``, guarded by ``tests/core/test_calls.py``
+``Module._replicate_for_data_parallel``                   copies that run in threads of their own
 ``forward_ad._current_level``,                            telling transforms of ``torch.func`` and forward mode, in
 ``torch._C._functorch``                                   ``layers/transforms.py``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
@@ -357,3 +362,15 @@ def loader_of_run(trainer: Any) -> Any:
     loops = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
     source = getattr(trainer, loops[trainer.state.fn])._data_source
     return source.dataloader() if source.is_defined() else None
+
+
+def logged_hyperparameters(trainer: Any) -> dict[str, Any]:
+    """Return the hyper-parameters of the module and the data that Lightning hands to the loggers of this run."""
+    sources = [s for s in (trainer.lightning_module, trainer.datamodule) if s is not None and s._log_hyperparams]
+    found = {name: value for source in sources for name, value in source.hparams_initial.items()}
+    return {name: value for name, value in found.items() if name != "_class_path"}
+
+
+def logs_this_step(trainer: Any) -> bool:
+    """Whether what is logged in this training step reaches the loggers (``log_every_n_steps``)."""
+    return bool(trainer._logger_connector.should_update_logs)
