@@ -31,6 +31,7 @@ _PLAIN: Final = frozenset(
     }
 )
 _NESTED: Final = ("callbacks",)
+_NEEDED: Final = ("optimizer_states", "lr_schedulers", "loops")  # what a run cannot go on without stays as it is
 
 
 def readable(value: Any, where: str = "it") -> Any:
@@ -60,6 +61,8 @@ def seal(checkpoint: dict[str, Any]) -> None:
                 sealed[key] = closed
             continue
         kept, closed = _split({key: checkpoint[key]})
+        if closed and key in _NEEDED:
+            continue
         if closed:
             sealed[key] = closed[key]
             del checkpoint[key]
