@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pet.core.adapted import Adapted
@@ -23,10 +23,13 @@ from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
+from lightning_pet.engine.private import logs_this_step
+from lightning_pet.engine.run_log import log_figures, norm_of
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
+Scalar = Literal["norm", "rank", "density"]
 
 
 class PETCallback(Callback):
@@ -40,8 +43,8 @@ class PETCallback(Callback):
     Args:
         name: tells two instances of one method apart.
         module: submodule of the LightningModule to adapt and freeze (default: all of it).
-        modules_to_save: modules that train as they are and are saved with the delta. ``None``: the
-            task head of a classification model is found by itself; ``[]``: none.
+        modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
+            ``None``: the task head of a classification model is found by itself; ``[]``: none.
         start_from: delta file or checkpoint whose tensors this method starts from.
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per
@@ -51,6 +54,9 @@ class PETCallback(Callback):
         delta_files: write a delta file (``x.pet.safetensors``) beside each checkpoint (``x.ckpt``), and remove it
             together with it.
         verbose: print the table of trained parameters once at the start of a fit.
+        scalars: figures to log as often as the Trainer logs, as ``pet/METHOD_NAME/FIGURE``: ``"norm"`` (Euclidean
+            norm of what trains; of tensors of the base, that of their change), ``"rank"`` (average rank, of low-rank
+            methods), ``"density"`` (share of entries that are not zero, of diff pruning).
 
     Raises:
         ArgumentError: if an argument is out of range.
@@ -59,8 +65,13 @@ class PETCallback(Callback):
     method: ClassVar[str]
     width: ClassVar[str | None] = None
     """The argument that sizes the method (a positive integer), for ``budget``; ``None`` if it has no size."""
+    figures: ClassVar[tuple[Scalar, ...]] = ("norm",)
+    """What ``scalars`` may ask of the method."""
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
+
+    of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose", "scalars"})
+    """Options that are no part of the delta: no file holds them, or has a say in them."""
 
     in_place: ClassVar[bool] = False
     """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
@@ -81,6 +92,7 @@ class PETCallback(Callback):
         budget: float | None = None,
         delta_files: bool = False,
         verbose: bool = True,
+        scalars: list[Scalar] | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -96,6 +108,10 @@ class PETCallback(Callback):
             raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
         if budget is not None and not 0 < budget <= 1:
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
+        for figure in scalars or ():
+            if figure not in self.figures:
+                known = ", ".join(map(repr, self.figures))
+                raise ArgumentError(f"scalars: {figure!r} is not a figure of {type(self).__name__}, which has {known}.")
         self.name = name
         self.module = module
         self.modules_to_save = listed_if_given(modules_to_save)
@@ -104,6 +120,7 @@ class PETCallback(Callback):
         self.budget = budget
         self.delta_files = delta_files
         self.verbose = verbose
+        self.scalars = scalars
         self._of_run: pl.LightningModule | None = None  # of the run that it is, or was last, part of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -137,7 +154,7 @@ class PETCallback(Callback):
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
         if self.modules_to_save is None:
             return parameters_below(scope, find_heads(scope, ()), "modules_to_save")
-        paths = named_modules(scope)
+        paths = [*named_modules(scope), *(canonical(name) for name, _ in scope.named_parameters())]
         there = [head for head in self.modules_to_save if any(f".{path}".endswith(f".{head}") for path in paths)]
         return parameters_below(scope, there, "modules_to_save")
 
@@ -208,8 +225,7 @@ class PETCallback(Callback):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        of_the_run = ("start_from", "base_check", "delta_files", "verbose")
-        return {name: value for name, value in self._arguments().items() if name not in of_the_run}
+        return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 
@@ -243,7 +259,9 @@ class PETCallback(Callback):
                     raise
                 return None  # wider than a host allows
 
-        check_affordable(numbers(1) or 0, base, self.budget, f"{self.width}=1")
+        smallest = copy(self)
+        smallest.set_width(1)
+        check_affordable(numbers(1) or 0, base, self.budget, f"{self.width}={getattr(smallest, str(self.width))}")
         self.set_width(widest(numbers, affordable(self.budget, base)))
         spent = self.numbers(root, targets)
         rank_zero_info(
@@ -281,12 +299,46 @@ class PETCallback(Callback):
         if (controller := Controller.get(trainer)).leads(self):
             controller.resume.on_train_epoch_start(trainer)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Before a backward pass: the loss depends on something that trains."""
+        if not loss.requires_grad and (controller := Controller.get(trainer)).leads(self):
+            controller.refuse_dead()
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Before an optimizer's first step: every delta that it holds must have received a gradient."""
+        """Before an optimizer's first step: its deltas must have received a gradient."""
         if (controller := Controller.get(trainer)).leads(self):
-            controller.check_gradients(optimizer)
+            controller.before_step(optimizer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the base before the first batch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.begin()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base with what it was, and name deltas that never fired."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.on_train_epoch_end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base once more, after all hooks of the last epoch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.check("at the end of the fit")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the figures that were asked for, in steps that are logged."""
+        if self.scalars and logs_this_step(trainer):
+            log_figures(pl_module, self, {name: self.figure(name, trainer) for name in self.scalars})
+
+    def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
+        """One of :attr:`figures`, now; every process calls this."""
+        controller = Controller.get(trainer)
+        return norm_of(controller.adapted, self, controller.adapter)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no wrapper behind."""

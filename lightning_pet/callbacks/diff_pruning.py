@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.structure import Structure, Target
@@ -24,7 +24,7 @@ from lightning_pet.engine.cut import fix, largest_entries
 from lightning_pet.engine.density import DensityCurve, counted
 from lightning_pet.engine.monitors import compare_anew
 from lightning_pet.engine.parameter_groups import Exchange, set_option
-from lightning_pet.engine.strategy import StrategyAdapter, trainable
+from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
@@ -80,6 +80,7 @@ class DiffPruningCallback(PETCallback):
 
     method: ClassVar[str] = "diff_pruning"
     shards = True
+    figures = ("norm", "density")
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "exclude_modules",
         "embeddings",
@@ -230,7 +231,8 @@ class DiffPruningCallback(PETCallback):
             adapter.clip(trainer, optimizer, gates, self.alpha_clip)
         if gates and not self._looked:
             self._looked = True
-            names = {id(parameter): name for name, parameter in trainable(pl_module).items()}
+            # Also of those that toggle_optimizer lets rest at the moment.
+            names = {id(parameter): canonical(name) for name, parameter in pl_module.named_parameters()}
             places = {names[id(delta.w)]: (target.path, delta.w) for target, delta in self._live if delta.w is not None}
             silent = adapter.without_gradient({name: w for name, (_, w) in places.items()}, optimizer)
             self._report_unreached([places[name][0] for name in silent])
@@ -302,6 +304,7 @@ class DiffPruningCallback(PETCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Draw this step's gates: they depend on seed and step alone, on every rank and after a resume."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._cut_if_due(trainer)
         for _, delta in self._live:
             delta.gates.begin(trainer.global_step, batch_idx)
@@ -315,11 +318,20 @@ class DiffPruningCallback(PETCallback):
         self._cut_if_due(trainer)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._note(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._end_at <= trainer.global_step < trainer.estimated_stepping_batches:
             trainer.should_stop = True
 
+    def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
+        """The density now, or what every method has."""
+        if name != "density":
+            return super().figure(name, trainer)
+        parts, _ = counted(self._live, Controller.get(trainer).adapter)
+        return sum(part.nonzero for _, part in parts) / sum(part.size for _, part in parts)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cut now if the run was stopped in its first stage; draw the curves."""
+        super().on_train_end(trainer, pl_module)
         if not self._is_cut:
             rank_zero_warn(
                 f"the fit ended after {trainer.global_step} of {self._cut_at} steps of the first stage: its difference "

@@ -29,6 +29,10 @@ _ORDER: tuple[Role, ...] = (
 )  # fmt: skip
 
 
+class UnreadableGraphError(TargetError):
+    """The forward ran, but its graph has a form that is not understood: no fault of who gave it."""
+
+
 def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
     """Find out the structure of ``model`` by running ``forward`` once.
 
@@ -68,28 +72,32 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
         try:
             return _Reading(model, record, observer.seen).structure()
         except Exception as error:
-            raise TargetError(
+            raise UnreadableGraphError(
                 f"the autograd graph of {type(model).__name__} could not be read: {type(error).__name__}: {error}. "
                 "Name the target modules instead of their roles, and please report this model."
             ) from error
 
 
-def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Structure:
+def analyse(model: nn.Module, forward: Callable[[], Any] | None = None, *, strict: bool = False) -> Structure:
     """Structure of ``model`` from a forward, its names and its tensor-parallel plan, whichever are available.
 
     Args:
         model: the model; paths in the result are relative to it.
         forward: as in :func:`probe`. Without one, a model that describes its inputs (Hugging Face) is
             run on eight tokens, one image or a short sound, also on the meta device.
+        strict: the forward is the user's word: do not go on without it.
 
     Returns:
         The merged structure. ``source`` is ``"names"`` if no forward could be run; the reason is then
         the first of ``disagreements``.
+
+    Raises:
+        TargetError: with ``strict``, if the forward raised, or returned nothing that depends on the parameters.
     """
-    seen, failure = _first_success(model, forward)
-    structure = merge(model, seen)
-    if failure is not None:
-        structure = replace(structure, disagreements=(failure, *structure.disagreements))
+    seen, failure, own = _first_success(model, forward, strict)
+    structure = replace(merge(model, seen), failure=failure or "")
+    if reason := failure or own:
+        structure = replace(structure, disagreements=(reason, *structure.disagreements))
     if seen is None:
         embedding = input_embedding(model) or only_embedding(model)
         targets = structure.targets if embedding is None else (Target(embedding, role="embedding"), *structure.targets)
@@ -106,21 +114,24 @@ def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Struc
     )
 
 
-def _first_success(model: nn.Module, forward: Callable[[], Any] | None) -> tuple[Structure | None, str | None]:
-    """Probe by the given forward, else by the model's own inputs; with it what went wrong where that matters."""
-    failure = None
+def _first_success(
+    model: nn.Module, forward: Callable[[], Any] | None, strict: bool
+) -> tuple[Structure | None, str | None, str | None]:
+    """Probe by the given forward, else by the model's own inputs; and what went wrong with the one and the others."""
+    failure = own = None
     if forward is not None:
         try:
-            return probe(model, forward), None
+            return probe(model, forward), None, None
         except TargetError as error:
+            if strict and not isinstance(error, UnreadableGraphError):
+                raise
             failure = str(error)
-    own = None
     for candidate in candidate_forwards(model):
         try:
-            return probe(model, candidate), failure
+            return probe(model, candidate), failure, None
         except TargetError as error:
             own = own or str(error)
-    return None, failure or own
+    return None, failure, own
 
 
 class _Reading:
