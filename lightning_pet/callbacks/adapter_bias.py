@@ -10,7 +10,7 @@ from lightning_pet.core.heads import parameters_below
 from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_norm, named_places
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
@@ -83,7 +83,7 @@ class AdapterBiasCallback(PETCallback):
         targets = resolve_targets(root, "ffn.down", structure, exclude=exclude, layers=layers)
         for target in targets:
             called = structure.called is None or target.module in structure.called
-            if host_kind(named_modules(root)[target.module], target.parameter) not in _CALLED or not called:
+            if host_kind(module_at(root, target.module), target.parameter) not in _CALLED or not called:
                 raise TargetError(
                     f"{target.path} is read without being called as a layer (experts, for example), so the "
                     "activation in front of it is not seen. Exclude it with exclude_modules, or use form='survey'."
@@ -114,7 +114,7 @@ class AdapterBiasCallback(PETCallback):
 
     def _sizes(self, root: nn.Module, target: Target) -> tuple[int, int]:
         if target.parameter:
-            return features(named_modules(root)[target.module])
+            return features(module_at(root, target.module))
         return target.sizes[0], target.sizes[0]
 
     def _shift(self, root: nn.Module, target: Target, alpha: TokenScore | None) -> TokenShift:

@@ -15,7 +15,7 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Method, key_of
-from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.naming import by_delta, join, named_modules, named_tensors
 from lightning_pet.core.outside import note_changed, outside_parameters
 from lightning_pet.core.preparation import Prepared, delta_key, prepare
 from lightning_pet.core.structure import Target
@@ -97,12 +97,6 @@ def _deltas(root: nn.Module, record: Adaptation, method: Method | None = None) -
         for applied, _, path, key in record.hosts()
         if method is None or applied.key == key_of(method)
     }
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a path, by their names from there."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -> Adapted:
@@ -199,16 +193,15 @@ def start_from(
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
         check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then, whole)
     deltas = _deltas(adapted.root, adapted.record, method)
-    problems = [
-        join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(_below(stored.tensors, prefix))
-    ]
+    found = by_delta(stored.tensors)
+    problems = [join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(found.get(prefix, {}))]
     if problems:
         raise DeltaFileError(
             f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
             "mismatch",
         )
     for prefix, delta in deltas.items():
-        delta.unpack(_below(stored.tensors, prefix))
+        delta.unpack(found.get(prefix, {}))
     renew(adapted.root)
     mine = next(applied.trained for applied in adapted.record.applied if applied.key == key_of(method))
     if absent := [name for name in mine if name not in stored.tensors]:
@@ -266,9 +259,10 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         record = record_of(root) or Adaptation()
         check_base(stored.base, root, record, stored.path, base_check, trained)
     record = commit(root, prepared)
+    found = by_delta(stored.tensors)
     for prefix, delta in _deltas(root, record).items():
-        if tensors := _below(stored.tensors, prefix):
-            delta.unpack(tensors)
+        if prefix in found:
+            delta.unpack(found[prefix])
     renew(root)
     own = set(record.delta_names)
     copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
@@ -334,14 +328,13 @@ def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, ou
     others = set(record.delta_names if record else ())
     optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)} - others
     problems: list[str] = []
-    left = dict(stored.tensors)
+    found = by_delta(stored.tensors)
     for item in prepared:
         for insertion in item.insertions:
             prefix = join(insertion.target.module, CHILD, delta_key(item.method, insertion))
-            tensors = _below(left, prefix)
+            tensors = found.pop(prefix, {})
             problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
-            for name in tensors:
-                del left[join(prefix, name)]
+    left = {join(prefix, name): tensor for prefix, tensors in found.items() for name, tensor in tensors.items()}
     problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
     problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional - outside)]
     problems += [
