@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pet.core.adapted import Adapted
@@ -43,8 +43,8 @@ class PETCallback(Callback):
     Args:
         name: tells two instances of one method apart.
         module: submodule of the LightningModule to adapt and freeze (default: all of it).
-        modules_to_save: modules that train as they are and are saved with the delta. ``None``: the
-            task head of a classification model is found by itself; ``[]``: none.
+        modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
+            ``None``: the task head of a classification model is found by itself; ``[]``: none.
         start_from: delta file or checkpoint whose tensors this method starts from.
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per
@@ -69,6 +69,9 @@ class PETCallback(Callback):
     """What ``scalars`` may ask of the method."""
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
+
+    of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose", "scalars"})
+    """Options that are no part of the delta: no file holds them, or has a say in them."""
 
     in_place: ClassVar[bool] = False
     """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
@@ -151,7 +154,7 @@ class PETCallback(Callback):
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
         if self.modules_to_save is None:
             return parameters_below(scope, find_heads(scope, ()), "modules_to_save")
-        paths = named_modules(scope)
+        paths = [*named_modules(scope), *(canonical(name) for name, _ in scope.named_parameters())]
         there = [head for head in self.modules_to_save if any(f".{path}".endswith(f".{head}") for path in paths)]
         return parameters_below(scope, there, "modules_to_save")
 
@@ -222,8 +225,7 @@ class PETCallback(Callback):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        of_the_run = ("start_from", "base_check", "delta_files", "verbose", "scalars")
-        return {name: value for name, value in self._arguments().items() if name not in of_the_run}
+        return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 
@@ -295,12 +297,34 @@ class PETCallback(Callback):
         if (controller := Controller.get(trainer)).leads(self):
             controller.resume.on_train_epoch_start(trainer)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Before a backward pass: the loss depends on something that trains."""
+        if not loss.requires_grad and (controller := Controller.get(trainer)).leads(self):
+            controller.refuse_dead()
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Before an optimizer's first step: every delta that it holds must have received a gradient."""
+        """Before an optimizer's first step: its deltas must have received a gradient."""
         if (controller := Controller.get(trainer)).leads(self):
-            controller.check_gradients(optimizer)
+            controller.before_step(optimizer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the base before the first batch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.begin()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base with what it was, and name deltas that never fired."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.on_train_epoch_end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base once more, after all hooks of the last epoch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.check("at the end of the fit")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
