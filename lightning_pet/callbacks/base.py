@@ -70,6 +70,9 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
+    of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose", "scalars"})
+    """Options that are no part of the delta: no file holds them, or has a say in them."""
+
     in_place: ClassVar[bool] = False
     """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
     thaws: ClassVar[bool] = True
@@ -222,8 +225,7 @@ class PETCallback(Callback):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        of_the_run = ("start_from", "base_check", "delta_files", "verbose", "scalars")
-        return {name: value for name, value in self._arguments().items() if name not in of_the_run}
+        return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 
@@ -305,9 +307,26 @@ class PETCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Before an optimizer's first step: every delta that it holds must have received a gradient."""
+        """Before an optimizer's first step: its deltas must have received a gradient."""
         if (controller := Controller.get(trainer)).leads(self):
-            controller.check_gradients(optimizer)
+            controller.before_step(optimizer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the base before the first batch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.begin()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base with what it was, and name deltas that never fired."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.on_train_epoch_end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base once more, after all hooks of the last epoch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.check("at the end of the fit")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -23,6 +23,7 @@ from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.agreement import agreed
 from lightning_pet.engine.parameter_groups import clip_norm, groups_of
+from lightning_pet.engine.sealed import unseal
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
@@ -74,6 +75,9 @@ class StrategyAdapter(Generic[S]):
 
     materialized_late = False
     """Whether deltas were on the meta device when the model was complete, so that they got their values since."""
+
+    repacks = False
+    """Whether its optimizers hold other tensors than the parameters of the module."""
 
     passes_over = True
     """Whether its optimizers leave a parameter as it is that has no gradient in a step."""
@@ -137,10 +141,15 @@ class StrategyAdapter(Generic[S]):
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
     ) -> dict[str, Any]:
         """Read a checkpoint and check it."""
-        return self._read(rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only))
+        return self._read(
+            rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only), weights_only
+        )
 
-    def _read(self, rules: CheckpointRules, path: Any, load: Callable[[], Any]) -> dict[str, Any]:
+    def _read(
+        self, rules: CheckpointRules, path: Any, load: Callable[[], Any], weights_only: bool | None
+    ) -> dict[str, Any]:
         checkpoint = self.agreed(f"reading {path}", lambda: read_checkpoint(path, load))
+        unseal(checkpoint, path, weights_only)
         rules.after_load(checkpoint, path)
         return checkpoint
 
@@ -257,6 +266,14 @@ class StrategyAdapter(Generic[S]):
         """Those of the parameters that this optimizer holds and that have no gradient."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [name for name, p in parameters.items() if id(p) in held and p.grad is None]
+
+    def still_silent(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+        """Names of those that have no gradient, as far as this process sees, before a later step."""
+        return {name for name, parameter in parameters.items() if parameter.grad is None}
+
+    def everywhere(self, names: set[str]) -> set[str]:
+        """Names that were found in all processes."""
+        return names
 
     def parameter_names(self, module: nn.Module) -> list[list[list[str]]]:
         """Names of the parameters of each group of each optimizer."""
