@@ -231,16 +231,16 @@ class Known:
 
     Attributes:
         tensor: in which of the four tensors; anywhere by default.
-        weak: half of the inputs are a thousandth of the others, and what reads them does not differ.
+        weak: half of the inputs are this much of the others, and what reads them does not differ.
     """
 
     tensor: int | None = None
-    weak: bool = False
+    weak: float | None = None
 
     def candidates(self, sizes: list[int]) -> Tensor:
         """Places that may differ, counted over all tensors."""
         allowed = torch.ones(sum(sizes), dtype=torch.bool)
-        if self.weak:
+        if self.weak is not None:
             allowed[: sizes[0]].view(-1, INPUTS)[:, INPUTS // 2 :] = False
         if self.tensor is not None:
             for other, part in enumerate(allowed.split(sizes)):
@@ -250,8 +250,8 @@ class Known:
     def inputs(self, count: int, generator: torch.Generator) -> Tensor:
         """Rows for the network."""
         x = torch.randn(count, INPUTS, generator=generator)
-        if self.weak:
-            x[:, INPUTS // 2 :] *= 1e-3
+        if self.weak is not None:
+            x[:, INPUTS // 2 :] *= self.weak
         return x
 
 
@@ -259,7 +259,8 @@ KNOWN = {
     "anywhere": Known(),
     "first tensor": Known(tensor=0),
     "last weights": Known(tensor=2),
-    "not at weak inputs": Known(weak=True),
+    "beside 1/1000": Known(weak=1e-3),
+    "beside 1/100": Known(weak=1e-2),
 }
 
 
