@@ -22,6 +22,7 @@ from lightning_pet.core.adaptation import (
 )
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, described, record_of
+from lightning_pet.core.intact import check_intact, resizable, resized
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import canonical, join, named_tensors
 from lightning_pet.core.outside import mark_anew
@@ -195,7 +196,10 @@ class Controller:
         overridden, dtype = is_overridden(hook, self.module), torch.get_default_dtype()
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            out = original(*args, **kwargs)
+            root = root_of(self.module)[1]
+            record = record_of(root)
+            with resizable(root, record is not None and len(self._new) == len(record.applied)):
+                out = original(*args, **kwargs)
             with outside_of_init(dtype):
                 if overridden:
                     self._look_again()
@@ -220,6 +224,8 @@ class Controller:
             refresh(root)
 
     def _refuse_lost_hosts(self, root: nn.Module, record: Adaptation) -> None:
+        if resized(root, record):
+            check_intact(root, record)
         lost = sorted(set(record.delta_names) - {name for name, _ in named_tensors(root)})
         if lost:
             raise PETError(
