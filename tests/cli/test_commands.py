@@ -143,6 +143,16 @@ def test_the_installed_script_knows_every_verb(
     assert text in done.stdout
 
 
+def test_the_installed_script_names_and_writes_configurations(tmp_path: Path) -> None:
+    assert "  method/lora " in run(ours("list"), tmp_path).stdout
+    (tmp_path / "reviews.csv").write_text("text,label\ngood,pos\nbad,neg\n")
+    written = run(ours("init", "text_classification", "--method=bitfit", "--data=reviews.csv"), tmp_path)
+    assert written.stdout.endswith("lightning-pet fit -c run.yaml\n")
+    printed = run(ours("fit", "-c", "run.yaml", "-c", "trainer/cpu", "--print_config"), tmp_path).stdout
+    assert "class_path: lightning_pet.BitFitCallback" in printed
+    assert "accelerator: cpu" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
