@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
@@ -104,7 +104,7 @@ class AutoPromptCallback(PETCallback):
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find where the model takes its ids, and the trigger to start from."""
         targets = prompt_targets(root, structure, self.where)
-        table = named_modules(root)[targets[1].module]
+        table = module_at(root, targets[1].module)
         self._start = self._first_trigger(cast(nn.Embedding, table).num_embeddings, getattr(root, "config", None))
         return targets
 
@@ -131,7 +131,7 @@ class AutoPromptCallback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> TriggerRows:
         """Build the trigger for a token table."""
-        table = cast(nn.Embedding, named_modules(root)[target.module])
+        table = cast(nn.Embedding, module_at(root, target.module))
         return TriggerRows(self._start or self.length, table.num_embeddings, table.weight.device)
 
     # --- the search -----------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class AutoPromptCallback(PETCallback):
         """The trigger and the weight of its token table."""
         root = Controller.get(trainer).adapted.root
         target, rows = next(found for found in self.deltas(root) if found[0].role == "prompt.rows")
-        return cast(TriggerRows, rows), cast(nn.Embedding, named_modules(root)[target.module]).weight.detach()
+        return cast(TriggerRows, rows), cast(nn.Embedding, module_at(root, target.module)).weight.detach()
 
     def _loss(
         self,

@@ -13,7 +13,7 @@ from lightning_pet.core.activations import word_activations
 from lightning_pet.core.attention import AttentionPrefix, PrefixSite, site_target
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import layer_index
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at, named_modules
 from lightning_pet.core.patterns import listed_if_given, listed_layers, name_matcher, names_from_above
 from lightning_pet.core.structure import AttentionCore, Structure, Target
 from lightning_pet.core.tokens import common_ids, load_tokenizer, text_ids, unknown_rows
@@ -136,7 +136,7 @@ class PrefixTuningCallback(PETCallback):
         for core in cores:
             if not core.route:
                 raise TargetError(
-                    f"prefix tuning: {core.owner!r} ({type(named_modules(root)[core.owner]).__name__}) computes its "
+                    f"prefix tuning: {core.owner!r} ({type(module_at(root, core.owner)).__name__}) computes its "
                     "attention in a way that a prefix cannot join. Leave it out by "
                     f"exclude_modules=[{core.owner.rpartition('.')[2]!r}], or choose adapters or LoRA."
                 )
@@ -294,7 +294,7 @@ def _width(structure: Structure, cores: Sequence[AttentionCore], group: tuple[st
 
 def _factory(root: nn.Module, target: Target) -> dict[str, Any]:
     """Where, and in which type, to make parameters: full precision even on a half-precision base."""
-    host = named_modules(root)[target.module]
+    host = module_at(root, target.module)
     parameter = next((p for p in (*host.parameters(), *root.parameters()) if p.is_floating_point()), torch.empty(0))
     dtype = parameter.dtype if parameter.dtype in (torch.float32, torch.float64) else torch.float32
     return {"device": parameter.device, "dtype": dtype}

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.quantised import initialize
 from lightning_pet.core.structure import Structure, Target
@@ -125,7 +125,7 @@ class PromptTuningCallback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> VirtualRows:
         """Build the rows of one token table; the other places hold nothing that trains."""
-        table = cast(nn.Embedding, named_modules(root)[target.module])
+        table = cast(nn.Embedding, module_at(root, target.module))
         weight = table.weight
         rows = VirtualRows(
             self.length,
@@ -150,7 +150,7 @@ class PromptTuningCallback(PETCallback):
         """Source ids of every row."""
         if self.init == "random":
             return None
-        table = named_modules(root)[next(target.module for target in targets if target.role == "prompt.rows")]
+        table = module_at(root, next(target.module for target in targets if target.role == "prompt.rows"))
         vocabulary: Any = table.num_embeddings
         words = load_tokenizer(self.tokenizer, f"init={self.init!r}") if self.tokenizer is not None else None
         if self.init == "text":

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_pet.core.bases import base_parameters_of, can_train, frozen_by_user, is_below, is_pretrained
 from lightning_pet.core.insertion import CHILD, base_class
-from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.naming import canonical, join, module_at, named_modules
 from lightning_pet.core.structure import Output, Role, Structure, Target
 from lightning_pet.core.targets import suggest
 from lightning_pet.errors import TargetError
@@ -50,7 +50,7 @@ def heads_of(
     if not hosts and not in_place:
         return ()
     within = [replace(target, module=_from(base, target.module)) for target in hosts]
-    found = [join(base, path) for path in find_heads(named_modules(root)[base], () if in_place else within)]
+    found = [join(base, path) for path in find_heads(module_at(root, base), () if in_place else within)]
     frozen = frozen_by_user(root)
     found = [path for path in found if not _kept_frozen(root, base, path, frozen)]
     if structure is not None and not structure.of_loss:
@@ -66,7 +66,7 @@ def last_layers(
 
     Libraries' models are asked instead of read: much of what they end with is pretrained.
     """
-    if is_pretrained(named_modules(root)[base]):
+    if is_pretrained(module_at(root, base)):
         return ()
     hosts = [target for target in targets if is_below(target.module, base)]
     frozen, found = frozen_by_user(root), dict[str, None]()
