@@ -125,7 +125,7 @@ def _changes(module: Any, size: int | None, pad_to_multiple_of: int | None = Non
     size = now if size is None else size
     if isinstance(pad_to_multiple_of, int) and pad_to_multiple_of > 0:
         size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-    return size != now
+    return bool(size != now)
 
 
 def _table(module: Any, getter: str) -> nn.Module | None:
