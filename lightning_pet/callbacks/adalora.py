@@ -68,6 +68,7 @@ class AdaLoRACallback(PETCallback):
     """
 
     method: ClassVar[str] = "adalora"
+    mirrors = False
     width: ClassVar[str | None] = "init_r"
     shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {

@@ -83,6 +83,7 @@ class AdapterFusionCallback(PETCallback):
     """
 
     method: ClassVar[str] = "adapter_fusion"
+    mirrors = False
     shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"regularization"}
 

@@ -67,6 +67,9 @@ class PETCallback(Callback):
     thaws: ClassVar[bool] = True
     """Such a method trains a base that is frozen as a whole: that was made ready for it."""
 
+    mirrors: ClassVar[bool] = True
+    """Its deltas can be had twice: a copy of the model that the user keeps (for averages) gets the same, untrained."""
+
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
 

@@ -79,6 +79,7 @@ class DiffPruningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "diff_pruning"
+    mirrors = False
     shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "exclude_modules",

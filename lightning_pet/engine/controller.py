@@ -381,8 +381,21 @@ class Controller:
                 "run, or the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing without an "
                 "input that requires grad). Exclude these hosts with exclude_modules, or use use_reentrant=False."
             )
+        self._warn_unused_heads(optimizer)
         self._checked.add(id(optimizer))
         self._trained = True
+
+    def _warn_unused_heads(self, optimizer: Any) -> None:
+        """A head that was found by itself may be none of those that the loss is computed with."""
+        root = self.adapted.root
+        places = {target.module for a in self.adapted.record.applied for target in a.targets if target.role == "head"}
+        for path in sorted(join(self.root_path, place) for place in places):
+            own = {name: p for name, p in trainable(self.module).items() if name.startswith(f"{path}.")}
+            if own and len(self.adapter.without_gradient(own, optimizer)) == len(own):
+                rank_zero_warn(
+                    f"{path} of {type(root).__name__} was taken for a head, but the loss does not reach it. If the "
+                    "model ends otherwise, leave it out with modules_to_save=[]."
+                )
 
     # --- the end ----------------------------------------------------------------------------------
 

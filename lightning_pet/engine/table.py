@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_pet.core.plan import Plan
+from lightning_pet.core.plan import Plan, how_to_train
 
 
 @rank_zero_only
@@ -30,6 +30,8 @@ def show_plan(plan: Plan) -> None:
         numbers[key] += row.parameters
     for key, count in places.items():
         table.add_row(key[0], key[1], str(count), key[2], f"{numbers[key]:,}")
+    for path in plan.frozen_heads:
+        table.add_row("frozen", path, "1", how_to_train(path), "0")
     table.add_section()
     table.add_row("total", "", "", f"{plan.share:.2%} of {plan.base:,}", f"{plan.trainable:,}")
     Console().print(table)
