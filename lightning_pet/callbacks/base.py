@@ -39,9 +39,10 @@ class PETCallback(Callback):
 
     Args:
         name: tells two instances of one method apart.
-        module: submodule of the LightningModule to adapt and freeze (default: all of it).
-        modules_to_save: modules that train as they are and are saved with the delta. ``None``: the
-            task head of a classification model is found by itself; ``[]``: none.
+        module: submodule of the LightningModule to adapt and freeze (default: the pretrained models inside it,
+            else all of it). What lies beside it trains as it does without us.
+        modules_to_save: modules that train as they are and are saved with the delta. ``None``: the output
+            layers that a target feeds and that you did not freeze, as far as they can be told; ``[]``: none.
         start_from: delta file or checkpoint whose tensors this method starts from.
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per

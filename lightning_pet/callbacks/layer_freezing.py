@@ -140,7 +140,7 @@ class LayerFreezingCallback(PETCallback):
         if self.train_layers is None and share > 0.5 and any(self.train_last >= len(s.layers) for s in stacks):
             rank_zero_warn(
                 f"LayerFreezingCallback(train_last={self.train_last}) trains {share:.0%} of {type(root).__name__}, "
-                f"whose stacks have {', '.join(str(len(s.layers)) for s in stacks)} layers. Lower train_last, or name the "
+                f"whose stacks have {', '.join(str(len(s.layers)) for s in stacks)} layers. Lower train_last, or name "
                 "layers with train_layers."
             )
 
