@@ -17,7 +17,7 @@ from lightning_pet.core.patterns import listed, listed_if_given
 from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.stacks import names_of_base
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import resolve_excluded, resolve_targets
+from lightning_pet.core.targets import linear_targets, resolve_excluded, resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
 from lightning_pet.layers.delta import Delta
@@ -79,7 +79,8 @@ class BitFitCallback(PETCallback):
         found: list[Target] = []
         for pattern in self.biases:
             here = self._present(root) if pattern == "all" else ()
-            places = [_bias_at(root, place) for place in self._places(root, structure, pattern)]
+            wanted = () if here and not self.add_missing else self._places(root, structure, pattern)
+            places = [_bias_at(root, place) for place in wanted]
             missing = [place for place in places if not place.parameter]
             here = here or [place for place in places if place.parameter]
             if not here and not self.add_missing:
@@ -91,6 +92,11 @@ class BitFitCallback(PETCallback):
         dropped = {place.module for place in self._excluded(root, structure)}
         kept = [place for place in dict.fromkeys(found) if place.module not in dropped]
         if not kept:
+            if not found:
+                raise TargetError(
+                    f"biases={self.biases}: {type(root).__name__} has no bias outside of its head, and no linear layer "
+                    "or norm that one could be added to. Choose another method."
+                )
             raise TargetError(f"nothing is left of biases={self.biases} after exclude_modules={self.exclude_modules}.")
         return tuple(kept)
 
@@ -110,8 +116,7 @@ class BitFitCallback(PETCallback):
             if is_norm(module) and module._parameters.get("weight") is not None
         ]
         heads = {name.rpartition(".")[0] for name in self.heads_within(root)}
-        linear = resolve_targets(root, "all-linear", structure) if _has_linear(root) else ()
-        return [place for place in (*linear, *norms) if place.module not in heads]
+        return [place for place in (*linear_targets(root, structure), *norms) if place.module not in heads]
 
     def _excluded(self, root: nn.Module, structure: Structure) -> Sequence[Target]:
         return resolve_excluded(root, self.exclude_modules or (), structure, hosts=_any)
@@ -176,10 +181,6 @@ def _can_add(root: nn.Module, structure: Structure, place: Target) -> bool:
 
 def _width(host: nn.Module) -> int:
     return features(host)[1] if is_linear(host) else len(host._parameters["weight"])  # type: ignore[arg-type]
-
-
-def _has_linear(root: nn.Module) -> bool:
-    return any(is_linear(module) or isinstance(module, nn.MultiheadAttention) for module in root.modules())
 
 
 def _any(module: nn.Module, parameter: str) -> bool:

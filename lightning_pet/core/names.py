@@ -111,13 +111,25 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_router(module: nn.Module) -> bool:
-    """A linear that returns scores, a single number or a tuple instead of features."""
-    if is_linear(module) and features(module)[1] == 1:
-        return True  # the gate of a shared expert, a predictor of durations
+    """A layer whose class says that it returns scores, maybe in a tuple, instead of features."""
     overrides = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     return bool(re.search(r"router|topk|gating", type(module).__name__, re.I)) or (
         overrides and bool(re.search(r"gate", type(module).__name__, re.I))
     )
+
+
+def gives_one_number(module: nn.Module) -> bool:
+    """A linear layer with one output: a value, a score, the gate of a shared expert."""
+    return is_linear(module) and features(module)[1] == 1
+
+
+def is_named_gate(path: str) -> bool:
+    """Whether a name speaks of weighing others, where no forward tells.
+
+    >>> is_named_gate("mlp.shared_expert_gate"), is_named_gate("critic.value")
+    (True, False)
+    """
+    return re.search(r"gate|gating|router", path.rpartition(".")[2], re.I) is not None
 
 
 def layer_index(path: str, lists: Sequence[str] | None = None) -> int | None:
@@ -150,7 +162,7 @@ def roles_by_name(model: nn.Module) -> list[NamedRoles]:
     for path, module in modules.items():
         if isinstance(module, nn.MultiheadAttention):
             continue  # known exactly, see multihead_targets
-        if is_linear(module) and not is_router(module):
+        if is_linear(module) and not is_router(module) and not gives_one_number(module):
             if not isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
                 found.extend(_by_name(modules, path, "weight"))
         else:

@@ -19,6 +19,8 @@ GROUPS: dict[str, tuple[Role, ...]] = {
     "ffn": ("ffn.gate", "ffn.up", "ffn.down"),
     "embedding": ("embedding",),
 }
+KINDS = {"all-linear": "linear layer", "all-conv": "convolution"}
+"""Words for every layer of a kind."""
 _ROLE = re.compile(r"(attention)(?:\.(self|cross))?(?:\.([qkvo]))?|ffn(?:\.(up|gate|down))?|embedding")
 _COMMA = re.compile(r"\s*,(?![^\[]*\])\s*")  # not in the brackets of a glob
 _GLOB = "*?["

@@ -12,7 +12,7 @@ from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, le
 from lightning_pet.core.insertion import check_attachable, reader_of
 from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
-from lightning_pet.core.patterns import is_role, name_matcher
+from lightning_pet.core.patterns import KINDS, is_role, name_matcher
 from lightning_pet.core.quantised import check_hosts, check_trains
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError, TargetError
@@ -104,7 +104,7 @@ def _resolve(
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """The places of a method, and the base that they lie in."""
     bases = bases_of(root) if scope is None else (scope,)
-    named = [p for p in _patterns(method) if not is_role(p) and p not in ("all", "all-linear")]
+    named = [p for p in _patterns(method) if not is_role(p) and p not in ("all", *KINDS)]
     failures: list[TargetError] = []
     if len(bases) == 1 or not _patterns(method):
         found: list[Target] = []

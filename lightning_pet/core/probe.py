@@ -19,7 +19,7 @@ from lightning_pet.core.names import named_places
 from lightning_pet.core.opinions import merge
 from lightning_pet.core.record import Record, Recorder, accepts_mask, undisturbed
 from lightning_pet.core.residual import Addition, find_additions
-from lightning_pet.core.roles import Use, Uses, attention_uses, ffn_uses
+from lightning_pet.core.roles import Use, Uses, attention_uses, ffn_uses, weighing
 from lightning_pet.core.sites import Taps, build_sites
 from lightning_pet.core.structure import AttentionCore, Output, Role, Site, Structure, Target
 from lightning_pet.errors import TargetError
@@ -156,6 +156,7 @@ class _Reading:
             called=frozenset(call.path for call in self.record.calls),
             source="probe",
             unresolved=in_module_order(self.model, unresolved),
+            weighing=frozenset(host[0] for gemm in weighing(self.graph) if (host := self.host(gemm)) is not None),
             outputs=() if is_self_describing(self.model) else self._outputs(),
         )
 

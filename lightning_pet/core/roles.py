@@ -16,6 +16,7 @@ _NONLINEAR = re.compile(
     r"|Glu|LogSigmoid|Softsign)",
     re.I,
 )
+_JOINS = re.compile(r"^(?:Cat|Stack)")
 _CLAMP = re.compile(r"^Clamp|^Minimum|^Maximum")
 
 
@@ -151,6 +152,37 @@ def _reached(
         through = through or _bends(graph, i, pattern)
         todo.extend((j, through) for j in graph.data[i])
     return reached
+
+
+def weighing(graph: Graph) -> list[int]:
+    """Gemms with one output that other features are multiplied by: routers, gates of shared experts."""
+    found = []
+    for i in graph.gemms:
+        if "Convolution" not in graph.names[i] and graph.shape(Edge(i, 0))[-1:] == (1,) and _weighs(graph, i):
+            found.append(i)
+    return found
+
+
+def _weighs(graph: Graph, gemm: int) -> bool:
+    """Whether the number, through a non-linearity or as it is, multiplies more features than it has itself."""
+    seen: set[tuple[int, bool]] = set()
+    todo = [(gemm, False)]
+    while todo:
+        i, bent = todo.pop()
+        for j in graph.successors[i]:
+            bent_here = bent or bool(_NONLINEAR.match(graph.names[j]) or "Softmax" in graph.names[j])
+            if (j, bent_here) in seen or j in graph.gemms:
+                continue
+            seen.add((j, bent_here))
+            if len(graph.data[j]) == 1 or _JOINS.match(graph.names[j]):
+                todo.append((j, bent_here))
+            elif graph.names[j].startswith("Mul"):
+                own = [graph.shape(edge)[-1:] for edge in graph.operands[j] if edge.node == i]
+                if (1,) in own and graph.shape(Edge(j, 0))[-1:] != (1,):
+                    return True
+            elif bent and graph.is_product(j):
+                return True  # a weighted sum over positions
+    return False
 
 
 def _bends(graph: Graph, i: int, pattern: re.Pattern[str]) -> bool:

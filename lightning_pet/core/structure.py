@@ -146,6 +146,7 @@ class Structure:
         source: ``"probe"`` if a forward was read, ``"names"`` if only module names were.
         disagreements: human-readable differences between probe and names.
         unresolved: fused projections of which it is known that they hold a role, but not in which rows.
+        weighing: layers with one output that weighs other features (the gate of a shared expert).
         prefix: path of this model in what the user handed over; names in target patterns may start with it.
         outputs: output layers, where a forward was read of a model that does not describe itself.
         of_loss: that forward went on to the loss, so that layers of the loss may be among them.
@@ -160,6 +161,7 @@ class Structure:
     source: Literal["probe", "names"] = "names"
     disagreements: tuple[str, ...] = field(default=())
     unresolved: tuple[Target, ...] = ()
+    weighing: frozenset[str] = frozenset()
     prefix: str = ""
     outputs: tuple[Output, ...] = ()
     of_loss: bool = False
@@ -197,6 +199,7 @@ class Structure:
             attention=tuple(replace(a, owner=strip(a.owner)) for a in self.attention if a.owner.startswith(prefix)),
             embedding=strip(self.embedding) if self.embedding and self.embedding.startswith(prefix) else None,
             consumer=strip(self.consumer) if self.consumer and self.consumer.startswith(prefix) else None,
+            weighing=frozenset(strips(tuple(self.weighing))),
             called=frozenset(strips(tuple(self.called))) if self.called is not None else None,
             outputs=tuple(
                 Output(strip(output.module), frozenset(strips(tuple(output.fed_by))))

@@ -6,7 +6,9 @@ A pattern is one of
 ``attention.q``, ``ffn.up`` ...      a role; ``attention`` and ``ffn`` stand for all of theirs
 ``attention.self.q``, ``...cross.v`` a role in self- or in cross-attention only
 ``embedding``                        the token embedding
-``all-linear``                       every projection except output embedding, task head and routers
+``all-linear``                       every projection except output embedding, task head and routers (whose
+                                     output weighs other features)
+``all-conv``                         every convolution except those of the task head
 ``q_proj``, ``self.query``           whole components at the end of a module's name
 ``encoder.layer.*.output.dense``     a glob over module names (``*`` also crosses dots)
 ``re:.*\.(q|v)_proj``                a regular expression that matches the whole name
@@ -17,19 +19,30 @@ Every pattern must hit something, otherwise :class:`~lightning_pet.errors.Target
 """
 
 import difflib
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_pet.core.fused import overlap
-from lightning_pet.core.names import is_linear, is_router, layer_index, named_places
+from lightning_pet.core.names import (
+    gives_one_number,
+    is_linear,
+    is_named_gate,
+    is_router,
+    layer_index,
+    named_places,
+)
 from lightning_pet.core.naming import canonical, join
-from lightning_pet.core.patterns import GROUPS, has_role, is_role, name_matcher, names_from_above
+from lightning_pet.core.patterns import GROUPS, KINDS, has_role, is_role, name_matcher, names_from_above
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import TargetError
 
 Hosts = Callable[[nn.Module, str], bool]
+
+_log = logging.getLogger(__name__)
+_CONVOLUTION = nn.modules.conv._ConvNd
 
 _HEAD_NAMES = frozenset(
     ("lm_head", "score", "classifier", "classification_head", "qa_outputs", "cls", "head", "heads", "fc", "logits_proj")
@@ -100,6 +113,12 @@ def resolve_excluded(
     """
     scope = _Scope(model, structure, hosts or _is_matrix)
     return tuple(dict.fromkeys(target for pattern in patterns for target in scope.match_below(pattern)))
+
+
+def linear_targets(model: nn.Module, structure: Structure) -> tuple[Target, ...]:
+    """What ``all-linear`` hits; unlike a pattern, it may be nothing."""
+    scope = _Scope(model, structure, _is_matrix)
+    return scope.ordered(scope.every("all-linear"))
 
 
 def role_names(structure: Structure) -> tuple[str, ...]:
@@ -176,8 +195,14 @@ class _Scope:
         """Targets of one pattern; raises if there are none."""
         if not isinstance(pattern, str) or not pattern:
             raise TargetError(f"a target pattern must be a non-empty string, got {pattern!r}.")
-        if pattern == "all-linear":
-            return self._all_linear()
+        if pattern in KINDS:
+            if targets := self.every(pattern):
+                return targets
+            heads = ", ".join(sorted(output_heads(self.model))) or "none"
+            raise TargetError(
+                f"{pattern!r} hits nothing: the model has no {KINDS[pattern]} that can host this method outside its "
+                f"output head ({heads}). Name the modules instead."
+            )
         if is_role(pattern):
             targets = self._by_role(pattern)
             if targets:
@@ -189,7 +214,7 @@ class _Scope:
 
     def match_below(self, pattern: str) -> list[Target]:
         """Targets of one pattern and of everything below the modules that it names; raises if there are none."""
-        if not isinstance(pattern, str) or not pattern or pattern.startswith("all-"):
+        if not isinstance(pattern, str) or not pattern or pattern in KINDS:
             return self.match(pattern)
         if is_role(pattern) and any(has_role(t, pattern) for t in (*self.structure.targets, *self.unresolved)):
             return self.match(pattern)
@@ -222,21 +247,34 @@ class _Scope:
         hits = [target for target in self.structure.targets if has_role(target, pattern)]
         return [target for target in hits if self._hosts(target.module, target.parameter)]
 
-    def _all_linear(self) -> list[Target]:
+    def every(self, kind: str) -> list[Target]:
+        """All layers of a kind outside of heads; those that cannot host the method are named in the log."""
         heads = output_heads(self.model)
         targets: list[Target] = []
+        without: list[str] = []
         for module, path in self.first.items():
-            if any(_inside(name, heads) for name in self.names[path]) or is_router(module):
+            wanted = self._is_projection(module, path) if kind == "all-linear" else isinstance(module, _CONVOLUTION)
+            if not wanted or any(_inside(name, heads) for name in self.names[path]):
                 continue
-            if not (is_linear(module) or isinstance(module, nn.MultiheadAttention) or _is_experts(module)):
-                continue
-            targets.extend(self._target(path, name) for name in _weights(module) if self._hosts(path, name))
-        if not targets:
-            raise TargetError(
-                "'all-linear' hits nothing: the model has no linear layer that can host this method outside its "
-                f"output head ({', '.join(sorted(heads)) or 'none'}). Name the modules instead."
+            weights = [name for name in _weights(module) if self._hosts(path, name)]
+            targets.extend(self._target(path, name) for name in weights)
+            without += [] if weights else [f"{path} ({type(module).__name__})"]
+        if targets and without:
+            _log.warning(
+                "%s leaves out %d layers that this method cannot adapt: %s%s",
+                *(kind, len(without), ", ".join(without[:4]), " …" if len(without) > 4 else ""),
             )
         return targets
+
+    def _is_projection(self, module: nn.Module, path: str) -> bool:
+        if not (is_linear(module) or isinstance(module, nn.MultiheadAttention) or _is_experts(module)):
+            return False
+        if is_router(module):
+            return False
+        if not gives_one_number(module):
+            return True
+        ran = self.structure.called is not None and path in self.structure.called
+        return path not in self.structure.weighing if ran else not is_named_gate(path)
 
     def _by_name(self, pattern: str) -> list[Target]:
         matches = name_matcher(pattern)
@@ -290,7 +328,7 @@ class _Scope:
                 f"target pattern {pattern!r} hits {containers[0]!r} ({kind}), which has no weight that this method "
                 f"can adapt; {hint}."
             )
-        names = [*role_names(self.structure), *GROUPS, "all-linear", *self._suffixes()]
+        names = [*role_names(self.structure), *GROUPS, *KINDS, *self._suffixes()]
         tail = pattern.rpartition(":")[2]
         return (
             f"target pattern {pattern!r} hits no module of {type(self.model).__name__}."
@@ -361,7 +399,7 @@ def _is_matrix(module: nn.Module, parameter: str) -> bool:
 def _is_experts(module: nn.Module) -> bool:
     # A class token or a table of positions has three dimensions too, one of them of size 1; a parametrized
     # convolution keeps its weight apart.
-    others = (nn.modules.conv._ConvNd, nn.utils.parametrize.ParametrizationList)
+    others = (_CONVOLUTION, nn.utils.parametrize.ParametrizationList)
     return not isinstance(module, others) and any(
         parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
         for parameter in module._parameters.values()

@@ -37,7 +37,7 @@ from lightning_pet.engine.durable_io import install as install_durable_io
 from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.engine.precision import keep_delta_precision
+from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
@@ -355,6 +355,8 @@ class Controller:
         if self.adapter.materialized_late:
             self._start()
         self.adapter.check_wrapped(self.module)
+        if not self.adapter.keeps_masters:
+            warn_of_rounding(self.module)
         refuse_outdated_averages(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))

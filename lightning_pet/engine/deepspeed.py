@@ -35,6 +35,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     """Reads and writes through DeepSpeed's functions for single parameters; its master copies are float32."""
 
     passes_over = False
+    keeps_masters = True
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
         super().__init__(strategy)

@@ -1,8 +1,10 @@
 """Keeps a delta in the precision it was made in, whatever the base is cast to."""
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_pet.engine.parameter_groups import shown, trainable_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded
 
@@ -35,6 +37,18 @@ def keep_delta_precision(trainer: pl.Trainer) -> None:
         return module
 
     plugin.convert_module = convert_module  # type: ignore[method-assign]
+
+
+def warn_of_rounding(module: nn.Module) -> None:
+    """Say which parameters train in half precision: heads, biases and freed layers have that of the base."""
+    narrow = {name: p for name, p in trainable_of(module).items() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow:
+        dtype = str(next(iter(narrow.values())).dtype).removeprefix("torch.")
+        rank_zero_warn(
+            f"{sum(p.numel() for p in narrow.values()):,} numbers train in {dtype}, as the base is: "
+            f"{shown(list(narrow))}. Updates smaller than a 256th (bfloat16) or a 2048th (float16) of a value round to "
+            "nothing. With precision='bf16-mixed' and a float32 base they train in float32, as deltas do in any case."
+        )
 
 
 def _restore(part: nn.Module, name: str, data: Tensor) -> None:

@@ -78,6 +78,9 @@ class StrategyAdapter(Generic[S]):
     passes_over = True
     """Whether its optimizers leave a parameter as it is that has no gradient in a step."""
 
+    keeps_masters = False
+    """Whether its optimizers step float32 copies of what trains in half precision."""
+
     replaced: tuple[str, ...] = (
         "lightning_module_state_dict",
         "save_checkpoint",

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import pytest
+import torch
 from tiny_models import hf
 from torch import nn
 
@@ -107,6 +108,57 @@ def test_all_linear():
     experts = {t.parameter for t in resolve("mixtral", "all-linear")}
     assert experts == {"weight", "gate_up_proj", "down_proj"}
     assert not [t for t in resolve("mixtral", "all-linear") if t.module.endswith("gate")]
+
+
+class Scores(nn.Module):
+    """Layers with one output: two weigh features (as they are, and as a sum over positions), two are values."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.mix, self.pool = nn.Linear(4, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+        self.critic, self.energy = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x):
+        h = self.enc(x).relu()
+        h = h + self.mix(h).sigmoid() * h
+        pooled = self.pool(h).softmax(1).transpose(1, 2) @ h
+        return self.critic(pooled).tanh() * 3 + self.energy(h).sum(1)
+
+
+def test_a_router_is_what_weighs_other_features():
+    model = Scores()
+    seen = analyse(model, lambda: model(torch.randn(2, 3, 4)))
+    assert seen.weighing == {"mix", "pool"}
+    assert modules(resolve_targets(model, "all-linear", seen)) == ["enc", "critic", "energy"]
+    inside = analyse(nn.ModuleDict({"net": model}), lambda: model(torch.randn(2, 3, 4))).within("net")
+    assert resolve_targets(model, "all-linear", inside) == resolve_targets(model, "all-linear", seen)
+    assert modules(resolve_targets(model, "mix", seen)) == ["mix"]  # who names it gets it
+
+
+def test_without_a_forward_names_tell_a_gate_of_one_output():
+    names = ("value", "shared_expert_gate", "router", "discriminator")
+    model = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
+    assert modules(resolve_targets(model, "all-linear", Structure())) == ["value", "discriminator"]
+
+
+def test_all_conv(caplog):
+    model = nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 8, 3),
+            "wave": nn.Conv1d(3, 8, 3, groups=1),
+            "up": nn.ConvTranspose2d(8, 8, 2),
+            "proj": nn.Linear(8, 8),
+            "classifier": nn.Conv2d(8, 2, 1),
+        }
+    )
+    assert modules(resolve_targets(model, "all-conv", Structure())) == ["stem", "wave", "up"]
+    some = functools.partial(resolve_targets, hosts=lambda module, name: not isinstance(module, nn.ConvTranspose2d))
+    assert modules(some(model, "all-conv", Structure())) == ["stem", "wave"]
+    assert "leaves out 1 layers that this method cannot adapt: up (ConvTranspose2d)" in caplog.text
+    both = resolve_targets(model, ["all-conv", "all-linear"], Structure(), exclude=["up"])
+    assert modules(both) == ["stem", "wave", "proj"]
+    with pytest.raises(TargetError, match="'all-conv' hits nothing: the model has no convolution"):
+        resolve("bert", "all-conv")
 
 
 def test_all_linear_reaches_torch_attention():

@@ -71,3 +71,17 @@ def test_a_second_run_in_another_precision():
     Adapted(module.net).remove()
     reference = Net().bfloat16().state_dict()
     assert all(torch.equal(value, reference[name]) for name, value in module.net.state_dict().items())
+
+
+@pytest.mark.parametrize(("precision", "warns"), [("bf16-true", True), ("bf16-mixed", False)])
+def test_what_trains_in_half_precision_is_named(precision, warns, recwarn):
+    """A delta keeps float32; a head is a part of the base."""
+    fit(Module(Net()), lora(), precision=precision, max_epochs=1)
+    said = [str(w.message) for w in recwarn if "numbers train in bfloat16" in str(w.message)]
+    assert len(said) == warns
+    assert all("27 numbers" in words and "net.head.weight, net.head.bias" in words for words in said)
+
+
+def test_a_delta_alone_is_no_reason_to_warn(recwarn):
+    fit(Module(Net()), lora(modules_to_save=[]), precision="bf16-true", max_epochs=1)
+    assert not [w for w in recwarn if "numbers train in" in str(w.message)]

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_pet import (
     ArgumentError,
@@ -178,3 +179,26 @@ def test_bad_patterns() -> None:
         BitFitCallback([])
     with pytest.raises(ArgumentError, match="no width"):
         BitFitCallback(budget=0.1)
+
+
+class Convolutions(nn.Module):
+    def __init__(self, bias: bool = True, norm: bool = True) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
+        return out
+
+
+def test_convolutional_networks() -> None:
+    """The only linear layer is the head, so ``all-linear`` hits nothing; nobody has asked for it."""
+    assert {"conv.bias", "bn.bias", "fc.bias"} <= set(apply(Convolutions(), BitFitCallback()).record.trained_names)
+    added = apply(Convolutions(bias=False), BitFitCallback(add_missing=True, modules_to_save=[]))
+    assert added.record.trained_names == ("bn.bias", "fc.bias")
+    with pytest.raises(TargetError, match=r"has no bias there. Set add_missing=True"):
+        apply(Convolutions(bias=False, norm=False), BitFitCallback(modules_to_save="fc"))
+    with pytest.raises(TargetError, match="no linear layer or norm") as caught:
+        apply(Convolutions(bias=False, norm=False), BitFitCallback(add_missing=True, modules_to_save="fc"))
+    assert "exclude_modules" not in str(caught.value)
