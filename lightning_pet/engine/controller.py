@@ -13,10 +13,12 @@ from torch import nn
 from lightning_pet.core.adaptation import (
     freeze,
     host_parameter,
+    note_users_flags,
     outgrown,
     refresh,
     renew,
     required_gradients,
+    show_users_flags,
     take_out,
     undo,
 )
@@ -188,6 +190,8 @@ class Controller:
         overridden, dtype = is_overridden(hook, self.module), torch.get_default_dtype()
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if overridden and self._all_new():
+                show_users_flags(root_of(self.module)[1])  # it may freeze a part, or ask what is frozen
             out = original(*args, **kwargs)
             with outside_of_init(dtype):
                 if overridden:
@@ -203,14 +207,20 @@ class Controller:
         record = record_of(root)
         if record is None:
             return
-        if len(self._new) < len(record.applied):
+        if not self._all_new():
             self._refuse_lost_hosts(root, record)
             return
-        if outgrown(root) or root is not default_root(self.module)[1]:
+        refrozen = note_users_flags(root)
+        if refrozen or outgrown(root) or root is not default_root(self.module)[1]:
             take_out(root)
             self._new = []
         else:
             refresh(root)
+
+    def _all_new(self) -> bool:
+        """Whether all that the model has was inserted in this run."""
+        record = record_of(root_of(self.module)[1])
+        return record is not None and len(self._new) >= len(record.applied)
 
     def _refuse_lost_hosts(self, root: nn.Module, record: Adaptation) -> None:
         lost = sorted(set(record.delta_names) - {name for name, _ in named_tensors(root)})

@@ -245,6 +245,28 @@ def test_full_fine_tuning_of_a_frozen_model_is_refused():
         lp.apply(bert().requires_grad_(False), [lp.FullFineTuningCallback()])
 
 
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_what_is_frozen_in_a_hook_counts_as_well(hook, method):
+    def freeze(self, stage=None):
+        assert all(p.requires_grad for n, p in self.student.named_parameters() if CHILD not in n.split("."))
+        self.teacher.requires_grad_(False)
+
+    class Later(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.teacher.requires_grad_(True)
+            with torch.no_grad():
+                self.teacher.bert.embeddings.word_embeddings.weight += 1
+
+    setattr(Later, hook, freeze)
+    module = Later()
+    before = digest(module.teacher)
+    moved(module, TEXT, METHODS[method]())
+    assert digest(module.teacher) == before
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+
+
 # --- models of the user's own ---------------------------------------------------------------------------
 
 
