@@ -83,7 +83,8 @@ _WHERE = {
     "plan_memory": "report.memory",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
-_FILE_VERBS = ("inspect", "extract", "merge")
+_FILE_VERBS = ("inspect", "extract")  # merge builds methods, which have to be known
+_HELPED_VERBS = ("merge", "plan", "intrinsic-dimension")
 
 
 def __getattr__(name: str) -> Any:
@@ -95,11 +96,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _runs_file_verb(argv: list[str]) -> bool:
-    """Whether this process is our own command line, called for a verb that only reads files, or for help."""
+    """Whether this process is our own command line, called for a verb that builds no method, or for help."""
     if not argv or Path(argv[0]).stem != "lightning-pet":
         return False
-    helps = argv[1:2] in (["intrinsic-dimension"], ["plan"]) and bool({"-h", "--help"} & set(argv))
-    return not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help") or helps
+    if not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help"):
+        return True
+    return argv[1] in _HELPED_VERBS and bool({"-h", "--help"} & set(argv))
 
 
 if not _runs_file_verb(sys.argv):

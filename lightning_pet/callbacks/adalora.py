@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.insertion import host_kind
+from lightning_pet.core.fitting import Forms, Options, fitted
+from lightning_pet.core.hosts import host_kind, matrix_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import with_readers
@@ -21,9 +22,16 @@ from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores
-from lightning_pet.layers.svd_low_rank import SvdLowRank, SvdLowRankLinear, SvdLowRankParameter
+from lightning_pet.layers.svd_low_rank import (
+    SvdConvWeight,
+    SvdLowRank,
+    SvdLowRankConv,
+    SvdLowRankLinear,
+    SvdLowRankParameter,
+)
 
-_HOSTS = ("linear", "conv1d_hf", "weight")
+_HOSTS = ("linear", "conv1d_hf", "conv", "weight")
+_FORMS = Forms(SvdLowRankLinear, SvdLowRankParameter, SvdLowRankConv, SvdConvWeight)
 
 
 class AdaLoRACallback(PETCallback):
@@ -185,35 +193,14 @@ class AdaLoRACallback(PETCallback):
     def build(self, root: nn.Module, target: Target) -> SvdLowRank:
         """Build the delta that fits the host's class."""
         host = named_modules(root)[target.module]
-        weight = host._parameters[target.parameter]
-        assert weight is not None  # resolve_targets returned it
-        kind = host_kind(host, target.parameter)
-        outputs, inputs = weight.shape[-2:]
-        if kind == "linear":  # a quantised layer's weight may be packed; its declared sizes are right
-            inputs, outputs = getattr(host, "in_features", inputs), getattr(host, "out_features", outputs)
-        transposed = kind == "conv1d_hf" or (weight.ndim == 3 and bool(getattr(host, "is_transposed", False)))
-        inputs, outputs = (outputs, inputs) if transposed else (inputs, outputs)
+        outputs, inputs = matrix_of(host, target.parameter)
         if self.init_r > min(inputs, outputs):
             raise TargetError(
                 f"{target.path} is {outputs}×{inputs}: its rank can be at most {min(inputs, outputs)}, not "
                 f"{self.init_r}. Lower init_r, or exclude it."
             )
-        common: dict[str, Any] = {
-            "scale": self.alpha / self.init_r,
-            "transposed": transposed,
-            "rows": target.rows,
-            "device": weight.device,
-            # Full precision even on a half-precision base: updates are far smaller than the values.
-            "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
-        }
-        if kind != "weight" and target.reads is None:
-            return SvdLowRankLinear(inputs, outputs, self.init_r, dropout=self.dropout, **common)
-        if self.dropout:
-            raise TargetError(
-                f"{target.path}: dropout={self.dropout} needs the input of a linear layer, but this weight is read, "
-                "not called. Exclude it with exclude_modules, or set dropout=0."
-            )
-        return SvdLowRankParameter(tuple(weight.shape), self.init_r, **common)
+        options = Options(self.init_r, self.alpha / self.init_r, self.dropout)
+        return cast(SvdLowRank, fitted(root, target, options, _FORMS))
 
     def set_width(self, width: int) -> None:
         """Start with this rank; the rank at the end is no larger."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.heads import parameters_below
-from lightning_pet.core.insertion import host_kind
+from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_norm, named_places
 from lightning_pet.core.naming import named_modules

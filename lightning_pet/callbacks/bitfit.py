@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.biases import bias_of
-from lightning_pet.core.insertion import base_class, host_kind, reader_of
+from lightning_pet.core.hosts import host_kind
+from lightning_pet.core.insertion import base_class, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_linear, is_norm, named_places
 from lightning_pet.core.naming import named_modules

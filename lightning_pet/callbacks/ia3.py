@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.biases import bias_of
-from lightning_pet.core.insertion import host_kind, reader_of
+from lightning_pet.core.fitting import is_called
+from lightning_pet.core.hosts import host_kind, transposed
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features
 from lightning_pet.core.naming import named_modules
@@ -19,7 +20,9 @@ from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.scaling import InputScaling, OutputScaling, ScaledBias, ScaledWeight
+from lightning_pet.layers.scaling import InputScaling, OutputScaling, ScaledBias, ScaledKernel, ScaledWeight
+
+_HOSTS = ("linear", "conv1d_hf", "conv", "weight")
 
 
 class IA3Callback(PETCallback):
@@ -108,7 +111,7 @@ class IA3Callback(PETCallback):
             target, delta = insertion.target, insertion.delta
             host = named_modules(root)[target.module]
             found = bias_of(host, target.parameter, target.rows)
-            if isinstance(delta, ScaledWeight) and target.role != "ffn.down" and found is not None:
+            if isinstance(delta, ScaledWeight | ScaledKernel) and target.role != "ffn.down" and found is not None:
                 name, rows = found
                 features = host._parameters[name].shape[-1]  # type: ignore[union-attr]
                 place = replace(target, parameter=name, rows=rows)
@@ -125,19 +128,36 @@ class IA3Callback(PETCallback):
         # Full precision even on a half-precision base: the vectors stay close to one.
         options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype if wide else torch.float32}
         inner = target.role == "ffn.down"
-        kind = host_kind(host, target.parameter)
-        transposed = kind == "conv1d_hf" or (weight.ndim == 3 and getattr(host, "is_transposed", False))
-        if kind == "weight" or target.reads is not None or reader_of(root, target, None) is not None:
-            axis = -1 if inner is not transposed else -2
+        kind, called = host_kind(host, target.parameter), is_called(root, target)
+        if kind == "conv":
+            return _on_convolution(cast(nn.Conv2d, host), inner, called, options)
+        turned = transposed(host, target.parameter)
+        if not called:
+            if turned is None:
+                raise TargetError(
+                    f"{target.path} is square in a {type(host).__name__}, whose forward is no plain product: whether "
+                    "its rows or its columns are the outputs cannot be told. Exclude it with exclude_modules."
+                )
+            axis = -1 if inner is not turned else -2
             return ScaledWeight(weight.shape, axis, target.rows, **options)
         inputs, outputs = features(host)
         if inner:
-            return InputScaling(inputs, transposed=transposed, **options)
-        return OutputScaling(outputs, target.rows, transposed=transposed, **options)
+            return InputScaling(inputs, transposed=bool(turned), **options)
+        return OutputScaling(outputs, target.rows, transposed=bool(turned), **options)
+
+
+def _on_convolution(conv: nn.Conv2d, inner: bool, called: bool, options: dict[str, Any]) -> Delta:
+    if not called:
+        channels = conv.in_channels if inner else conv.out_channels
+        return ScaledKernel(channels, inner=inner, groups=conv.groups, **options)
+    spatial = len(conv.kernel_size)
+    if inner:
+        return InputScaling(conv.in_channels, spatial=spatial, groups=conv.groups, **options)
+    return OutputScaling(conv.out_channels, spatial=spatial, **options)
 
 
 def _can_host(module: nn.Module, parameter: str) -> bool:
-    return host_kind(module, parameter) in ("linear", "conv1d_hf", "weight") and not isinstance(module, nn.RNNBase)
+    return host_kind(module, parameter) in _HOSTS and not isinstance(module, nn.RNNBase)
 
 
 def _role(target: Target, inner: bool) -> Any:

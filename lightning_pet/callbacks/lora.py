@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.insertion import host_kind, reader_of
+from lightning_pet.core.fitting import Options, fitted, largest_rank
+from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.parameters import with_readers
@@ -19,8 +19,6 @@ from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
-from lightning_pet.layers.low_rank_hosts import DoraConv, DoraEmbedding, LowRankConv, LowRankEmbedding
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Bias = Literal["none", "lora_only", "all"]
@@ -55,6 +53,7 @@ class LoRACallback(PETCallback):
             instead of an error.
         lora_plus_ratio: learning rate of B over that of A.
         bias: biases that train as well: ``"none"``, those of the targets, or all.
+        lora_bias: B has a bias of its own, which trains; linear layers and convolutions only, and not with DoRA.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
@@ -96,6 +95,7 @@ class LoRACallback(PETCallback):
         clamp_rank: bool = False,
         lora_plus_ratio: float = 1.0,
         bias: Bias = "none",
+        lora_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -114,6 +114,7 @@ class LoRACallback(PETCallback):
         self.clamp_rank = clamp_rank
         self.lora_plus_ratio = lora_plus_ratio
         self.bias = bias
+        self.lora_bias = lora_bias
         self._validate()
 
     def _validate(self) -> None:
@@ -140,6 +141,8 @@ class LoRACallback(PETCallback):
                 raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
         if self.use_dora and self.init in ("pissa", "olora"):
             raise ArgumentError(f"use_dora with init={self.init!r}: both replace the start of the weight; choose one.")
+        if self.use_dora and self.lora_bias:
+            raise ArgumentError("lora_bias with use_dora: DoRA has no place for a bias of B; choose one.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
@@ -170,10 +173,10 @@ class LoRACallback(PETCallback):
         host = named_modules(root)[target.module]
         weight = host._parameters[target.parameter]
         assert weight is not None  # resolve_targets returned it
-        rank = self._rank(target, shape_of(weight))
+        rank = self._rank(target, shape_of(weight), largest_rank(host, target.parameter))
         alpha = value_at(self.alpha_pattern, target, self.alpha)
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-        delta = self._delta(root, host, target, weight, rank, scale)
+        delta = fitted(root, target, Options(rank, scale, self.dropout, self.init, self.use_dora, self.lora_bias))
         if not weight.is_meta:
             initialize(delta, host, target.parameter)
         elif self.init in ("pissa", "olora") or self.use_dora:
@@ -183,8 +186,8 @@ class LoRACallback(PETCallback):
             )
         return delta
 
-    def _rank(self, target: Target, shape: tuple[int, ...]) -> int:
-        rank, limit = value_at(self.rank_pattern, target, self.r), _rank_limit(shape)
+    def _rank(self, target: Target, shape: tuple[int, ...], limit: int) -> int:
+        rank = value_at(self.rank_pattern, target, self.r)
         if rank > limit and not self.clamp_rank:
             raise TargetError(
                 f"{target.path} is {'×'.join(map(str, shape))}: the rank can be at most {limit}, "
@@ -221,69 +224,7 @@ class LoRACallback(PETCallback):
 
     def _limits(self, root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, int]]:
         modules = named_modules(root)
-        weights = [(target, modules[target.module]._parameters[target.parameter]) for target in targets]
-        return [(target, _rank_limit(shape_of(weight))) for target, weight in weights if weight is not None]
-
-    def _delta(
-        self, root: nn.Module, host: nn.Module, target: Target, weight: nn.Parameter, rank: int, scale: float
-    ) -> Delta:
-        kind = host_kind(host, target.parameter)
-        # Full precision even on a half-precision base: updates are far smaller than the values.
-        common: dict[str, Any] = {
-            "scale": scale,
-            "device": weight.device,
-            "dtype": weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
-        }
-        dense: dict[str, Any] = {"dropout": self.dropout, "init": self.init}
-        rows = target.rows
-        called = target.reads is None and reader_of(root, target, None) is None
-        if kind in ("linear", "conv1d_hf") and called:
-            transposed = kind == "conv1d_hf"
-            sizes = (weight.shape[0], weight.shape[1]) if transposed else _linear_sizes(host, weight)
-            options: dict[str, Any] = {"use_dora": self.use_dora, "transposed": transposed, "rows": rows}
-            return LowRankLinear(sizes[0], sizes[1], rank, **dense, **common, **options)
-        if kind == "embedding":
-            embedding = cast(nn.Embedding, host)
-            factor = float(getattr(host, "scalar_embed_scale", getattr(host, "embed_scale", 1.0)))
-            cls = DoraEmbedding if self.use_dora else LowRankEmbedding
-            self._refuse_dropout(target)
-            sizes = (embedding.num_embeddings, embedding.embedding_dim)
-            return cls(*sizes, rank, **common, padding_idx=embedding.padding_idx, embed_scale=factor)
-        if kind == "conv":
-            return self._convolution(host, target, rank, dense, common)
-        self._refuse_dropout(target)
-        # transformers marks experts that are stored as [n, in, out]; DoRA and OLoRA are not symmetric in the two.
-        transposed = weight.ndim == 3 and bool(getattr(host, "is_transposed", False))
-        options = {"use_dora": self.use_dora, "init": self.init, "rows": rows, "transposed": transposed}
-        return LowRankParameter(tuple(weight.shape), rank, **common, **options)
-
-    def _convolution(
-        self, host: nn.Module, target: Target, rank: int, dense: dict[str, Any], common: dict[str, Any]
-    ) -> Delta:
-        conv = cast(nn.Conv2d, host)
-        if self.use_dora:
-            self._refuse_dropout(target)
-            dense = {"init": self.init}
-        return (DoraConv if self.use_dora else LowRankConv)(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            rank,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            **dense,
-            **common,
-        )
-
-    def _refuse_dropout(self, target: Target) -> None:
-        if self.dropout:
-            raise TargetError(
-                f"{target.path}: dropout={self.dropout} needs the input of a linear or convolution, but this weight is "
-                "read, not called (or looked up). Exclude it with exclude_modules, or set dropout=0."
-            )
+        return [(target, largest_rank(modules[target.module], target.parameter)) for target in targets]
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: heads, and biases by option."""
@@ -309,13 +250,3 @@ class LoRACallback(PETCallback):
         if self.lora_plus_ratio == 1:
             return {}
         return {name: self.lora_plus_ratio for name in delta_names if name.endswith(".b")}
-
-
-def _linear_sizes(host: nn.Module, weight: nn.Parameter) -> tuple[int, int]:
-    # A quantised layer's weight may be packed; its declared sizes are right.
-    return int(getattr(host, "in_features", weight.shape[1])), int(getattr(host, "out_features", weight.shape[0]))
-
-
-def _rank_limit(shape: tuple[int, ...]) -> int:
-    """The largest rank of a weight: of each matrix where it has three dimensions, else of its rows."""
-    return min(shape[-2:] if len(shape) == 3 else (shape[0], math.prod(shape[1:])))

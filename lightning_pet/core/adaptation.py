@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
-from lightning_pet.core.insertion import CHILD, attach, detach
+from lightning_pet.core.insertion import CHILD, attach, conceal, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.outside import mark_outside
 from lightning_pet.core.preparation import Prepared, delta_key
@@ -35,7 +35,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
             applied.trained, applied.readers = item.trained, list(item.readers)
             for insertion, reader in zip(item.insertions, item.readers, strict=True):
                 key = delta_key(item.method, insertion)
-                attach(root, insertion.target, key, insertion.delta, reader)
+                attach(root, insertion.target, key, insertion.delta, reader, record.switch)
                 done.append((insertion.target.module, key))
             applied.hosts = done[len(done) - len(item.insertions) :]
             record.applied.append(applied)
@@ -236,6 +236,9 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     if record.applied:
         freeze(root)
         return
+    for module, names in record.switch.exposed.items():
+        conceal(module, names)
+    record.switch.exposed.clear()
     restore_flags(root, record.flags)
     restore_repacking(root)
     del root.__dict__[RECORD]

@@ -2,25 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
 from lightning_pet.core.applied import Adaptation, adapted_roots, record_of
-from lightning_pet.core.insertion import CHILD, mute
+from lightning_pet.core.merging import merged_weights
 from lightning_pet.core.method import Method
-from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.naming import named_tensors
 from lightning_pet.core.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.core.plan import Plan, plan_of
 from lightning_pet.core.preparation import is_shared, prepare
-from lightning_pet.core.quantised import check_replaceable, dense_values, is_quantised, replace_by_dense
+from lightning_pet.core.quantised import is_quantised, replace_by_dense
+from lightning_pet.core.stand_in import switched_off
 from lightning_pet.core.structure import Structure
-from lightning_pet.errors import DeltaFileError, NotMergeableError, PETError
-from lightning_pet.layers.delta import Delta, Tied
-
-_ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
+from lightning_pet.errors import DeltaFileError, PETError
 
 
 class Adapted:
@@ -71,7 +68,7 @@ class Adapted:
             return f"Adapted({kind}: merged or removed)"
         places = [(a, sum(not is_shared(target) for target in a.targets)) for a in record.applied]
         methods = ", ".join(f"{a.label} on {n} place{'s' * (n != 1)}" for a, n in places)
-        plan, off = self.plan(), ", switched off now" if record.muted else ""
+        plan, off = self.plan(), ", switched off now" if record.switch.is_off() else ""
         return f"Adapted({kind}: {methods}, trains {plan.trainable:,} of {plan.base:,} numbers{off})"
 
     @property
@@ -141,19 +138,15 @@ class Adapted:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the model computes what the base computed, bit for bit."""
-        record = self.record
-        if record.muted:
-            yield
-            return
+        """Within the block the model computes what the base computed, bit for bit; for the calling thread only.
+
+        Other threads go on with the deltas and with trained heads and biases. The values of the parameters stay: this
+        thread reads the original ones. What forwards inside of the block do to buffers is forgotten at its end, where
+        the deltas had changed them. Enter and leave the block in one thread, and do not ``await`` in between.
+        """
         self._refuse_lost_originals("switched off")
-        trained = self._swap_originals()
-        self._mute(True)
-        try:
+        with switched_off(self.root, self.record):
             yield
-        finally:
-            self._mute(False)
-            copy_in(self.root, trained)
 
     def remove(self) -> None:
         """Take everything out: the model is bit for bit what it was, with its own parameter names."""
@@ -170,7 +163,7 @@ class Adapted:
         Raises:
             NotMergeableError: if any delta cannot be merged exactly; nothing is changed then.
         """
-        merged = self._merged_weights(dequantize)
+        merged = merged_weights(self.root, dequantize)
         with torch.no_grad():
             for parameter, weight in merged:
                 if not is_quantised(parameter):
@@ -179,52 +172,6 @@ class Adapted:
         for parameter, weight in merged:
             if is_quantised(parameter):
                 replace_by_dense(self.root, parameter, weight)
-
-    def _merged_weights(self, dequantize: bool) -> list[tuple[nn.Parameter, Tensor]]:
-        modules = named_modules(self.root)
-        owners: dict[int, set[str]] = {}
-        for name, parameter in self.root.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), set()).add(name)
-        hosts = [(a.key, t, modules[path], modules[join(path, CHILD, key)]) for a, t, path, key in self.record.hosts()]
-        hosts.sort(key=lambda item: _ORDER.index(cast(Delta, item[3]).path))
-        served: dict[tuple[str, int], set[int]] = {}
-        for method, target, host, _ in hosts:
-            served.setdefault((method, id(host._parameters.get(target.parameter))), set()).add(id(host))
-        merged: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        for method, target, host, module in hosts:
-            delta, base = cast(Delta, module), host._parameters.get(target.parameter)
-            if delta.path == "shared" or isinstance(delta, Tied):
-                continue  # part of what the deltas that use it, or that it repeats, merge
-            if base is None:
-                delta.merged(torch.empty(0))  # raises: there is no weight to merge into
-                raise NotMergeableError(f"{target.path} has no weight that the delta could be added to.")
-            holders = {id(m) for m in modules.values() if any(p is base for p in m._parameters.values())}
-            if not holders <= served[method, id(base)]:
-                raise NotMergeableError(
-                    f"{target.path} is tied ({', '.join(sorted(owners[id(base)]))}): merging would change every one "
-                    "of them. Keep the delta attached, or untie the weights first."
-                )
-            if is_quantised(base):
-                check_replaceable(host, target.path, base, dequantize)
-            weight = merged[id(base)][1] if id(base) in merged else dense_values(host, target.parameter)
-            merged[id(base)] = (base, delta.merged(weight))
-            bias = host._parameters.get("bias") if target.parameter == "weight" else None
-            if bias is not None and delta.changes_bias:
-                old = merged[id(bias)][1] if id(bias) in merged else bias.detach()
-                merged[id(bias)] = (bias, delta.merged_bias(old))
-        return list(merged.values())
-
-    def _mute(self, on: bool) -> None:
-        mute(self.root, {path for _, _, path, _ in self.record.hosts()}, on)
-        self.record.muted = on
-
-    def _swap_originals(self) -> dict[str, Tensor]:
-        """Put the original values in, and return the trained ones."""
-        changed = {*self.record.trained_names, *changed_buffers(self.root)}
-        tensors = {name: tensor for name, tensor in named_tensors(self.root) if name in changed}
-        trained = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        copy_in(self.root, {name: self.record.originals[name] for name in tensors})
-        return trained
 
     def _refuse_lost_originals(self, verb: str) -> None:
         lost = [n for n in self.record.trained_names if self.record.originals[n].is_meta]

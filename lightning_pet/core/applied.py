@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_pet.core.call import Switch
 from lightning_pet.core.marks import Mark
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.structure import Target
@@ -65,7 +66,7 @@ class Adaptation:
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
         marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
-        muted: whether the deltas are switched off at the moment.
+        switch: stands for this root where a thread chooses what acts.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -76,7 +77,7 @@ class Adaptation:
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     marks: dict[str, Mark | None] = field(default_factory=dict)
-    muted: bool = False
+    switch: Switch = field(default_factory=Switch)
 
     @property
     def trained_names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from lightning_pet.core.attention_functions import FunctionalRoute
 from lightning_pet.core.attention_interface import LivePrefix, install
+from lightning_pet.core.call import HERE
 from lightning_pet.core.structure import AttentionCore, Route, Target
 from lightning_pet.errors import DeadSiteError
 from lightning_pet.layers.prefix import Prefix
@@ -80,8 +81,6 @@ class AttentionPrefix(Prefix):
         **kwargs: further arguments of the prefix.
     """
 
-    live: LivePrefix | None = None
-
     def __init__(self, site: PrefixSite, length: int, **kwargs: Any) -> None:
         super().__init__(length, site.heads, site.key_dim, site.value_dim, **kwargs)
         self.site = site
@@ -96,6 +95,12 @@ class AttentionPrefix(Prefix):
         if self.site.route == "interface":
             install()
 
+    @property
+    def live(self) -> LivePrefix | None:
+        """Keys and values for the attention of the host, while it runs in this thread."""
+        live: LivePrefix | None = HERE.call.held_by(self)
+        return live
+
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the host's call, with the prefix visible to its attention.
 
@@ -104,11 +109,13 @@ class AttentionPrefix(Prefix):
         """
         live = LivePrefix(*self.key_value())
         if self.site.route == "interface":
-            self.live = live
+            here = HERE.call
+            before = here.around
+            here.around = (*before, (self, live))
             try:
                 output = call(*args, **kwargs)
             finally:
-                self.live = None
+                here.around = before
         else:
             route = FunctionalRoute(live, self.site.scale, self.site.axis)
             with route:

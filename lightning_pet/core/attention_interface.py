@@ -8,6 +8,7 @@ them.
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.attention_masks import causal, wider
+from lightning_pet.core.call import HERE
 from lightning_pet.errors import TargetError
 
 
@@ -62,42 +64,49 @@ class InterfaceObserver(Protocol):
         ...
 
 
-_original: Callable[..., Any] | None = None
-_observer: InterfaceObserver | None = None
+_LOCK = threading.Lock()
+_table: Callable[..., Any] | None = None  # transformers' own
+_wanted = {"prefixes": 0, "observers": 0}  # by whom the wrapper is wanted, and how often
 
 
 def install() -> None:
-    """Wrap the table, once per process."""
-    global _original
-    if _original is None:
-        from transformers.modeling_utils import AttentionInterface
+    """Wrap the table for the rest of the process."""
+    _want("prefixes", 1)
 
-        _original = AttentionInterface.get_interface
-        AttentionInterface.get_interface = _get_interface
+
+def _want(who: str, change: int) -> None:
+    global _table
+    from transformers.modeling_utils import AttentionInterface
+
+    with _LOCK:
+        before = any(_wanted.values())
+        _wanted[who] += change
+        if any(_wanted.values()) and not before:
+            _table = AttentionInterface.get_interface
+            AttentionInterface.get_interface = _get_interface
+        elif before and not any(_wanted.values()):
+            AttentionInterface.get_interface = _table
 
 
 @contextlib.contextmanager
 def observed(observer: InterfaceObserver) -> Iterator[None]:
-    """Show the observer every attention within the block; the table is then as it was before."""
-    global _original, _observer
-    before, outer = _original, _observer
-    if "transformers.modeling_utils" in sys.modules:
-        install()
-    _observer = observer
+    """Show the observer every attention of this thread within the block; the table is then as it was before."""
+    call = HERE.call
+    outer, known = call.observer, "transformers.modeling_utils" in sys.modules
+    if known:
+        _want("observers", 1)
+    call.observer = observer
     try:
         yield
     finally:
-        _observer = outer
-        if before is None and _original is not None:
-            from transformers.modeling_utils import AttentionInterface
-
-            AttentionInterface.get_interface = _original
-            _original = None
+        call.observer = outer
+        if known:
+            _want("observers", -1)
 
 
 def _get_interface(table: Any, attn_implementation: Any, default: Any) -> Any:
-    assert _original is not None
-    attend = _original(table, attn_implementation, default)
+    assert _table is not None
+    attend = _table(table, attn_implementation, default)
     kind = "eager" if attend is default else str(attn_implementation)
     return partial(_attend, attend, kind)
 
@@ -124,9 +133,10 @@ def _attend(
 ) -> Any:
     prefixes = live_prefixes(module)
     call = partial(_attend_with, prefixes, attend, kind) if prefixes else attend
-    if _observer is not None:
+    observer: InterfaceObserver | None = HERE.call.observer
+    if observer is not None:
         call = partial(call, module, query, key, value, attention_mask, *args, **kwargs)
-        return _observer.interface(call, module, key, value)
+        return observer.interface(call, module, key, value)
     return call(module, query, key, value, attention_mask, *args, **kwargs)
 
 

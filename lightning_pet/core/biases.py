@@ -1,8 +1,21 @@
 """Which bias goes with which weight."""
 
+import re
+
 from torch import nn
 
 from lightning_pet.core.fused import Rows
+
+_BIAS = re.compile(r"(?:^|_)bias(?:_|$)")
+
+
+def is_bias(parameter: str) -> bool:
+    """Whether the name of a parameter says that it is added to a product, whatever its shape.
+
+    >>> is_bias("gate_up_proj_bias"), is_bias("bias_k"), is_bias("weight")
+    (True, True, False)
+    """
+    return _BIAS.search(parameter) is not None
 
 
 def bias_of(module: nn.Module, parameter: str = "weight", rows: Rows | None = None) -> tuple[str, Rows | None] | None:

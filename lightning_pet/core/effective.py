@@ -1,17 +1,59 @@
 """Parameters that are read through the weight deltas of their host: properties in the place of a look-up."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from lightning_pet.core.call import Chosen, Switch, chosen
 
-def held(host: nn.Module, name: str) -> Tensor | None:
-    """The parameter without deltas, or what an engine has put in its place."""
-    values = host._parameters if name in host._parameters else host.__dict__
+KEPT = "_pet_kept"
+"""Attribute of a module: its :class:`Kept`."""
+
+REPLICA = "_pet_chosen"
+"""Attribute of a copy that ``nn.DataParallel`` runs in a thread of its own: what the thread that made it had chosen."""
+
+
+class Kept(NamedTuple):
+    """For which attributes of a module a thread may have chosen other values.
+
+    Attributes:
+        switch: of the root.
+        names: attribute to canonical name from the root.
+        blocks: attribute to the number of blocks that want it.
+        extra: attributes that have no weight deltas, and are read through the module's class for this alone.
+    """
+
+    switch: Switch
+    names: dict[str, str]
+    blocks: dict[str, int]
+    extra: set[str]
+
+
+def held(host: nn.Module, name: str) -> Any:
+    """An attribute without deltas: what this thread has chosen, else the parameter, or what an engine put there."""
+    own: dict[str, Any] = host.__dict__
+    values: Any = host._parameters
+    if name not in values:
+        values = host._buffers if name in host._buffers else own
     if name not in values:
         raise AttributeError(name)  # nn.Module words it
-    value: Tensor | None = values[name]
-    return value
+    value: Any = values[name]
+    kept: Kept | None = own.get(KEPT)
+    if kept is None:
+        return value
+    selection = of_host(host).get(kept.switch.number)
+    if selection is None or kept.names.get(name) not in selection.values:
+        return value
+    other = selection.values[kept.names[name]]
+    same = not isinstance(other, Tensor) or not isinstance(value, Tensor) or other.device == value.device
+    return other if same else other.to(value.device)
+
+
+def of_host(host: nn.Module) -> Chosen:
+    """What is chosen where this module runs."""
+    own: dict[str, Any] = host.__dict__
+    return own[REPLICA] if REPLICA in own else chosen()
 
 
 def effective(name: str) -> property:
@@ -21,9 +63,8 @@ def effective(name: str) -> property:
     a view of its flat tensor.
     """
 
-    def read(self: Any) -> Tensor | None:
-        weight: Tensor | None = self._pet_weight(name)
-        return weight
+    def read(self: Any) -> Any:
+        return self._pet_weight(name)
 
     def write(self: Any, value: Any) -> None:
         self.__dict__[name] = value
@@ -33,3 +74,10 @@ def effective(name: str) -> property:
             raise AttributeError(name)
 
     return property(read, write, delete)
+
+
+def in_recomputation() -> bool:
+    """Whether a forward runs inside of a backward pass: gradient checkpointing repeats it."""
+    return (
+        not torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+    )

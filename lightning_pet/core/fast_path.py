@@ -11,21 +11,29 @@ _FAST_PATH: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoder, "use_nested_tensor", False),
 )
 
+_KEPT = "_pet_fast_path"
+
 
 def forbid(module: nn.Module) -> None:
     """Take the slow path, and remember what was set."""
     for cls, flag, off in _FAST_PATH:
         if isinstance(module, cls) and hasattr(module, flag):
-            module.__dict__.setdefault("_pet_fast_path", getattr(module, flag))
+            module.__dict__.setdefault(_KEPT, getattr(module, flag))
             setattr(module, flag, off)
 
 
 def restore(module: nn.Module) -> None:
     """Put back what was set."""
-    if "_pet_fast_path" in module.__dict__:
+    if _KEPT in module.__dict__:
         for cls, flag, _ in _FAST_PATH:
             if isinstance(module, cls):
-                setattr(module, flag, module.__dict__.pop("_pet_fast_path"))
+                setattr(module, flag, module.__dict__.pop(_KEPT))
+
+
+def set_aside(module: nn.Module) -> dict[str, Any]:
+    """What was set, as attributes."""
+    kept = module.__dict__
+    return {flag: kept[_KEPT] for cls, flag, _ in _FAST_PATH if isinstance(module, cls) and _KEPT in kept}
 
 
 # On some CPUs a 4-bit layer of bitsandbytes repacks its weight when it is first evaluated: in place, with its scales

@@ -14,14 +14,16 @@ belong to others of their method and are never called by their host.
 """
 
 import inspect
+import threading
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
-from lightning_pet.core.effective import effective, held
+from lightning_pet.core.call import HERE, Chosen, Switch
+from lightning_pet.core.effective import KEPT, REPLICA, Kept, effective, held, in_recomputation, of_host
 from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import named_modules
@@ -32,31 +34,79 @@ from lightning_pet.core.structure import Target
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
 
-_SCOPE = "_pet_scope"  # this module's weight deltas are visible now
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
 _TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere
+_LOCK = threading.Lock()  # blocks of several threads may begin and end at once
 
 
 class Deltas(nn.ModuleDict):
-    """The deltas of one host, in the order in which they apply; ``muted`` ones are passed over."""
+    """The deltas of one host, in the order in which they apply.
 
-    muted: frozenset[str] = frozenset()
+    Attributes:
+        switches: by key of a delta, that of the adapted root that it belongs to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switches: dict[str, Switch] = {}
 
     def active(self, path: str) -> list[Delta]:
-        """Deltas of one path that are not muted."""
+        """Deltas of one path that act in this call."""
         # Not isinstance: a sharding engine may have wrapped a delta, and passes its attributes through.
         own = cast(dict[str, Delta], self._modules)
-        return [delta for key, delta in own.items() if key not in self.muted and delta.path == path]
+        chosen = of_host(self)
+        if not chosen:
+            return [delta for delta in own.values() if delta.path == path]
+        return [delta for key, delta in own.items() if delta.path == path and self._acts(key, chosen)]
+
+    def acts(self, key: str) -> bool:
+        """Whether a delta acts in this call."""
+        return self._acts(key, of_host(self))
+
+    def _acts(self, key: str, chosen: Chosen) -> bool:
+        selection = chosen.get(self.switches[key].number)
+        return selection is None or key in selection.keys
+
+    def _replicate_for_data_parallel(self) -> Any:
+        return _replica(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
 
-class _Host(nn.Module):
+def _replica(module: nn.Module, replica: Any) -> Any:
+    """It runs in a thread of its own, in which nothing is chosen."""
+    if chosen := of_host(module):
+        replica.__dict__[REPLICA] = chosen
+    return replica
+
+
+class _Reader(nn.Module):
+    """Mixed in before the own class of a module some of whose attributes are not the same in all threads."""
+
+    __pet_base__: ClassVar[type[nn.Module]]
+    __pet_mixin__: ClassVar[type["_Reader"]]
+    __pet_parameters__: ClassVar[tuple[str, ...]]
+    __pet_fusable__: ClassVar[bool]
+
+    def _pet_weight(self, name: str) -> Any:
+        return held(self, name)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        return _replica(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The swapped class cannot be imported by name: rebuild it from the module's own.
+        _, _, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        cls = type(self)
+        kept: Kept | None = self.__dict__.get(KEPT)
+        parameters = tuple(n for n in cls.__pet_parameters__ if kept is None or n not in kept.extra)
+        if kept is not None and rest:  # a copy is in no block of the original's
+            rest[0] = {name: value for name, value in rest[0].items() if name != KEPT}
+        return (_rebuild, (cls.__pet_base__, cls.__pet_mixin__, parameters), *rest)
+
+
+class _Host(_Reader):
     """Mixed in before the host's own class."""
 
     pet: Deltas
-    __pet_base__: ClassVar[type[nn.Module]]
-    __pet_mixin__: ClassVar[type["_Host"]]
-    __pet_parameters__: ClassVar[tuple[str, ...]]
-    __pet_fusable__: ClassVar[bool]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         deltas = self.pet.active("activation")
@@ -68,25 +118,18 @@ class _Host(nn.Module):
         output = self._pet_base_forward(*args, **kwargs)
         if not deltas:
             return output
-        if len(deltas) == 1 and deltas[0].reads_weight and is_quantised(cast(Tensor, self.weight)):
-            return deltas[0](args[0], output, dense_values(self, "weight"), self.bias)
         value = args[0] if args else next(iter(kwargs.values()), None)
         several = isinstance(output, tuple | list)
         tensor = output[0] if several else output
         for delta in deltas:
-            tensor = delta(value if delta.slot is None else delta.slot.take(), tensor)
+            x = value if delta.slot is None else delta.slot.take()
+            tensor = delta(x, tensor, *_weight_and_bias(self)) if delta.reads_weight else delta(x, tensor)
         if not several:
             return tensor
         return (tensor, *output[1:]) if isinstance(output, tuple) else [tensor, *output[1:]]
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The swapped class cannot be imported by name: rebuild it from the host's own.
-        reduced = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        cls = type(self)
-        return (_rebuild, (cls.__pet_base__, cls.__pet_mixin__, cls.__pet_parameters__), *reduced[2:])
 
 
 class _AroundHost(_Host):
@@ -105,68 +148,71 @@ class _WeightHost(_AroundHost):
     """A host some of whose parameters are read through weight deltas, or that reads such a host's."""
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        readable = [self, *self.__dict__.get(_READS, ())]
-        before = [module.__dict__.get(_SCOPE, False) for module in readable]  # a reader may be inside another
-        for module in readable:
-            module.__dict__[_SCOPE] = True
+        call = HERE.call
+        before = call.scope  # a reader may be inside another
+        call.scope = (*before, self, *self.__dict__.get(_READS, ()))
         try:
             return super()._pet_base_forward(*args, **kwargs)
         finally:
-            for module, scope in zip(readable, before, strict=True):
-                module.__dict__[_SCOPE] = scope
+            call.scope = before
 
-    def _pet_weight(self, name: str) -> Tensor | None:
+    def _pet_weight(self, name: str) -> Any:
         weight = held(self, name)
-        if weight is None or not self.__dict__.get(_SCOPE):
+        # A part of a forward that is run again is in the scope that it was in.
+        if weight is None or not (self in HERE.call.scope or in_recomputation()):
             return weight
         for delta in (delta for delta in self.pet.active("weight") if delta.parameter == name):
             weight = delta(weight)
         return weight
 
 
-class _RecurrentHost(_WeightHost):
-    """LSTM, GRU and RNN read their weights from a list of their own."""
-
-    def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        before, flat = self.__dict__.get(_SCOPE, False), self.__dict__["_flat_weights"]
-        self.__dict__[_SCOPE] = True
-        self.__dict__["_flat_weights"] = [getattr(self, n) for n in cast(list[str], self._flat_weights_names)]
-        try:
-            return super()._pet_base_forward(*args, **kwargs)
-        finally:
-            self.__dict__["_flat_weights"] = flat
-            self.__dict__[_SCOPE] = before
+_SWAPPED: dict[tuple[type[nn.Module], type[_Reader], tuple[str, ...]], type[nn.Module]] = {}
 
 
-_SWAPPED: dict[tuple[type[nn.Module], type[_Host], tuple[str, ...]], type[nn.Module]] = {}
-
-
-def _swapped(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> type[nn.Module]:
+def _swapped(base: type[nn.Module], mixin: type[_Reader], parameters: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of ``base`` that runs deltas; one object per key, so that class comparisons hold."""
+    if mixin is _Reader and not parameters:
+        return base
     key = (base, mixin, parameters)
     if key not in _SWAPPED:
-        _SWAPPED[key] = _make_class(base, mixin, parameters)
+        _SWAPPED.setdefault(key, _make_class(base, mixin, parameters))
     return _SWAPPED[key]
 
 
-def _make_class(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> type[nn.Module]:
+def _make_class(base: type[nn.Module], mixin: type[_Reader], parameters: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: effective(name) for name in parameters}
+    if parameters and issubclass(base, nn.RNNBase):
+        members["_flat_weights"] = property(_flat_weights, _set_flat_weights)
     # The host's own name: code that prints or compares class names must not notice.
     members |= {
         "__pet_base__": base,
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
         # Computing the product itself, a delta would read the weight past the weight deltas.
-        "__pet_fusable__": _has_plain_forward(base) and not issubclass(mixin, _WeightHost),
+        "__pet_fusable__": has_plain_forward(base) and not issubclass(mixin, _WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    members["forward"] = _with_signature(mixin.forward, base.forward)
-    if callable(getattr(base, "generate", None)):
+    host = issubclass(mixin, _Host)
+    if host:
+        members["forward"] = _with_signature(mixin.forward, base.forward)
+    if host and callable(getattr(base, "generate", None)):
         members["generate"] = _generate
-    bases = (mixin, WithoutDeltas, base) if issubclass(base, SEQUENCES) else (mixin, base)
+    bases = (mixin, WithoutDeltas, base) if host and issubclass(base, SEQUENCES) else (mixin, base)
     return type(base.__name__, bases, members)
+
+
+def _flat_weights(self: Any) -> list[Any]:
+    """LSTM, GRU and RNN read their weights from a list of their own: what a thread reads there is its own."""
+    if self in HERE.call.scope or KEPT in self.__dict__ or in_recomputation():
+        return [getattr(self, name) for name in self._flat_weights_names]
+    flat: list[Any] = self.__dict__["_flat_weights"]
+    return flat
+
+
+def _set_flat_weights(self: Any, value: list[Any]) -> None:
+    self.__dict__["_flat_weights"] = value
 
 
 def _with_signature(function: Any, like: Any) -> Any:
@@ -185,13 +231,18 @@ def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)
 
 
-def _has_plain_forward(cls: type[nn.Module]) -> bool:
+def _weight_and_bias(host: Any) -> tuple[Tensor, Tensor | None]:
+    weight = host.weight
+    return dense_values(host, "weight") if is_quantised(weight) else weight, getattr(host, "bias", None)
+
+
+def has_plain_forward(cls: type[nn.Module]) -> bool:
     """Whether forward is exactly ``x W + b``, so that a delta may compute it (layers of bitsandbytes: no)."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     return owner is nn.Linear or (is_conv1d(owner) and owner.__name__ == "Conv1D")
 
 
-def _rebuild(base: type[nn.Module], mixin: type[_Host], parameters: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: type[nn.Module], mixin: type[_Reader], parameters: tuple[str, ...]) -> nn.Module:
     cls = _swapped(base, mixin, parameters)
     return cls.__new__(cls)
 
@@ -211,42 +262,6 @@ def is_conv1d(cls: type[nn.Module]) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)
 
 
-def host_kind(module: nn.Module, parameter: str = "weight") -> str | None:
-    """What a module is to a delta: the table of all that can host one.
-
-    Returns:
-        ``"linear"``, ``"conv1d_hf"`` (transposed linear), ``"embedding"``, ``"conv"``,
-        ``"weight"`` (a parameter that is read without calling its module, or one of three
-        dimensions), or ``None`` if it cannot host a delta.
-    """
-    tensor = module._parameters.get(parameter)
-    if tensor is None:
-        return None
-    cls = base_class(module)
-    if parameter != "weight" or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        return "weight" if tensor.ndim >= 2 else None
-    if is_conv1d(cls):
-        return "conv1d_hf"
-    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
-        return "weight" if _computes_otherwise(module, tensor) else "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return "conv"
-    return "weight" if tensor.ndim in (2, 3) else None
-
-
-def _computes_otherwise(module: nn.Module, weight: Tensor) -> bool:
-    """A linear layer of ordinary numbers with a forward of its own (groups, routers): only its weight is sure."""
-    plain = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and weight.ndim == 2
-    return (
-        isinstance(module, nn.Linear)
-        and plain
-        and not is_quantised(weight)
-        and not _has_plain_forward(base_class(module))
-    )
-
-
 def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) -> str | None:
     """The module whose forward reads the target's weight, if it is not the host itself.
 
@@ -264,7 +279,9 @@ def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) ->
     return above if above in called else None
 
 
-def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str | None = None) -> None:
+def attach(
+    root: nn.Module, target: Target, key: str, delta: Delta, reader: str | None = None, switch: Switch | None = None
+) -> None:
     """Insert a delta into its host.
 
     Args:
@@ -273,6 +290,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
         key: name of the delta among those of the host.
         delta: what.
         reader: path of the module that reads the weight, if it is not the host.
+        switch: the root's.
 
     Raises:
         ArgumentError: if the host has a delta of this key already.
@@ -285,7 +303,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     if delta.path == "shared":
         _swap(host, _Host) if isinstance(host, SEQUENCES) else _adopt(host)
     elif delta.path == "weight":
-        _swap(host, _RecurrentHost if isinstance(host, nn.RNNBase) else _WeightHost, target.parameter)
+        _swap(host, _WeightHost, target.parameter)
         reader = reader if target.reads is None else target.reads
         if reader is not None:
             _swap(modules[reader], _WeightHost)
@@ -294,6 +312,7 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     else:
         _swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
+    pet.switches[key] = switch or Switch()
     pet[key] = delta
     pet.train(host.training)
     if target.reads is not None and delta.path != "weight":
@@ -303,17 +322,6 @@ def attach(root: nn.Module, target: Target, key: str, delta: Delta, reader: str 
     for path, module in modules.items():
         if f"{target.module}.".startswith(f"{path}." if path else ""):
             forbid(module)
-
-
-def mute(root: nn.Module, paths: set[str], on: bool) -> None:
-    """Pass over all deltas of the given hosts, or use them again."""
-    modules = named_modules(root)
-    for path in paths:
-        pet = deltas_of(modules[path])
-        pet.muted = frozenset(pet._modules) if on else frozenset()
-        for above, module in modules.items():
-            if f"{path}.".startswith(f"{above}." if above else ""):
-                restore(module) if on else forbid(module)
 
 
 def check_attachable(host: nn.Module, target: Target, key: str) -> None:
@@ -338,7 +346,7 @@ def detach(root: nn.Module, path: str, key: str) -> None:
     host = modules[path]
     pet = deltas_of(host)
     slot = cast(Delta, pet[key]).slot
-    del pet[key]
+    del pet[key], pet.switches[key]
     for module in modules.values() if slot is not None else ():
         if slot in module.__dict__.get(_TAPS, ()):
             module.__dict__[_TAPS].remove(slot)
@@ -356,7 +364,7 @@ def detach(root: nn.Module, path: str, key: str) -> None:
 
 def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:
     cls = type(module)
-    present: type[_Host] = getattr(cls, "__pet_mixin__", _Host)
+    present: type[_Reader] = getattr(cls, "__pet_mixin__", _Reader)
     parameters = {*getattr(cls, "__pet_parameters__", ()), *([parameter] if parameter else [])}
     widest = mixin if issubclass(mixin, present) else present
     _adopt(module)
@@ -371,7 +379,52 @@ def _adopt(module: nn.Module) -> None:
 def _restore(module: nn.Module) -> None:
     if CHILD not in module._modules or module.__dict__.get(_READS) or module.__dict__.get(_TAPS) or deltas_of(module):
         return
-    for name in (_READS, _TAPS, _SCOPE):
+    for name in (_READS, _TAPS):
         module.__dict__.pop(name, None)
     del module._modules[CHILD]
-    module.__class__ = base_class(module)
+    kept: Kept | None = module.__dict__.get(KEPT)
+    module.__class__ = _swapped(base_class(module), _Reader, tuple(sorted(kept.extra)) if kept else ())
+
+
+def is_swapped_by_others(module: nn.Module) -> bool:
+    """Whether somebody else has swapped the class of a host once more, so that it cannot be swapped again."""
+    return hasattr(type(module), "__pet_base__") and "__pet_base__" not in vars(type(module))
+
+
+def expose(module: nn.Module, names: Mapping[str, str], switch: Switch) -> None:
+    """From now on let every thread read the values that it has chosen.
+
+    Args:
+        module: any.
+        names: its attributes, and their canonical names from the root.
+        switch: the root's.
+    """
+    with _LOCK:
+        kept: Kept = module.__dict__.setdefault(KEPT, Kept(switch, {}, {}, set()))
+        for name in names:
+            kept.blocks[name] = kept.blocks.get(name, 0) + 1
+        kept.names.update(names)
+        present = set(getattr(type(module), "__pet_parameters__", ()))
+        kept.extra.update(set(names) - present)
+        _read_through(module, present | set(names))
+
+
+def conceal(module: nn.Module, names: Iterable[str]) -> None:
+    """Undo one :func:`expose`; the last to leave gives the module its own attributes back."""
+    with _LOCK:
+        kept: Kept = module.__dict__[KEPT]
+        for name in names:
+            kept.blocks[name] -= 1
+        done = {name for name, blocks in kept.blocks.items() if not blocks}
+        present = set(getattr(type(module), "__pet_parameters__", ()))
+        _read_through(module, present - (done & kept.extra))
+        for name in done:
+            del kept.blocks[name], kept.names[name]
+        kept.extra.difference_update(done)
+        if not kept.blocks:
+            del module.__dict__[KEPT]
+
+
+def _read_through(module: nn.Module, names: set[str]) -> None:
+    mixin: type[_Reader] = getattr(type(module), "__pet_mixin__", _Reader)
+    module.__class__ = _swapped(base_class(module), mixin, tuple(sorted(names)))

@@ -71,7 +71,7 @@ def every_parameter(
     _check(places, kept)
     targets = [Target(path, name, *_role(structure, path, name)) for path, name in kept]
     # Stored with the target: whoever loads a file has seen no forward.
-    return tuple(replace(target, reads=reader_of(root, target, structure.called)) for target in targets)
+    return tuple(replace(target, reads=seen_reader(root, target, structure)) for target in targets)
 
 
 class Choice(Protocol):
@@ -129,15 +129,25 @@ def tied(root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, ...]]
 
 
 def with_readers(root: nn.Module, targets: Sequence[Target], structure: Structure) -> tuple[Target, ...]:
-    """Note who reads a weight, where that is not its own module but the one right around it.
+    """Note who reads a weight, where its own module is not called: who was seen to, or the module right around it.
 
     A delta there must act on the weight: its host's call never comes.
     """
-    readers = [reader_of(root, target, structure.called) for target in targets]
-    return tuple(
-        replace(target, reads=reader) if reader == target.module.rpartition(".")[0] else target
-        for target, reader in zip(targets, readers, strict=True)
-    )
+    found = []
+    for target in targets:
+        called = structure.called is None or target.module in structure.called
+        seen = None if called else structure.reader(target.module, target.parameter)
+        near = reader_of(root, target, structure.called)
+        if seen is None and near == target.module.rpartition(".")[0]:
+            seen = near
+        found.append(target if seen is None else replace(target, reads=seen))
+    return tuple(found)
+
+
+def seen_reader(root: nn.Module, target: Target, structure: Structure | None) -> str | None:
+    """The module in whose call a parameter is read outside of its own module's calls, as far as is known."""
+    seen = None if structure is None else structure.reader(target.module, target.parameter)
+    return reader_of(root, target, structure.called if structure else None) if seen is None else seen
 
 
 def _named(root: nn.Module, structure: Structure, places: dict[_Place, nn.Parameter], pattern: str) -> list[_Place]:

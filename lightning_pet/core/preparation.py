@@ -9,12 +9,14 @@ from torch import nn
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.bases import Twins, bases_around, bases_of, frozen_by_user, is_below, twins_of
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
-from lightning_pet.core.insertion import check_attachable, reader_of
+from lightning_pet.core.insertion import check_attachable
 from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.parameters import seen_reader
 from lightning_pet.core.patterns import KINDS, is_role, name_matcher
 from lightning_pet.core.quantised import check_hosts, check_trains
 from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.together import check_together
 from lightning_pet.errors import ArgumentError, TargetError
 
 
@@ -93,6 +95,7 @@ def prepare(
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
             targets = (*targets, *_heads(root, method, targets, bases, structure))
         prepared.append(_build(root, method, targets, bases, structure, stored, twins))
+    check_together(root, [insertion for item in prepared for insertion in item.insertions])
     return prepared
 
 
@@ -225,7 +228,6 @@ def _build(
         if target.reads is not None:
             check_attachable(modules[target.reads], target, key)
         check_hosts(insertion.delta, modules[target.module], target.path, target.parameter)
-    called = structure.called if structure else None
     trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
@@ -238,7 +240,7 @@ def _build(
         targets=tuple(places),
         insertions=insertions,
         readers=tuple(
-            reader_of(root, insertion.target, called) if insertion.target.parameter else None
+            seen_reader(root, insertion.target, structure) if insertion.target.parameter else None
             for insertion in insertions
         ),
         trained=trained,

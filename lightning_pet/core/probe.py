@@ -154,6 +154,7 @@ class _Reading:
             embedding=embedding,
             consumer=consumer if consumer is not None else static_consumer(self.model, embedding),
             called=frozenset(call.path for call in self.record.calls),
+            read_by=self._read_by(),
             source="probe",
             unresolved=in_module_order(self.model, unresolved),
             weighing=frozenset(host[0] for gemm in weighing(self.graph) if (host := self.host(gemm)) is not None),
@@ -190,6 +191,20 @@ class _Reading:
             node, data = self.graph.of(call.output), self.graph.of(call.input)
             if node is not None and data is not None and node != data:
                 self.graph.add_opaque(node, call.path, data)
+
+    def _read_by(self) -> tuple[tuple[str, str, str], ...]:
+        """Parameters that entered the graph outside of any call of the modules that hold them."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for call in self.record.calls:
+            spans.setdefault(call.path, []).append((call.start, call.end))
+        found: dict[tuple[str, str, str], None] = {}
+        for number, weight in self.graph.reads():
+            owners = self.owners.get(weight, ())
+            own = [span for path, _ in owners for span in spans.get(path, ())]
+            if not any(start <= number < end for start, end in own):
+                reader = self.taps.owner(number, number)
+                found |= dict.fromkeys((path, name, reader) for path, name in owners)
+        return tuple(found)
 
     # -- targets ----------------------------------------------------------------------------------
 

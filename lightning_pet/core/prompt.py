@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_pet.core.call import HERE
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.prompt import VirtualTokens, lengths_before
@@ -49,7 +50,6 @@ class PromptCall(Delta):
         self.length = rows.length
         self.names, self.cuts, self.limit = tuple(names), cuts, limit
         self.ids_name = next(name for name in (*IDS, *names) if name in names)
-        self.generating = False
         self.__dict__ |= {"rows": rows, "table": table, "host": None}
 
     def reset_parameters(self) -> None:
@@ -62,8 +62,9 @@ class PromptCall(Delta):
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, Tensor):
             return call(*args, **kwargs)
-        if self.generating:
-            return call(**self._placed(given))
+        starts = HERE.call.held_by(self)
+        if starts is not None:
+            return call(**self._placed(given, starts))
         seen = cached_length(given)
         batch, size = tokens.shape[:2]
         self._check_limit(seen + size)
@@ -119,12 +120,12 @@ class PromptCall(Delta):
                 continued[name] = value + self.length
         return continued
 
-    def _placed(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _placed(self, given: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         """Within ``generate``: the ids that stand in for the prompt become the virtual ones."""
         ids = given.get(self.ids_name)
         if not isinstance(ids, Tensor) or ids.shape[1] == 1:  # a step of cached decoding
             return given
-        rows: Tensor = self.__dict__["starts"]  # of the user's batch; beams repeat each row
+        # One of each row of the user's batch; beams repeat each row.
         starts = rows.to(ids.device).repeat_interleave(ids.shape[0] // rows.shape[0])
         begin = starts + lengths_before(self.__dict__["host"], self, PromptCall) - cached_length(given)
         place = torch.arange(ids.shape[1], device=ids.device) - begin[:, None]
@@ -134,12 +135,13 @@ class PromptCall(Delta):
     @contextmanager
     def placing(self, starts: Tensor) -> Iterator[None]:
         """Within the block ``generate`` has made room for the prompt, at these columns."""
-        before = self.generating, self.__dict__.get("starts")
-        self.generating, self.__dict__["starts"] = True, starts
+        here = HERE.call
+        before = here.around
+        here.around = (*before, (self, starts))
         try:
             yield
         finally:
-            self.generating, self.__dict__["starts"] = before
+            here.around = before
 
 
 class PromptMemory(Delta):

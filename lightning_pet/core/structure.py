@@ -6,6 +6,7 @@ Paths are dotted module names from the adapted root; the root itself is ``""``.
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Literal
 
 Role = Literal[
@@ -143,6 +144,8 @@ class Structure:
         embedding: path of the token embedding, if any.
         consumer: innermost module above the embedding that takes ids and an attention mask.
         called: modules that ran in the probing forward; ``None`` if no forward was run.
+        read_by: (module, parameter, reader): parameters that were read outside of any call of their module, and the
+            innermost call in which they were.
         source: ``"probe"`` if a forward was read, ``"names"`` if only module names were.
         disagreements: human-readable differences between probe and names.
         unresolved: fused projections of which it is known that they hold a role, but not in which rows.
@@ -158,6 +161,7 @@ class Structure:
     embedding: str | None = None
     consumer: str | None = None
     called: frozenset[str] | None = None
+    read_by: tuple[tuple[str, str, str], ...] = ()
     source: Literal["probe", "names"] = "names"
     disagreements: tuple[str, ...] = field(default=())
     unresolved: tuple[Target, ...] = ()
@@ -165,6 +169,17 @@ class Structure:
     prefix: str = ""
     outputs: tuple[Output, ...] = ()
     of_loss: bool = False
+
+    def reader(self, module: str, parameter: str) -> str | None:
+        """The innermost call around all that read a parameter without calling its module; ``None``: nobody did."""
+        readers = [reader for path, name, reader in self.read_by if (path, name) == (module, parameter)]
+        if not readers:
+            return None
+        levels = zip(*(reader.split(".") for reader in readers), strict=False)
+        common = ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
+        while common and common not in (self.called or ()):
+            common = common.rpartition(".")[0]
+        return common
 
     def within(self, scope: str) -> "Structure":
         """The part of the model below one submodule, with paths from that submodule."""
@@ -201,6 +216,11 @@ class Structure:
             consumer=strip(self.consumer) if self.consumer and self.consumer.startswith(prefix) else None,
             weighing=frozenset(strips(tuple(self.weighing))),
             called=frozenset(strips(tuple(self.called))) if self.called is not None else None,
+            read_by=tuple(
+                (strip(path), name, strip(reader) if reader != scope else "")
+                for path, name, reader in self.read_by
+                if path.startswith(prefix) and f"{reader}.".startswith(prefix)
+            ),
             outputs=tuple(
                 Output(strip(output.module), frozenset(strips(tuple(output.fed_by))))
                 for output in self.outputs

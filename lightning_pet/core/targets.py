@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_pet.core.biases import is_bias
 from lightning_pet.core.fused import overlap
 from lightning_pet.core.names import (
     gives_one_number,
@@ -414,9 +415,18 @@ def _parameters(module: nn.Module) -> list[str]:
 
 
 def _weights(module: nn.Module) -> list[str]:
-    """What a module's name stands for: its ``weight``, else all its parameters of two or more dimensions."""
+    """What a module's name stands for: its ``weight``, else all its matrices that are no biases."""
     names = _parameters(module)
-    return ["weight"] if "weight" in names else [name for name in names if _is_matrix(module, name)]
+    if "weight" in names:
+        return ["weight"]
+    shapes = {name: tuple(getattr(module, name).shape) for name in names if _is_matrix(module, name)}
+    experts = {shape[0] for shape in shapes.values() if len(shape) == 3}
+    return [
+        name
+        for name, shape in shapes.items()
+        # A vector may be stored with dimensions of size 1, and those of all experts together.
+        if not is_bias(name) and sum(size > 1 for size in shape) > 1 and not (len(shape) == 2 and shape[0] in experts)
+    ]
 
 
 def _inside(path: str, heads: Collection[str]) -> bool:

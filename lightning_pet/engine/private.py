@@ -35,7 +35,10 @@ name                                                      used for
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names, in ``core``;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
 ``aten._unsafe_view``                                     outputs that own their memory, in ``layers/``
-``torch._C._current_graph_task_id``                       telling recomputation from forward, in ``layers/``
+``torch._C._current_graph_task_id``,                      telling recomputation from forward, in ``layers/`` and
+``._current_autograd_node``, ``threading._DummyThread``,  ``core``; which forward it repeats, and for which thread:
+``._is_key_in_tls``, ``._get_obj_in_tls`` ("context")     ``core/call.py``, guarded by ``tests/core/test_calls.py``
+``Module._replicate_for_data_parallel``                   copies that run in threads of their own
 ``forward_ad._current_level``,                            telling transforms of ``torch.func`` and forward mode, in
 ``torch._C._functorch``                                   ``layers/transforms.py``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``

@@ -74,6 +74,8 @@ class Delta(Part):
     fuses_linear: ClassVar[bool] = False
     changes_bias: ClassVar[bool] = False
     """On a host with a bias, merging changes that too: see :meth:`merged_bias`."""
+    needs_bias: bool = False
+    """Merging changes the host's bias, and is impossible where there is none."""
     optional_gradient: bool = False
     """The delta may stay without gradient in a step (an adapter that is dropped at random)."""
     starts_from_weight: bool = False

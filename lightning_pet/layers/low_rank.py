@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_pet.errors import ArgumentError, NotMergeableError
+from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, Rows, check_rank, precise
 from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, is_plain, low_rank_linear, prefers_merged
@@ -29,7 +29,7 @@ class LowRankLinear(LowRank):
         transposed: the host's weight is [in, out] (transformers' ``Conv1D``).
         rows: half-open ranges of output features of a fused projection. B has one row per output
             feature in them, and all others stay as they are.
-        bias: also train a bias, added as ``s · bias``. Such a delta cannot be merged.
+        bias: also train a bias of B, added as ``s · bias``; it merges into the host's bias.
         device: where the parameters live.
         dtype: dtype of the parameters; products run in the input's (or autocast's).
 
@@ -80,14 +80,24 @@ class LowRankLinear(LowRank):
         if bias is not None:
             nn.init.zeros_(bias)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight; see :meth:`Delta.merged`."""
-        if self.bias is not None:
-            raise NotMergeableError(
-                "A LowRankLinear with bias=True changes the layer's bias too, which no weight can express. "
-                "Keep it attached, or train with bias=False."
-            )
-        return super().merged(weight)
+    @property
+    def changes_bias(self) -> bool:  # type: ignore[override]
+        """With a bias of its own."""
+        return self.bias is not None
+
+    @property
+    def needs_bias(self) -> bool:  # type: ignore[override]
+        """With a bias of its own."""
+        return self.bias is not None
+
+    @torch.no_grad()
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """``bias + s · own``."""
+        return (bias.to(precise(bias)) + self._own_bias(precise(bias))).to(bias.dtype)
+
+    def _own_bias(self, dtype: torch.dtype) -> Tensor:
+        assert self.bias is not None
+        return self._spread(self.bias.to(dtype).unsqueeze(-1)).squeeze(-1) * self.scale
 
     def forward(
         self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
@@ -152,7 +162,7 @@ class LowRankLinear(LowRank):
             change = F.linear(F.linear(dropped, a), b) - F.linear(F.linear(x, origin[0]), origin[1])
             output = torch.add(output, change.to(output.dtype), alpha=self.scale)
         if self.bias is not None:
-            output = output + self._spread(self.bias.unsqueeze(-1)).squeeze(-1).to(output.dtype) * self.scale
+            output = output + self._own_bias(output.dtype)
         return output
 
     @property
@@ -186,6 +196,8 @@ class LowRankParameter(LowRank):
         shape: shape of the parameter: [out, in], or [n, out, in] for n experts with their own A and B.
         r: rank, at least 1.
         scale: factor s of the delta.
+        dropout: probability of dropping an input feature on the way to A, for all positions of a forward alike;
+            active in training only.
         init: as in :class:`LowRankLinear`, for every matrix on its own.
         use_dora: train a magnitude per output feature.
         transposed: the last two dimensions are [in, out].
@@ -205,6 +217,7 @@ class LowRankParameter(LowRank):
         r: int,
         *,
         scale: float,
+        dropout: float = 0.0,
         init: Init = "kaiming",
         use_dora: bool = False,
         transposed: bool = False,
@@ -225,6 +238,7 @@ class LowRankParameter(LowRank):
             (*experts, outputs, r),
             out_features=outputs,
             scale=scale,
+            dropout=dropout,
             init=init,
             use_dora=use_dora,
             rows=rows,
@@ -234,7 +248,7 @@ class LowRankParameter(LowRank):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, in the shape and dtype of ``weight``; computed in at least float32."""
-        return self._effective(weight)
+        return self._effective(weight, drop=True)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
@@ -152,9 +153,11 @@ class LowRank(Delta):
             self.a0.copy_(self.a)
             self.b0.copy_(self.b)
 
-    def _change(self, dtype: torch.dtype) -> Tensor:
+    def _change(self, dtype: torch.dtype, *, drop: bool = False) -> Tensor:
         """``s (B A - B0 A0)``, [..., out, in]."""
         a, b = self._flat_a().to(dtype), self._flat_b().to(dtype)
+        if drop:  # an input feature is dropped with its column of A, for all positions alike
+            a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
         change = b @ a
         if self.a0 is not None and self.b0 is not None:
             change = change - self.b0.view_as(b).to(dtype) @ self.a0.view_as(a).to(dtype)
@@ -166,13 +169,15 @@ class LowRank(Delta):
             norm: Tensor = torch.linalg.vector_norm(matrix + self._change(matrix.dtype), dim=-1)
             return norm
 
-    def _effective(self, weight: Tensor) -> Tensor:
+    def _effective(self, weight: Tensor, *, drop: bool = False) -> Tensor:
+        """The weight as the host reads it; ``drop``: where it is training, with dropout."""
+        drop = drop and self.training and self.dropout > 0
         dtype = precise(weight)
         # Autocast would round the change before it is added.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight).to(dtype)
             own = self._take(matrix)
-            changed = own + self._change(dtype)
+            changed = own + self._change(dtype, drop=drop)
             if self.magnitude is not None:
                 # In the magnitude's dtype, so that the factor is exactly 1 at the start.
                 factor = self.magnitude / self._norm(own).to(self.magnitude.dtype)

@@ -183,6 +183,8 @@ def low_rank_linear(
             return F.linear(x, shifted(weight, a, b, scale, origin), bias)
         return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
     a0, b0 = (None, None) if origin is None else origin
+    if not torch.is_grad_enabled():  # the same products without a node, which costs more than they do
+        return _LowRankLinear.forward(x, weight, bias, a, b, a0, b0, scale, merged, None)[0]
     rebuild, sources = source_of(x) or (None, ())
     output: Tensor
     output, _ = _LowRankLinear.apply(x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)  # type: ignore[no-untyped-call]

@@ -138,11 +138,11 @@ class Prefix(Delta):
         """Keys and values without their history, kept until a parameter changes."""
         if self.network is None:
             return self.key.detach(), self.value.detach()
-        stamp = self._stamp()
-        if self._folded is None or stamp is None or self._folded[0] != stamp:
+        stamp, folded = self._stamp(), self._folded  # another thread may exchange it meanwhile
+        if folded is None or stamp is None or folded[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():
-                self._folded = (stamp or (), *self._unfolded())
-        return self._folded[1], self._folded[2]
+                self._folded = folded = (stamp or (), *self._unfolded())
+        return folded[1], folded[2]
 
     def _unfolded(self) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.weight.device.type, enabled=False):

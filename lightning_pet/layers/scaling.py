@@ -40,6 +40,7 @@ class OutputScaling(_Scaling):
         rows: half-open ranges of output features in a fused projection, for each of which l has a
             number; ``None``: all features.
         transposed: the host's weight is [in, out] (transformers' ``Conv1D``).
+        spatial: dimensions of the output behind that of the features: those of a convolution.
         device: where l lives.
         dtype: dtype of l; the product is taken in the wider one of it and the output's.
     """
@@ -52,23 +53,25 @@ class OutputScaling(_Scaling):
         rows: Sequence[Sequence[int]] | None = None,
         *,
         transposed: bool = False,
+        spatial: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.features = features
         self.rows = ranges.whole(rows, features)
         self.transposed = transposed
+        self.spatial = spatial
         super().__init__([ranges.size(self.rows)], device=device, dtype=dtype)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """Rescale ``output``, [..., features]; its dtype stays."""
-        return (output * self._spread()).to(output.dtype)
+        """Rescale ``output``, [..., features, *spatial]; its dtype stays."""
+        return (output * _before(self._spread(), self.spatial)).to(output.dtype)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """diag(l) W."""
         scale = self._spread()
-        return (weight * (scale if self.transposed else scale.unsqueeze(-1))).to(weight.dtype)
+        return (weight * (scale if self.transposed else _before(scale, weight.dim() - 1))).to(weight.dtype)
 
     @torch.no_grad()
     def merged_bias(self, bias: Tensor) -> Tensor:
@@ -85,6 +88,8 @@ class InputScaling(_Scaling):
     Args:
         features: input features of the host.
         transposed: the host's weight is [in, out] (transformers' ``Conv1D``).
+        spatial: dimensions of the input behind that of the features: those of a convolution.
+        groups: of a convolution.
         device: where l lives.
         dtype: dtype of l; the product is taken in the wider one of it and the input's.
     """
@@ -96,20 +101,25 @@ class InputScaling(_Scaling):
         features: int,
         *,
         transposed: bool = False,
+        spatial: int = 0,
+        groups: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.transposed = transposed
+        self.spatial = spatial
+        self.groups = groups
         super().__init__([features], device=device, dtype=dtype)
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the host on ``l ⊙ x``; the dtype of x, [..., features], stays."""
-        return call((x * self.scale).to(x.dtype), *args, **kwargs)
+        """Run the host on ``l ⊙ x``; the dtype of x, [..., features, *spatial], stays."""
+        return call((x * _before(self.scale, self.spatial)).to(x.dtype), *args, **kwargs)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """W diag(l)."""
-        return (weight * (self.scale.unsqueeze(-1) if self.transposed else self.scale)).to(weight.dtype)
+        scale = self.scale.unsqueeze(-1) if self.transposed else _per_input(self.scale, weight, self.groups)
+        return (weight * scale).to(weight.dtype)
 
 
 class ScaledWeight(_Scaling):
@@ -151,6 +161,56 @@ class ScaledWeight(_Scaling):
         return effective
 
 
+class ScaledKernel(_Scaling):
+    """The weight of a convolution, [out, in / groups, *kernel], rescaled per output or per input channel.
+
+    Args:
+        channels: output channels, or input channels.
+        inner: the input is rescaled.
+        groups: of the convolution.
+        device: where l lives.
+        dtype: dtype of l; the product is taken in the wider one of it and the weight's.
+    """
+
+    path: ClassVar[Path] = "weight"
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        inner: bool = False,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.inner = inner
+        self.groups = groups
+        super().__init__([channels], device=device, dtype=dtype)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the shape and dtype of ``weight``."""
+        scale = _per_input(self.scale, weight, self.groups) if self.inner else _before(self.scale, weight.dim() - 1)
+        return (weight * scale).to(weight.dtype)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective weight as a new tensor."""
+        effective: Tensor = self(weight)
+        return effective
+
+
+def _before(scale: Tensor, dimensions: int) -> Tensor:
+    """The vector with this many dimensions behind it."""
+    return scale.view(-1, *(1,) * dimensions)
+
+
+def _per_input(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Factors of the input channels for a weight [out, in / groups, *kernel]: each group of outputs has its own."""
+    if groups > 1:
+        scale = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return scale.reshape(*scale.shape, *(1,) * (weight.dim() - 2))
+
+
 class ScaledBias(Delta):
     """``l ⊙ b``: the bias that goes with a :class:`ScaledWeight`. It has no vector of its own.
 
@@ -163,7 +223,9 @@ class ScaledBias(Delta):
 
     path: ClassVar[Path] = "weight"
 
-    def __init__(self, source: ScaledWeight, features: int, rows: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, source: ScaledWeight | ScaledKernel, features: int, rows: Sequence[Sequence[int]] | None = None
+    ) -> None:
         super().__init__()
         self.__dict__["source"] = source
         self.features = features

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
 from lightning_pet.layers.low_rank_base import LowRank
+from lightning_pet.layers.low_rank_hosts import ConvWeight, LowRankConv
 from lightning_pet.layers.side_loss import Penalty, with_penalty
 
 _STD = 0.02
@@ -113,6 +114,18 @@ class SvdLowRankLinear(SvdLowRank, LowRankLinear):
 
 class SvdLowRankParameter(SvdLowRank, LowRankParameter):
     """AdaLoRA on a bare parameter; arguments of :class:`~lightning_pet.layers.low_rank.LowRankParameter`."""
+
+
+class SvdLowRankConv(SvdLowRank, LowRankConv):
+    """AdaLoRA on a convolution; arguments of :class:`~lightning_pet.layers.low_rank_hosts.LowRankConv`."""
+
+    flat = True
+
+
+class SvdConvWeight(SvdLowRank, ConvWeight):
+    """AdaLoRA on the weight of a convolution; arguments of :class:`~lightning_pet.layers.low_rank_hosts.ConvWeight`."""
+
+    flat = True
 
 
 def orthogonality(a: Tensor, b: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The command line as users call it: as a subprocess."""
+"""The command line as users call it: the installed script, as a subprocess."""
 
 import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,20 @@ from lightning_pet.report.summary import summarize
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TARGETS = "[net.0,net.2]"
+SCRIPT = str(Path(sysconfig.get_path("scripts")) / "lightning-pet")  # what an installation has put there
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 
 
 def run(arguments: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run Python with the user's code importable, in a folder of its own."""
+    """Run Python, or our script, with the user's code importable, in a folder of its own."""
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=240
-    )
+    command = arguments if arguments[0] == SCRIPT else [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -35,8 +36,7 @@ def run(arguments: list[str], folder: Path, check: bool = True) -> subprocess.Co
 
 def ours(verb: str, *arguments: str) -> list[str]:
     """Our own command."""
-    start = "import sys; from lightning_pet.cli import main; main(sys.argv[1:])"
-    return ["-c", start, verb, *arguments]
+    return [SCRIPT, verb, *arguments]
 
 
 def fit_arguments(*more: str) -> list[str]:
@@ -121,6 +121,26 @@ def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_pa
     (first,) = [line for line in done.stderr.splitlines() if "going on from" in line]
     assert "again" in first
     assert torch.load(next((tmp_path / "again").rglob("*epoch=1*.ckpt")), weights_only=True)["global_step"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["validate", "--ckpt_path={}"], "val/loss"),
+        (["test", "--ckpt_path={}"], "test/loss"),
+        (["predict", "--ckpt_path={}"], ""),
+        (["plan"], "optimizer"),
+        (["intrinsic-dimension", "--metric=val/accuracy", "--smallest=10", "--largest=10"], "full fine-tuning"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_installed_script_knows_every_verb(
+    arguments: list[str], text: str, trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Each verb in a process of its own: what one of them imports, another may be missing."""
+    given = fit_arguments(*(argument.format(trained[0]) for argument in arguments[1:]))
+    done = run([SCRIPT, arguments[0], *given[2:]], tmp_path)
+    assert text in done.stdout
 
 
 @pytest.mark.parametrize(

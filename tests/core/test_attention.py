@@ -273,9 +273,9 @@ def test_sizes_survive_a_round_trip() -> None:
 def test_the_table_is_wrapped_only_when_a_prefix_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    before = attention_interface._original or AttentionInterface.get_interface
+    before = attention_interface._table or AttentionInterface.get_interface
     monkeypatch.setattr(AttentionInterface, "get_interface", before)
-    monkeypatch.setattr(attention_interface, "_original", None)
+    monkeypatch.setattr(attention_interface, "_wanted", {"prefixes": 0, "observers": 0})
     apply(hf("bert"), [LoRACallback(r=2)])
     adapt(Written("fused"), batch(torch.float32))
     assert AttentionInterface.get_interface is before
@@ -286,7 +286,7 @@ def test_the_table_is_wrapped_only_when_a_prefix_needs_it(monkeypatch: pytest.Mo
     apply(hf("bert"), [PrefixTuningCallback(length=2)])
     assert AttentionInterface.get_interface is wrapped
     monkeypatch.setattr(AttentionInterface, "get_interface", before)
-    monkeypatch.setattr(attention_interface, "_original", None)
+    monkeypatch.setattr(attention_interface, "_wanted", {"prefixes": 0, "observers": 0})
     copied = pickle.loads(pickle.dumps(model))  # as in a new process
     assert AttentionInterface.get_interface is not before
     assert torch.equal(copied(ids())[0], model(ids())[0])

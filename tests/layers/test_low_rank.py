@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_pet.errors import NotMergeableError
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
 from lightning_pet.layers.low_rank_hosts import LowRankConv, LowRankEmbedding
 from lightning_pet.layers.low_rank_product import low_rank_linear, prefers_merged
@@ -168,10 +167,13 @@ def test_decompositions_start_at_the_base(init: str) -> None:
         assert float(torch.linalg.norm(w - 0.5 * delta.b @ delta.a)) == pytest.approx(float(best))
 
 
-def test_a_trained_bias_is_not_mergeable() -> None:
-    delta = filled(LowRankLinear(5, 4, 2, scale=1.0, bias=True, dtype=D))
-    with pytest.raises(NotMergeableError, match="bias"):
-        delta.merged(numbers(4, 5).detach())
+def test_a_trained_bias_merges_into_the_hosts() -> None:
+    delta = filled(LowRankLinear(5, 4, 2, scale=0.5, bias=True, dtype=D))
+    weight, bias, x = numbers(4, 5).detach(), numbers(4).detach(), numbers(3, 5).detach()
+    assert delta.changes_bias
+    assert delta.needs_bias
+    merged = torch.nn.functional.linear(x, delta.merged(weight), delta.merged_bias(bias))
+    assert torch.allclose(merged, delta(x, torch.nn.functional.linear(x, weight, bias)), atol=1e-12)
 
 
 def test_meta_device_then_reset() -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
-from lightning_pet.layers.low_rank_hosts import DoraConv, DoraEmbedding, LowRankConv, LowRankEmbedding
+from lightning_pet.layers.low_rank_hosts import ConvWeight, EmbeddingWeight, LowRankConv, LowRankEmbedding
 
 D = torch.float64
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -227,9 +227,9 @@ def every_delta() -> dict[str, Delta]:
         **{name: linear_case(name)[0] for name in OPTIONS},
         "parameter": LowRankParameter((3, 4, 5), 2, scale=1.0, use_dora=True),
         "embedding": LowRankEmbedding(7, 5, 2, scale=1.0, padding_idx=0),
-        "dora-embedding": DoraEmbedding(7, 5, 2, scale=1.0),
+        "dora-embedding": EmbeddingWeight(7, 5, 2, scale=1.0, use_dora=True),
         "conv": LowRankConv(4, 6, (3,), 2, scale=1.0),
-        "dora-conv": DoraConv(4, 6, (3, 3), 2, scale=1.0),
+        "dora-conv": ConvWeight(4, 6, (3, 3), 2, scale=1.0, use_dora=True),
     }
 
 
@@ -276,8 +276,8 @@ def test_misuse_is_named() -> None:
         delta.initialize_from(torch.randn(5, 6))
     with pytest.raises(ArgumentError, match="at most 5"):
         LowRankLinear(5, 6, 6, scale=1.0, init="pissa").initialize_from(torch.randn(6, 5))
-    with pytest.raises(ArgumentError, match="dropout"):
-        DoraConv(4, 6, (3,), 2, scale=1.0, dropout=0.1)
+    with pytest.raises(ArgumentError, match="acts on its weight"):
+        LowRankConv(4, 6, (3,), 2, scale=1.0, use_dora=True)
     LowRankLinear(5, 6, 2, scale=1.0).initialize_from(torch.zeros(15, 1, dtype=torch.uint8))  # packed 4-bit weight
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_pet.layers.low_rank import LowRankLinear
-from lightning_pet.layers.low_rank_hosts import DoraConv, DoraEmbedding
+from lightning_pet.layers.low_rank_hosts import ConvWeight, EmbeddingWeight
 
 
 def peft_layer(host: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
@@ -71,10 +71,10 @@ def test_dropout_acts_where_it_does_in_peft(kind: str, use_dora: bool) -> None:
 def test_dora_of_other_hosts_equals_peft(kind: str) -> None:
     if kind == "conv":
         host: nn.Module = nn.Conv2d(4, 6, 3, padding=1)
-        delta: Any = DoraConv(4, 6, (3, 3), 2, scale=1.5)
+        delta: Any = ConvWeight(4, 6, (3, 3), 2, scale=1.5, use_dora=True)
         x = torch.randn(2, 4, 5, 5)
     else:
-        host, delta = nn.Embedding(9, 6), DoraEmbedding(9, 6, 2, scale=1.5)
+        host, delta = nn.Embedding(9, 6), EmbeddingWeight(9, 6, 2, scale=1.5, use_dora=True)
         x = torch.randint(9, (2, 4))
     model, layer = peft_layer(host, use_dora=True)
     delta.initialize_from(host.weight)

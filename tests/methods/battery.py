@@ -8,7 +8,9 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +29,10 @@ from lightning_pet.layers.delta import Delta
 
 from . import zoo
 
+SAME_ROUTE = "a smaller model compiles with a prefix that takes the same route"
+RECURRENT = "torch.compile takes no recurrent layers"
+LIKE_SMALLER = "compiles in one graph as on the smaller models, which are enough for the time it takes"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,7 +48,7 @@ class Case:
         merge_tolerance: largest difference between merged and attached in float64.
         parameters: closed form of the number of trained parameters of the delta, if given.
         needs_values: the method needs the values of the base, and refuses the meta device.
-        compiles: the adapted model compiles in one graph.
+        not_compiled: why the adapted model is not compiled here; otherwise it must compile in one graph.
     """
 
     model: str
@@ -54,7 +60,7 @@ class Case:
     merge_tolerance: float = 1e-10
     parameters: int | None = None
     needs_values: bool = False
-    compiles: bool = True
+    not_compiled: str = ""
 
     @property
     def id(self) -> str:
@@ -104,6 +110,17 @@ def frozen_output(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tenso
         return run(model)
 
 
+def in_threads(work: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    """Results of threads that take turns as often as Python can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(arguments)) as pool:
+            return list(pool.map(work, arguments))
+    finally:
+        sys.setswitchinterval(interval)
+
+
 class Running(nn.Module):
     """A model and its forward as one module without arguments."""
 
@@ -151,6 +168,27 @@ class Battery:
         assert [type(module) for module in model.modules()] == kinds
         assert torch.equal(frozen_output(model, run), before)
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+    def test_threads_do_not_notice_each_other(self, case: Case, built: Any) -> None:
+        """Some use the deltas, and some switch them off meanwhile; all get what they would get alone."""
+        model, run = built
+        expected = {False: frozen_output(model, run)}
+        adapted = case.adapt(model, run)
+        perturb(adapted)
+        expected[True] = frozen_output(model, run)
+
+        def work(with_deltas: bool) -> list[bool]:
+            right = []
+            for _ in range(4):
+                with nullcontext() if with_deltas else adapted.disabled():
+                    right += [torch.equal(frozen_output(model, run), expected[with_deltas]) for _ in range(2)]
+            return right
+
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        kinds = [type(module) for module in model.modules()]
+        assert in_threads(work, [True, False, True, False]) == [[True] * 8] * 4
+        assert equal_states(dict(model.state_dict()), state)
+        assert [type(module) for module in model.modules()] == kinds
 
     def test_names_and_ties_are_kept(self, case: Case, built: Any) -> None:
         model, run = built
@@ -242,8 +280,8 @@ class Battery:
         assert (out.float() - full).abs().max() <= 0.1 * full.abs().max() + 0.1
 
     def test_compiles_in_one_graph(self, case: Case, built: Any) -> None:
-        if not case.compiles:
-            return
+        if case.not_compiled:
+            pytest.skip(case.not_compiled)
         model, run = built
         perturb(case.adapt(model, run))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -257,6 +295,11 @@ class Battery:
         found = step(torch.compile(model, backend="eager", fullgraph=True))
         for value, reference in zip(found, expected, strict=True):
             assert torch.allclose(value, reference, atol=1e-6 * max(1.0, float(reference.abs().max())))
+        for mode in (torch.no_grad, torch.inference_mode):  # as Trainer.validate, which has the choice
+            torch._dynamo.reset()
+            with mode():
+                found_again = run(torch.compile(model, backend="eager", fullgraph=True))
+            assert torch.allclose(found_again, expected[0], atol=1e-6 * max(1.0, float(expected[0].abs().max())))
 
     def test_checkpointing_changes_no_gradient(self, case: Case, built: Any) -> None:
         model, run = built

@@ -28,6 +28,10 @@ class TestAdaLoRA(Battery):
     cases: ClassVar[list[Case]] = [
         Case("mlp", METHOD, {**SMALL, "target_modules": ["0"]}, parameters=3 * (6 + 8 + 1)),
         Case("transformer_encoder", METHOD, SMALL),
+        Case("conv1d", METHOD, {**SMALL, "target_modules": ["0"]}, parameters=3 * (12 + 6 + 1)),
+        Case("conv3d", METHOD, {**SMALL, "target_modules": ["0"]}, parameters=3 * (12 + 6 + 1)),
+        Case("own", METHOD, {**SMALL, "target_modules": ["turned", "gated", "conv"], "modules_to_save": []}),
+        Case("reading", METHOD, {**SMALL, "target_modules": ["conv", "down"]}),
         Case("bert", METHOD, SMALL, parameters=2 * 3 * (4 * (16 + 16 + 1) + 2 * (16 + 24 + 1))),
         Case("gpt2", METHOD, {**SMALL, "target_modules": ["attention.v"]}, parameters=2 * 3 * (16 + 16 + 1)),
         Case("mixtral", METHOD, {**SMALL, "target_modules": ["attention.q", "ffn"]}),

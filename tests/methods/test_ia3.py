@@ -22,6 +22,12 @@ class TestIA3(Battery):
         Case("llama", IA3Callback, parameters=2 * (8 + 8 + 24)),
         Case("t5", IA3Callback, parameters=2 * (16 + 16 + 24) + 2 * (2 * 16 + 2 * 16 + 24)),
         Case("mixtral", IA3Callback, parameters=16 + 16 + 3 * 24),
+        Case("conv1d", IA3Callback, {"target_modules": "0", "feedforward_modules": "2"}, parameters=6 + 6),
+        Case("conv2d", IA3Callback, {"target_modules": "0", "feedforward_modules": "2"}, parameters=6 + 6),
+        Case("conv3d", IA3Callback, {"target_modules": "0", "feedforward_modules": []}, parameters=6),
+        Case("own", IA3Callback, {"target_modules": ["turned"], "feedforward_modules": "conv", "modules_to_save": []}),
+        Case("reading", IA3Callback, {"target_modules": [], "feedforward_modules": ["conv", "down"]}),
+        Case("reading", IA3Callback, {"target_modules": ["conv", "down"], "feedforward_modules": []}),
     ]
 
 
@@ -146,6 +152,32 @@ def test_equal_to_peft_on_copied_vectors(build: str) -> None:
             theirs_l.copy_(torch.cat(values).view_as(theirs_l))
     assert (run(ours) - run(wrapped)).abs().max() <= 1e-5
     assert (run(ours) - run(getattr(zoo, build)()[0])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("build", ["conv2d", "conv3d"])
+def test_equal_to_peft_on_convolutions(build: str, inner: bool) -> None:
+    from peft import IA3Config, get_peft_model
+
+    ours, run = getattr(zoo, build)()
+    theirs, _ = getattr(zoo, build)()
+    wrapped = get_peft_model(theirs, IA3Config(target_modules=["0"], feedforward_modules=["0"] if inner else []))
+    names = (
+        {"target_modules": [], "feedforward_modules": ["0"]}
+        if inner
+        else {"target_modules": ["0"], "feedforward_modules": []}
+    )
+    adapted = apply(ours, [IA3Callback(modules_to_save=[], **names)])
+    base = run(ours)
+    perturb(adapted)
+    with torch.no_grad():
+        (theirs_l,) = [p for n, p in wrapped.named_parameters() if "ia3_l" in n]
+        theirs_l.copy_(ours[0].pet["ia3_default"].scale.view_as(theirs_l))
+    expected = run(wrapped)
+    assert (run(ours) - expected).abs().max() <= 1e-5
+    assert (run(ours) - base).abs().max() > 1e-3
+    adapted.merge_()
+    assert (run(ours) - expected).abs().max() <= 1e-5
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lightning_pet.layers.fastfood import fastfood
 from lightning_pet.layers.subspace import Projected
 
 from . import zoo
-from .battery import Battery, Case, output_in_a_new_process, perturb
+from .battery import RECURRENT, Battery, Case, output_in_a_new_process, perturb
 
 METHOD = IntrinsicDimensionCallback
 SMALL = {"d": 40}
@@ -42,7 +42,7 @@ class TestIntrinsicDimension(Battery):
         Case("t5", METHOD, {"d": 100}, parameters=100),
         Case("mixtral", METHOD, {"d": 60, "norms": False}, parameters=60),
         Case("vit", METHOD, {"d": 60, "embeddings": False}, parameters=60),
-        Case("lstm", METHOD, {"d": 30}, parameters=30, compiles=False),
+        Case("lstm", METHOD, {"d": 30}, parameters=30, not_compiled=RECURRENT),
     ]
 
 

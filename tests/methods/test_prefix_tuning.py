@@ -22,7 +22,7 @@ from lightning_pet.core.attention import AttentionPrefix
 from lightning_pet.layers.prefix import PrefixNetwork
 
 from . import zoo
-from .battery import Battery, Case, frozen_output, output_in_a_new_process, perturb
+from .battery import SAME_ROUTE, Battery, Case, frozen_output, output_in_a_new_process, perturb
 
 DIRECT: dict[str, Any] = {"length": 3, "projection": False}
 NETWORK: dict[str, Any] = {"length": 3, "projection_size": 5}
@@ -42,12 +42,12 @@ class TestPrefixTuning(Battery):
     cases: ClassVar[list[Case]] = [
         case("transformer_encoder", NETWORK, parameters=trained(16, 32, 2)),
         case("bert", DIRECT, parameters=2 * 3 * 2 * 16),
-        case("gpt2", {**DIRECT, "layers_to_transform": [1]}, parameters=3 * 2 * 16, compiles=False),  # bert's route
+        case("gpt2", {**DIRECT, "layers_to_transform": [1]}, parameters=3 * 2 * 16, not_compiled=SAME_ROUTE),
         case("llama", NETWORK, parameters=trained(16, 16, 2)),
-        case("t5", NETWORK, parameters=3 * trained(16, 32, 2), compiles=False),
-        case("vit", DIRECT, parameters=2 * 3 * 2 * 16, compiles=False),
-        case("whisper", {**DIRECT, "attention": "cross"}, parameters=3 * 2 * 16, compiles=False),
-        case("bloom", NETWORK, parameters=trained(16, 32, 2), compiles=False),
+        case("t5", NETWORK, parameters=3 * trained(16, 32, 2), not_compiled=SAME_ROUTE),
+        case("vit", DIRECT, parameters=2 * 3 * 2 * 16, not_compiled=SAME_ROUTE),
+        case("whisper", {**DIRECT, "attention": "cross"}, parameters=3 * 2 * 16, not_compiled=SAME_ROUTE),
+        case("bloom", NETWORK, parameters=trained(16, 32, 2), not_compiled=SAME_ROUTE),
     ]
 
 

@@ -92,6 +92,97 @@ def conv2d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return _seeded(build), _on((torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),))
 
 
+def conv3d() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv3d(2, 6, (1, 3, 2), padding=(0, 1, 0), stride=(1, 2, 1)), nn.Tanh(), nn.Flatten())
+
+    return _seeded(build), _on((torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1)),))
+
+
+class Turned(nn.Module):
+    """A linear layer of its own class, whose weight is [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) * 0.4)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Gated(Turned):
+    """One whose product is no plain one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ (self.weight * 2)).tanh() * x.mean(-1, keepdim=True)
+
+
+class StandardisedConv(nn.Conv2d):
+    """A convolution with its weight standardised in every forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Positions(nn.Embedding):
+    """A table that is asked for positions, two places further on."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.arange(ids.shape[1], device=ids.device) + 2).expand(*ids.shape, -1)
+
+
+class Own(nn.Module):
+    """Layers of their own classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.positions = nn.Embedding(12, 6), Positions(9, 6)
+        self.turned, self.gated = Turned(6, 6), Gated(6, 6)
+        self.conv = StandardisedConv(1, 3, 2, groups=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) + self.positions(ids)
+        return self.conv((x + self.gated(self.turned(x))).unsqueeze(1))
+
+
+def own() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return _seeded(Own), _on((torch.tensor([[1, 2, 3, 3], [4, 11, 0, 1]]),))
+
+
+class Kernels(nn.Module):
+    """Weights of a convolution, a table and a layer deeper inside that are read and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, groups=2)
+        self.table = nn.Embedding(5, 4)
+        self.inner = nn.ModuleDict({"down": nn.Linear(4, 4)})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.conv1d(x, self.conv.weight, self.conv.bias, groups=2).mT.contiguous()
+        scores = nn.functional.linear(x, self.table.weight)
+        return scores, nn.functional.linear(x, self.inner["down"].weight, self.inner["down"].bias)
+
+
+class Reading(nn.Module):
+    """A layer whose parts are read by what is around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = Kernels()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, features = self.kernels(x)
+        return torch.cat([scores, features], -1)
+
+
+def reading() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    return _seeded(Reading), _on((torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1)),))
+
+
 def transformer_encoder() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     def build() -> nn.Module:
         layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)

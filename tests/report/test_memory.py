@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -432,7 +433,7 @@ def test_the_verb(tmp_path: Path) -> None:
     argv = ["--model=mine.Mine", "--model.base=base", "--pet+=LoRACallback", "--pet.r=4", "--meta", "--json_output"]
     argv += ["--batch_size=2", "--tokens=32", "--trainer.strategy=fsdp", "--trainer.devices=4"]
     done = subprocess.run(
-        [sys.executable, "-c", "from lightning_pet.cli import main; main()", "plan", *argv],
+        [str(Path(sysconfig.get_path("scripts")) / "lightning-pet"), "plan", *argv],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,0 +1,219 @@
+"""What lives for one call, and which deltas act in it: state of the calling thread, never of a module.
+
+Threads may run one adapted model at the same time. What a forward notes for itself is in the :class:`CallState` of its
+thread: there is nothing on modules that another thread could change. A compiler traces through it, and its guards look
+at the thread that calls, so one compiled model serves threads with different deltas.
+
+Gradient checkpointing runs parts of a forward again in the backward pass: maybe after the block that chose the deltas
+was left, and on a GPU in a thread of the autograd engine. Deltas are then chosen as in the forward that is repeated:
+nodes of the graph have numbers that rise, and a thread remembers in which of its blocks which numbers were given.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.errors import PETError
+
+_numbers = count()
+_REMEMBERED = 4096  # blocks whose graphs may still go backward
+
+Chosen = Mapping[int, "Selection"]
+"""What blocks have chosen, by :attr:`Switch.number`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What acts on one adapted root.
+
+    Attributes:
+        keys: of the deltas that act, as hosts name them.
+        values: what is read in place of attributes of modules, by canonical name from the root.
+    """
+
+    keys: frozenset[str] = frozenset()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Switch:
+    """Stands for one adapted root in the choice of a thread; all hosts of the root hold it.
+
+    Attributes:
+        number: tells it from those of other roots, and of copies.
+        exposed: modules, and attributes of them, that stay such that a thread may read other values there.
+    """
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        self.exposed: dict[nn.Module, set[str]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Switch, ()
+
+    def is_off(self) -> bool:
+        """Whether no delta of the root acts in this thread."""
+        selection = chosen().get(self.number)
+        return selection is not None and not selection.keys
+
+    @contextmanager
+    def using(self, selection: Selection) -> Iterator["Block"]:
+        """Within the block this thread uses this selection on the root; other threads do not notice.
+
+        Raises:
+            PETError: if blocks of one thread are left in another order than they were entered, as by tasks that wait
+                for something inside of them: they would have taken each other's deltas.
+        """
+        call = HERE.call
+        block = call.enter(self.number, selection)
+        try:
+            yield block
+        finally:
+            if not call.leave(block):
+                raise PETError(
+                    "blocks that choose deltas (`disabled()`) were left in another order than they were entered, so "
+                    "calls in between used the wrong deltas. Do not await inside of such a block, and leave it in the "
+                    "thread that entered it."
+                )
+
+
+@dataclass(eq=False)
+class Block:
+    """One block that chose for one root.
+
+    Attributes:
+        chosen: in it, for all roots. It is forgotten with the block (``None``) if there are values in it: there may be
+            as many as the model has.
+        begin: the first number that an autograd node could have got in it.
+        end: the first that none could.
+        task: the backward pass in which the block was entered, or -1.
+        own: what it chose itself.
+    """
+
+    chosen: Chosen | None
+    begin: int
+    task: int
+    own: Chosen
+    end: int | None = None
+
+    @property
+    def made_a_graph(self) -> bool:
+        """Whether something may go backward through what was computed in it."""
+        return self.end != self.begin
+
+
+class CallState:
+    """What one thread notes while it runs adapted models.
+
+    Attributes:
+        chosen: in the present blocks.
+        plain: :attr:`chosen` holds whatever runs: the thread is no autograd engine's, and remembers no blocks.
+        blocks: the present blocks, innermost last.
+        remembered: these, and the last ones in which a graph was made.
+        scope: modules whose weight deltas are visible.
+        handed: inputs on the way from one module to a delta on another.
+        around: what deltas around a running module hold for the time, as pairs of delta and value, innermost last.
+        observer: sees the attentions that this thread runs.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: Chosen = {}
+        self.blocks: list[Block] = []
+        self.remembered: list[Block] = []
+        # A thread that was not started by Python may be one in which autograd goes backward.
+        self.foreign = isinstance(threading.current_thread(), threading._DummyThread)
+        self.plain = not self.foreign
+        self.scope: tuple[nn.Module, ...] = ()
+        self.handed: dict[Any, Tensor] = {}
+        self.around: tuple[tuple[nn.Module, Any], ...] = ()
+        self.observer: Any = None
+
+    def enter(self, number: int, selection: Selection) -> Block:
+        """A block begins that chooses this for the root of this number."""
+        _CALLER.set(self)
+        own = {number: selection}
+        begin, task = torch._C._autograd._get_sequence_nr(), torch._C._current_graph_task_id()
+        block = Block({**self.chosen, **own}, begin, task, own)
+        self.blocks.append(block)
+        self.remembered.append(block)
+        self._choose()
+        return block
+
+    def leave(self, block: Block) -> bool:
+        """A block ends; returns whether it was the innermost one of this thread."""
+        orderly = bool(self.blocks) and self.blocks[-1] is block
+        block.end = torch._C._autograd._get_sequence_nr()
+        self.blocks.remove(block)
+        self._choose()
+        if not block.made_a_graph:
+            self.remembered.remove(block)
+        elif block.chosen and any(selection.values for selection in block.chosen.values()):
+            block.chosen = None
+        del self.remembered[: max(len(self.remembered) - _REMEMBERED, 0)]
+        self.plain = not (self.foreign or self.remembered)
+        return orderly
+
+    def _choose(self) -> None:
+        self.chosen, self.plain = {}, False
+        for block in self.blocks:
+            self.chosen = {**self.chosen, **block.own}
+
+    def repeated(self) -> Chosen:
+        """What was chosen in the forward that is repeated in the present backward pass, if one runs."""
+        task = torch._C._current_graph_task_id()
+        if task == -1 or any(block.task == task for block in self.blocks):
+            return self.chosen
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return self.chosen
+        number = node._sequence_nr()
+        for block in reversed(_calling(self).remembered):
+            if block.begin <= number and (block.end is None or number < block.end):
+                if block.chosen is None:
+                    raise PETError(
+                        "gradient checkpointing repeats a forward that ran in a block of `disabled()`, with original "
+                        "values of trained parameters that were let go at its end. Call backward inside of the block."
+                    )
+                return block.chosen
+        return {}
+
+    def held_by(self, delta: nn.Module) -> Any:
+        """What a delta around a running module holds; ``None`` if it does not run."""
+        for owner, value in reversed(self.around):
+            if owner is delta:
+                return value
+        return None
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.call = CallState()
+
+
+HERE: Final = _Here()
+"""``HERE.call`` is the calling thread's."""
+
+_CALLER: ContextVar[CallState | None] = ContextVar("lightning_pet_call", default=None)
+
+
+def _calling(call: CallState) -> CallState:
+    """The call of the thread that went backward, of which torch shows its engine's threads the context."""
+    if not call.foreign or not torch._C._is_key_in_tls("context"):
+        return call
+    caller = torch._C._get_obj_in_tls("context").get(_CALLER)
+    _CALLER.set(caller)  # for a backward pass that is begun inside of this one
+    return caller or call
+
+
+def chosen() -> Chosen:
+    """What the running call has chosen; empty almost always."""
+    call = HERE.call
+    if torch.compiler.is_dynamo_compiling() or call.plain:
+        return call.chosen
+    return call.repeated()
