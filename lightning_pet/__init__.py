@@ -83,7 +83,7 @@ _WHERE = {
     "plan_memory": "report.memory",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
-_FILE_VERBS = ("inspect", "extract")  # merge builds methods, which have to be known
+_FILE_VERBS = ("inspect", "extract", "list", "init")  # merge builds methods, which have to be known
 _HELPED_VERBS = ("merge", "plan", "intrinsic-dimension")
 
 

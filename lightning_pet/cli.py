@@ -28,7 +28,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     import jsonargparse
 
-    verbs: dict[str, Any] = {"inspect": inspect, "extract": extract, "merge": merge}
+    verbs: dict[str, Any] = {
+        "inspect": inspect,
+        "extract": extract,
+        "merge": merge,
+        "list": list_configurations,
+        "init": init,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(verbs))
         return
@@ -104,6 +110,59 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
 
     written = merge_into_folder(Path(path), Path(base), Path(output), model_class, base_check)
     print(f"merged model: {written}")
+
+
+def list_configurations() -> None:
+    """Name the shipped configurations, for -c of fit and the other verbs.
+
+    They are found from every folder.
+    """
+    from lightning_pet.recipes import GROUPS, names, summary
+
+    for group, title in GROUPS.items():
+        print(f"{title}:")
+        for name in names(group):
+            print(f"  {name:<28}{summary(name)}")
+        print()
+    print("lightning-pet fit -c docstring_topics -c method/lora -c trainer/cpu")
+
+
+def init(
+    task: str,
+    method: str | None = None,
+    data: str | None = None,
+    columns: dict[str, str] | None = None,
+    output: str = "run.yaml",
+) -> None:
+    """Write a complete configuration for a task, a method and your data.
+
+    Args:
+        task: one of the tasks of lightning-pet list, such as text_classification.
+        method: one of the methods, such as lora; default: the task's own.
+        data: file with your data (CSV, TSV, JSON, JSON lines, Parquet, text), folder with train.* and validation.*, or
+            data set of the hub; relative to the folder in which fit will run.
+        columns: what your columns are called, such as --columns.text=review.
+        output: file to write; must not exist.
+    """
+    from lightning_pet.data.tables import read_splits
+    from lightning_pet.recipes import compose, mapped_columns
+
+    columns = columns or {}
+    text = compose(task, method, data, columns)
+    if data is not None and (Path(data).suffix or Path(data).exists()):
+        table = read_splits(data)["train"]
+        for key, name in {**mapped_columns(task), **columns}.items():
+            if name not in table.columns:
+                raise ValueError(
+                    f"{data} has no column {name!r}; it has {', '.join(table.columns)}. "
+                    f"Say which one is the {key} with --columns.{key}=NAME."
+                )
+    if Path(output).exists():
+        raise ValueError(f"{output} exists already: give another --output, or remove it.")
+    parts = [task, *([method.removeprefix("method/")] if method else []), *([data] if data else [])]
+    head = f"# Made of {', '.join(parts)} by lightning-pet init; every line may be changed.\n"
+    Path(output).write_text(f"{head}#   lightning-pet fit -c {output}\n{text}", encoding="utf-8")
+    print(f"{output}: {', '.join(parts)}\nlightning-pet fit -c {output}")
 
 
 def intrinsic_dimension(argv: list[str]) -> None:

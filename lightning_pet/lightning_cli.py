@@ -1,6 +1,5 @@
 """The Trainer verbs of the command line: LightningCLI with a short way to name methods."""
 
-import difflib
 import hashlib
 import math
 import os
@@ -9,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,8 +27,19 @@ from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallba
 from lightning_pet.core.applied import adapted_root
 from lightning_pet.core.method import METHODS
 from lightning_pet.core.spelling import NOT_NEEDED, our_name
+from lightning_pet.data.dates import Dates
+from lightning_pet.data.docstring_topics import DocstringTopics
+from lightning_pet.data.lm_adaptation import LMAdaptationData
 from lightning_pet.data.reference import ReferencePoints
+from lightning_pet.data.seq2seq import Seq2SeqData
+from lightning_pet.data.text_classification import TextClassificationData
+from lightning_pet.engine.titled import show_table
 from lightning_pet.errors import ArgumentError, PETError
+from lightning_pet.modules.label_words import LabelWordClassifier
+from lightning_pet.modules.seq2seq import Seq2SeqModule
+from lightning_pet.modules.text_classification import TextClassifier
+from lightning_pet.recipes import config_folder, with_shipped
+from lightning_pet.report.console import quiet, with_defaults
 from lightning_pet.report.dimension_search import Runs, search
 from lightning_pet.report.dimension_view import plot_dimension, show_dimension
 from lightning_pet.store.last_good import last_good
@@ -37,14 +48,22 @@ LAST_GOOD = "last-good"
 """``fit --ckpt_path=last-good`` goes on from the newest checkpoint that verifies, or begins if there is none."""
 
 
+OURS = (TextClassifier, Seq2SeqModule, LabelWordClassifier, TextClassificationData, Seq2SeqData, LMAdaptationData)
+EXAMPLES = (DocstringTopics, Dates)
+"""Imported, they are named on the help page, and their short names are known."""
+KINDS = {"model": pl.LightningModule, "data": pl.LightningDataModule}
+
+
 class PetArgumentParser(LightningArgumentParser):
-    """Adds the nearest known name to an error about an unknown one."""
+    """Says what is wrong in a few lines, the nearest known name last."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with code 2, the message and a suggestion."""
-        hint = _suggestion(message, sys.argv[1:])
-        super().error(f"{message}\n{hint}" if hint else message, ex)
-        raise SystemExit(2)
+        """Exit with code 2, the message and a suggestion; the usage, of some 50 lines, is on the help page."""
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+            super().error(message, ex)
+        program = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
+        lines = [f"error: {message}", f"All options: {program} --help", _suggestion(message, sys.argv[1:])]
+        self.exit(2, "\n".join(line for line in lines if line) + "\n")
 
 
 class PetCLI(LightningCLI):
@@ -67,11 +86,19 @@ class PetCLI(LightningCLI):
         """Add ``--pet``."""
         parser.add_argument("--pet", type=list[PETCallback] | None, default=None, help="methods, applied in order")
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say on the help page whose model and data these are."""
+        super().add_core_arguments_to_parser(parser)
+        for key, kind in KINDS.items():
+            if (group := (parser.groups or {}).get(key)) is not None:
+                group.title = f"Your {kind.__name__}, or one of ours"
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Put the methods of ``--pet`` before all other callbacks."""
         methods = self._get(self.config_init, "pet") or []
         settings = self._get(self.config_init, "trainer")
         settings["callbacks"] = [*methods, *as_list(settings.get("callbacks"))]
+        with_defaults(settings)
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -152,6 +179,7 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         arguments: those of ``fit``.
     """
     with command("intrinsic-dimension"):
+        arguments = with_shipped(arguments)
         probe = _OneRun(FullFineTuningCallback(), None, arguments)
         metric = options.metric or probe.chosen_metric()
         if "loss" in metric:
@@ -191,7 +219,8 @@ def run(argv: list[str]) -> None:
     Args:
         argv: arguments, the verb first. Without a configuration and a model, the built-in example runs.
     """
-    argv = [argv[0], *or_default(argv[1:])]
+    with command(argv[0]):
+        argv = [argv[0], *or_default(argv[1:])]
     joined = torch.distributed.is_initialized()
     with command(argv[0], argv):
         PetCLI(save_config_kwargs={"overwrite": True}, parser_kwargs={"default_env": False})
@@ -200,7 +229,12 @@ def run(argv: list[str]) -> None:
 
 
 def or_default(arguments: list[str]) -> list[str]:
-    """The arguments of a verb, with the built-in example where they name no configuration, model or help."""
+    """The arguments of a verb, with the built-in example where they name no configuration, model or help.
+
+    Raises:
+        ArgumentError: if a configuration is named that is neither a file nor shipped.
+    """
+    arguments = with_shipped(arguments)
     if any(re.match(r"(-c|--config|--model|-h|--help)\b", argument) for argument in arguments):
         return arguments
     return ["--config", str(default_config()), *arguments]
@@ -219,7 +253,8 @@ def command(verb: str, argv: Sequence[str] = ()) -> Iterator[None]:
     sys.path.insert(0, os.getcwd())
     given, sys.argv = sys.argv, [*sys.argv[:1], *argv]
     try:
-        yield
+        with quiet():
+            yield
     except Exception as error:
         reason = _own_error(error)
         if reason is None:
@@ -242,12 +277,6 @@ def default_config() -> Path:
     return config_folder() / f"{name}.yaml"
 
 
-def config_folder() -> Path:
-    """Where the shipped configurations lie: in the installed package, or beside it in a checkout."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
-
-
 @rank_zero_only
 def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float]) -> None:
     """Print the reached metric under the reference points, and the checkpoint's path and size.
@@ -263,10 +292,10 @@ def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float
         best = checkpoint.best_model_score if isinstance(checkpoint, ModelCheckpoint) else None
         reached = best if best is not None else trainer.callback_metrics.get(metric)
         rows = points | ({} if reached is None else {"this run": float(reached)})
-        table = Table(title=f"{metric} (best epoch)", title_justify="left", show_header=False)
+        table = Table(show_header=False)
         for label, value in rows.items():
             table.add_row(label, f"{value:.3f}", style="bold" if label == "this run" else "")
-        console.print(table)
+        show_table(f"{metric} (best epoch)", table, console)
     path = getattr(checkpoint, "best_model_path", "")
     if path and os.path.isfile(path):
         kind = "checkpoint" if adapted_root(trainer.lightning_module) is None else "delta checkpoint"
@@ -274,25 +303,45 @@ def show_result(trainer: pl.Trainer, metric: str | None, points: dict[str, float
 
 
 def _suggestion(message: str, argv: list[str]) -> str:
-    """The nearest known callback or option to something the message complains about."""
+    """The nearest known class or option to something the message complains about."""
     methods = {cls.__name__: cls for cls in METHODS.values()}
-    known: dict[str, str] = {name: f"callback {name}" for name in methods}
-    for name, cls in methods.items():
-        if any(name in argument for argument in argv):
-            known |= {option: f"option {option!r} of {name}" for option in _options(cls)}
+    key = next(iter(re.findall(r'key "([\w.]+)"', message)), "")
+    unknown = re.findall(r"(?:dot import path string: |class_path '|Given value: )([\w.]+)", message)
+    if unknown and "is not accepted" not in message:
+        name = unknown[0]
+        if key in ("model", "data"):
+            return _nearest(name, key, {cls.__name__ for cls in OURS + EXAMPLES if issubclass(cls, KINDS[key])})
+        if key.rpartition(".")[2] in ("pet", "callbacks") and name.rpartition(".")[2] not in methods:
+            return _nearest(name, "callback", set(methods))
+    known = {
+        option: f"option {option!r} of {name}"
+        for name, cls in methods.items()
+        if any(name in argument for argument in argv)
+        for option in _options(cls)
+    }
     words = re.findall(r"[\w.]+", f"{message} {' '.join(argv)}")
-    candidates = [word.rpartition(".")[2] for word in words]
-    for word in candidates:
+    for word in (word.rpartition(".")[2] for word in words):
         if word in known:
             continue
         if (ours := our_name(word, known)) is not None:
             return f"Did you mean the {known[ours]}?"
         if word in NOT_NEEDED:
             return f"{word!r} is not needed: {NOT_NEEDED[word]}."
-        near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+        near = get_close_matches(word, known, n=1, cutoff=0.75)
         if near:
             return f"Did you mean the {known[near[0]]}?"
     return ""
+
+
+def _nearest(name: str, kind: str, known: set[str]) -> str:
+    """The nearest of our classes to a name, which may be the short one (``lora``); else all of them."""
+    forms = {form: one for one in known for form in (one.lower(), one.lower().removesuffix("callback"))}
+    near = get_close_matches(name.rpartition(".")[2].lower().replace("_", ""), forms, n=1, cutoff=0.7)
+    if near:
+        return f"Did you mean the {kind} {forms[near[0]]}?"
+    if "." in name:
+        return ""
+    return f"Known are {', '.join(sorted(known))}, and classes of yours by their full names (my_module.MyClass)."
 
 
 def _options(cls: type[PETCallback]) -> Iterable[str]:

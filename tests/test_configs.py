@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_pet.lightning_cli import config_folder, default_config, run
+from lightning_pet.lightning_cli import default_config, run
+from lightning_pet.recipes import config_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -101,7 +102,8 @@ def test_an_installed_wheel_finds_its_configurations(wheel: Path, tmp_path: Path
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from lightning_pet.lightning_cli import config_folder, default_config\n"
+        "from lightning_pet.lightning_cli import default_config\n"
+        "from lightning_pet.recipes import config_folder\n"
         "assert default_config().is_file()\n"
         "print(config_folder())"
     )

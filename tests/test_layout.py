@@ -20,6 +20,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LAYERS = (
     ("cli", "lightning_cli", "plan_cli"),
     ("report",),
+    ("recipes",),
     ("modules", "data", "callbacks"),
     ("engine",),
     ("store",),
@@ -354,6 +355,8 @@ print("heavy:", heavy)
         ["--help"],
         ["inspect", "--help"],
         ["merge", "--help"],
+        ["init", "--help"],
+        ["list"],
         ["intrinsic-dimension", "--help"],
         ["plan", "-h"],
     ):

@@ -16,11 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_pet.cli import extract, inspect, merge
+from lightning_pet.cli import extract, init, inspect, list_configurations, merge
 from lightning_pet.lightning_cli import default_config, run
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+FILE_VERBS = {"inspect": inspect, "extract": extract, "merge": merge, "list": list_configurations, "init": init}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # What the README calls the user's own.
@@ -134,12 +135,9 @@ def test_a_trainer_command_parses(words: list[str], capsys: pytest.CaptureFixtur
     assert "trainer:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "words", [w for verb in ("inspect", "extract", "merge") for w in commands(f"lightning-pet {verb}")], ids=" ".join
-)
+@pytest.mark.parametrize("words", [w for verb in FILE_VERBS for w in commands(f"lightning-pet {verb}")], ids=" ".join)
 def test_a_file_command_parses(words: list[str]) -> None:
-    verbs = {"inspect": inspect, "extract": extract, "merge": merge}
-    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli(verbs, args=[]))
+    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli(FILE_VERBS, args=[]))
     parsed = parser.parse_args(words[1:])
     assert parsed.subcommand == words[1]
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.fitting import Forms, Options, fitted
 from lightning_pet.core.hosts import host_kind, matrix_of
 from lightning_pet.core.method import Insertion
@@ -79,6 +79,7 @@ class AdaLoRACallback(PETCallback):
     mirrors = False
     width: ClassVar[str | None] = "init_r"
     shards = True
+    figures = ("norm", "rank")
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "orth_reg_weight",
@@ -254,6 +255,13 @@ class AdaLoRACallback(PETCallback):
         self._keep(dict(zip(deltas, self._allocation(step, deltas), strict=True)), deltas, adapter)
         if step >= self._last:
             self._importance.clear()
+
+    def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
+        """The average rank as it is now, or what every method has."""
+        if name != "rank":
+            return super().figure(name, trainer)
+        ranks = [delta.rank for delta in self._triplets(trainer).values()]
+        return sum(ranks) / len(ranks)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how the ranks were allocated."""

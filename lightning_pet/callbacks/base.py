@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pet.core.adapted import Adapted
@@ -23,10 +23,13 @@ from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.controller import Controller
+from lightning_pet.engine.private import logs_this_step
+from lightning_pet.engine.run_log import log_figures, norm_of
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.layers.delta import Delta
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
+Scalar = Literal["norm", "rank", "density"]
 
 
 class PETCallback(Callback):
@@ -52,6 +55,9 @@ class PETCallback(Callback):
         delta_files: write a delta file (``x.pet.safetensors``) beside each checkpoint (``x.ckpt``), and remove it
             together with it.
         verbose: print the table of trained parameters once at the start of a fit.
+        scalars: figures to log as often as the Trainer logs, as ``pet/METHOD_NAME/FIGURE``: ``"norm"`` (Euclidean
+            norm of what trains; of tensors of the base, that of their change), ``"rank"`` (average rank, of low-rank
+            methods), ``"density"`` (share of entries that are not zero, of diff pruning).
 
     Raises:
         ArgumentError: if an argument is out of range.
@@ -60,6 +66,8 @@ class PETCallback(Callback):
     method: ClassVar[str]
     width: ClassVar[str | None] = None
     """The argument that sizes the method (a positive integer), for ``budget``; ``None`` if it has no size."""
+    figures: ClassVar[tuple[Scalar, ...]] = ("norm",)
+    """What ``scalars`` may ask of the method."""
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
@@ -85,6 +93,7 @@ class PETCallback(Callback):
         budget: float | None = None,
         delta_files: bool = False,
         verbose: bool = True,
+        scalars: list[Scalar] | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -100,6 +109,10 @@ class PETCallback(Callback):
             raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
         if budget is not None and not 0 < budget <= 1:
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
+        for figure in scalars or ():
+            if figure not in self.figures:
+                known = ", ".join(map(repr, self.figures))
+                raise ArgumentError(f"scalars: {figure!r} is not a figure of {type(self).__name__}, which has {known}.")
         self.name = name
         self.module = module
         self.modules_to_save = listed_if_given(modules_to_save)
@@ -108,6 +121,7 @@ class PETCallback(Callback):
         self.budget = budget
         self.delta_files = delta_files
         self.verbose = verbose
+        self.scalars = scalars
         self._of_run: pl.LightningModule | None = None  # of the run that it is, or was last, part of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -212,7 +226,7 @@ class PETCallback(Callback):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        of_the_run = ("start_from", "base_check", "delta_files", "verbose")
+        of_the_run = ("start_from", "base_check", "delta_files", "verbose", "scalars")
         return {name: value for name, value in self._arguments().items() if name not in of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
@@ -285,12 +299,29 @@ class PETCallback(Callback):
         if (controller := Controller.get(trainer)).leads(self):
             controller.resume.on_train_epoch_start(trainer)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Before a backward pass: the loss depends on something that trains."""
+        if not loss.requires_grad and (controller := Controller.get(trainer)).leads(self):
+            controller.refuse_dead()
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Before an optimizer's first step: every delta that it holds must have received a gradient."""
         if (controller := Controller.get(trainer)).leads(self):
             controller.check_gradients(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the figures that were asked for, in steps that are logged."""
+        if self.scalars and logs_this_step(trainer):
+            log_figures(pl_module, self, {name: self.figure(name, trainer) for name in self.scalars})
+
+    def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
+        """One of :attr:`figures`, now; every process calls this."""
+        controller = Controller.get(trainer)
+        return norm_of(controller.adapted, self, controller.adapter)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no wrapper behind."""

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
@@ -81,6 +81,7 @@ class DiffPruningCallback(PETCallback):
     method: ClassVar[str] = "diff_pruning"
     mirrors = False
     shards = True
+    figures = ("norm", "density")
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "exclude_modules",
         "embeddings",
@@ -316,8 +317,16 @@ class DiffPruningCallback(PETCallback):
         self._cut_if_due(trainer)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._note(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._end_at <= trainer.global_step < trainer.estimated_stepping_batches:
             trainer.should_stop = True
+
+    def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
+        """The density now, or what every method has."""
+        if name != "density":
+            return super().figure(name, trainer)
+        parts, _ = counted(self._live, Controller.get(trainer).adapter)
+        return sum(part.nonzero for _, part in parts) / sum(part.size for _, part in parts)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cut now if the run was stopped in its first stage; draw the curves."""

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.fitting import Options, fitted, largest_rank
 from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
@@ -69,6 +70,7 @@ class LoRACallback(PETCallback):
     method: ClassVar[str] = "lora"
     shards = True
     width: ClassVar[str | None] = "r"
+    figures = ("norm", "rank")
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "lora_plus_ratio",
@@ -244,6 +246,13 @@ class LoRACallback(PETCallback):
                 "use bias='none'."
             )
         return tuple(chosen)
+
+    def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
+        """The average rank over all targets, or what every method has."""
+        if name != "rank":
+            return super().figure(name, trainer)
+        ranks = [value_at(self.rank_pattern, target, self.r) for target, _ in self.deltas(self.adapted.root)]
+        return sum(ranks) / len(ranks)
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """LoRA+: B learns ``lora_plus_ratio`` times as fast as A."""

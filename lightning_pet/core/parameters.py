@@ -129,19 +129,27 @@ def tied(root: nn.Module, targets: Sequence[Target]) -> list[tuple[Target, ...]]
 
 
 def with_readers(root: nn.Module, targets: Sequence[Target], structure: Structure) -> tuple[Target, ...]:
-    """Note who reads a weight, where its own module is not called: who was seen to, or the module right around it.
+    """Note who reads a weight without a call of its own module: who was seen to, or the module right around it.
 
-    A delta there must act on the weight: its host's call never comes.
+    A delta there must act on the weight: its host's call never comes, or is not all that the weight is for.
     """
     found = []
     for target in targets:
         called = structure.called is None or target.module in structure.called
-        seen = None if called else structure.reader(target.module, target.parameter)
+        seen = structure.reader(target.module, target.parameter)
+        if seen is not None and called and _holders(root, target) > 1:
+            seen = None  # by which of its names it was read cannot be told; each place has its own delta
         near = reader_of(root, target, structure.called)
         if seen is None and near == target.module.rpartition(".")[0]:
             seen = near
         found.append(target if seen is None else replace(target, reads=seen))
     return tuple(found)
+
+
+def _holders(root: nn.Module, target: Target) -> int:
+    """How many places hold the tensor of a target."""
+    weight = named_modules(root)[target.module]._parameters.get(target.parameter)
+    return sum(p is weight for module in named_places(root).values() for p in module._parameters.values())
 
 
 def seen_reader(root: nn.Module, target: Target, structure: Structure | None) -> str | None:

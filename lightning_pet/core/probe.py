@@ -27,6 +27,7 @@ from lightning_pet.errors import TargetError
 _ORDER: tuple[Role, ...] = (
     "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down", "embedding"
 )  # fmt: skip
+_FAILURE = "the probing forward of"
 
 
 def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
@@ -55,14 +56,14 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
                     result = forward()
             except Exception as error:
                 raise TargetError(
-                    f"the probing forward of {type(model).__name__} failed: {type(error).__name__}: {error}. It runs "
+                    f"{_FAILURE} {type(model).__name__} failed: {type(error).__name__}: {error}. It runs "
                     "in evaluation mode with gradients enabled; pass a batch that the model accepts in that mode."
                 ) from error
         record.outputs = [x.grad_fn for x in tensors(result) if x.grad_fn is not None]
         del result
         if not record.outputs:
             raise TargetError(
-                f"the probing forward of {type(model).__name__} returned no tensor that depends on its parameters. "
+                f"{_FAILURE} {type(model).__name__} returned no tensor that depends on its parameters. "
                 "Return the outputs or the loss, and do not run the model under torch.no_grad()."
             )
         try:
@@ -104,6 +105,11 @@ def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Struc
         targets=in_module_order(model, structure.targets),
         unresolved=in_module_order(model, structure.unresolved),
     )
+
+
+def gave_way(structure: Structure) -> bool:
+    """Whether the structure is not that of the forward that was given, which failed."""
+    return any(text.startswith(_FAILURE) for text in structure.disagreements[:1])
 
 
 def _first_success(model: nn.Module, forward: Callable[[], Any] | None) -> tuple[Structure | None, str | None]:

@@ -1,4 +1,4 @@
-"""Which deltas cannot act on one layer together, said before any of them is inserted."""
+"""Whether what was planned can act: side by side on one layer, and at all. Said before anything is inserted."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -10,8 +10,8 @@ from lightning_pet.core.fused import overlap
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import join, named_modules
-from lightning_pet.core.structure import Target
-from lightning_pet.errors import TargetError
+from lightning_pet.core.structure import Structure, Target
+from lightning_pet.errors import DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta
 
 
@@ -42,6 +42,31 @@ def check_together(root: nn.Module, insertions: Sequence[Insertion]) -> None:
                     "product by its weight's own norm. Set use_dora=False, or take the other delta off this layer "
                     "(exclude_modules)."
                 )
+
+
+def check_fires(insertions: Sequence[Insertion], structure: Structure) -> None:
+    """Refuse deltas none of which would act in the forward that was looked at; single ones may be for other batches.
+
+    Args:
+        insertions: all that is to come.
+        structure: as the forward showed it.
+
+    Raises:
+        DeadSiteError: naming the places.
+    """
+    if structure.called is None or not insertions:
+        return
+    for insertion in insertions:
+        target, path = insertion.target, insertion.delta.path
+        if path not in ("activation", "weight") or target.module in structure.called:
+            return
+        if path == "weight" and structure.reader(target.module, target.parameter) is not None:
+            return
+    shown = ", ".join(dict.fromkeys(insertion.target.path for insertion in insertions[:4]))
+    raise DeadSiteError(
+        f"none of the {len(insertions)} deltas would act: in the forward that was given, nobody called or read "
+        f"{shown}{' …' if len(insertions) > 4 else ''}. Give a forward that runs them, or name other targets."
+    )
 
 
 def _meet(target: Target, other: Target) -> bool:

@@ -14,7 +14,8 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.preparation import prepare
-from lightning_pet.core.probe import analyse
+from lightning_pet.core.probe import analyse, gave_way
+from lightning_pet.core.together import check_fires
 from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
@@ -69,6 +70,7 @@ def apply(
     Raises:
         ArgumentError: if two methods have one name, or nothing is given.
         TargetError: if a target does not exist.
+        DeadSiteError: if no target is called or read in ``forward``.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
     new = insert_methods(model, methods_in(callbacks), forward)
@@ -119,7 +121,10 @@ def insert_methods(
             structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix, of_loss=of_loss)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
-        commit(root, prepare(root, pending, structure, scopes=scopes))
+        prepared = prepare(root, pending, structure, scopes=scopes)
+        if forward is not None and not of_loss and not gave_way(structure):
+            check_fires([insertion for item in prepared for insertion in item.insertions], structure)
+        commit(root, prepared)
     return pending
 
 

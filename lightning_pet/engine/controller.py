@@ -43,6 +43,7 @@ from lightning_pet.engine.precision import keep_delta_precision, warn_of_roundin
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
+from lightning_pet.engine.run_log import log_options
 from lightning_pet.engine.save_order import save_after_module
 from lightning_pet.engine.side_loss import measure_losses
 from lightning_pet.engine.strategy import StrategyAdapter, trainable
@@ -372,8 +373,10 @@ class Controller:
         self._undo.append(let_inputs_require_grad(root))
         self._undo.append(measure_losses(self.module, root))
         self._undo.append(save_after_module(self.trainer, self.module))
-        if self._plan is not None and any(method.verbose for method in self.methods):
-            show_plan(self._plan)
+        if self._plan is not None:
+            log_options(self.trainer, self.adapted, self._plan, self.methods)
+            if any(method.verbose for method in self.methods):
+                show_plan(self._plan)
 
     def check_gradients(self, optimizer: Any) -> None:
         """Once per optimizer, before its first step: every parameter that it holds has a gradient.
@@ -408,6 +411,19 @@ class Controller:
                     f"{path} of {type(root).__name__} was taken for a head, but the loss does not reach it. If the "
                     "model ends otherwise, leave it out with modules_to_save=[]."
                 )
+
+    def refuse_dead(self) -> None:
+        """Say what torch only says of tensors.
+
+        Raises:
+            DeadSiteError: naming deltas.
+        """
+        names = sorted(required_gradients(self.adapted.root))
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise DeadSiteError(
+            f"the loss depends on nothing that trains: no delta acted in this step ({shown}). Their hosts did not run, "
+            "or the loss was computed under torch.no_grad or from detached outputs. Name targets that this step runs."
+        )
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ name                                                      used for
 ``._ddp_params_and_buffers_to_ignore``                    quantised weights that DDP cannot send
 ``PreTrainedModel._gradient_checkpointing_func``          reentrant checkpointing in transformers models
 ``_Loop._data_source``                                    a batch to look at the model with
+``._log_hyperparams``                                     what Lightning logs of a module and its data, and when it logs
+``_LoggerConnector.should_update_logs``
 ``LBFGS._params``                                         optimizers that use their first group only
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``core/graph.py`` and
 ``Node._input_metadata``, ``Node._saved_groups``,         ``core/fused.py``; guarded by ``tests/core/test_graph.py``
@@ -360,3 +362,15 @@ def loader_of_run(trainer: Any) -> Any:
     loops = {"fit": "fit_loop", "validate": "validate_loop", "test": "test_loop", "predict": "predict_loop"}
     source = getattr(trainer, loops[trainer.state.fn])._data_source
     return source.dataloader() if source.is_defined() else None
+
+
+def logged_hyperparameters(trainer: Any) -> dict[str, Any]:
+    """Return the hyper-parameters of the module and the data that Lightning hands to the loggers of this run."""
+    sources = [s for s in (trainer.lightning_module, trainer.datamodule) if s is not None and s._log_hyperparams]
+    found = {name: value for source in sources for name, value in source.hparams_initial.items()}
+    return {name: value for name, value in found.items() if name != "_class_path"}
+
+
+def logs_this_step(trainer: Any) -> bool:
+    """Whether what is logged in this training step reaches the loggers (``log_every_n_steps``)."""
+    return bool(trainer._logger_connector.should_update_logs)

@@ -3,16 +3,16 @@
 from collections import Counter
 
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 from rich.table import Table
 
 from lightning_pet.core.plan import Plan, how_to_train
+from lightning_pet.engine.titled import show_table
 
 
 @rank_zero_only
 def show_plan(plan: Plan) -> None:
     """Print one line per method and role: places, shapes and trained numbers."""
-    table = Table(title="Trained parameters", title_justify="left")
+    table = Table()
     for heading, justify in (
         ("method", "left"),
         ("where", "left"),
@@ -34,4 +34,4 @@ def show_plan(plan: Plan) -> None:
         table.add_row("frozen", path, "1", how_to_train(path), "0")
     table.add_section()
     table.add_row("total", "", "", f"{plan.share:.2%} of {plan.base:,}", f"{plan.trainable:,}")
-    Console().print(table)
+    show_table("Trained parameters", table)

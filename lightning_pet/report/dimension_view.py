@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lightning_pet.engine.titled import show_table
 from lightning_pet.errors import ArgumentError
 from lightning_pet.report.dimension_search import Dimension, Point
 
@@ -13,12 +14,12 @@ from lightning_pet.report.dimension_search import Dimension, Point
 def show_dimension(found: Dimension, metric: str, console: Console | None = None) -> None:
     """Print every dimension that was tried, and the answer under them."""
     console = console or Console()
-    table = Table(title=f"{metric} in random subspaces", title_justify="left")
+    table = Table()
     for head in ("d", "mean", "least", "most", "of full"):
         table.add_column(head, justify="right")
     for point in (*found.points, found.full):
         table.add_row(*_row(point, found), style="bold" if point.d == found.d else "")
-    console.print(table)
+    show_table(f"{metric} in random subspaces", table, console)
     console.print(sentence(found), soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_pet.engine.titled import show_table
 from lightning_pet.report.memory import MemoryPlan
 
 LABELS = {
@@ -24,15 +25,28 @@ UNCOUNTED = (
 )
 
 
-def gib(size: int) -> str:
-    """Bytes in GiB, or in a smaller unit where that is too coarse.
+def sized(size: int) -> str:
+    """Bytes in the unit that fits.
 
-    >>> gib(3 * 2**30), gib(5 * 2**20), gib(0)
-    ('3.00 GiB', '5.00 MiB', '0 KiB')
+    >>> sized(3 * 2**30), sized(100 * 2**20), sized(1536), sized(0)
+    ('3.00 GiB', '100.00 MiB', '1.50 KiB', '0 B')
     """
-    if size < 2**20:
-        return f"{size / 2**10:.0f} KiB"
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.2f} MiB"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size} B"
+
+
+def short(size: int) -> str:
+    """The same in at most six characters: K, M and G stand for KiB, MiB and GiB.
+
+    >>> short(3 * 2**30), short(100 * 2**20), short(1536), short(0)
+    ('3.00G', '100M', '1.50K', '0')
+    """
+    number, _, unit = sized(size).partition(" ")
+    value = float(number.replace(",", ""))
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}{unit[0]}" if unit != "B" else str(size)
 
 
 def fits(plan: MemoryPlan, memory: int | None) -> str:
@@ -53,28 +67,26 @@ def show_memory(plan: MemoryPlan, others: Sequence[tuple[MemoryPlan, str]], memo
         memory: bytes of a device.
     """
     console = Console()
-    table = Table(title=f"Memory of one process, {plan.engine}", title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, label in LABELS.items():
         missing = name == "activations" and plan.inventory.step is None
         if (size := getattr(plan.bytes, name)) or missing:
-            table.add_row(label, "not known" if missing else gib(size))
+            table.add_row(label, "not known" if missing else sized(size))
     table.add_section()
-    table.add_row("total", gib(plan.total), style="bold")
-    console.print(table)
+    table.add_row("total", sized(plan.total), style="bold")
+    show_table(f"Memory of one process, {plan.engine}", table, console)
     console.print(f"trained: {plan.trained:,} numbers")
     if plan.host:
-        console.print(f"in host memory besides: {gib(plan.host)} of base values, to put them back")
-    console.print(_others(others, memory))
+        console.print(f"in host memory besides: {sized(plan.host)} of base values, to put them back")
+    show_table("The same run under each strategy (K, M, G: KiB, MiB, GiB)", _others(others, memory), console)
     for note in (*(f"Note: {note}" for note in plan.notes), UNCOUNTED):
         console.print(note, markup=False, highlight=False)
 
 
 def _others(plans: Sequence[tuple[MemoryPlan, str]], memory: int | None) -> Table:
-    table = Table(
-        title="The same run under each strategy, GiB", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=True)
     for heading in ("base", "delta", "grads", "optim", "moved", "act", "total"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -83,6 +95,6 @@ def _others(plans: Sequence[tuple[MemoryPlan, str]], memory: int | None) -> Tabl
         own = plan.bytes
         moved = own.communication + own.gathered
         sizes = (own.base + own.buffers, own.delta, own.gradients, own.optimizer, moved, own.activations, plan.total)
-        figures = (f"{size / 2**30:,.3f}" for size in sizes)
+        figures = map(short, sizes)
         table.add_row(str(plan.engine), *figures, remark or fits(plan, memory))
     return table

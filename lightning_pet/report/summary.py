@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.preparation import is_shared
+from lightning_pet.engine.titled import show_table
 from lightning_pet.store.reader import Stored, read
 
 
@@ -74,7 +75,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{summary['path']}: {summary['bytes']:,} bytes, {summary['parameters']:,} numbers", soft_wrap=True)
     for method in summary["methods"]:
-        table = Table(title=f"{method['method']}:{method['name']}", title_justify="left", show_header=False)
+        table = Table(show_header=False)
         table.add_column("key")
         table.add_column("value")
         table.add_row(
@@ -84,7 +85,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         for option, value in method["config"].items():
             if value is not None:
                 table.add_row(option, str(value))
-        console.print(table)
+        show_table(f"{method['method']}:{method['name']}", table, console)
     heads = [name for name in summary["tensors"] if ".pet." not in f".{name}"]
     if heads:
         console.print(f"trained as they are: {', '.join(heads)}", soft_wrap=True)

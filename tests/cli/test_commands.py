@@ -164,6 +164,9 @@ def test_mistakes_get_a_message_and_no_traceback(arguments: list[str], texts: li
     assert done.returncode != 0
     for text in texts:
         assert text in done.stderr
+    if "Did you mean" in texts[-1]:
+        assert done.stderr.splitlines()[-1] == texts[-1]
+        assert "usage" not in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
 

@@ -1,22 +1,29 @@
 """What layers are to a delta: which way a weight lies, what a call computes, and what merging can express."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_pet import (
     AdaLoRACallback,
     ArgumentError,
+    DeadSiteError,
     IA3Callback,
     LoRACallback,
     NotMergeableError,
     PETCallback,
     TargetError,
     apply,
+    load_delta,
+    save_delta,
 )
 from lightning_pet.core.hosts import acts_by_call, host_kind, matrix_of, transposed
 
@@ -389,3 +396,85 @@ def test_every_start_means_something_on_an_embedding(init: str) -> None:
 def test_a_start_that_a_convolution_does_not_have_is_refused() -> None:
     with pytest.raises(TargetError, match=r"0\.weight is a convolution, which starts with"):
         apply(nn.Sequential(nn.Conv2d(3, 4, 2)), [LoRACallback(r=2, target_modules=["0"], init="pissa")])
+
+
+# --- weights that are read -----------------------------------------------------------------------
+
+
+class Looped(nn.Module):
+    """A table that is looked up, and whose weight is the last product as well; a layer that is read in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.first, self.second = zoo.Gated(4, 4), nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.second(self.table(ids)) + self.first(self.table(ids))
+        return F.linear(F.linear(x, self.second[0].weight), self.table.weight)
+
+
+def test_a_weight_that_is_called_and_read_changes_in_both_places(tmp_path: Path) -> None:
+    model = Looped().double().eval()
+    base, fresh = model(IDS), copy.deepcopy(model)
+    adapted = apply(
+        model, [LoRACallback(r=2, target_modules=["table", "0"], modules_to_save=[])], forward=lambda: model(IDS)
+    )
+    assert torch.equal(model(IDS), base)
+    perturb(adapted)
+    expected = model(IDS)
+    save_delta(model, tmp_path / "d.pet.safetensors")
+    loaded = load_delta(fresh, tmp_path / "d.pet.safetensors")  # which needs no forward
+    for each, other in ((adapted, model), (loaded, fresh)):
+        assert torch.equal(other(IDS), expected)
+        each.merge_()
+        assert torch.allclose(other(IDS), expected, atol=1e-12)
+
+
+# --- deltas that nobody calls --------------------------------------------------------------------
+
+
+class Idle(pl.LightningModule):
+    """A layer that no step runs, beside one that all do."""
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor | None:
+        loss = self(batch).square().mean()
+        if self.automatic_optimization:
+            return loss
+        self.manual_backward(loss)
+        return None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_run_in_which_no_delta_acts_names_them(manual: bool) -> None:
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        enable_model_summary=False,
+        callbacks=[LoRACallback(r=2, target_modules=["idle"], modules_to_save=[], verbose=False)],
+        **options,
+    )
+    with pytest.raises(DeadSiteError, match=r"no delta acted.*idle\.pet\.lora_default\.a"):
+        trainer.fit(Idle(manual), DataLoader(numbers(2, 4)))
+
+
+def test_a_forward_that_runs_no_target_is_refused() -> None:
+    model = Idle()
+    with pytest.raises(DeadSiteError, match=r"nobody called or read idle\.weight"):
+        apply(model, [LoRACallback(r=2, target_modules=["idle"])], forward=lambda: model(numbers(2, 4)))
+    assert type(model.idle) is nn.Linear
+    # One of several may be for other inputs, and a forward that fails says nothing.
+    for targets, forward in ((["idle", "used"], lambda: model(numbers(2, 4))), (["idle"], lambda: model(None))):
+        apply(model, [LoRACallback(r=2, target_modules=targets, modules_to_save=[])], forward=forward).remove()
