@@ -5,7 +5,7 @@
     PETError (ValueError)
     ├── ArgumentError             an argument is out of range, or two arguments contradict each other
     ├── TargetError               a target pattern hits nothing, or hits something that cannot host the method
-    ├── DeadSiteError             an inserted delta never ran, or received no gradient
+    ├── DeadSiteError             no inserted delta ran and received a gradient
     ├── OptimizerMismatchError    the optimizer does not hold the delta, or holds what it must not
     ├── NotMergeableError         the delta cannot be added into the base weights exactly
     ├── UnsupportedStrategyError  the Trainer's strategy (or a callback order) cannot train a delta correctly
@@ -33,7 +33,7 @@ class TargetError(PETError):
 
 
 class DeadSiteError(PETError):
-    """An inserted delta never ran, or received no gradient."""
+    """No inserted delta ran and received a gradient."""
 
 
 class OptimizerMismatchError(PETError):

@@ -1,18 +1,20 @@
 """AdapterBias (Fu et al. 2022)."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.heads import parameters_below
+from lightning_pet.core.heads import HEAD, parameters_below
 from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_norm, named_places
 from lightning_pet.core.naming import named_modules
 from lightning_pet.core.patterns import listed_if_given, listed_layers
-from lightning_pet.core.placement import delta_options, resolve_sites
+from lightning_pet.core.placement import Sublayer, delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
@@ -21,6 +23,7 @@ from lightning_pet.layers.delta import Delta
 
 Form = Literal["authors", "survey"]
 _CALLED = ("linear", "conv1d_hf")
+_log = logging.getLogger(__name__)
 
 
 class AdapterBiasCallback(PETCallback):
@@ -30,7 +33,8 @@ class AdapterBiasCallback(PETCallback):
 
     Args:
         form: what alpha reads. ``"authors"``: the feed-forward's intermediate activation (with a bias), as in
-            the paper and its code. ``"survey"``: the input x of the feed-forward sub-layer (without a bias), as in
+            the paper and its code; in layers without one that can be read (experts, no feed-forward at all) as
+            ``"survey"``, which is said. ``"survey"``: the input x of the feed-forward sub-layer (without a bias), as in
             the overview of Ding et al. 2022.
         share_alpha: one alpha for all layers; v stays per layer.
         layer_norms: also train the norm of every adapted feed-forward and that of the embedding, as the
@@ -74,21 +78,68 @@ class AdapterBiasCallback(PETCallback):
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the feed-forwards.
 
+        Where none has an activation that can be read, alpha reads the input of the sub-layer instead, which is said.
+
         Raises:
-            TargetError: if there is none, or the projection that alpha's input goes into is never called.
+            TargetError: if there is no place for it.
         """
-        exclude, layers = self.exclude_modules or (), self.layers_to_transform
+        options: dict[str, Any] = {"exclude": self.exclude_modules or (), "layers": self.layers_to_transform}
         if self.form == "survey":
-            return resolve_sites(root, structure, "parallel", layers=layers, exclude=exclude)
-        targets = resolve_targets(root, "ffn.down", structure, exclude=exclude, layers=layers)
-        for target in targets:
-            called = structure.called is None or target.module in structure.called
-            if host_kind(named_modules(root)[target.module], target.parameter) not in _CALLED or not called:
+            return resolve_sites(root, structure, "parallel", **options)
+        found: tuple[Target, ...] = ()
+        why: TargetError | None = None
+        try:
+            found = resolve_targets(root, "ffn.down", structure, **options)
+        except TargetError as error:
+            why = error
+        own = tuple(target for target in found if _is_read(root, structure, target))
+        hidden = [target for target in found if target not in own]
+        if found and not hidden:
+            return own
+        return (*own, *self._inputs(root, structure, own, hidden, why))
+
+    def _inputs(
+        self,
+        root: nn.Module,
+        structure: Structure,
+        own: tuple[Target, ...],
+        hidden: Sequence[Target],
+        why: TargetError | None,
+    ) -> tuple[Target, ...]:
+        """Places for the layers whose activations are not seen; what did not run at all is left out."""
+        ran = [target for target in hidden if _ran(structure, target)]
+        kinds = {site.kind for site in structure.sites}
+        kind = next((kind for kind in get_args(Sublayer) if kind in kinds), None) if "ffn" not in kinds else None
+        try:
+            places = resolve_sites(
+                root,
+                structure,
+                "parallel",
+                sublayers=None if kind is None else [kind],
+                exclude=self.exclude_modules or (),
+                layers=self.layers_to_transform,
+                covered=own,
+            )
+        except TargetError as error:
+            if own and not ran:
+                places = ()
+            elif why is not None:
+                raise TargetError(f"{why} The input of a sub-layer is no place either: {error}") from error
+            elif not ran:
+                raise
+            else:
                 raise TargetError(
-                    f"{target.path} is read without being called as a layer (experts, for example), so the "
-                    "activation in front of it is not seen. Exclude it with exclude_modules, or use form='survey'."
-                )
-        return targets
+                    f"{ran[0].path} is read without being called as a layer (experts, for example), so the activation "
+                    f"in front of it is not seen, and its sub-layer's input is no place either: {error}"
+                ) from error
+        if places:
+            rank_zero_warn(
+                f"AdapterBias: in {len(places)} layers alpha reads the input of the sub-layer, as form='survey' does, "
+                f"because there is no feed-forward activation that can be read ({places[0].module!r} …)."
+            )
+        if lost := [target.path for target in hidden if target not in ran]:
+            _log.warning("AdapterBias: %s and others did not run in the probing forward: no shift there.", lost[0])
+        return places
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build one shift per layer, after the alpha that they share, if they do.
@@ -118,14 +169,26 @@ class AdapterBiasCallback(PETCallback):
         return target.sizes[0], target.sizes[0]
 
     def _shift(self, root: nn.Module, target: Target, alpha: TokenScore | None) -> TokenShift:
-        options = {"bias": self.form == "authors", "alpha": alpha, **delta_options(root, target)}
+        options = {"bias": bool(target.parameter), "alpha": alpha, **delta_options(root, target)}
         return TokenShift(*self._sizes(root, target), **options)
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: heads, and norms by option."""
         heads = super().trained(root, targets)
-        norms = _norms(root, targets) if self.layer_norms else ()
+        places = [target for target in targets if target.role != HEAD]
+        norms = _norms(root, places) if self.layer_norms else ()
         return tuple(dict.fromkeys((*heads, *parameters_below(root, norms, "layer_norms"))))
+
+
+def _is_read(root: nn.Module, structure: Structure, target: Target) -> bool:
+    """Whether the projection is called as a layer, so that its input, the activation, is seen."""
+    called = structure.called is None or target.module in structure.called
+    return called and host_kind(named_modules(root)[target.module], target.parameter) in _CALLED
+
+
+def _ran(structure: Structure, target: Target) -> bool:
+    around = (target.module, target.module.rpartition(".")[0])
+    return structure.called is None or bool(structure.called.intersection(around))
 
 
 def _norms(root: nn.Module, targets: Sequence[Target]) -> list[str]:

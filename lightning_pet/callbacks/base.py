@@ -44,8 +44,9 @@ class PETCallback(Callback):
         name: tells two instances of one method apart.
         module: submodule of the LightningModule to adapt and freeze (default: the pretrained models inside it,
             else all of it). What lies beside it trains as it does without us.
-        modules_to_save: modules that train as they are and are saved with the delta. ``None``: the output
-            layers that a target feeds and that you did not freeze, as far as they can be told; ``[]``: none.
+        modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
+            ``None``: the output layers that a target feeds and that you did not freeze, as far as they can be
+            told; ``[]``: none.
         start_from: delta file or checkpoint whose tensors this method starts from.
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per
@@ -155,7 +156,7 @@ class PETCallback(Callback):
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
         if self.modules_to_save is None:
             return parameters_below(scope, find_heads(scope, ()), "modules_to_save")
-        paths = named_modules(scope)
+        paths = [*named_modules(scope), *(canonical(name) for name, _ in scope.named_parameters())]
         there = [head for head in self.modules_to_save if any(f".{path}".endswith(f".{head}") for path in paths)]
         return parameters_below(scope, there, "modules_to_save")
 
@@ -307,9 +308,26 @@ class PETCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Before an optimizer's first step: every delta that it holds must have received a gradient."""
+        """Before an optimizer's first step: its deltas must have received a gradient."""
         if (controller := Controller.get(trainer)).leads(self):
-            controller.check_gradients(optimizer)
+            controller.before_step(optimizer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the base before the first batch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.begin()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base with what it was, and name deltas that never fired."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.on_train_epoch_end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the base once more, after all hooks of the last epoch."""
+        if (controller := Controller.get(trainer)).leads(self):
+            controller.watch.check("at the end of the fit")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.structure import Structure, Target
@@ -24,7 +24,7 @@ from lightning_pet.engine.cut import fix, largest_entries
 from lightning_pet.engine.density import DensityCurve, counted
 from lightning_pet.engine.monitors import compare_anew
 from lightning_pet.engine.parameter_groups import Exchange, set_option
-from lightning_pet.engine.strategy import StrategyAdapter, trainable
+from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
@@ -232,7 +232,8 @@ class DiffPruningCallback(PETCallback):
             adapter.clip(trainer, optimizer, gates, self.alpha_clip)
         if gates and not self._looked:
             self._looked = True
-            names = {id(parameter): name for name, parameter in trainable(pl_module).items()}
+            # Also of those that toggle_optimizer lets rest at the moment.
+            names = {id(parameter): canonical(name) for name, parameter in pl_module.named_parameters()}
             places = {names[id(delta.w)]: (target.path, delta.w) for target, delta in self._live if delta.w is not None}
             silent = adapter.without_gradient({name: w for name, (_, w) in places.items()}, optimizer)
             self._report_unreached([places[name][0] for name in silent])
@@ -304,6 +305,7 @@ class DiffPruningCallback(PETCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Draw this step's gates: they depend on seed and step alone, on every rank and after a resume."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._cut_if_due(trainer)
         for _, delta in self._live:
             delta.gates.begin(trainer.global_step, batch_idx)
@@ -330,6 +332,7 @@ class DiffPruningCallback(PETCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cut now if the run was stopped in its first stage; draw the curves."""
+        super().on_train_end(trainer, pl_module)
         if not self._is_cut:
             rank_zero_warn(
                 f"the fit ended after {trainer.global_step} of {self._cut_at} steps of the first stage: its difference "

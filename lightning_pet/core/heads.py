@@ -260,23 +260,27 @@ def _children_of_models(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def parameters_below(root: nn.Module, paths: Sequence[str], option: str) -> tuple[str, ...]:
-    """Names of all base parameters inside the given modules (full paths, or unique suffixes).
+    """Names of all base parameters inside the given modules, or of these names (full paths, or unique suffixes).
 
     Args:
         root: the adapted root.
-        paths: module paths; a suffix such as ``"classifier"`` stands for every module that ends with it.
+        paths: of modules, or of single parameters; a suffix such as ``"classifier"`` or ``"logit_scale"`` stands for
+            all that end with it.
         option: name of the option that the paths came from, for the error.
 
     Raises:
         TargetError: if a path names no module with parameters.
     """
     modules = named_modules(root)
+    bare = [canonical(name) for name, _ in root.named_parameters(remove_duplicate=False)]
     names: dict[str, None] = {}
     for wanted in paths:
         hits = [p for p in modules if p == wanted or p.endswith(f".{wanted}")]
         below = [join(p, canonical(n)) for p in hits for n, _ in modules[p].named_parameters()]
+        below += [name for name in bare if f".{name}".endswith(f".{wanted}")]
         found = [name for name in below if CHILD not in name.split(".")]
         if not found:
-            raise TargetError(f"{option}: no module with parameters is called {wanted!r}.{suggest(wanted, modules)}")
+            near = suggest(wanted, (*modules, *bare))
+            raise TargetError(f"{option}: no module with parameters and no parameter is called {wanted!r}.{near}")
         names |= dict.fromkeys(found)
     return tuple(names)

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lightning_pet.layers.sharding import ordinary_parts
+from lightning_pet.layers.sharding import is_sharded, ordinary_parts
 
 _ROW: Final = 8192  # bytes that are summed into one number
 _SMALL: Final = 2 * _ROW  # bytes up to which a tensor is kept as it is
@@ -64,7 +64,8 @@ def compare(pairs: Iterable[tuple[Tensor, Mark | None]]) -> list[bool | None]:
 
 def _parts(tensor: Tensor) -> list[Tensor]:
     # ZeRO-3 keeps a process's part beside the parameter, which is empty or whole as the engine needs it.
-    return ordinary_parts(getattr(tensor, "ds_tensor", tensor))
+    held: Tensor = getattr(tensor, "ds_tensor", tensor)
+    return ordinary_parts(held.detach().to_local() if is_sharded(held) else held)  # type: ignore[attr-defined]
 
 
 def _form(part: Tensor) -> Form:

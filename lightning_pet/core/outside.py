@@ -23,6 +23,19 @@ def outside_parameters(root: nn.Module, record: Adaptation) -> Parameters:
     return {name: p for name, p in named if id(p) not in inside}
 
 
+def frozen_parameters(root: nn.Module, record: Adaptation) -> Parameters:
+    """Parameters of the base that do not train, each under one name.
+
+    A table that renormalises its rows as it looks them up (``max_norm``) is left out: it does so on any base alike.
+    """
+    named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
+    planned = {*record.delta_names, *record.trained_names}
+    skip = {id(p) for name, p in named if name in planned}
+    skip |= {id(m.weight) for m in root.modules() if getattr(m, "max_norm", None) and hasattr(m, "weight")}
+    found = {id(p): (name, p) for name, p in reversed(named) if id(p) not in skip and record.in_base(name)}
+    return dict(reversed(list(found.values())))
+
+
 def mark_outside(root: nn.Module) -> None:
     """Remember what the parameters beside the base hold, of those that are not remembered yet and do not train."""
     record = record_of(root)

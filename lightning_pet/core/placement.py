@@ -53,6 +53,7 @@ def resolve_sites(
     layers: Sequence[int] | None = None,
     drop_layers: int = 0,
     exclude: Sequence[str] = (),
+    covered: Sequence[Target] = (),
 ) -> tuple[Target, ...]:
     """Find one place per residual sum.
 
@@ -67,6 +68,7 @@ def resolve_sites(
         drop_layers: none in the first so many layers of every stack.
         exclude: names of modules of the sums to leave out, or of modules around them, in the forms of
             :func:`~lightning_pet.core.targets.resolve_targets`. Every one must hit.
+        covered: places that a method has already: the layers that hold one are passed over, and nothing may be left.
 
     Returns:
         Targets in execution order with ``parameter=""``. A module that runs in every layer is one place.
@@ -82,10 +84,11 @@ def resolve_sites(
     finder.check_present(kinds, [kind for kind in kinds if kind not in optional])
     keep = finder.selection(layers, exclude)
     sites = [site for site in structure.sites if site.kind in kinds and keep(*finder.names(site))]
-    finder.check_covered(kinds, keep)
+    sites = [site for site in sites if not finder.is_served(site, covered)]
+    finder.check_covered(kinds, keep, covered)
     targets = finder.targets(sites)
     kept = [target for target in targets if len(target.sizes) < 2 or target.sizes[1] >= drop_layers]
-    if not kept:
+    if not kept and not covered:
         given = {"layers": layers, "drop_layers": drop_layers, "exclude": list(exclude)}
         options = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         raise TargetError(f"no place for an adapter is left in {finder.model} after {options}. Relax one of them.")
@@ -171,7 +174,12 @@ class _Finder:
             raise TargetError(f"{asked}: the model has no layer {unknown[0]}; it has {found}.")
         return chosen
 
-    def check_covered(self, kinds: Sequence[SiteKind], keep: _Selection) -> None:
+    def is_served(self, site: Site, places: Sequence[Target]) -> bool:
+        """Whether one of these places lies in the layer of a site, or in its sub-layer where it is in no layer."""
+        around = (self.layers[site],) if self.layers[site] is not None else site.branch
+        return any(_inside(place.module, str(path)) for place in places for path in around)
+
+    def check_covered(self, kinds: Sequence[SiteKind], keep: _Selection, covered: Sequence[Target] = ()) -> None:
         """Every layer with projections of a wanted kind must have a sum of it: nothing is passed over in silence."""
         summed = {(layer, site.kind) for site, layer in self.layers.items()}
         branches = [branch for site in self.structure.sites for branch in site.branch]
@@ -185,6 +193,8 @@ class _Finder:
             around = _numbered(target.module)
             layer = _first((path for path in reversed(around) if without_numbers(path) in patterns), around)
             if (layer, kind) in summed or any(_inside(target.module, branch) for branch in branches):
+                continue
+            if any(place.module == target.module or (layer and _inside(place.module, layer)) for place in covered):
                 continue
             ran = called is None or bool(called.intersection((target.module, target.module.rpartition(".")[0])))
             if layer is not None and ran:

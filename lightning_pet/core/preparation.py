@@ -94,7 +94,8 @@ def prepare(
             targets = awake if any(not is_shared(target) for target in awake) else targets
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
             targets = (*targets, *_heads(root, method, targets, bases, structure))
-        prepared.append(_build(root, method, targets, bases, structure, stored, twins))
+        item = _build(root, method, targets, bases, structure, stored, twins)
+        prepared.append(replace(item, trained=_once(root, item.trained, prepared)))
     check_together(root, [insertion for item in prepared for insertion in item.insertions])
     return prepared
 
@@ -321,6 +322,17 @@ def _awake(
         f"{type(method).__name__} trains what you train, and every parameter of {type(root).__name__} is frozen. Let "
         "some require a gradient, or name modules to thaw in modules_to_save."
     )
+
+
+def _once(root: nn.Module, trained: Sequence[str], before: Sequence[Prepared]) -> tuple[str, ...]:
+    """One name for each tensor: the one that an earlier method has given it, or the first of this method's."""
+    parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
+    record = record_of(root)
+    given = [*(record.trained_names if record else ()), *(name for item in before for name in item.trained)]
+    names: dict[int, str] = {}
+    for name in (*given, *trained):
+        names.setdefault(id(parameters[name]), name)
+    return tuple(dict.fromkeys(names[id(parameters[name])] for name in trained))
 
 
 def _trains(trained: Sequence[str], target: Target) -> bool:

@@ -17,6 +17,7 @@ from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.excerpts import held_schedule, held_states, stored_names, stored_schedule, stored_states
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.strategy import Named, StrategyAdapter
+from lightning_pet.engine.watch import Watch
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.layers.delta import Excerpt
 from lightning_pet.store.entry import KEY, check_tensors, make_entry, read_entry, saved_fingerprint
@@ -32,6 +33,7 @@ class Run(Protocol):
     module: pl.LightningModule
     resume: ExactResume
     adapter: StrategyAdapter[Any]
+    watch: Watch
 
     @property
     def adapted(self) -> Adapted:
@@ -115,6 +117,7 @@ class Checkpoints:
     def before_save(self, checkpoint: dict[str, Any]) -> None:
         """Filter once more (averaging callbacks put full states in), and add the entry. Runs on every rank."""
         run = self._run
+        run.watch.check(f"before a save at step {run.trainer.global_step}")
         for key in _STATES:
             if key in checkpoint:
                 checkpoint[key] = self.keep(checkpoint[key])

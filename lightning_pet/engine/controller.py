@@ -37,6 +37,7 @@ from lightning_pet.engine.checkpoint import Checkpoints
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
 from lightning_pet.engine.durable_io import keep_last_linked
+from lightning_pet.engine.firing import Firing
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
@@ -46,8 +47,9 @@ from lightning_pet.engine.roots import batch_forward, default_root, root_of
 from lightning_pet.engine.run_log import log_options
 from lightning_pet.engine.save_order import save_after_module
 from lightning_pet.engine.side_loss import measure_losses
-from lightning_pet.engine.strategy import StrategyAdapter, trainable
+from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.engine.table import show_plan
+from lightning_pet.engine.watch import Watch, refuse_meddlers
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.store.reader import read
 
@@ -90,7 +92,8 @@ class Controller:
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
-        self._checked: set[int] = set()
+        self.watch = Watch(self)
+        self.firing = Firing(self)
         self._given: tuple[str, ...] = ()  # names of what was applied before this run
 
     # --- finding the controller -----------------------------------------------------------------
@@ -148,6 +151,8 @@ class Controller:
     def setup(self, stage: str) -> None:
         """Insert now if the model is complete, else right after the hook that completes it."""
         refuse_averaging_first(self.trainer.callbacks, self.methods[0])  # type: ignore[attr-defined]
+        if stage == "fit":
+            refuse_meddlers(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.adapter = adapter_for(self.trainer)
         self.adapter.check(self.trainer)
         if self.adapter.shards:
@@ -155,7 +160,8 @@ class Controller:
         self._warn_spawn()
         self._given = self._delta_names()
         self._new, self._trained = [], False
-        self._checked.clear()
+        self.watch.new_run()
+        self.firing.new_run()
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
         self._converts = replaces_layers(self.trainer.precision_plugin)
@@ -372,45 +378,30 @@ class Controller:
         share_frozen(self.trainer.callbacks, self.module)  # type: ignore[attr-defined]
         self._undo.append(let_inputs_require_grad(root))
         self._undo.append(measure_losses(self.module, root))
+        if not self.module.automatic_optimization:
+            self._undo.append(optim.pass_over_empty(self.module, self.adapter.optimizers))
+        self._undo.append(self.watch.guard_optimizers())
         self._undo.append(save_after_module(self.trainer, self.module))
         if self._plan is not None:
             log_options(self.trainer, self.adapted, self._plan, self.methods)
             if any(method.verbose for method in self.methods):
                 show_plan(self._plan)
 
-    def check_gradients(self, optimizer: Any) -> None:
-        """Once per optimizer, before its first step: every parameter that it holds has a gradient.
+    def before_step(self, optimizer: Any) -> None:
+        """Before an optimizer steps: some delta has received a gradient, and the base is known.
 
         Raises:
-            DeadSiteError: naming the deltas that have none.
+            DeadSiteError: naming the deltas, if none has one.
         """
-        if id(optimizer) in self._checked:
-            return
-        delta = {join(self.root_path, name) for name in required_gradients(self.adapted.root)}
-        parameters = {name: p for name, p in trainable(self.module).items() if name in delta}
-        dead = self.adapter.without_gradient(parameters, optimizer)
-        if dead:
-            shown = ", ".join(dead[:4]) + (f" and {len(dead) - 4} more" if len(dead) > 4 else "")
-            raise DeadSiteError(
-                f"{len(dead)} delta parameters received no gradient in the first step: {shown}. Their hosts did not "
-                "run, or the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing without an "
-                "input that requires grad). Exclude these hosts with exclude_modules, or use use_reentrant=False."
-            )
-        self._warn_unused_heads(optimizer)
-        self._checked.add(id(optimizer))
+        self.firing.look(optimizer)
+        self.watch.settle()
         self._trained = True
 
-    def _warn_unused_heads(self, optimizer: Any) -> None:
-        """A head that was found by itself may be none of those that the loss is computed with."""
-        root = self.adapted.root
-        places = {target.module for a in self.adapted.record.applied for target in a.targets if target.role == "head"}
-        for path in sorted(join(self.root_path, place) for place in places):
-            own = {name: p for name, p in trainable(self.module).items() if name.startswith(f"{path}.")}
-            if own and len(self.adapter.without_gradient(own, optimizer)) == len(own):
-                rank_zero_warn(
-                    f"{path} of {type(root).__name__} was taken for a head, but the loss does not reach it. If the "
-                    "model ends otherwise, leave it out with modules_to_save=[]."
-                )
+    def on_train_epoch_end(self) -> None:
+        """The base is what it was; which deltas rested all the time?"""
+        self.watch.check(f"at the end of epoch {self.trainer.current_epoch}")
+        self.watch.begin()  # for optimizers that step by themselves
+        self.firing.report(f"in epoch {self.trainer.current_epoch}")
 
     def refuse_dead(self) -> None:
         """Say what torch only says of tensors.

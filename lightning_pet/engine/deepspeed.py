@@ -35,6 +35,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     """Reads and writes through DeepSpeed's functions for single parameters; its master copies are float32."""
 
     passes_over = False
+    repacks = True
     keeps_masters = True
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
@@ -43,7 +44,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         self._names: list[list[list[str]]] = []
         self._classes: list[str] = []
         self._arrived: set[str] = set()
-        self._hooks: list[Any] = []
+        self._hooks: dict[str, Any] = {}
         self._gradients: dict[int, Tensor] = {}
 
     def check(self, trainer: pl.Trainer) -> None:
@@ -116,10 +117,10 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     def check_wrapped(self, module: pl.LightningModule) -> None:
         """Listen for gradients: the engine moves them away as soon as they are there."""
         self._arrived.clear()
-        self._hooks = [
-            parameter.register_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
+        self._hooks = {
+            name: parameter.register_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
             for name, parameter in trainable(module).items()
-        ]
+        }
 
     def _note(self, name: str, gradient: Tensor) -> None:
         self._arrived.add(name)
@@ -134,12 +135,16 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
 
     def without_gradient(self, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> list[str]:
         """Without gradient in every process until now."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.still_silent(parameters)
         found: list[set[str]] = [set()] * self.strategy.world_size
         torch.distributed.all_gather_object(found, parameters.keys() - self._arrived)
         return sorted(set.intersection(*found))
+
+    def still_silent(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+        """Names of those whose gradient has not arrived in this process; the others are listened to no more."""
+        for name in [name for name in self._hooks if name in self._arrived or name not in parameters]:
+            self._hooks.pop(name).remove()
+        return parameters.keys() - self._arrived
 
     def optimizer_state(self, rules: CheckpointRules, original: Any, optimizer: Any) -> dict[str, Any]:
         """Gather the state of every parameter, and store it by position as a single device does."""

@@ -5,15 +5,17 @@ that are matched by parameter name instead of by position. All names are canonic
 LightningModule (:func:`lightning_pet.core.naming.canonical`).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pet.core.applied import adapted_root, record_of
 from lightning_pet.core.naming import canonical
+from lightning_pet.engine import private
 from lightning_pet.engine.parameter_groups import Place, Wish, names_of, places_of, regroup, shown, trainable_of
 from lightning_pet.errors import OptimizerMismatchError
 
@@ -175,6 +177,24 @@ def reorder_state(
     ]
 
 
+def pass_over_empty(module: pl.LightningModule, optimizers: Callable[[], Iterable[Any]]) -> Callable[[], None]:
+    """In manual optimization, let the turn of an optimizer pass of which nothing trains; returns what undoes it.
+
+    While it is toggled, nothing requires a gradient, and torch would refuse the backward pass.
+    """
+
+    def backward(original: Callable[..., None], loss: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(loss, Tensor) and not loss.requires_grad and any(map(_is_empty, optimizers())):
+            return
+        original(loss, *args, **kwargs)
+
+    return private.replace_method(module, "manual_backward", backward)
+
+
+def _is_empty(optimizer: Any) -> bool:
+    return not any(group["params"] for group in optimizer.param_groups)
+
+
 # ---- holding -----------------------------------------------------------------------------------------
 
 
@@ -261,7 +281,7 @@ def _join(optimizers: list[Any], place: Place, name: str, parameter: nn.Paramete
 
 def _warn_empty(optimizers: list[Any]) -> None:
     for index, optimizer in enumerate(optimizers):
-        if not any(group["params"] for group in optimizer.param_groups):
+        if _is_empty(optimizer):
             rank_zero_warn(
                 f"Optimizer {index} ({type(optimizer).__name__}) holds no trainable parameter any more: all that it "
                 "was given is frozen as part of the base. If it is to train as it is, name the part to adapt instead "

@@ -85,10 +85,17 @@ class ShardedAdapter(StrategyAdapter[P]):
 
     def anywhere(self, names: set[str]) -> set[str]:
         """Names that were found in any process: each of them gathers the same tensors."""
-        found: list[set[str]] = [set()] * self.strategy.world_size
+        return names.union(*self._from_all(names))
+
+    def everywhere(self, names: set[str]) -> set[str]:
+        """Names that were found in all processes."""
+        return names.intersection(*self._from_all(names))
+
+    def _from_all(self, names: set[str]) -> list[set[str]]:
+        found = [names] * self.strategy.world_size
         if self.strategy.world_size > 1:
             torch.distributed.all_gather_object(found, names)
-        return names.union(*found)
+        return found
 
     # --- in place of the strategy's methods -------------------------------------------------------
 

@@ -75,6 +75,9 @@ class StrategyAdapter(Generic[S]):
     materialized_late = False
     """Whether deltas were on the meta device when the model was complete, so that they got their values since."""
 
+    repacks = False
+    """Whether its optimizers hold other tensors than the parameters of the module."""
+
     passes_over = True
     """Whether its optimizers leave a parameter as it is that has no gradient in a step."""
 
@@ -257,6 +260,14 @@ class StrategyAdapter(Generic[S]):
         """Those of the parameters that this optimizer holds and that have no gradient."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [name for name, p in parameters.items() if id(p) in held and p.grad is None]
+
+    def still_silent(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+        """Names of those that have no gradient, as far as this process sees, before a later step."""
+        return {name for name, parameter in parameters.items() if parameter.grad is None}
+
+    def everywhere(self, names: set[str]) -> set[str]:
+        """Names that were found in all processes."""
+        return names
 
     def parameter_names(self, module: nn.Module) -> list[list[list[str]]]:
         """Names of the parameters of each group of each optimizer."""

@@ -98,13 +98,27 @@ def test_norms_of_the_feed_forward_and_the_embedding(model: str, norms: list[str
 # --- bad input -----------------------------------------------------------------------------------
 
 
+def test_layers_without_an_activation_that_can_be_read() -> None:
+    """Experts have none: there alpha reads the sub-layer's input, which is said; the other layers are as they are."""
+    experts, run = zoo.mixtral()
+    with pytest.warns(UserWarning, match=r"in 1 layers alpha reads the input of the sub-layer"):
+        adapted = apply(experts, AdapterBiasCallback(), forward=lambda: run(experts))
+    survey, run = zoo.mixtral()
+    same = apply(survey, AdapterBiasCallback(form="survey"), forward=lambda: run(survey))
+    assert [t.module for _, t, _, _ in adapted.record.hosts()] == [t.module for _, t, _, _ in same.record.hosts()]
+    assert adapted.plan().trainable == same.plan().trainable
+
+    mixed, run = zoo.llama()
+    mixed.model.layers[1].mlp = zoo.mixtral()[0].model.layers[0].mlp
+    with pytest.warns(UserWarning, match="in 1 layers"):
+        adapted = apply(mixed, AdapterBiasCallback(), forward=lambda: run(mixed))
+    places = [target for _, target, _, _ in adapted.record.hosts()]
+    assert [(bool(t.parameter), t.module.split(".")[2]) for t in places] == [(True, "0"), (False, "1")]
+
+
 def test_bad_input() -> None:
     with pytest.raises(ArgumentError, match="form='paper': use one of 'authors', 'survey'"):
         AdapterBiasCallback(form="paper")
-    experts, run = zoo.mixtral()
-    with pytest.raises(TargetError, match=r"experts.* form='survey'"):
-        apply(experts, [AdapterBiasCallback()], forward=lambda: run(experts))
-    apply(experts, [AdapterBiasCallback(form="survey")], forward=lambda: run(experts))
     mlp, _ = zoo.mlp()
     with pytest.raises(TargetError, match=r"ffn\.down"):
         apply(mlp, [AdapterBiasCallback()])

@@ -137,6 +137,39 @@ def test_a_rank_that_a_target_cannot_have_is_clamped_on_request() -> None:
     assert sized.r == 16
 
 
+def test_a_tied_tensor_that_trains_is_counted_and_stored_once(tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, list[LoRACallback]]:
+        model, _ = zoo.gpt2()
+        first = LoRACallback(r=2, target_modules="attention.q", modules_to_save="wte,lm_head")
+        second = LoRACallback(r=2, target_modules="attention.v", modules_to_save="lm_head", name="second")
+        return model, [first, second]
+
+    model, callbacks = build()
+    table = model.lm_head.weight
+    assert table is model.transformer.wte.weight
+    adapted = apply(model, callbacks)
+    assert [row.place for row in adapted.plan().rows if row.method == "trained"] == ["transformer.wte.weight"]
+    assert [name for name in adapted.state_dict() if ".pet." not in name] == ["transformer.wte.weight"]
+    perturb(adapted)
+    with torch.no_grad():
+        table.add_(1.0)
+    save_delta(model, tmp_path / "x.pet.safetensors")
+    loaded, _ = zoo.gpt2()
+    load_delta(loaded, tmp_path / "x.pet.safetensors")
+    assert torch.equal(loaded.lm_head.weight, table)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_single_parameter_may_be_saved() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.temperature = nn.Parameter(torch.tensor(2.0))
+    adapted = apply(model, LoRACallback(r=2, target_modules="0", modules_to_save=["temperature", "0.bias"]))
+    assert adapted.record.trained_names == ("temperature", "0.bias")
+    assert model.temperature.requires_grad
+    with pytest.raises(TargetError, match=r"'temprature'. Did you mean 'temperature'\?"):
+        apply(model, LoRACallback(name="other", r=2, target_modules="0", modules_to_save="temprature"))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_dora_on_experts_scales_their_output_features(transposed: bool) -> None:
     class Experts(nn.Module):
