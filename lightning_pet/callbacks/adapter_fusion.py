@@ -13,16 +13,21 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.applied import Adaptation, record_of
 from lightning_pet.core.heads import find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.method import METHODS, Insertion, Method
+from lightning_pet.core.method import Insertion, Method
 from lightning_pet.core.naming import join, named_modules
 from lightning_pet.core.preparation import delta_key, is_shared
 from lightning_pet.core.structure import Structure, Target
+from lightning_pet.core.unbuilt import without_memory
 from lightning_pet.engine.base_check import check_base
 from lightning_pet.engine.controller import Controller
+from lightning_pet.engine.file_options import method_of
+from lightning_pet.engine.fitting import below
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.fusion import Fusable, Mixture, MixtureAround
 from lightning_pet.store.fingerprint import Fingerprint
+from lightning_pet.store.manifest import MethodRecord
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import read
 
 
@@ -86,6 +91,7 @@ class AdapterFusionCallback(PETCallback):
     mirrors = False
     shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"regularization"}
+    of_the_run: ClassVar[frozenset[str]] = PETCallback.of_the_run | {"adapters"}
 
     def __init__(
         self,
@@ -116,7 +122,7 @@ class AdapterFusionCallback(PETCallback):
         """Constructor arguments that rebuild this instance from a file: the adapters' options for their sources."""
         members = self.members
         if members is None:
-            files = [source for source in self.adapters or () if Path(source).is_file()]
+            files = [source for source in self.adapters or () if Path(expanded(source)).is_file()]
             members = [found.description for source in files for found in _in_file(source)]
         return {**super().config(), "adapters": None, "members": members}
 
@@ -171,7 +177,10 @@ class AdapterFusionCallback(PETCallback):
         shared: list[Insertion] = []
         fused: dict[Target, list[Delta]] = {target: [] for target in targets}
         for index, (description, source) in enumerate(zip(members, found, strict=True)):
-            method = _method_of(description)
+            method = _method_of(description, "members" if source is None else source.source)
+            if source is not None:
+                with without_memory():
+                    _require_fit(method, method.insertions(root, targets), source)
             built = method.insertions(root, targets)
             _require_fusable(description, built)
             if source is not None:
@@ -241,7 +250,7 @@ class AdapterFusionCallback(PETCallback):
 
 def _find(root: nn.Module, source: str) -> list[_Trained]:
     """The adapters in a file, or the applied one of that name."""
-    if Path(source).is_file():
+    if Path(expanded(source)).is_file():
         return _in_file(source)
     record = record_of(root)
     applied = record.applied if record else []
@@ -301,23 +310,26 @@ def _places(targets: Sequence[Target]) -> str:
 # --- rebuilding them ---------------------------------------------------------------------------------
 
 
-def _method_of(description: Mapping[str, Any]) -> Method:
+def _method_of(description: Mapping[str, Any], source: str) -> Method:
     options = {name: value for name, value in description.items() if name != "method"}
-    cls = METHODS.get(str(description.get("method")))
-    if cls is None:
-        raise ArgumentError(f"members: {description.get('method')!r} is no method; known are {', '.join(METHODS)}.")
-    return cast(Method, cls(**options))
+    return method_of(MethodRecord(str(description.get("method")), str(options.get("name", "default")), options), source)
+
+
+def _below(method: Method, insertion: Insertion, found: _Trained) -> dict[str, Tensor]:
+    return below(found.tensors, join(insertion.target.module, CHILD, delta_key(method, insertion)))
+
+
+def _require_fit(method: Method, built: Sequence[Insertion], found: _Trained) -> None:
+    for insertion in built:
+        if problems := insertion.delta.misfits(_below(method, insertion, found)):
+            place = join(insertion.target.module, CHILD, delta_key(method, insertion))
+            raise DeltaFileError(f"{found.source}: {place}.{problems[0]}.", "mismatch")
 
 
 def _fill(method: Method, built: Sequence[Insertion], found: _Trained) -> None:
     """Copy the values of a trained adapter into its new deltas."""
     for insertion in built:
-        prefix = join(insertion.target.module, CHILD, delta_key(method, insertion)) + "."
-        own = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
-        delta = insertion.delta
-        if problems := delta.misfits(own):
-            raise DeltaFileError(f"{found.source}: {prefix}{problems[0]}.", "mismatch")
-        delta.unpack(own)
+        insertion.delta.unpack(_below(method, insertion, found))
 
 
 def _require_fusable(description: Mapping[str, Any], built: Sequence[Insertion]) -> None:

@@ -95,7 +95,7 @@ class AutoPromptCallback(PETCallback):
         self.exclude = exclude
         self.where: Where = where
         self.seed = seed
-        self._start: list[int] = [0] * length
+        self._start: list[int] | None = None
         self._search = _Search()
         self._words: Any = None
 
@@ -132,7 +132,7 @@ class AutoPromptCallback(PETCallback):
     def build(self, root: nn.Module, target: Target) -> TriggerRows:
         """Build the trigger for a token table."""
         table = cast(nn.Embedding, named_modules(root)[target.module])
-        return TriggerRows(self._start, table.num_embeddings, table.weight.device)
+        return TriggerRows(self._start or self.length, table.num_embeddings, table.weight.device)
 
     # --- the search -----------------------------------------------------------------------------
 

@@ -72,6 +72,9 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
+    of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose", "scalars"})
+    """Options that are no part of the delta: no file holds them, or has a say in them."""
+
     in_place: ClassVar[bool] = False
     """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
     thaws: ClassVar[bool] = True
@@ -227,8 +230,7 @@ class PETCallback(Callback):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        of_the_run = ("start_from", "base_check", "delta_files", "verbose", "scalars")
-        return {name: value for name, value in self._arguments().items() if name not in of_the_run}
+        return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
 
     # --- sizing by a budget ---------------------------------------------------------------------
 

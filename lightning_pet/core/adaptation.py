@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
+from lightning_pet.core.foreign_saves import leave_saves, watch_saves
 from lightning_pet.core.insertion import CHILD, attach, conceal, detach
 from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
 from lightning_pet.core.outside import mark_outside
@@ -49,6 +50,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
             del root.__dict__[RECORD]
             restore_repacking(root)
         raise
+    watch_saves(root)
     if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
         take_out(root, replaced)
     return record  # type: ignore[no-any-return]
@@ -241,6 +243,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     record.switch.exposed.clear()
     restore_flags(root, record.flags)
     restore_repacking(root)
+    leave_saves(root)
     del root.__dict__[RECORD]
 
 

@@ -36,7 +36,7 @@ def host_kind(module: nn.Module, parameter: str = "weight") -> Kind | None:
         a delta.
     """
     tensor = module._parameters.get(parameter)
-    if tensor is None:
+    if tensor is None or is_raw(module, parameter):
         return None
     cls = base_class(module)
     if parameter != "weight" or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
@@ -55,6 +55,15 @@ def host_kind(module: nn.Module, parameter: str = "weight") -> Kind | None:
         if _is_dense_matrix(tensor) and (product := _product(module)) is not None:
             return product
     return "weight" if tensor.ndim in (2, 3) else None
+
+
+def is_raw(module: nn.Module, parameter: str) -> bool:
+    """Whether a hook makes the weight of this parameter before each call (old weight and spectral norm, pruning).
+
+    It is read before the call begins, where no delta is seen.
+    """
+    made = (name for name, value in vars(module).items() if isinstance(value, Tensor))
+    return any(parameter.startswith(f"{name}_") for name in made)
 
 
 def acts_by_call(module: nn.Module) -> bool:

@@ -1,12 +1,13 @@
 """Every parameter of a model, tied ones together: the places of methods that change all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from torch import nn
 
 from lightning_pet.core.heads import find_heads
+from lightning_pet.core.hosts import is_raw
 from lightning_pet.core.insertion import reader_of
 from lightning_pet.core.names import is_norm, named_places
 from lightning_pet.core.naming import join, named_modules
@@ -68,7 +69,7 @@ def every_parameter(
     for place, parameter in places.items():
         groups.setdefault(id(parameter), []).append(place)
     kept = [place for group in groups.values() if not dropped.intersection(group) for place in group]
-    _check(places, kept)
+    _check(modules, places, kept)
     targets = [Target(path, name, *_role(structure, path, name)) for path, name in kept]
     # Stored with the target: whoever loads a file has seen no forward.
     return tuple(replace(target, reads=seen_reader(root, target, structure)) for target in targets)
@@ -215,13 +216,19 @@ def _role(structure: Structure, path: str, name: str) -> tuple[Role | None, bool
     return role, any(target.cross for target in known)
 
 
-def _check(places: dict[_Place, nn.Parameter], kept: Sequence[_Place]) -> None:
+def _check(modules: Mapping[str, nn.Module], places: dict[_Place, nn.Parameter], kept: Sequence[_Place]) -> None:
     if not kept:
         raise TargetError(
             "no parameter is left to change: everything is excluded. Allow embeddings, norms or heads, or shorten "
             "exclude_modules."
         )
     for path, name in kept:
+        if is_raw(modules[path], name):
+            raise TargetError(
+                f"{join(path, name)}: a hook makes the weight of it before each call, where no delta is seen. "
+                "Use torch.nn.utils.parametrizations instead of torch.nn.utils.weight_norm or spectral_norm, or "
+                f"exclude it (exclude_modules=[{join(path, name)!r}])."
+            )
         if is_quantised(places[path, name]):
             raise TargetError(
                 f"{join(path, name)} is stored as {format_of(places[path, name])}, and this method adds to every "

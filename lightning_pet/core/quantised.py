@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_pet.core.unbuilt import is_filled_later
 from lightning_pet.errors import NotMergeableError, TargetError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import gathered, is_partition, is_sharded
@@ -131,7 +132,7 @@ def scales_beside(host: nn.Module, weight: Any) -> list[Tensor]:
 def initialize(delta: Delta, host: nn.Module, parameter: str) -> None:
     """Let a delta initialise itself from its base weight, of whatever format."""
     weight = host._parameters.get(parameter)
-    if weight is None or weight.is_meta or is_partition(weight):
+    if weight is None or weight.is_meta or is_partition(weight) or is_filled_later():
         return
     if not delta.starts_from_weight:
         delta.initialize_from(weight.detach())

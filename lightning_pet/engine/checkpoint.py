@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -15,12 +16,14 @@ from lightning_pet.core.outside import changed_outside, note_changed, outside_pa
 from lightning_pet.engine import base_check
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine.excerpts import held_schedule, held_states, stored_names, stored_schedule, stored_states
+from lightning_pet.engine.hyper_parameters import make_plain
 from lightning_pet.engine.resume import ExactResume
+from lightning_pet.engine.sealed import seal
 from lightning_pet.engine.strategy import Named, StrategyAdapter
 from lightning_pet.engine.watch import Watch
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.layers.delta import Excerpt
-from lightning_pet.store.entry import KEY, check_tensors, make_entry, read_entry, saved_fingerprint
+from lightning_pet.store.entry import KEY, MARK, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
 
 _STATES = ("state_dict", "current_model_state")  # the second is of averaging callbacks
@@ -121,6 +124,8 @@ class Checkpoints:
         for key in _STATES:
             if key in checkpoint:
                 checkpoint[key] = self.keep(checkpoint[key])
+        left_out = make_plain(checkpoint)
+        seal(checkpoint)
         record = run.adapted.record
         written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
         entry = make_entry(record, run.root_path, self._fingerprint(frozenset(self._changed())), written)
@@ -129,7 +134,11 @@ class Checkpoints:
             entry["optimizer_classes"] = run.adapter.class_names()
         if "loops" in checkpoint and run.trainer.state.fn == TrainerFn.FITTING:
             entry["resume"] = run.resume.state(run.trainer)
+        if left_out:
+            entry["left_out"] = left_out
         checkpoint[KEY] = entry
+        if record.delta_names or record.flags.keys() - set(record.trained_names):
+            checkpoint["state_dict"] = {MARK: torch.empty(0), **checkpoint["state_dict"]}
 
     def _store_optimizers(self, checkpoint: dict[str, Any]) -> list[list[list[str]]]:
         """Let the states be those of the tensors that the checkpoint holds; return their names."""

@@ -38,6 +38,7 @@ from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.durable_io import install as install_durable_io
 from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.firing import Firing
+from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
@@ -170,6 +171,7 @@ class Controller:
         if builds_later:
             self._after("configure_model", last=True)
         if stage == "fit":
+            warn_left_out(self.module, getattr(self.trainer, "datamodule", None))
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)

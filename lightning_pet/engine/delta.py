@@ -1,34 +1,34 @@
 """Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.core.adaptation import commit, copy_in, renew
+from lightning_pet.core.adaptation import commit, copy_in, renew, undo
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.method import METHODS, Method, key_of
+from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.naming import join, named_modules, named_tensors
-from lightning_pet.core.outside import note_changed, outside_parameters
-from lightning_pet.core.preparation import Prepared, delta_key, prepare
-from lightning_pet.core.structure import Target
+from lightning_pet.core.outside import note_changed
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
+from lightning_pet.engine.fitting import below, faults_of, fitted
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
+from lightning_pet.engine.module_from_file import beside, build
 from lightning_pet.engine.roots import root_of
-from lightning_pet.errors import DeltaFileError, PETError, TargetError
+from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import holds_parts, whole_shape
-from lightning_pet.store.delta_file import read_manifest, write_delta
+from lightning_pet.store.archive import load_checkpoint
+from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import written_by
 from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.reader import PathLike, Stored, is_delta_file, load_checkpoint, read
+from lightning_pet.store.reader import PathLike, Stored, delta_of, is_delta_file, manifest_of, read
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]
@@ -99,12 +99,6 @@ def _deltas(root: nn.Module, record: Adaptation, method: Method | None = None) -
     }
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a path, by their names from there."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
 def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -> Adapted:
     """Insert a delta from a file into a model and load its values.
 
@@ -125,14 +119,29 @@ def load_delta(model: nn.Module, path: PathLike, *, base_check: str = "error") -
 
 
 def load_from_checkpoint(
-    module: Module | type[Module], path: PathLike, *, base_check: str = "error", **kwargs: Any
+    module: Module | type[Module],
+    path: PathLike,
+    *,
+    map_location: torch.device | str | int | None = None,
+    hparams_file: PathLike | None = None,
+    strict: bool | None = None,
+    base_check: str = "error",
+    **kwargs: Any,
 ) -> Module:
     """Build a LightningModule, insert the delta of a checkpoint and load it.
 
+    As ``LightningModule.load_from_checkpoint``, for checkpoints that hold a delta. A class is built from the
+    hyper-parameters in the checkpoint: arguments, one dictionary, or what LightningCLI noted. Classes in the latter
+    must have been imported before, as no name in a file is; with ``_class_path`` a subclass of ``module`` is built.
+
     Args:
-        module: an instance with its base weights, or a class; a class is built from the hyper-parameters
-            in the checkpoint and ``kwargs``.
+        module: an instance with its base weights, or a class.
         path: a training checkpoint or delta file.
+        map_location: the device to put a module on that was built from a class (default: where its constructor
+            puts it). An instance stays where it is.
+        hparams_file: a ``.yaml`` or ``.csv`` file of hyper-parameters to use instead of those in the checkpoint.
+        strict: ``False``: what the checkpoint holds beside the delta need not fit the module (metrics that came or
+            went). The delta itself always has to. Default: as the module's ``strict_loading``.
         base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
             byte), ``"warn"`` or ``"off"``.
         **kwargs: constructor arguments that override the stored hyper-parameters.
@@ -141,34 +150,39 @@ def load_from_checkpoint(
         The module, adapted and loaded.
 
     Raises:
-        DeltaFileError: if the file is damaged or does not fit.
+        ArgumentError: if a hyper-parameter that the checkpoint could not hold is not given.
+        DeltaFileError: if the file is damaged or does not fit; ``unsafe`` if its hyper-parameters name a class that
+            was not imported.
     """
+    content = None if is_delta_file(path) else load_checkpoint(path)
+    stored = read(path) if content is None else delta_of(content, path)
+    built = isinstance(module, type)
     if isinstance(module, type):
-        saved = {} if is_delta_file(path) else load_checkpoint(path).get("hyper_parameters", {})
-        module = module(**_accepted(module, saved) | kwargs)
+        module = build(module, content or {}, path, kwargs, hparams_file)
+    elif kwargs or hparams_file is not None:
+        given = ", ".join([*kwargs, *(["hparams_file"] if hparams_file is not None else [])])
+        raise ArgumentError(f"{given}: this {type(module).__name__} is built already. Pass its class to build another.")
     if isinstance(module, pl.LightningModule):
         if not any(True for _ in module.parameters()):
             module.setup("predict")
         module.configure_model()
-    load_delta(module, path, base_check=base_check)
-    return module
-
-
-def _accepted(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the constructor takes: a module may save more hyper-parameters than it has arguments."""
-    parameters = inspect.signature(cls.__init__).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return {name: value for name, value in options.items() if not name.startswith("_")}
-    return {name: value for name, value in options.items() if name in parameters}
+    others = beside(module, content, strict, path) if content is not None else {}
+    insert(module, stored, base_check)
+    copy_in(module, others)
+    if content is not None and isinstance(module, pl.LightningModule):
+        module.on_load_checkpoint(content)
+    return module.to(map_location) if built and map_location is not None else module
 
 
 def inspect_delta(path: PathLike) -> Manifest:
-    """Read what a delta file says of itself, without its tensors and without a model.
+    """Read what a delta file or a training checkpoint says of its delta, without a model.
+
+    Of a delta file no values are read; a checkpoint is verified as for a load.
 
     Raises:
-        DeltaFileError: if the file is not a sound delta file.
+        DeltaFileError: if it is not a sound delta file or checkpoint of this library.
     """
-    return read_manifest(path)
+    return manifest_of(path)
 
 
 def start_from(
@@ -199,16 +213,14 @@ def start_from(
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
         check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then, whole)
     deltas = _deltas(adapted.root, adapted.record, method)
-    problems = [
-        join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(_below(stored.tensors, prefix))
-    ]
+    problems = [join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(below(stored.tensors, prefix))]
     if problems:
         raise DeltaFileError(
             f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
             "mismatch",
         )
     for prefix, delta in deltas.items():
-        delta.unpack(_below(stored.tensors, prefix))
+        delta.unpack(below(stored.tensors, prefix))
     renew(adapted.root)
     mine = next(applied.trained for applied in adapted.record.applied if applied.key == key_of(method))
     if absent := [name for name in mine if name not in stored.tensors]:
@@ -239,41 +251,31 @@ def _same_heads(adapted: Adapted, stored: Stored) -> set[str]:
 
 
 def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapted:
-    """Check a stored delta against a model, then insert and load it."""
+    """Check a stored delta against a model, then insert and load it.
+
+    Raises:
+        ArgumentError: if a method of this name is in the model already.
+        DeltaFileError: if the delta is not sound, or does not fit. The model is untouched then.
+    """
     root_path, root = root_of(model)
-    methods = [_rebuild(record, stored.path) for record in stored.methods]
-    modules = named_modules(root)
-    missing = [t.path for m in stored.methods for t in m.targets if not _has(modules, t)]
-    if missing:
-        raise DeltaFileError(
-            f"{stored.path} was trained on a model with {missing[0]}, which this {type(root).__name__} does not have "
-            f"({len(missing)} places are missing). Load it into the kind of model it was trained on.",
-            "mismatch",
-        )
-    places, scopes = [record.targets for record in stored.methods], [_scope(m, stored, modules) for m in methods]
-    try:
-        prepared = prepare(root, methods, None, resolved=places, scopes=scopes, stored=stored.tensors.keys())
-    except TargetError as error:
-        raise DeltaFileError(f"{stored.path} does not fit this {type(root).__name__}: {error}", "mismatch") from error
-    after = Adaptation(
-        scopes=tuple(scope for item in prepared for scope in item.scopes),
-        apart=tuple(path for item in prepared for path in item.apart),
-    )
-    outside = set(outside_parameters(root, after))
-    _check_fit(root, prepared, stored, outside)
+    fit = fitted(root, stored)
     if stored.base is not None:
-        trained = [name for item in prepared for name in item.trained] + [n for n in outside if n in stored.tensors]
-        record = record_of(root) or Adaptation()
-        check_base(stored.base, root, record, stored.path, base_check, trained)
-    record = commit(root, prepared)
-    for prefix, delta in _deltas(root, record).items():
-        if tensors := _below(stored.tensors, prefix):
-            delta.unpack(tensors)
-    renew(root)
-    own = set(record.delta_names)
-    copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
-    note_changed(root, stored.tensors)
-    _copy_beside(model, root_path, stored)
+        check_base(stored.base, root, record_of(root) or Adaptation(), stored.path, base_check, fit.trained)
+    with faults_of(stored.path, f"does not fit this {type(root).__name__}"):
+        prepared = fit.build()
+        record = commit(root, prepared)
+        try:
+            for prefix, delta in _deltas(root, record).items():
+                if tensors := below(stored.tensors, prefix):
+                    delta.unpack(tensors)
+            renew(root)
+            own = set(record.delta_names)
+            copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
+            note_changed(root, stored.tensors)
+            _copy_beside(model, root_path, stored)
+        except BaseException:
+            undo(root, [item.key for item in prepared])
+            raise
     return Adapted(root)
 
 
@@ -285,74 +287,3 @@ def _copy_beside(model: nn.Module, root_path: str, stored: Stored) -> None:
     inside = f"{root_path}."
     fitting = {n: t for n, t in stored.beside.items() if n in own and own[n].shape == t.shape}
     copy_in(model, {name: tensor for name, tensor in fitting.items() if not name.startswith(inside)})
-
-
-def _rebuild(record: MethodRecord, path: Path) -> Method:
-    cls = METHODS.get(record.method)
-    if cls is None:
-        raise DeltaFileError(
-            f"{path} holds a delta of method {record.method!r}; this release knows {', '.join(sorted(METHODS))}.",
-            "version",
-        )
-    try:
-        method: Method = cls(**record.config)
-    except (TypeError, ValueError) as error:
-        raise DeltaFileError(
-            f"{path}: the options of {record.method}:{record.name} are not valid: {error}", "schema"
-        ) from error
-    return method
-
-
-def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str | None:
-    """The submodule that a method is confined to, from the root; ``None`` if it is not."""
-    if method.module is None:
-        return None
-    named = method.module
-    scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
-    if scope not in modules:
-        kind = type(modules[""]).__name__
-        raise DeltaFileError(
-            f"{stored.path}: {method.method}:{method.name} is confined to {scope!r}, which this {kind} does not have. "
-            "Load it into the kind of model it was trained on.",
-            "mismatch",
-        )
-    return scope
-
-
-def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
-    module = modules.get(target.module)
-    if module is None or (target.reads is not None and target.reads not in modules):
-        return False
-    return not target.parameter or module._parameters.get(target.parameter) is not None
-
-
-def _check_fit(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str]) -> None:
-    """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
-    own = dict(named_tensors(root))
-    trained = {name for item in prepared for name in item.trained}
-    record = record_of(root)
-    others = set(record.delta_names if record else ())
-    optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)} - others
-    problems: list[str] = []
-    left = dict(stored.tensors)
-    for item in prepared:
-        for insertion in item.insertions:
-            prefix = join(insertion.target.module, CHILD, delta_key(item.method, insertion))
-            tensors = _below(left, prefix)
-            problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
-            for name in tensors:
-                del left[join(prefix, name)]
-    problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional - outside)]
-    problems += [
-        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in left.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
-        raise DeltaFileError(
-            f"{stored.path} does not fit this {type(root).__name__}: {'; '.join(problems[:4])}{more}. Load it into the "
-            "kind of model it was trained on.",
-            "mismatch",
-        )

@@ -128,7 +128,9 @@ class ShardedAdapter(StrategyAdapter[P]):
     ) -> dict[str, Any]:
         """Read one file in every process and check it."""
         path = self.strategy.broadcast(checkpoint_path)
-        return self._read(rules, path, lambda: Strategy.load_checkpoint(self.strategy, path, weights_only))
+        return self._read(
+            rules, path, lambda: Strategy.load_checkpoint(self.strategy, path, weights_only), weights_only
+        )
 
     def load_model_state_dict(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True

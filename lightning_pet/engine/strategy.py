@@ -23,6 +23,7 @@ from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.agreement import agreed
 from lightning_pet.engine.parameter_groups import clip_norm, groups_of
+from lightning_pet.engine.sealed import unseal
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.store.archive import read_checkpoint
@@ -140,10 +141,15 @@ class StrategyAdapter(Generic[S]):
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
     ) -> dict[str, Any]:
         """Read a checkpoint and check it."""
-        return self._read(rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only))
+        return self._read(
+            rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only), weights_only
+        )
 
-    def _read(self, rules: CheckpointRules, path: Any, load: Callable[[], Any]) -> dict[str, Any]:
+    def _read(
+        self, rules: CheckpointRules, path: Any, load: Callable[[], Any], weights_only: bool | None
+    ) -> dict[str, Any]:
         checkpoint = self.agreed(f"reading {path}", lambda: read_checkpoint(path, load))
+        unseal(checkpoint, path, weights_only)
         rules.after_load(checkpoint, path)
         return checkpoint
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.activations import activation
-from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.delta import Delta, Path, check_scale
 from lightning_pet.layers.low_rank_product import compute_dtype
 
 Init = Literal["normal", "lora"]
@@ -63,6 +63,7 @@ class Bottleneck(Delta):
                 raise ArgumentError(f"{label}={size}: an adapter needs at least one feature.")
         if init not in get_args(Init):
             raise ArgumentError(f"init={init!r}: use one of {', '.join(map(repr, get_args(Init)))}.")
+        check_scale(scale, "the scale of an adapter")
         activation(non_linearity)
         self.non_linearity, self.scale, self.init, self.init_std = non_linearity, scale, init, init_std
 

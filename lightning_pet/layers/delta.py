@@ -1,13 +1,16 @@
 """The base of everything that a method inserts: a child module of the layer that it changes."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.errors import NotMergeableError
+from lightning_pet.errors import ArgumentError, NotMergeableError
 from lightning_pet.layers.sharding import placed
+
+MAX_SCALE: Final = 1024.0
+"""Largest factor of a delta: beyond it numbers overflow sooner than a model learns anything."""
 
 Path = Literal["activation", "around", "weight", "generate", "shared"]
 
@@ -33,6 +36,27 @@ class Part(nn.Module):
         delta = ".".join(parts[:depth]) + "." if depth else prefix
         if any(name.startswith(delta) for name in state_dict):
             missing_keys.extend(own)
+
+
+def check_scale(scale: float, what: str) -> None:
+    """Raise unless a factor is a finite number of moderate size.
+
+    Args:
+        scale: the factor.
+        what: what it is, for the message.
+
+    Raises:
+        ArgumentError: naming the limit.
+    """
+    if not abs(scale) <= MAX_SCALE:  # also what is no number
+        raise ArgumentError(f"{what} is {scale:g}; its size may be at most {MAX_SCALE:g}. Lower it.")
+
+
+def kind_of(tensor: Tensor) -> str:
+    """What kind of numbers a tensor holds; a cast within a kind only rounds."""
+    if tensor.is_complex():
+        return "complex numbers"
+    return "fractions" if tensor.is_floating_point() else "integers"
 
 
 class Excerpt(NamedTuple):
@@ -136,7 +160,16 @@ class Delta(Part):
                 for name in sorted(own.keys() & tensors.keys())
                 if own[name].shape != tensors[name].shape
             ),
+            *(
+                f"{name} holds {kind_of(tensors[name])}, expected {kind_of(own[name])}"
+                for name in sorted(own.keys() & tensors.keys())
+                if kind_of(own[name]) != kind_of(tensors[name])
+            ),
         ]
+
+    def unheld(self, tensors: Mapping[str, Tensor]) -> int:
+        """Bytes of own tensors whose size neither these tensors of a file nor the base's decide."""
+        return 0
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of a file over; they fit (:meth:`misfits`)."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.layers.delta import MAX_SCALE
 
 EPSILON = 1e-4
 """Uniform numbers are kept this far from 0 and 1."""
@@ -46,10 +47,12 @@ class HardConcrete:
 
     def __post_init__(self) -> None:
         numbers = (self.low, self.high, self.temperature)
-        if not all(map(math.isfinite, numbers)) or not (self.low < 0 and self.high > 1 and self.temperature > 0):
+        ordered = -MAX_SCALE <= self.low < 0 and 1 < self.high <= MAX_SCALE and self.temperature >= 1 / MAX_SCALE
+        if not ordered or not all(map(math.isfinite, numbers)):
             raise ArgumentError(
                 f"stretch=({self.low}, {self.high}), temperature={self.temperature}: the first number must be below 0, "
-                "the second above 1 and the temperature positive, e.g. stretch=(-1.5, 1.5), temperature=1.0."
+                f"the second above 1, neither beyond {MAX_SCALE:g}, and the temperature at least 1/{MAX_SCALE:g}, e.g. "
+                "stretch=(-1.5, 1.5), temperature=1.0."
             )
 
     @property

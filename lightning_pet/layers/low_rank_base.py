@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, check_scale
 from lightning_pet.layers.sharding import whole
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
@@ -221,8 +221,7 @@ def check_rank(r: int) -> None:
 
 
 def _check(scale: float, dropout: float, init: str) -> None:
-    if not math.isfinite(scale):
-        raise ArgumentError(f"scale must be finite, not {scale!r}; it is alpha / r, or alpha / sqrt(r) for rsLoRA.")
+    check_scale(scale, "the scale (alpha / r, or alpha / sqrt(r) for rsLoRA)")
     if not 0 <= dropout < 1:
         raise ArgumentError(f"dropout is a probability and must be in [0, 1), not {dropout!r}.")
     if init not in ("kaiming", "gaussian", "pissa", "olora"):

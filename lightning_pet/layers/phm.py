@@ -18,6 +18,7 @@ from lightning_pet.layers.delta import Delta, Part, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
 
 _GAIN = math.sqrt(2)
+_LARGEST_ADVISED = 1_000_000  # sizes beyond it are not searched for divisors
 
 
 def phm_product(x: Tensor, rule: Tensor, weight: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class PHMLinear(Part):
     def reset_parameters(self) -> None:
         """Slices uniform after Glorot with gain √2, an own rule normal, the bias zero."""
         for factor in self._factors():
-            for piece in factor:
+            for piece in () if factor.is_meta else factor:
                 nn.init.xavier_uniform_(piece, gain=_GAIN)
         if self.rule is not None:
             nn.init.normal_(self.rule, std=self.rule_std)
@@ -198,7 +199,8 @@ def check_divisible(label: str, size: int, n: int, where: str = "", *, fixed: bo
     if size % n == 0 and size > 0:
         return
     near = [str(multiple) for multiple in (size // n * n, (size // n + 1) * n) if multiple > 0]
-    divisors = sorted(sorted((m for m in range(1, size + 1) if size % m == 0), key=lambda m: abs(m - n))[:2])
+    candidates = range(1, size + 1 if size <= _LARGEST_ADVISED else 1)
+    divisors = sorted(sorted((m for m in candidates if size % m == 0), key=lambda m: abs(m - n))[:2])
     advice = [] if fixed else [f"{label}={' or '.join(near)}"]
     advice += [f"phm_dim={' or '.join(map(str, divisors))}"] if divisors else []
     raise ArgumentError(f"{where}{label}={size} is not divisible by phm_dim={n}. Use {', or '.join(advice)}.")

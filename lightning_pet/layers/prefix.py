@@ -57,6 +57,10 @@ class PrefixNetwork(Delta):
         """As for every delta; but a file may hold the folded prefix alone, and then nothing of the network."""
         return super().misfits(tensors) if tensors else []
 
+    def unheld(self, tensors: Mapping[str, Tensor]) -> int:
+        """All of it, if the file holds the folded prefix alone."""
+        return 0 if tensors else sum(parameter.nbytes for parameter in self.parameters())
+
 
 class Prefix(Delta):
     r"""Keys and values of l positions for one attention, direct or re-parametrised.
@@ -218,10 +222,14 @@ class Prefix(Delta):
         if folded or self.network is None or not network:
             problems += [f"{name} is missing" for name in sizes if name not in folded]
         return problems + [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {sizes[name]}"
+            f"{name} ({tensors[name].dtype}) has shape {tuple(tensors[name].shape)}, expected {sizes[name]}"
             for name in sorted(folded)
-            if tuple(tensors[name].shape) != sizes[name]
+            if tuple(tensors[name].shape) != sizes[name] or not tensors[name].is_floating_point()
         ]
+
+    def unheld(self, tensors: Mapping[str, Tensor]) -> int:
+        """The last layer, if the file holds the folded prefix alone."""
+        return sum(parameter.nbytes for name, parameter in self.named_parameters() if name not in tensors)
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a file holds; where the folded prefix and the network do not agree, the prefix counts."""

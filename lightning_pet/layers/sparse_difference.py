@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.layers.delta import Delta, Excerpt
+from lightning_pet.layers.delta import Delta, Excerpt, kind_of
 from lightning_pet.layers.gated_weight import Form, Gates, expected_open, gated_weight
 from lightning_pet.layers.hard_concrete import HardConcrete
 from lightning_pet.layers.sharding import is_sharded
@@ -276,9 +276,9 @@ class SparseDifference(Delta):
         if "values" in expected:
             return wrong or self._wrong_places(tensors["indices"], tensors["values"])
         return wrong + [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+            f"{name} ({kind_of(tensors[name])}) has shape {tuple(tensors[name].shape)}, expected fractions of {shape}"
             for name, shape in expected.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
+            if name in tensors and (tuple(tensors[name].shape) != shape or not tensors[name].is_floating_point())
         ]
 
     def _wrong_places(self, places: Tensor, values: Tensor) -> list[str]:

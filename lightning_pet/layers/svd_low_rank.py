@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_pet.layers.delta import kind_of
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
 from lightning_pet.layers.low_rank_base import LowRank
 from lightning_pet.layers.low_rank_hosts import ConvWeight, LowRankConv
@@ -81,6 +82,8 @@ class SvdLowRank(LowRank):
             return super().misfits(tensors)
         if tensors["a"].shape == self.a.shape:
             return super().misfits(tensors)
+        if odd := [name for name, own in full.items() if kind_of(own) != kind_of(tensors[name])]:
+            return [f"{odd[0]} holds {kind_of(tensors[odd[0]])}, expected {kind_of(full[odd[0]])}"]
         rank = int(tensors["kept"].bool().sum())
         expected = {name: (rank, *rows.shape[self.e.ndim :]) for name, rows in self._rows().items()}
         return [

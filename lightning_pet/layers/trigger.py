@@ -1,6 +1,6 @@
 """Discrete virtual tokens: rows that are real rows of the token table, and how to choose better ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class TriggerRows(VirtualTokens):
     (:meth:`take_gradient`).
 
     Args:
-        ids: the trigger, t.
+        ids: the trigger, t; or its length, for one that a file brings.
         vocabulary: rows of the table, V.
         device: of the buffer.
 
@@ -28,15 +28,23 @@ class TriggerRows(VirtualTokens):
     ids: Tensor
     watching: bool = False
 
-    def __init__(self, ids: Sequence[int], vocabulary: int, device: torch.device | None = None) -> None:
-        super().__init__(len(ids), vocabulary)
-        self.start = list(ids)
-        self.register_buffer("ids", torch.tensor(self.start, device=device))
+    def __init__(self, ids: Sequence[int] | int, vocabulary: int, device: torch.device | None = None) -> None:
+        super().__init__(ids if isinstance(ids, int) else len(ids), vocabulary)
+        self.start = None if isinstance(ids, int) else list(ids)
+        self.register_buffer("ids", torch.zeros(self.length, dtype=torch.long, device=device))
         self.__dict__["leaves"] = []
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The trigger that the search starts from."""
-        self.ids.copy_(torch.tensor(self.start))
+        self.ids.zero_() if self.start is None else self.ids.copy_(torch.tensor(self.start))
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """As for every delta; and ids are those of rows of the table."""
+        problems, ids = super().misfits(tensors), tensors.get("ids")
+        if not problems and ids is not None and not ids.is_meta and not ((ids >= 0) & (ids < self.vocabulary)).all():
+            problems.append(f"ids are not those of a table of {self.vocabulary} rows")
+        return problems
 
     def rows(self, call: Callable[..., Tensor]) -> Tensor:
         """Rows of the table; while watching, they keep their gradient."""

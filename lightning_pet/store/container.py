@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.strict_json import canonical, check_fields, check_int, check_name, check_type, fault, parse
 from lightning_pet.store.tensors import CODES, DTYPES, byte_view
 
@@ -86,7 +87,7 @@ def open_regular(path: str | os.PathLike[str], limits: Limits) -> Iterator[tuple
         DeltaFileError: ``io`` if it cannot be opened, ``unsafe`` if it is a folder, pipe, socket or
             device, ``limit`` if it is too large.
     """
-    where = os.fspath(path)
+    where = expanded(path)
     try:
         # Without O_NONBLOCK a named pipe would block the open until somebody writes to it.
         descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.container import DEFAULT, Header, Limits, encode_header, open_regular, read_header, read_tensor
 from lightning_pet.store.manifest import Manifest, decode_manifest, encode_manifest
+from lightning_pet.store.paths import expanded
 from lightning_pet.store.strict_json import check_name, fault
 from lightning_pet.store.tensors import CODES, TensorSpec, byte_view, describe, digest, require_finite, specs, to_host
 from lightning_pet.store.writer import atomic_write, reap_once
@@ -58,7 +59,7 @@ def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], man
             ``unsafe`` for a name, dtype or manifest field that cannot be stored; ``io``. The previous
             file is then untouched.
     """
-    where = os.fspath(path)
+    where = expanded(path)
     values = {name: _storable(name, tensor, where) for name, tensor in tensors.items()}
     text = encode_manifest(replace(manifest, tensors=describe(values)), where=where)
     metadata = {"format": "pt", _MANIFEST: text, _SHA256: hashlib.sha256(text.encode()).hexdigest()}
@@ -79,7 +80,7 @@ def read_manifest(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> 
     Raises:
         DeltaFileError: see :func:`read_delta`; damage of the values is not looked for.
     """
-    where = os.fspath(path)
+    where = expanded(path)
     with open_regular(path, limits) as (file, size):
         return _manifest(read_header(file, size, limits, where), where)
 
@@ -99,7 +100,7 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
             ``limit``, ``corrupt`` (damaged), ``version`` (newer format), ``schema`` (unknown or
             ill-typed field, or no delta file), ``nonfinite``.
     """
-    where = os.fspath(path)
+    where = expanded(path)
     with open_regular(path, limits) as (file, size):
         header = read_header(file, size, limits, where)
         manifest = _manifest(header, where)

@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import written_by
-from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.reader import PathLike, delta_of, is_delta_file, load_checkpoint
+from lightning_pet.store.paths import expanded
+from lightning_pet.store.reader import PathLike, checkpoint_manifest, delta_of, is_delta_file
 
 
 def extract_delta(checkpoint: PathLike, path: PathLike, *, notes: Mapping[str, str] | None = None) -> int:
@@ -29,16 +30,23 @@ def extract_delta(checkpoint: PathLike, path: PathLike, *, notes: Mapping[str, s
 
     Raises:
         ArgumentError: if ``checkpoint`` is a delta file already, or ``path`` is the checkpoint itself.
-        DeltaFileError: if the checkpoint is damaged or not ours, or a tensor holds NaN or infinity; ``io`` if the
-            disk refuses. A file that was there before is untouched then.
-        FileNotFoundError: if there is no such checkpoint.
+        DeltaFileError: if the checkpoint is damaged or not ours, or a tensor holds NaN or infinity; ``io`` if there
+            is no such checkpoint or the disk refuses; ``unsafe`` if it is a pipe or device, which is never waited
+            for. A file that was there before is untouched then.
     """
-    if Path(checkpoint).is_file() and is_delta_file(checkpoint):
+    if _is_file(checkpoint) and is_delta_file(checkpoint):
         raise ArgumentError(f"{checkpoint} is no training checkpoint (.ckpt); a delta file can be copied as it is.")
     content = load_checkpoint(checkpoint)
-    if os.path.exists(path) and os.path.samefile(checkpoint, path):
+    if os.path.exists(expanded(path)) and os.path.samefile(expanded(checkpoint), expanded(path)):
         raise ArgumentError(f"{path} is the checkpoint itself; give the delta file another name.")
     return write_delta_of(content, checkpoint, path, notes)
+
+
+def _is_file(path: PathLike) -> bool:
+    try:
+        return os.path.isfile(expanded(path))
+    except ValueError:  # no path of any file
+        return False
 
 
 def write_delta_of(
@@ -46,14 +54,7 @@ def write_delta_of(
 ) -> int:
     """Write the delta in the contents of a training checkpoint; ``source`` names it in errors."""
     stored = delta_of(checkpoint, source)
-    manifest = Manifest(
-        methods=stored.methods,
-        base=stored.base,
-        root=stored.root,
-        step=checkpoint.get("global_step"),
-        notes=dict(notes or {}),
-        written_by=written_by(),
-    )
+    manifest = replace(checkpoint_manifest(checkpoint, source, notes), written_by=written_by())
     return write_delta(path, {name: tensor.cpu().contiguous() for name, tensor in stored.tensors.items()}, manifest)
 
 

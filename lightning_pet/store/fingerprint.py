@@ -301,7 +301,7 @@ def from_plain(value: object, where: str) -> Fingerprint:
         if fields[key] is not None:
             check_digest(fields[key], f"{where}.{key}")
     for kind, count in fields["dtypes"].items():
-        check_int(count, f"{where}.dtypes.{kind[:64]!r}", 1)
+        check_int(count, f"{where}.dtypes.{check_text(kind, f'{where}.dtypes: a key', 64)!r}", 1)
     found = Fingerprint(**fields)
     base = _remember(found, where)
     if dict(found.dtypes) != dict(Counter(fact.kind for fact in base.values())):

@@ -1,16 +1,21 @@
 """The checkpoint to go on from after a crash."""
 
+import contextlib
 import logging
 import os
 from pathlib import Path
+from typing import Final
 
 from torch import nn
 
 from lightning_pet.core.naming import canonical
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.fingerprint import Verdict, compare
-from lightning_pet.store.reader import Stored, load_checkpoint, read
+from lightning_pet.store.paths import expanded
+from lightning_pet.store.reader import Stored, delta_of, is_delta_file, read
 
+_LOOKS: Final = 3  # into the folder, as long as files vanish meanwhile
 _log = logging.getLogger(__name__)
 
 
@@ -37,14 +42,19 @@ def last_good(folder: str | os.PathLike[str], model: nn.Module | None = None) ->
         >>> last_good("a_folder_without_checkpoints") is None
         True
     """
-    found = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.ckpt")}
-    reasons = []
-    for path in sorted(found, key=lambda path: (found[path], path.name), reverse=True):
-        reason = _unfit(path, model)
-        if reason is None:
-            return path
-        reasons.append(f"{path.name}: {reason}")
-        _log.warning("passed over %s: %s", path, reason)
+    for _ in range(_LOOKS):
+        reasons: list[str] = []
+        vanished = False
+        for path in _newest_first(folder):
+            reason = _unfit(path, model)
+            if reason is None:
+                return path
+            # A run that is still writing removes old files while they are looked at: it has made newer ones.
+            vanished = vanished or not os.path.lexists(path)
+            reasons.append(f"{path.name}: {reason}")
+            _log.warning("passed over %s: %s", path, reason)
+        if not vanished:
+            break
     if reasons:
         raise DeltaFileError(
             f"{folder}: none of {len(reasons)} checkpoints can be resumed. {' '.join(reasons[:4])} Restore one from a "
@@ -54,13 +64,31 @@ def last_good(folder: str | os.PathLike[str], model: nn.Module | None = None) ->
     return None
 
 
+def _newest_first(folder: str | os.PathLike[str]) -> list[Path]:
+    """All checkpoints below a folder; of links that dangle, and files that vanish meanwhile, the own time or none."""
+    found: dict[Path, float] = {}
+    for parent, folders, files in os.walk(expanded(folder)):
+        for path in (Path(parent, name) for name in (*files, *folders) if name.endswith(".ckpt")):
+            found[path] = -1
+            with contextlib.suppress(OSError):
+                found[path] = path.lstat().st_mtime_ns
+                found[path] = path.stat().st_mtime_ns
+    return sorted(found, key=lambda path: (found[path], path.name), reverse=True)
+
+
 def _unfit(path: Path, model: nn.Module | None) -> str | None:
     """Why a run cannot be resumed from a file; ``None`` if it can."""
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {os.readlink(path)}, which is gone."
     try:
-        stored = read(path)
-        missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in load_checkpoint(path)]
+        if is_delta_file(path):
+            read(path)
+            return "it is a delta file, which holds only weights."
+        content = load_checkpoint(path)
+        stored = delta_of(content, path)
     except (DeltaFileError, OSError) as error:
         return str(error)
+    missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in content]
     if missing:
         return f"it holds only weights ({', '.join(missing)} are missing)."
     return None if model is None else _other_base(stored, model)

@@ -6,7 +6,7 @@ and exact names. The bulky parts (targets, digests, the base's sketch) are packe
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, get_args
 
@@ -146,7 +146,7 @@ def _from_plain(plain: object, layout: list[tuple[str, str, tuple[int, ...]]], w
         check_name(fields["root"], f"{where}.root")
     if fields["step"] is not None:
         check_int(fields["step"], f"{where}.step")
-    methods = _methods_from_plain(fields["methods"], f"{where}.methods")
+    methods = checked_methods(fields["methods"], f"{where}.methods", _unpacked_rows)
     return Manifest(
         methods=methods,
         tensors=_records(fields["tensors"], layout, f"{where}.tensors"),
@@ -158,13 +158,25 @@ def _from_plain(plain: object, layout: list[tuple[str, str, tuple[int, ...]]], w
     )
 
 
-def _methods_from_plain(items: list[object], where: str) -> tuple[MethodRecord, ...]:
+def checked_methods(
+    items: list[object], where: str, rows_of: Callable[[Any, str], list[object]]
+) -> tuple[MethodRecord, ...]:
+    """The methods of a file, every field checked.
+
+    Args:
+        items: an object per method.
+        where: what is read, for errors.
+        rows_of: gives the targets of a method as lists of seven fields, from what the file holds of them.
+
+    Raises:
+        DeltaFileError: ``schema``, ``limit`` or ``unsafe``, naming the field.
+    """
     if not 0 < len(items) <= MAX_METHODS:
         raise fault(where, f"found {len(items)} methods, expected 1 to {MAX_METHODS}.", "limit")
     methods: list[MethodRecord] = []
     room = MAX_TARGETS
     for index, item in enumerate(items):
-        methods.append(_method_from_plain(item, f"{where}[{index}]", room))
+        methods.append(_checked_method(item, f"{where}[{index}]", room, rows_of))
         room -= len(methods[-1].targets)
     (method, name), count = Counter((record.method, record.name) for record in methods).most_common(1)[0]
     if count > 1:
@@ -193,9 +205,14 @@ def _method_to_plain(record: MethodRecord, where: str) -> dict[str, Any]:
     }
 
 
-def _method_from_plain(value: object, where: str, room: int) -> MethodRecord:
-    fields = check_fields(value, where, {"method": (str,), "name": (str,), "config": (dict,), "targets": (str,)})
-    rows = check_type(parse_packed(fields["targets"], f"{where}.targets"), f"{where}.targets", (list,))
+def _unpacked_rows(targets: Any, where: str) -> list[object]:
+    rows: list[object] = check_type(parse_packed(targets, where), where, (list,))
+    return rows
+
+
+def _checked_method(value: object, where: str, room: int, rows_of: Callable[[Any, str], list[object]]) -> MethodRecord:
+    fields = check_fields(value, where, {"method": (str,), "name": (str,), "config": (dict,), "targets": (str, list)})
+    rows = rows_of(fields["targets"], f"{where}.targets")
     if len(rows) > room:
         text = f"found {len(rows)} targets, expected at most {room} of {MAX_TARGETS} for all methods."
         raise fault(f"{where}.targets", text, "limit")

@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.archive import read_checkpoint
-from lightning_pet.store.delta_file import read_delta
-from lightning_pet.store.entry import check_tensors, methods_of, read_entry, saved_fingerprint
+from lightning_pet.store.archive import load_checkpoint
+from lightning_pet.store.delta_file import read_delta, read_manifest
+from lightning_pet.store.entry import MARK, check_tensors, methods_of, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
-from lightning_pet.store.manifest import MethodRecord
+from lightning_pet.store.manifest import Manifest, MethodRecord
+from lightning_pet.store.paths import expanded
+from lightning_pet.store.strict_json import fault
+from lightning_pet.store.tensors import describe
 
 PathLike = str | os.PathLike[str]
 
@@ -50,7 +52,7 @@ def read(path: PathLike) -> Stored:
         found = read_delta(path)
         manifest = found.manifest
         return Stored(Path(path), manifest.methods, dict(found.tensors), manifest.base, manifest.root)
-    return delta_of(load_checkpoint(Path(path)), path)
+    return delta_of(load_checkpoint(path), path)
 
 
 def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
@@ -64,22 +66,54 @@ def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
     prefix = f"{entry['root']}." if entry["root"] else ""
     state = checkpoint["state_dict"]
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    beside = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    return Stored(Path(path), methods_of(entry), tensors, saved_fingerprint(entry, path), entry["root"], beside)
+    tensors.pop(MARK, None)  # of a checkpoint that was not read but is about to be written
+    if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise fault(f"{path}: {odd[0]}", f"found {type(tensors[odd[0]]).__name__}, expected a tensor.")
+    beside = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(prefix) and name != MARK and isinstance(tensor, Tensor)
+    }
+    base = saved_fingerprint(entry, path)
+    return Stored(Path(path), methods_of(entry, path), tensors, base, entry["root"], beside)
+
+
+def manifest_of(path: PathLike) -> Manifest:
+    """What a delta file or a training checkpoint says of itself.
+
+    Of a delta file no values are read; a checkpoint can only be read as a whole.
+
+    Raises:
+        DeltaFileError: if it is damaged or not ours.
+    """
+    return read_manifest(path) if is_delta_file(path) else checkpoint_manifest(load_checkpoint(path), path)
+
+
+def checkpoint_manifest(
+    checkpoint: Mapping[str, Any], path: PathLike, notes: Mapping[str, str] | None = None
+) -> Manifest:
+    """What the contents of a training checkpoint say of their delta."""
+    stored, step = delta_of(checkpoint, path), checkpoint.get("global_step")
+    return Manifest(
+        methods=stored.methods,
+        tensors=describe(stored.tensors),
+        base=stored.base,
+        root=stored.root,
+        step=step if type(step) is int and 0 <= step < 2**63 else None,
+        notes=dict(notes or {}),
+        written_by=read_entry(checkpoint, path)["written_by"],
+    )
 
 
 def is_delta_file(path: PathLike) -> bool:
     """Whether a path is to be read as a delta file; otherwise it is a training checkpoint."""
     # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
-    if not Path(path).is_file():
-        return True
     try:
-        with open(path, "rb") as file:
+        if not os.path.isfile(expanded(path)):
+            return True
+        with open(expanded(path), "rb") as file:
             return file.read(2) != b"PK"
+    except ValueError:  # no path of any file, such as one with a NUL
+        return True
     except OSError as error:
         raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error
-
-
-def load_checkpoint(path: PathLike) -> dict[str, Any]:
-    """Everything in a training checkpoint, on the CPU."""
-    return read_checkpoint(path, lambda: torch.load(path, map_location="cpu", weights_only=True))

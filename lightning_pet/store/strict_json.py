@@ -52,7 +52,7 @@ def parse(text: str, where: str) -> object:
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise fault(where, f"found the key {_show(twice)} twice in one object, expected each key once.")
+            raise fault(where, f"found the key {shown(twice)} twice in one object, expected each key once.")
         return found
 
     def constant(name: str) -> object:
@@ -78,8 +78,8 @@ def check_fields(value: object, where: str, schema: Mapping[str, _Types]) -> dic
     missing = [key for key in schema if key not in found]
     unknown = [key for key in found if key not in schema]
     if missing or unknown:
-        shown = ", ".join(_show(key) for key in unknown[:5]) or "none"
-        raise fault(where, f"missing fields: {', '.join(missing) or 'none'}; unknown fields: {shown}.")
+        others = ", ".join(shown(key) for key in unknown[:5]) or "none"
+        raise fault(where, f"missing fields: {', '.join(missing) or 'none'}; unknown fields: {others}.")
     for key, types in schema.items():
         check_type(found[key], f"{where}.{key}", types)
     return dict(found)
@@ -89,7 +89,7 @@ def check_type(value: object, where: str, types: _Types) -> Any:
     """Return ``value`` if its type is exactly one of ``types`` (``True`` is no int)."""
     if type(value) not in types:
         expected = " or ".join(kind.__name__ for kind in types)
-        raise fault(where, f"found {_show(value)} ({type(value).__name__}), expected {expected}.")
+        raise fault(where, f"found {shown(value)} ({type(value).__name__}), expected {expected}.")
     return value
 
 
@@ -99,7 +99,7 @@ def check_text(value: object, where: str, limit: int = MAX_TEXT) -> str:
     if len(text) > limit:
         raise fault(where, f"found {len(text)} characters, expected at most {limit}.", "limit")
     if not text.isprintable() and not all(char.isprintable() or char in "\n\t" for char in text):
-        raise fault(where, f"found control characters in {_show(text)}, expected printable text.")
+        raise fault(where, f"found control characters in {shown(text)}, expected printable text.")
     return text
 
 
@@ -107,7 +107,7 @@ def check_label(value: object, where: str) -> str:
     """Return ``value`` if it is a method or delta name: 1 to 64 of ``A-Z a-z 0-9 _ -``."""
     label = check_text(value, where, MAX_TEXT)
     if not 0 < len(label) <= 64 or not _LABEL.issuperset(label):
-        raise fault(where, f"found {_show(label)}, expected 1 to 64 letters, digits, '_' or '-'.", "unsafe")
+        raise fault(where, f"found {shown(label)}, expected 1 to 64 letters, digits, '_' or '-'.", "unsafe")
     return label
 
 
@@ -115,7 +115,7 @@ def check_name(value: object, where: str) -> str:
     """Return ``value`` if it is a dotted parameter or module name of at most 256 characters."""
     name = check_text(value, where, MAX_NAME)
     if not name.isprintable() or name.startswith(("/", "\\")) or not all(name.split(".")):
-        raise fault(where, f"found {_show(name)}, expected a dotted name such as 'encoder.layer.0.weight'.", "unsafe")
+        raise fault(where, f"found {shown(name)}, expected a dotted name such as 'encoder.layer.0.weight'.", "unsafe")
     return name
 
 
@@ -123,7 +123,7 @@ def check_digest(value: object, where: str) -> str:
     """Return ``value`` if it is the hexadecimal text of a SHA-256."""
     text: str = check_type(value, where, (str,))
     if len(text) != 64 or not frozenset("0123456789abcdef").issuperset(text):
-        raise fault(where, f"found {_show(text)}, expected 64 hexadecimal digits.")
+        raise fault(where, f"found {shown(text)}, expected 64 hexadecimal digits.")
     return text
 
 
@@ -131,7 +131,7 @@ def check_int(value: object, where: str, low: int = 0, high: int = _MAX_INT) -> 
     """Return ``value`` if it is an int within ``low`` and ``high``, both included."""
     number: int = check_type(value, where, (int,))
     if not low <= number <= high:
-        raise fault(where, f"found {_show(number)}, expected {low} to {high}.", "limit")
+        raise fault(where, f"found {shown(number)}, expected {low} to {high}.", "limit")
     return number
 
 
@@ -146,6 +146,10 @@ def check_plain(value: object, where: str, depth: int = 2) -> Any:
     Raises:
         DeltaFileError: ``schema`` or ``limit``, naming the field.
     """
+    return _check_plain(value, where, depth, [MAX_CONTAINERS])
+
+
+def _check_plain(value: object, where: str, depth: int, room: list[int]) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -157,19 +161,23 @@ def check_plain(value: object, where: str, depth: int = 2) -> Any:
             raise fault(where, f"found the number {value}, expected a finite one.")
         return float(value)
     if isinstance(value, (list, tuple, Mapping)):
-        return _check_nested(value, where, depth)
-    raise fault(where, f"found {_show(value)} ({type(value).__name__}), expected a plain JSON value.")
+        return _check_nested(value, where, depth, room)
+    raise fault(where, f"found {shown(value)} ({type(value).__name__}), expected a plain JSON value.")
 
 
-def _check_nested(value: Sequence[object] | Mapping[Any, object], where: str, depth: int) -> Any:
+def _check_nested(value: Sequence[object] | Mapping[Any, object], where: str, depth: int, room: list[int]) -> Any:
     if depth >= MAX_DEPTH:
         raise fault(where, f"nested deeper than {MAX_DEPTH} levels.", "limit")
     if len(value) > MAX_ITEMS:
         raise fault(where, f"found {len(value)} items, expected at most {MAX_ITEMS}.", "limit")
+    # A pickle may hold one list in many places: few bytes that stand for more items than there is time for.
+    room[0] -= len(value)
+    if room[0] < 0:
+        raise fault(where, f"found more than {MAX_CONTAINERS} items in all.", "limit")
     if not isinstance(value, Mapping):
-        return [check_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return [_check_plain(item, f"{where}[{index}]", depth + 1, room) for index, item in enumerate(value)]
     return {
-        check_text(key, f"{where}: a key", MAX_NAME): check_plain(item, f"{where}.{_show(key)}", depth + 1)
+        check_text(key, f"{where}: a key", MAX_NAME): _check_plain(item, f"{where}.{shown(key)}", depth + 1, room)
         for key, item in value.items()
     }
 
@@ -214,7 +222,7 @@ def parse_packed(text: object, where: str) -> object:
         raise fault(where, f"found no UTF-8 text ({error.reason}).") from None
 
 
-def _show(value: object) -> str:
+def shown(value: object) -> str:
     """A value short enough for a message; huge integers have no decimal text."""
     if isinstance(value, int) and abs(value) > _MAX_INT:
         return "an integer beyond 64 bits"

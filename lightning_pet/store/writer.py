@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, Final, cast
 
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.store.paths import expanded
 
 STALE_AFTER_S: Final = 3600.0
 _NAME_BYTES: Final = 200  # of the 255 that file systems allow; the rest is for pid, random part and suffix
 _HEX: Final = frozenset("0123456789abcdef")
+_MODE: Final = 0o666
 _reaped: set[tuple[int, str]] = set()
 
 
@@ -34,9 +36,9 @@ class Disk:
         os.makedirs(folder, exist_ok=True)
         self.sync_folder(parent)
 
-    def create(self, path: str) -> BinaryIO:
-        """Open a new file for writing, mode 0666 less the umask; an existing one is an error."""
-        return cast(BinaryIO, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb"))
+    def create(self, path: str, mode: int = _MODE) -> BinaryIO:
+        """Open a new file for writing, of this mode less the umask; an existing one is an error."""
+        return cast(BinaryIO, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb"))
 
     def sync(self, file: BinaryIO) -> int:
         """Flush ``file`` down to the disk and return its size in bytes."""
@@ -95,7 +97,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     Missing parent folders are created. When this returns, the content survives a power loss.
 
     Args:
-        path: local destination; an existing file (or symbolic link) of that name is replaced.
+        path: local destination; an existing file (or symbolic link) of that name is replaced, and what it was not
+            readable or writable for stays without it.
         write: called once with the open temporary file; what it returns is ignored.
         disk: the operating-system calls to use.
 
@@ -112,7 +115,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     with _naming(target):
         disk.make_folder(folder)
         try:
-            with disk.create(temp) as file:
+            mode = _mode_of(target)
+            with disk.create(temp) if mode == _MODE else disk.create(temp, mode) as file:
                 write(file)
                 size = disk.sync(file)
             disk.replace(temp, target)
@@ -121,6 +125,14 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             raise
         disk.sync_folder(folder)
     return size
+
+
+def _mode_of(target: str) -> int:
+    """Mode of a new file: no wider than that of the one whose place it takes."""
+    try:
+        return _MODE & os.stat(target).st_mode
+    except OSError:
+        return _MODE
 
 
 def atomic_folder(path: str | os.PathLike[str], build: Callable[[str], object], *, disk: Disk = DISK) -> None:
@@ -224,7 +236,7 @@ def reap_stale(folder: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def _local(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
+    text = expanded(path)
     if "://" in text:
         raise DeltaFileError(
             f"{text}: found a URL, expected a local path: a rename is only atomic on a local file system. "

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_pet.report.summary import summarize
+from lightning_pet.store.entry import MARK
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,7 +48,7 @@ def fit_arguments(*more: str) -> list[str]:
 
 
 def delta_keys(path: Path) -> set[str]:
-    return set(torch.load(path, weights_only=True)["state_dict"])
+    return set(torch.load(path, weights_only=True)["state_dict"]) - {MARK}
 
 
 EXPECTED = {f"net.{i}.pet.lora_default.{p}" for i in (0, 2) for p in "ab"} | {"head.weight", "head.bias"}
@@ -81,7 +82,7 @@ def test_fit_with_the_users_own_cli(name: str, tmp_path: Path) -> None:
     run([str(HERE / "user_code.py"), "fit", "--trainer.max_epochs=1", *QUIET, *callback, *eager], tmp_path)
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
-    assert set(saved["state_dict"]) == EXPECTED
+    assert set(saved["state_dict"]) - {MARK} == EXPECTED
     assert len(saved["optimizer_states"][0]["state"]) == len(EXPECTED)
     assert saved["state_dict"]["net.0.pet.lora_default.b"].abs().max() > 0
 
@@ -141,6 +142,16 @@ def test_the_installed_script_knows_every_verb(
     given = fit_arguments(*(argument.format(trained[0]) for argument in arguments[1:]))
     done = run([SCRIPT, arguments[0], *given[2:]], tmp_path)
     assert text in done.stdout
+
+
+def test_the_installed_script_names_and_writes_configurations(tmp_path: Path) -> None:
+    assert "  method/lora " in run(ours("list"), tmp_path).stdout
+    (tmp_path / "reviews.csv").write_text("text,label\ngood,pos\nbad,neg\n")
+    written = run(ours("init", "text_classification", "--method=bitfit", "--data=reviews.csv"), tmp_path)
+    assert written.stdout.endswith("lightning-pet fit -c run.yaml\n")
+    printed = run(ours("fit", "-c", "run.yaml", "-c", "trainer/cpu", "--print_config"), tmp_path).stdout
+    assert "class_path: lightning_pet.BitFitCallback" in printed
+    assert "accelerator: cpu" in printed
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_pet.callbacks.lora import LoRACallback
+from lightning_pet.store.entry import MARK
 
 WIDTH, CLASSES, BATCHES, BATCH = 6, 3, 5, 4
 
@@ -163,6 +164,12 @@ def is_pristine(module: nn.Module) -> bool:
 
 def every_step(folder: Path, **options: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, **options)
+
+
+def names_in(saved: Any) -> set[str]:
+    """Names of the tensors that a checkpoint holds: all of ``state_dict`` but the note to other loaders."""
+    assert MARK in saved["state_dict"]
+    return set(saved["state_dict"]) - {MARK}
 
 
 def ckpt(folder: Path, step: int) -> Path:

@@ -36,12 +36,14 @@ def run(folder: Path, engine: str, *, dropout=0.0, path=None, seed=5, method="fi
     module, strategy = make(engine, Mean, dropout)
     module.optimizers_of = optimizers
     torch.manual_seed(seed + (int(os.environ["RANK"]) if dropout else 0))
-    callbacks = [lora(**PLUS, delta_files=True, **options), Gradients(), InAHook(folder / "hook.pet.safetensors")]
+    pet = lora(**PLUS, delta_files=True, scalars=["norm"], **options)
+    callbacks = [pet, Gradients(), InAHook(folder / "hook.pet.safetensors")]
     callbacks += [every_step(folder)] if method == "fit" else []
     precision = "32-true"
     if engine.endswith("bf16"):  # DeepSpeed casts the delta, too, and keeps float32 copies of its own
         precision = "bf16-mixed" if engine.startswith("zero") else "bf16-true"
-    fitted = trainer(*callbacks, strategy=strategy, devices=2, use_distributed_sampler=dropout > 0, precision=precision)
+    both = {"use_distributed_sampler": dropout > 0, "precision": precision, "log_every_n_steps": 2}
+    fitted = trainer(*callbacks, strategy=strategy, devices=2, **both)
     data = Data(batch_size=2) if dropout else Dealt(batch_size=2)
     getattr(fitted, method)(module, datamodule=data, ckpt_path=path)
     return module, fitted
@@ -81,6 +83,7 @@ def deltas(folder: Path, module, found: dict[str, object]) -> None:
 def main(folder: Path, engine: str) -> dict[str, object]:
     found: dict[str, object] = {}
     module, fitted = run(folder / "plain", engine)
+    found["norm"] = float(fitted.callback_metrics["pet/lora_default/norm"])
     found["losses"], found["held"] = module.losses, trained_parameters(fitted, engine)
     found["gradients"] = next(c.room for c in fitted.callbacks if isinstance(c, Gradients))
     fitted.save_checkpoint(folder / "after.ckpt")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from models import Data, Module, Net, ckpt, cosine, digest, every_step, fit, full_run, lora, trainer
+from models import Data, Module, Net, ckpt, cosine, digest, every_step, fit, full_run, lora, names_in, trainer
 from torch import nn
 
 from lightning_pet.engine.durable_io import DurableCheckpointIO
@@ -38,20 +38,20 @@ def resumed(path, *callbacks, **options):
 def test_only_the_delta_heads_and_changed_buffers(run):
     folder, _ = run
     saved = torch.load(ckpt(folder, 4), weights_only=True)
-    assert set(saved["state_dict"]) == DELTA | HEAD | NORM
+    assert names_in(saved) == DELTA | HEAD | NORM
     assert {"epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers"} <= set(saved)
     assert len(saved["optimizer_states"][0]["state"]) == len(DELTA | HEAD)
     assert torch.load(ckpt(folder, LAST), weights_only=True)["state_dict"].keys() == saved["state_dict"].keys()
     unnormed = Module(Net())
     fit(unnormed, lora(), every_step(folder / "plain"), max_epochs=1)
-    assert set(torch.load(ckpt(folder / "plain", 5), weights_only=True)["state_dict"]) == DELTA | HEAD
+    assert names_in(torch.load(ckpt(folder / "plain", 5), weights_only=True)) == DELTA | HEAD
 
 
 def test_save_weights_only_and_saving_after_fit(tmp_path):
     module = Module(Net())
     fitted = fit(module, lora(), every_step(tmp_path, save_weights_only=True), max_epochs=1)
     small = torch.load(ckpt(tmp_path, 5), weights_only=True)
-    assert set(small["state_dict"]) == DELTA | HEAD
+    assert names_in(small) == DELTA | HEAD
     assert "optimizer_states" not in small
     fitted.save_checkpoint(tmp_path / "after.ckpt")
     fitted.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
@@ -125,8 +125,8 @@ def test_best_and_last(tmp_path, save_last):
         for method in (fitted.validate, fitted.test, fitted.predict):
             saver.best_model_path = best
             method(datamodule=Data(), ckpt_path=which)
-            saved = torch.load(path, weights_only=True)["state_dict"]
-            assert all(torch.equal(module.state_dict()[name], value) for name, value in saved.items())
+            saved = torch.load(path, weights_only=True)
+            assert all(torch.equal(module.state_dict()[n], saved["state_dict"][n]) for n in names_in(saved))
     fresh, best_score = Module(Net()), torch.load(best, weights_only=True)["callbacks"]
     best_score = next(state["best_model_score"] for key, state in best_score.items() if "ModelCheckpoint" in key)
     score = trainer(lora(), limit_val_batches=1.0).validate(fresh, datamodule=Data(), ckpt_path=best)
@@ -147,7 +147,7 @@ def test_asynchronous_writing(tmp_path):
     again = Module(Net())
     trainer(lora(), max_epochs=1).fit(again, datamodule=Data(), ckpt_path=ckpt(tmp_path, 3))
     assert again.losses == module.losses[3:]
-    assert set(torch.load(ckpt(tmp_path, 3), weights_only=True)["state_dict"]) == DELTA | HEAD
+    assert names_in(torch.load(ckpt(tmp_path, 3), weights_only=True)) == DELTA | HEAD
 
 
 def test_loading_forgets_buffers_that_the_checkpoint_does_not_have(tmp_path):
@@ -155,7 +155,7 @@ def test_loading_forgets_buffers_that_the_checkpoint_does_not_have(tmp_path):
     start = trainer(lora())
     start.validate(module, datamodule=Data(), verbose=False)
     start.save_checkpoint(tmp_path / "start.ckpt")
-    assert not NORM & set(torch.load(tmp_path / "start.ckpt", weights_only=True)["state_dict"])
+    assert not NORM & names_in(torch.load(tmp_path / "start.ckpt", weights_only=True))
     before = digest(module)
     fit(module, lora())
     assert digest(module) != before

@@ -1,9 +1,12 @@
 """Delta files and checkpoints outside of a run: from any model into any other, exactly or not at all."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,15 @@ from hf_models import batches, bert, gpt2, hf_fit
 from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, trainer
 from torch import nn
 
+from lightning_pet.callbacks.lora import LoRACallback
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.engine.adapt import apply
 from lightning_pet.engine.delta import inspect_delta, load_delta, load_from_checkpoint, read, save_delta
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
 from lightning_pet.report.summary import print_summary, summarize
 from lightning_pet.store.delta_file import read_delta, write_delta
+from lightning_pet.store.extraction import extract_delta
+from lightning_pet.store.last_good import last_good
 
 ROOT = Path(__file__).parents[2]
 HEAD = {"head.weight", "head.bias"}
@@ -143,8 +149,9 @@ def test_inspecting(trained, capsys):
         assert summary["methods"][0]["parameters"] == 2 * (6 + 8) + 2 * (8 + 8)
         print_summary(summary)
     assert "head.weight" in capsys.readouterr().out
-    with pytest.raises(DeltaFileError):
-        inspect_delta(folder / "c.ckpt")
+    saved, other = inspect_delta(folder / "c.ckpt"), inspect_delta(folder / "d.pet.safetensors")
+    assert (saved.methods, saved.tensors, saved.base) == (other.methods, other.tensors, other.base)
+    assert saved.step == 10
 
 
 def test_numbers_of_methods_with_similar_names(tmp_path):
@@ -428,3 +435,41 @@ def test_validation_after_loading_gives_the_same_score(trained):
     loaded = load_from_checkpoint(Module(Net(norm=True)), folder / "c.ckpt")
     scores = [trainer(limit_val_batches=1.0).validate(m, datamodule=Data(), verbose=False) for m in (module, loaded)]
     assert scores[0] == scores[1]
+
+
+def test_the_home_folder(trained, tmp_path, monkeypatch):
+    """``~`` as people write it, in every place that takes a path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module, folder = trained
+    save_delta(module, "~/d.pet.safetensors")
+    (tmp_path / "c.ckpt").write_bytes((folder / "c.ckpt").read_bytes())
+    extract_delta("~/c.ckpt", "~/e.pet.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["c.ckpt", "d.pet.safetensors", "e.pet.safetensors"]
+    for name in ("c.ckpt", "d.pet.safetensors", "e.pet.safetensors"):
+        assert inspect_delta(f"~/{name}").methods
+        net = Net(norm=True)
+        load_delta(net, f"~/{name}")
+        assert digest(net) == digest(module.net)
+        apply(Net(norm=True), [lora(start_from=f"~/{name}")])
+    assert last_good("~") == tmp_path / "c.ckpt"
+
+
+def test_a_folder_of_transformers_says_what_it_does_not_hold(tmp_path):
+    model = bert()
+    adapted = apply(model, [LoRACallback(r=2, target_modules=["query"])])
+    with pytest.warns(UserWarning, match=r"without the delta.*save_delta.*merge_"):
+        model.save_pretrained(tmp_path / "adapted")
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for whole in (model, twin):
+        assert vars(whole)["save_pretrained"].module is whole
+    with pytest.warns(UserWarning, match="without the delta"):
+        twin.save_pretrained(tmp_path / "twin")
+    adapted.merge_()
+    assert "save_pretrained" not in vars(model)
+    Adapted(twin).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "merged")
+        twin.save_pretrained(tmp_path / "removed")
+    again = type(model).from_pretrained(tmp_path / "adapted")
+    assert torch.equal(again.classifier.weight, twin.classifier.weight)

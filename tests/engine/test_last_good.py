@@ -9,6 +9,7 @@ from models import Module, Net, ckpt, cosine, digest, every_step, fit, full_run,
 
 from lightning_pet import BitFitCallback, last_good
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.store import last_good as last_good_module
 
 
 @pytest.fixture
@@ -91,3 +92,42 @@ def test_never_from_the_beginning_over_damaged_files(run):
 def test_the_first_start(tmp_path):
     assert last_good(tmp_path) is None
     assert last_good(tmp_path / "not_there") is None
+
+
+def test_links_that_dangle_and_files_that_vanish(run, caplog, monkeypatch):
+    folder, _ = run
+    (folder / "last.ckpt").symlink_to("gone.ckpt")
+    assert last_good(folder) == ckpt(folder, 10)
+    assert "a link to gone.ckpt, which is gone" in caplog.text
+    original = last_good_module.load_checkpoint
+
+    def prune(path):
+        ckpt(folder, 10).unlink(missing_ok=True)  # the run that is still writing keeps the newest nine
+        return original(path)
+
+    monkeypatch.setattr(last_good_module, "load_checkpoint", prune)
+    assert last_good(folder) == ckpt(folder, 9)
+
+
+def test_everything_vanishes_and_something_new_is_there(tmp_path, run, monkeypatch):
+    """A look that finds nothing but what has just been removed is no reason to give up."""
+    folder, _ = run
+    only = tmp_path / "only"
+    only.mkdir()
+    shutil.copy(ckpt(folder, 3), only / "old.ckpt")
+    original = last_good_module.load_checkpoint
+
+    def replaced(path):
+        if path.name == "old.ckpt":
+            path.unlink()
+            shutil.copy(ckpt(folder, 4), only / "new.ckpt")
+        return original(path)
+
+    monkeypatch.setattr(last_good_module, "load_checkpoint", replaced)
+    assert last_good(only) == only / "new.ckpt"
+
+
+def test_a_link_alone_tells_of_a_checkpoint_that_was_lost(tmp_path):
+    (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
+    with pytest.raises(DeltaFileError, match="which is gone"):
+        last_good(tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import PLUS
-from models import Data, Module, Net, cosine, every_step, fit, lora, trainer
+from models import Data, Module, Net, cosine, every_step, fit, lora, names_in, trainer
 from two_processes import on_engine
 
 from lightning_pet.engine.delta import inspect_delta, load_delta
@@ -21,7 +21,7 @@ def one(tmp_path_factory):
     """One process on the global batch, with a checkpoint of each step."""
     folder = tmp_path_factory.mktemp("single")
     module = Module(Net(dropout=0), cosine)
-    fit(module, lora(**PLUS), every_step(folder), data=Data(shuffle=False))
+    fit(module, lora(**PLUS, scalars=["norm"]), every_step(folder), data=Data(shuffle=False), log_every_n_steps=2)
     return folder, module
 
 
@@ -54,6 +54,8 @@ def same_delta(path, other, **tolerance):
 def check_training(one, two):
     folder, ranks = two
     assert ranks[0]["losses"] == ranks[1]["losses"] == pytest.approx(one[1].losses, rel=1e-5)
+    norm = float(one[1].trainer.callback_metrics["pet/lora_default/norm"])
+    assert ranks[0]["norm"] == ranks[1]["norm"] == pytest.approx(norm, rel=1e-4)
     same_delta(folder / "plain" / "step=10.ckpt", one[0] / "step=10.ckpt", atol=1e-5, rtol=1e-4)
     same_delta(folder / "plain" / "step=10.ckpt", folder / "after.ckpt", atol=0, rtol=0)
 
@@ -174,5 +176,5 @@ def test_refused_on_every_rank(two):
 def test_validates_in_one_process(two):
     module = Module(Net(dropout=0))
     trainer(lora(**PLUS)).validate(module, datamodule=Data(), ckpt_path=two[0] / "after.ckpt", verbose=False)
-    saved = state(two[0] / "after.ckpt")["state_dict"]
-    assert all(torch.equal(value, module.state_dict()[name]) for name, value in saved.items())
+    saved = state(two[0] / "after.ckpt")
+    assert all(torch.equal(saved["state_dict"][name], module.state_dict()[name]) for name in names_in(saved))

@@ -157,7 +157,7 @@ def test_the_search_lowers_the_loss_and_nothing_else_changes(kind: str, tmp_path
     assert loss_of(module, batches()) < start
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert [tuple(tensor.shape) for tensor in stored.values()] == [(2,)]
+    assert [tuple(tensor.shape) for tensor in stored.values() if tensor.numel()] == [(2,)]
 
 
 def test_an_accepted_trigger_never_worsens_the_batches_it_was_scored_on(

@@ -17,6 +17,7 @@ from lightning_pet import (
     ArgumentError,
     DeadSiteError,
     IA3Callback,
+    IntrinsicDimensionCallback,
     LoRACallback,
     NotMergeableError,
     PETCallback,
@@ -244,6 +245,28 @@ def test_transposed_convolutions_are_refused(cls: type[nn.Module], callback: typ
     options = {} if callback is not IA3Callback else {"feedforward_modules": []}
     with pytest.raises(TargetError, match="ConvTranspose"):
         apply(nn.Sequential(cls(4, 4, 3)), [callback(target_modules=["0"], **options)])
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.prune.identity])
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_weight_that_a_hook_makes_is_refused(norm: Callable[..., nn.Module]) -> None:
+    model, x = nn.Sequential(norm(nn.Conv1d(4, 6, 3), "weight")).eval(), numbers(2, 4, 9)
+    for callback in (LoRACallback(target_modules=["0"]), IntrinsicDimensionCallback(d=10, modules_to_save=[])):
+        with pytest.raises(TargetError, match=r"has no weight|a hook makes"):
+            apply(model, [callback], forward=lambda: model(x))
+
+
+def test_a_parametrised_weight_changes_with_what_it_is_made_of() -> None:
+    model, x = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3))).eval(), numbers(2, 4, 9)
+    adapted = apply(
+        model,
+        [LoRACallback(r=2, target_modules=["parametrizations.weight"], modules_to_save=[])],
+        forward=lambda: model(x),
+    )
+    perturb(adapted)
+    expected = model(x)
+    adapted.merge_()
+    assert torch.allclose(model(x), expected, atol=1e-5)
 
 
 # --- ranks, biases -------------------------------------------------------------------------------

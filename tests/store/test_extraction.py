@@ -70,7 +70,7 @@ def test_methods_whose_files_are_packed(method, tmp_path):
             if tensor.is_floating_point() and "pet" in name:
                 tensor.add_(torch.linspace(0.01, 0.2, tensor.numel()).view(tensor.shape))
     state = adapted.state_dict()
-    entry = make_entry(adapted.record, "", base_fingerprint(adapted.root, adapted.record), state)
+    entry = make_entry(adapted.record, "", base_fingerprint(adapted.root, adapted.record, state), state)
     torch.save({"state_dict": state, KEY: entry, "global_step": 1}, tmp_path / "c.ckpt")
     pet.extract_delta(tmp_path / "c.ckpt", tmp_path / "d.pet.safetensors")
     fresh, _ = zoo.bert()
@@ -82,8 +82,9 @@ def test_refusals(run, tmp_path):
     path = tmp_path / "c.ckpt"
     with pytest.raises(ArgumentError, match="no training checkpoint"):
         pet.extract_delta(run[0] / "saved.safetensors", tmp_path / "d.pet.safetensors")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DeltaFileError, match=r"absent\.ckpt: cannot be opened") as caught:
         pet.extract_delta(tmp_path / "absent.ckpt", tmp_path / "d.pet.safetensors")
+    assert caught.value.code == "io"
     path.write_bytes(ckpt(run[0], 2).read_bytes())
     with pytest.raises(ArgumentError, match="is the checkpoint itself"):
         pet.extract_delta(path, path)

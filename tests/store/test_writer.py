@@ -24,6 +24,31 @@ def test_the_mode_follows_the_umask(tmp_path, mask):
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [(0o600, 0o600), (0o640, 0o640), (0o644, 0o644), (0o666, 0o644), (0o400, 0o400)]
+)
+def test_the_mode_never_gets_wider(tmp_path, old, new):
+    """A file that was private stays so, also by a link to it."""
+    before = os.umask(0o022)
+    try:
+        (tmp_path / "x").write_bytes(b"old")
+        (tmp_path / "x").chmod(old)
+        (tmp_path / "link").symlink_to("x")
+        for name in ("x", "link"):
+            atomic_write(tmp_path / name, write(b"new"))
+            assert (tmp_path / name).lstat().st_mode & 0o777 == new
+            assert (tmp_path / name).read_bytes() == b"new"
+    finally:
+        os.umask(before)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    atomic_write("~/deep/x", write(b"1"))
+    durable_link("~/deep/x", "~/y")
+    assert sorted(os.listdir(tmp_path)) == ["deep", "y"]
+
+
 def test_it_replaces_and_counts(tmp_path):
     assert atomic_write(tmp_path / "x", write(b"first")) == 5
     assert atomic_write(str(tmp_path / "x"), write(b"2")) == 1
