@@ -13,7 +13,7 @@ from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.fitting import Forms, Options, fitted
 from lightning_pet.core.hosts import host_kind, matrix_of
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.parameters import with_readers
 from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
 from lightning_pet.core.structure import Structure, Target
@@ -193,7 +193,7 @@ class AdaLoRACallback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> SvdLowRank:
         """Build the delta that fits the host's class."""
-        host = named_modules(root)[target.module]
+        host = module_at(root, target.module)
         outputs, inputs = matrix_of(host, target.parameter)
         if self.init_r > min(inputs, outputs):
             raise TargetError(

@@ -182,6 +182,17 @@ class AdapterCallback(PETCallback):
         adapter.optional_gradient = self.robust_drop
         return adapter
 
+    def numbers(self, root: nn.Module, targets: Sequence[Target]) -> int:
+        """Numbers that the method would train at the present bottleneck.
+
+        Raises:
+            TargetError: if a place is narrower than it, so that no budget buys what is no bottleneck.
+        """
+        narrowest = min(target.sizes[0] for target in targets)
+        if self.bottleneck_size is not None and self.bottleneck_size > narrowest:
+            raise TargetError(f"bottleneck_size={self.bottleneck_size}: the features around it are only {narrowest}.")
+        return super().numbers(root, targets)
+
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are: heads, and norms by option."""
         norms = norm_parameters(root, self.module) if self.layer_norms else ()

@@ -12,7 +12,7 @@ from lightning_pet.core.heads import HEAD, parameters_below
 from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_norm, named_places
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import Sublayer, delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
@@ -165,7 +165,7 @@ class AdapterBiasCallback(PETCallback):
 
     def _sizes(self, root: nn.Module, target: Target) -> tuple[int, int]:
         if target.parameter:
-            return features(named_modules(root)[target.module])
+            return features(module_at(root, target.module))
         return target.sizes[0], target.sizes[0]
 
     def _shift(self, root: nn.Module, target: Target, alpha: TokenScore | None) -> TokenShift:
@@ -183,7 +183,7 @@ class AdapterBiasCallback(PETCallback):
 def _is_read(root: nn.Module, structure: Structure, target: Target) -> bool:
     """Whether the projection is called as a layer, so that its input, the activation, is seen."""
     called = structure.called is None or target.module in structure.called
-    return called and host_kind(named_modules(root)[target.module], target.parameter) in _CALLED
+    return called and host_kind(module_at(root, target.module), target.parameter) in _CALLED
 
 
 def _ran(structure: Structure, target: Target) -> bool:

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.applied import Adaptation, record_of
-from lightning_pet.core.heads import find_heads, parameters_below
+from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Insertion, Method
-from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.naming import by_delta, join, named_modules
 from lightning_pet.core.preparation import delta_key, is_shared
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.unbuilt import without_memory
 from lightning_pet.engine.base_check import check_base
 from lightning_pet.engine.controller import Controller
 from lightning_pet.engine.file_options import method_of
-from lightning_pet.engine.fitting import below
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.fusion import Fusable, Mixture, MixtureAround
@@ -286,7 +285,7 @@ def _in_file(path: str) -> list[_Trained]:
 
 
 def _own(targets: Sequence[Target]) -> tuple[Target, ...]:
-    return tuple(target for target in targets if not is_shared(target))
+    return tuple(target for target in targets if not is_shared(target) and target.role != HEAD)
 
 
 def _within(target: Target, modules: Mapping[str, nn.Module], prefix: str, source: str) -> Target:
@@ -316,7 +315,7 @@ def _method_of(description: Mapping[str, Any], source: str) -> Method:
 
 
 def _below(method: Method, insertion: Insertion, found: _Trained) -> dict[str, Tensor]:
-    return below(found.tensors, join(insertion.target.module, CHILD, delta_key(method, insertion)))
+    return by_delta(found.tensors).get(join(insertion.target.module, CHILD, delta_key(method, insertion)), {})
 
 
 def _require_fit(method: Method, built: Sequence[Insertion], found: _Trained) -> None:

@@ -1,7 +1,7 @@
 """AutoPrompt (Shin et al. 2020): a search for trigger tokens that is guided by gradients."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, cast, get_args
 
 import lightning.pytorch as pl
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
@@ -97,6 +97,7 @@ class AutoPromptCallback(PETCallback):
         self.seed = seed
         self._start: list[int] | None = None
         self._search = _Search()
+        self._evaluation = ExitStack()  # around a step whose gradient is used
         self._words: Any = None
 
     # --- what a method answers ------------------------------------------------------------------
@@ -104,7 +105,7 @@ class AutoPromptCallback(PETCallback):
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find where the model takes its ids, and the trigger to start from."""
         targets = prompt_targets(root, structure, self.where)
-        table = named_modules(root)[targets[1].module]
+        table = module_at(root, targets[1].module)
         self._start = self._first_trigger(cast(nn.Embedding, table).num_embeddings, getattr(root, "config", None))
         return targets
 
@@ -131,7 +132,7 @@ class AutoPromptCallback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> TriggerRows:
         """Build the trigger for a token table."""
-        table = cast(nn.Embedding, named_modules(root)[target.module])
+        table = cast(nn.Embedding, module_at(root, target.module))
         return TriggerRows(self._start or self.length, table.num_embeddings, table.weight.device)
 
     # --- the search -----------------------------------------------------------------------------
@@ -151,16 +152,19 @@ class AutoPromptCallback(PETCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watch the training step."""
+        """Watch the training step; where its gradient is to be used, in evaluation mode, as the losses later are."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         rows, _ = self._rows(trainer)
         rows.watching = True
+        if not self._search.tried:
+            self._evaluation.enter_context(_evaluating(pl_module))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add one batch to the window; at its end, choose candidates or decide."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._evaluation.close()
         rows, table = self._rows(trainer)
         gradient, search = rows.take_gradient(), self._search
         rows.watching = False
@@ -182,6 +186,15 @@ class AutoPromptCallback(PETCallback):
                 rows.ids.copy_(torch.tensor(chosen))
                 rank_zero_info(f"trigger {self.name}: {self._shown(chosen)} (loss {loss:.4f})")
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave training mode as it was before the step that failed."""
+        self._evaluation.close()
+        super().on_exception(trainer, pl_module, exception)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in the middle of no step."""
+        return super().__getstate__() | {"_evaluation": ExitStack()}
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what was found."""
         super().on_train_end(trainer, pl_module)
@@ -196,7 +209,7 @@ class AutoPromptCallback(PETCallback):
         """The trigger and the weight of its token table."""
         root = Controller.get(trainer).adapted.root
         target, rows = next(found for found in self.deltas(root) if found[0].role == "prompt.rows")
-        return cast(TriggerRows, rows), cast(nn.Embedding, named_modules(root)[target.module]).weight.detach()
+        return cast(TriggerRows, rows), cast(nn.Embedding, module_at(root, target.module)).weight.detach()
 
     def _loss(
         self,

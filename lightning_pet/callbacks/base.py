@@ -264,7 +264,9 @@ class PETCallback(Callback):
                     raise
                 return None  # wider than a host allows
 
-        check_affordable(numbers(1) or 0, base, self.budget, f"{self.width}=1")
+        smallest = copy(self)
+        smallest.set_width(1)
+        check_affordable(numbers(1) or 0, base, self.budget, f"{self.width}={getattr(smallest, str(self.width))}")
         self.set_width(widest(numbers, affordable(self.budget, base)))
         spent = self.numbers(root, targets)
         rank_zero_info(

@@ -13,7 +13,7 @@ from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.insertion import base_class, reader_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features, is_linear, is_norm, named_places
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.patterns import listed, listed_if_given
 from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.stacks import names_of_base
@@ -128,7 +128,7 @@ class BitFitCallback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the vector for one place."""
-        host = named_modules(root)[target.module]
+        host = module_at(root, target.module)
         own = [*host._parameters.values(), *host._buffers.values()]  # a quantised weight may be a buffer
         reference = host._parameters[target.parameter] if target.parameter else next(t for t in own if t is not None)
         assert reference is not None  # resolve chose it
@@ -147,7 +147,7 @@ class BitFitCallback(PETCallback):
 
 def _bias_at(root: nn.Module, place: Target) -> Target:
     """The bias that goes with a weight; ``parameter=""`` if there is none."""
-    found = bias_of(named_modules(root)[place.module], place.parameter, place.rows)
+    found = bias_of(module_at(root, place.module), place.parameter, place.rows)
     if found is None:
         return replace(place, parameter="")
     return _in_full_precision(root, replace(place, parameter=found[0], rows=found[1]))
@@ -155,7 +155,7 @@ def _bias_at(root: nn.Module, place: Target) -> Target:
 
 def _in_full_precision(root: nn.Module, place: Target) -> Target:
     """Where the host casts its bias, all rows of it get a vector beside it."""
-    host = named_modules(root)[place.module]
+    host = module_at(root, place.module)
     bias = host._parameters.get(place.parameter)
     if place.rows is None and bias is not None and _casts_its_bias(host):
         return replace(place, rows=((0, bias.shape[-1]),))
@@ -173,7 +173,7 @@ def _trains_as_it_is(place: Target) -> bool:
 
 
 def _can_add(root: nn.Module, structure: Structure, place: Target) -> bool:
-    module = named_modules(root)[place.module]
+    module = module_at(root, place.module)
     called = reader_of(root, Target(place.module), structure.called) is None
     # A linear layer with a forward of its own may return anything: no bias is missing there.
     scales = is_norm(module) and module._parameters.get("weight") is not None

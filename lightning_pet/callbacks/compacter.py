@@ -12,7 +12,7 @@ from lightning_pet.core.parameters import norm_parameters
 from lightning_pet.core.patterns import listed_if_given, listed_layers
 from lightning_pet.core.placement import delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.errors import ArgumentError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.activations import activation
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.phm import PHMBottleneck, PHMRule, check_divisible
@@ -170,6 +170,17 @@ class CompacterCallback(PETCallback):
         """Names of base parameters that train as they are: heads, and norms by option."""
         norms = norm_parameters(root, self.module) if self.layer_norms else ()
         return tuple(dict.fromkeys((*super().trained(root, targets), *norms)))
+
+    def numbers(self, root: nn.Module, targets: Sequence[Target]) -> int:
+        """Numbers that the method would train at the present bottleneck.
+
+        Raises:
+            TargetError: if a place is narrower than it, so that no budget buys what is no bottleneck.
+        """
+        narrowest = min(target.sizes[0] for target in targets)
+        if self.bottleneck_size is not None and self.bottleneck_size > narrowest:
+            raise TargetError(f"bottleneck_size={self.bottleneck_size}: the features around it are only {narrowest}.")
+        return super().numbers(root, targets)
 
     def set_width(self, width: int) -> None:
         """Size the bottleneck in units of ``phm_dim``, which must divide it."""

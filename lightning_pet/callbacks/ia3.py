@@ -13,7 +13,7 @@ from lightning_pet.core.fitting import is_called
 from lightning_pet.core.hosts import host_kind, transposed
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.parameters import with_readers
 from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
 from lightning_pet.core.structure import Structure, Target
@@ -109,7 +109,7 @@ class IA3Callback(PETCallback):
         insertions = super().insertions(root, [target for target in targets if not _is_bias(target)])
         for insertion in tuple(insertions):
             target, delta = insertion.target, insertion.delta
-            host = named_modules(root)[target.module]
+            host = module_at(root, target.module)
             found = bias_of(host, target.parameter, target.rows)
             if isinstance(delta, ScaledWeight | ScaledKernel) and target.role != "ffn.down" and found is not None:
                 name, rows = found
@@ -121,7 +121,7 @@ class IA3Callback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the vector that fits the host's class."""
-        host = named_modules(root)[target.module]
+        host = module_at(root, target.module)
         weight = host._parameters[target.parameter]
         assert weight is not None  # resolve_targets returned it
         wide = weight.dtype in (torch.float32, torch.float64)

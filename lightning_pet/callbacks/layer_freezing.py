@@ -13,7 +13,8 @@ from lightning_pet.core.adaptation import freeze
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.heads import HEAD
 from lightning_pet.core.method import Insertion, key_of
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.names import is_norm
+from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
 from lightning_pet.core.structure import Structure, Target
@@ -45,11 +46,13 @@ class LayerFreezingCallback(PETCallback):
             ``"8-11"``, which includes both ends.
         stacks: only these stacks, by path or a part of it (``["decoder"]``); the others are frozen.
         embeddings: train all that is before the layers, too: embeddings with their norms.
-        norms: norms that train, too: ``"final"`` (those outside of the layers: after them, in most models)
-            or ``"all"``.
+        norms: norms that train, too: ``"final"`` (those outside of layers and embeddings: after them, in most
+            models) or ``"all"``.
         unfreeze_every: epochs or optimizer steps after which one more layer of each stack trains;
             ``None``: all from the start. Not under ZeRO.
         unfreeze_interval: whether ``unfreeze_every`` counts epochs or optimizer steps.
+        lr_decay: learning rate of each layer as a share of that above it (ULMFiT: 1 / 2.6); what trains first, heads
+            and norms, has the optimizer's, and embeddings a share of the lowest layer's. 1: the same for all.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
@@ -76,6 +79,7 @@ class LayerFreezingCallback(PETCallback):
         norms: Norms = "none",
         unfreeze_every: int | None = None,
         unfreeze_interval: Interval = "epoch",
+        lr_decay: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -86,6 +90,7 @@ class LayerFreezingCallback(PETCallback):
         self.norms = norms
         self.unfreeze_every = unfreeze_every
         self.unfreeze_interval = unfreeze_interval
+        self.lr_decay = lr_decay
         self._unfrozen: int | None = None  # groups that train at the moment
         self._validate()
 
@@ -105,6 +110,8 @@ class LayerFreezingCallback(PETCallback):
                 raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
         if self.unfreeze_every is not None and not _is_count(self.unfreeze_every, 1):
             raise ArgumentError(f"unfreeze_every={self.unfreeze_every!r}: a number of epochs or steps, 1 or more.")
+        if not isinstance(self.lr_decay, int | float) or not 0 < self.lr_decay <= 1:
+            raise ArgumentError(f"lr_decay={self.lr_decay!r}: a share above 0 and at most 1, e.g. 0.4.")
 
     # --- what trains ------------------------------------------------------------------------------
 
@@ -126,9 +133,13 @@ class LayerFreezingCallback(PETCallback):
         norms = beside.norms if self.norms != "none" else ()
         if self.norms == "all":
             frozen = [layer for stack in stacks for layer in stack.layers if layer not in layers]
-            norms = (*norms, *norms_inside(root, frozen))
+            modules = named_modules(root)
+            before = (name for name in beside.embeddings if is_norm(modules[name.rpartition(".")[0]]))
+            norms = (*norms, *norms_inside(root, frozen), *before)
         targets += [_parameter(name, "ffn.norm") for name in norms]
-        targets += [_parameter(name, "embedding") for name in beside.embeddings if self.embeddings]
+        targets += [
+            _parameter(name, "embedding") for name in beside.embeddings if self.embeddings and name not in norms
+        ]
         self._warn_large_share(root, targets, stacks)
         return tuple(targets)
 
@@ -205,6 +216,16 @@ class LayerFreezingCallback(PETCallback):
         last = tuple(target.path for target in targets if target.role == "embedding")
         return [group for group in (tuple(first), *layers, last) if group]
 
+    def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
+        """``lr_decay`` for every group that a parameter is below the first."""
+        if self.lr_decay == 1:
+            return {}
+        ratios: dict[str, float] = {}
+        for turn, group in enumerate(self._groups(*self._applied(self.adapted.root))):
+            for name in group:
+                ratios.setdefault(name, self.lr_decay**turn)
+        return ratios
+
     # --- gradual unfreezing -----------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -218,7 +239,7 @@ class LayerFreezingCallback(PETCallback):
         super().on_train_start(trainer, pl_module)
         self._unfrozen = None
         if self.unfreeze_every is not None:
-            groups = self._groups(*self._applied(trainer))
+            groups = self._groups(*self._applied(Controller.get(trainer).adapted.root))
             check_long_enough(trainer, self.unfreeze_every, self.unfreeze_interval, len(groups))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -237,10 +258,9 @@ class LayerFreezingCallback(PETCallback):
         """Leave the model as the plan says: all trained layers require a gradient."""
         super().on_train_end(trainer, pl_module)
         if self.unfreeze_every is not None:
-            freeze(self._applied(trainer)[0])
+            freeze(Controller.get(trainer).adapted.root)
 
-    def _applied(self, trainer: pl.Trainer) -> tuple[nn.Module, tuple[Target, ...]]:
-        root = Controller.get(trainer).adapted.root
+    def _applied(self, root: nn.Module) -> tuple[nn.Module, tuple[Target, ...]]:
         record = record_of(root)
         applied = record.applied if record else ()
         return root, next(item.targets for item in applied if item.key == key_of(self))
@@ -253,7 +273,7 @@ class LayerFreezingCallback(PETCallback):
         if unfrozen == self._unfrozen:
             return
         self._unfrozen = unfrozen
-        root, targets = self._applied(trainer)
+        root, targets = self._applied(Controller.get(trainer).adapted.root)
         groups = self._groups(root, targets)
         planned = set(Controller.get(trainer).adapted.record.planned_names)  # what the user froze is not among them
         waiting = {name: turn >= unfrozen for turn, group in enumerate(groups) for name in group if name in planned}

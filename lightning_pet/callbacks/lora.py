@@ -12,7 +12,7 @@ from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.fitting import Options, fitted, largest_rank
 from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import canonical, named_modules
+from lightning_pet.core.naming import canonical, module_at, named_modules
 from lightning_pet.core.parameters import with_readers
 from lightning_pet.core.patterns import check_patterns, listed, listed_if_given, listed_layers, value_at
 from lightning_pet.core.quantised import initialize, shape_of
@@ -172,7 +172,7 @@ class LoRACallback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the delta that fits the host's class."""
-        host = named_modules(root)[target.module]
+        host = module_at(root, target.module)
         weight = host._parameters[target.parameter]
         assert weight is not None  # resolve_targets returned it
         rank = self._rank(target, shape_of(weight), largest_rank(host, target.parameter))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.callbacks.base import PETCallback
@@ -12,9 +13,10 @@ from lightning_pet.core.activations import word_activations
 from lightning_pet.core.attention import AttentionPrefix, PrefixSite, site_target
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import layer_index
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at, named_modules
 from lightning_pet.core.patterns import listed_if_given, listed_layers, name_matcher, names_from_above
 from lightning_pet.core.structure import AttentionCore, Structure, Target
+from lightning_pet.core.tokens import common_ids, load_tokenizer, text_ids, unknown_rows
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.prefix import PrefixNetwork
@@ -39,9 +41,10 @@ class PrefixTuningCallback(PETCallback):
         projection: train it through the network; otherwise the keys and values themselves.
         projection_size: hidden features of the network, m.
         init: ``"random"``; or the keys and values that words have in this model: ``"vocabulary"`` (a random sample
-            of its tokens) or ``"text"``. The paper advises words when data is scarce.
+            of its common tokens) or ``"text"``. The paper advises words when data is scarce.
         init_text: the words of ``init="text"``; repeated or cut to ``length`` tokens.
-        tokenizer: name or folder of the tokenizer for them.
+        tokenizer: name or folder of the tokenizer for them; with ``"vocabulary"`` it leaves out tokens that are no
+            text. ``None`` there: the one beside the model's weights.
         attention: which attentions: ``"self"``, ``"cross"`` or ``"both"``.
         where: in an encoder-decoder model: ``"encoder"``, ``"decoder"`` or ``"both"``.
         layers_to_transform: only these layer indices.
@@ -133,9 +136,16 @@ class PrefixTuningCallback(PETCallback):
         for core in cores:
             if not core.route:
                 raise TargetError(
-                    f"prefix tuning: {core.owner!r} ({type(named_modules(root)[core.owner]).__name__}) computes its "
+                    f"prefix tuning: {core.owner!r} ({type(module_at(root, core.owner)).__name__}) computes its "
                     "attention in a way that a prefix cannot join. Leave it out by "
                     f"exclude_modules=[{core.owner.rpartition('.')[2]!r}], or choose adapters or LoRA."
+                )
+            if core.drifts:
+                kind = type(named_modules(root)[core.owner]).__name__
+                raise TargetError(
+                    f"prefix tuning: {core.owner!r} ({kind}) adds biases that are counted from the last key, so that "
+                    "the weight of a prefix would change with every further token, for earlier positions too. Use "
+                    "prompt tuning, adapters or LoRA on this model."
                 )
         widths = {group: _width(structure, cores, group) for group in map(_group, cores)}
         if self.init != "random":
@@ -251,16 +261,12 @@ class PrefixTuningCallback(PETCallback):
                     f"init='vocabulary': {type(root).__name__} has no table of at least {self.length} tokens. "
                     "Use init='random'."
                 )
-            return torch.randperm(table.num_embeddings)[: self.length]
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        except (OSError, ValueError) as error:
-            raise ArgumentError(f"tokenizer={self.tokenizer!r} could not be loaded: {error}") from error
-        ids = tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise ArgumentError(f"init_text={self.init_text!r} has no token.")
+            words = None if self.tokenizer is None else load_tokenizer(self.tokenizer, "init='vocabulary'")
+            sample, known = common_ids(self.length, table.num_embeddings, getattr(root, "config", None), words)
+            if not known:
+                rank_zero_warn(unknown_rows(table.num_embeddings))
+            return torch.tensor(sample)
+        ids = text_ids(load_tokenizer(self.tokenizer, "init='text'"), self.init_text or "")
         return torch.tensor((ids * (self.length // len(ids) + 1))[: self.length])
 
 
@@ -288,7 +294,7 @@ def _width(structure: Structure, cores: Sequence[AttentionCore], group: tuple[st
 
 def _factory(root: nn.Module, target: Target) -> dict[str, Any]:
     """Where, and in which type, to make parameters: full precision even on a half-precision base."""
-    host = named_modules(root)[target.module]
+    host = module_at(root, target.module)
     parameter = next((p for p in (*host.parameters(), *root.parameters()) if p.is_floating_point()), torch.empty(0))
     dtype = parameter.dtype if parameter.dtype in (torch.float32, torch.float64) else torch.float32
     return {"device": parameter.device, "dtype": dtype}

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.core.quantised import initialize
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
+from lightning_pet.core.tokens import common_ids, load_tokenizer, text_ids, unknown_rows
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.prompt import VirtualRows
 
@@ -36,7 +37,7 @@ class PromptTuningCallback(PETCallback):
         init_text: for ``init="text"``.
         class_labels: for ``init="class_labels"``, such as ``["negative", "positive"]``.
         tokenizer: name or folder of the model's tokenizer, for these two (``"bytes"`` for UTF-8 bytes); with
-            ``"vocabulary"`` it leaves out tokens that are no text.
+            ``"vocabulary"`` it leaves out tokens that are no text. ``None`` there: the one beside the model's weights.
         where: part of an encoder-decoder whose input gets the prompt; ``"both"``: one prompt each.
         encoder: ``"mlp"`` trains the prompt through an MLP, which files hold next to the folded prompt.
         encoder_size: width of this MLP; ``None``: that of the embedding.
@@ -124,7 +125,7 @@ class PromptTuningCallback(PETCallback):
 
     def build(self, root: nn.Module, target: Target) -> VirtualRows:
         """Build the rows of one token table; the other places hold nothing that trains."""
-        table = cast(nn.Embedding, named_modules(root)[target.module])
+        table = cast(nn.Embedding, module_at(root, target.module))
         weight = table.weight
         rows = VirtualRows(
             self.length,
@@ -149,7 +150,7 @@ class PromptTuningCallback(PETCallback):
         """Source ids of every row."""
         if self.init == "random":
             return None
-        table = named_modules(root)[next(target.module for target in targets if target.role == "prompt.rows")]
+        table = module_at(root, next(target.module for target in targets if target.role == "prompt.rows"))
         vocabulary: Any = table.num_embeddings
         words = load_tokenizer(self.tokenizer, f"init={self.init!r}") if self.tokenizer is not None else None
         if self.init == "text":
@@ -158,9 +159,10 @@ class PromptTuningCallback(PETCallback):
         else:
             labels = (self.class_labels or ()) if self.init == "class_labels" else ()
             rows = [text_ids(words, label) for label in labels]
-            special = special_ids(getattr(root, "config", None))
-            special += [] if words is None else control_ids(words, vocabulary)
-            rows += sampled_ids(self.length - len(rows), vocabulary, special)
+            sample, known = common_ids(self.length - len(rows), vocabulary, getattr(root, "config", None), words)
+            rows += [[token] for token in sample]
+            if not known:
+                rank_zero_warn(unknown_rows(vocabulary))
         largest = max(token for row in rows for token in row)
         if largest >= vocabulary:
             raise ArgumentError(

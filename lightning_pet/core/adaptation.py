@@ -14,7 +14,16 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.foreign_saves import leave_saves, watch_saves
 from lightning_pet.core.insertion import CHILD, attach, conceal, detach
-from lightning_pet.core.naming import canonical, join, named_modules, named_tensors
+from lightning_pet.core.naming import (
+    by_delta,
+    canonical,
+    delta_prefix,
+    has_module,
+    join,
+    module_at,
+    named_modules,
+    named_tensors,
+)
 from lightning_pet.core.outside import mark_outside
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
@@ -42,8 +51,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
             record.applied.append(applied)
         _register(root, record, prepared)
     except BaseException:
-        for path, key in reversed(done):
-            detach(root, path, key)
+        detach(root, done)
         restore_flags(root, before)
         record.applied[:] = [a for a in record.applied if not any(a.key == item.key for item in prepared)]
         if created:
@@ -101,12 +109,12 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = F
         tensors: of a file.
         held: an engine holds the parameters of the deltas.
     """
-    record, modules = record_of(root), named_modules(root)
+    record, modules, found = record_of(root), named_modules(root), by_delta(tensors)
     changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
     for _, _, path, key in record.hosts() if record else ():
         prefix = join(path, CHILD, key)
         delta = cast(Delta, modules[prefix])
-        own = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+        own = found.get(prefix, {})
         before = delta, dict(delta._parameters), dict(delta._buffers)
         if delta.take_form(own, held=held):
             changed.append(before)
@@ -163,12 +171,13 @@ def host_parameter(root: nn.Module, target: Target) -> str:
     """Name of the base parameter that stands for a place: its own, else the nearest one around its module."""
     if target.parameter:
         return target.path
-    names = [canonical(name) for name, _ in root.named_parameters(remove_duplicate=False)]
-    names = [name for name in names if CHILD not in name.split(".")]
     path = target.module if target.reads is None else target.reads
-    while path and not any(name.startswith(f"{path}.") for name in names):
+    while True:
+        names = (join(path, canonical(name)) for name, _ in module_at(root, path).named_parameters())
+        name = next((name for name in names if not delta_prefix(name)), "")
+        if name or not path:
+            return name
         path = path.rpartition(".")[0]
-    return next((name for name in names if not path or name.startswith(f"{path}.")), "")
 
 
 def required_gradients(root: nn.Module) -> set[str]:
@@ -224,12 +233,10 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     if record is None:
         return
     leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
-    gone: set[str] = set()
-    for path, key in (host for applied in leaving for host in applied.hosts):
-        prefix = join(path, CHILD, key)
-        gone |= {name for name in record.delta_names if name.startswith(f"{prefix}.")}
-        if prefix in named_modules(root):
-            detach(root, path, key)
+    places = [host for applied in leaving for host in applied.hosts]
+    prefixes = {join(path, CHILD, key) for path, key in places}
+    gone = {name for name in record.delta_names if delta_prefix(name) in prefixes}
+    detach(root, [(path, key) for path, key in places if has_module(root, join(path, CHILD, key))])
     record.applied[:] = [applied for applied in record.applied if applied not in leaving]
     still = {name for applied in record.applied for name in applied.trained}
     gone |= {name for applied in leaving for name in applied.trained if name not in still}

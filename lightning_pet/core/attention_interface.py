@@ -9,7 +9,7 @@ them.
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -59,7 +59,9 @@ def _joined(prefix: Tensor, real: Tensor) -> Tensor:
 class InterfaceObserver(Protocol):
     """Sees what is asked of the interface."""
 
-    def interface(self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor) -> Any:
+    def interface(
+        self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor, biases: Sequence[Any] = ()
+    ) -> Any:
         """Look at one attention, and run it by ``attend()``."""
         ...
 
@@ -136,7 +138,7 @@ def _attend(
     observer: InterfaceObserver | None = HERE.call.observer
     if observer is not None:
         call = partial(call, module, query, key, value, attention_mask, *args, **kwargs)
-        return observer.interface(call, module, key, value)
+        return observer.interface(call, module, key, value, (attention_mask, kwargs.get("position_bias")))
     return call(module, query, key, value, attention_mask, *args, **kwargs)
 
 

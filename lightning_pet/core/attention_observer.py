@@ -17,6 +17,9 @@ from lightning_pet.core.graph import is_view_name
 from lightning_pet.core.record import Call, Recorder
 from lightning_pet.core.structure import AttentionCore, Route
 
+_HIDDEN = -1e3
+"""A bias below this is a mask."""
+
 
 @dataclass
 class Seen:
@@ -30,6 +33,7 @@ class Seen:
         key_dim: features of a key.
         value_dim: features of a value.
         scale: factor of the scores, where they were formed by a product of their own.
+        drifts: a bias shifts all scores with the number of keys (:func:`_drifts`).
         key: the keys, if they were to be kept; likewise ``value``.
     """
 
@@ -40,6 +44,7 @@ class Seen:
     value_dim: int
     windows: tuple[int, ...] = ()
     scale: float | None = None
+    drifts: bool = False
     key: Tensor | None = field(default=None, repr=False)
     value: Tensor | None = field(default=None, repr=False)
 
@@ -77,6 +82,7 @@ class Observer(TorchFunctionMode):
         self._score: _Product | None = None
         self._shape: torch.Size | None = None
         self._scale: float | None = None
+        self._drifting = False
         self._table = observed(self)
 
     def __enter__(self) -> "Observer":
@@ -97,12 +103,16 @@ class Observer(TorchFunctionMode):
         self.seen.append(seen)
         return seen
 
-    def interface(self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor) -> Any:
+    def interface(
+        self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor, biases: Sequence[Any] = ()
+    ) -> Any:
         """One attention of transformers' table."""
         path = self.recorder.path_of(module)
         stack = [call for call in self.recorder.running() if call.path == path]
         route: Route = "interface" if key.dim() == 4 and stack else ""
-        self._note(stack or self.recorder.running(), route, key.shape[-3] if key.dim() > 2 else 0, key, value)
+        heads = key.shape[-3] if key.dim() > 2 else 0
+        seen = self._note(stack or self.recorder.running(), route, heads, key, value)
+        seen.drifts = any(_drifts(bias) for bias in biases)
         self._inside += 1
         try:
             return attend()
@@ -128,7 +138,8 @@ class Observer(TorchFunctionMode):
         elif kind == functions.SDPA:
             key, value = (args[i] if len(args) > i else kwargs[name] for i, name in ((1, "key"), (2, "value")))
             heads = key.shape[-3] if key.dim() > 3 else 0
-            self._note(self.recorder.running(), "functional" if key.dim() in (3, 4) else "", heads, key, value)
+            seen = self._note(self.recorder.running(), "functional" if key.dim() in (3, 4) else "", heads, key, value)
+            seen.drifts = _drifts(args[3] if len(args) > 3 else kwargs.get("attn_mask"))
         elif kind == functions.MULTI_HEAD:
             self._saw_multi_head(args, kwargs)
         return result
@@ -138,7 +149,8 @@ class Observer(TorchFunctionMode):
         with torch.no_grad():
             _, key, value = functions.project(bound)
         plain = functions.is_plain_multi_head(bound)
-        self._note(self.recorder.running(), "functional" if plain else "", key.shape[1], key, value)
+        seen = self._note(self.recorder.running(), "functional" if plain else "", key.shape[1], key, value)
+        seen.drifts = _drifts(bound["attn_mask"])
 
     def _saw_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
         stack = tuple(self.recorder.running())
@@ -165,6 +177,7 @@ class Observer(TorchFunctionMode):
         known = self._scale is not None and left.dim() in (3, 4, 5)
         seen = self._note(common, "functional" if known else "", heads, score.right.mT, right)
         seen.scale, seen.windows = self._scale, tuple(left.shape[1:3]) if left.dim() == 5 else ()
+        seen.drifts = self._drifting
 
     def _saw_softmax(self, scores: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], shares: Tensor) -> None:
         found = next((p for p in self._products if functions.same_scores(p.result, scores)), None)
@@ -175,6 +188,7 @@ class Observer(TorchFunctionMode):
         self._score, self._shape = found, shares.shape
         scale = _scale(found.made, scores, shares) if last and found.left.dim() in (3, 4, 5) else None
         self._scale = None if scale is None else scale * found.factor
+        self._drifting = self._scale is not None and _drifts_beside(found, self._scale, scores)
 
 
 def _edge(tensor: Tensor) -> GradientEdge | None:
@@ -202,6 +216,46 @@ def _scale(product: GradientEdge | None, scores: Tensor, shares: Tensor) -> floa
     if not factors.numel() or not factors[0] or (factors - factors[0]).abs().max() > 1e-6 * factors[0].abs():
         return None
     return float(factors[0])
+
+
+@torch.no_grad()
+def _drifts_beside(product: _Product, scale: float, scores: Tensor) -> bool:
+    """Whether what was added to a product to make the scores drifts."""
+    content = (product.left @ product.right).float() * scale
+    noise = 16 * torch.finfo(scores.dtype).eps * float(content.abs().max())
+    return _drifts(scores.float() - content.reshape(scores.shape), noise)
+
+
+@torch.no_grad()
+def _drifts(bias: Any, noise: float = 0.0) -> bool:
+    """Whether a bias grows evenly from key to key, alike for all queries, and is not counted from the first key.
+
+    Softmax forgives what all keys have in common, so such biases may be counted from the last key (MPT's ALiBi). A
+    prefix does not take part: with every further token the real keys gain or lose against it, for all queries.
+
+    Args:
+        bias: … × queries × keys, added to the scores; what is far below zero hides a key.
+        noise: differences up to this are none.
+    """
+    if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.is_meta or bias.dim() < 2:
+        return False
+    bias, noise = bias.float().reshape(-1, *bias.shape[-2:]), noise + 1e-5
+    visible = bias > _HIDDEN
+    last, seen = bias[:, -1], visible[:, -1]
+    if bool(((bias - last[:, None]).abs() > noise)[visible & seen[:, None]].any()):
+        return False
+    steps, both = last.diff(dim=-1), seen[:, 1:] & seen[:, :-1]
+    if not both.any():
+        return False
+    slope = _first(steps, both)
+    if bool(((steps - slope).abs() > 2 * noise)[both].any()):
+        return False
+    return bool(((slope.abs() > 2 * noise) & (_first(last, seen).abs() > noise) & both.any(-1, keepdim=True)).any())
+
+
+def _first(values: Tensor, where: Tensor) -> Tensor:
+    """In every row the first value that a mask lets through, rows × 1."""
+    return values.gather(-1, where.to(torch.uint8).argmax(-1, keepdim=True))
 
 
 def with_routes(cores: Sequence[AttentionCore], seen: Sequence[Seen]) -> tuple[AttentionCore, ...]:
@@ -249,4 +303,5 @@ def _routed(core: AttentionCore, runs: Sequence[Seen]) -> AttentionCore:
         route=first.route if heads and sure and len(alike) == 1 and len(scales) < 2 else "",
         scale=next(iter(scales), None),
         axis=axes[0] if axes else 1,
+        drifts=any(run.drifts for run in runs),
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.naming import join, named_modules
+from lightning_pet.core.naming import by_delta, join, named_modules
 from lightning_pet.layers.delta import Delta, Excerpt
 
 
@@ -44,12 +44,11 @@ def as_stored(
 
 def as_held(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The opposite: what the parameters are when a file holds these tensors, by name from the root."""
-    found = dict(tensors)
+    groups = by_delta(tensors)
     for path, delta in _deltas(root):
         if delta.excerpts:
-            own = {n.removeprefix(f"{path}."): found.pop(n) for n in tensors if n.startswith(f"{path}.")}
-            found |= {join(path, name): tensor for name, tensor in delta.spread(own).items()}
-    return found
+            groups[path] = dict(delta.spread(groups.get(path, {})))
+    return {join(path, name): tensor for path, own in groups.items() for name, tensor in own.items()}
 
 
 def _deltas(root: nn.Module) -> Iterator[tuple[str, Delta]]:

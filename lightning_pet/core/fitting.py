@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_pet.core.hosts import acts_by_call, embed_scale, host_kind, matrix_of, transposed
 from lightning_pet.core.insertion import reader_of
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.structure import Target
 from lightning_pet.errors import TargetError
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
@@ -40,7 +40,7 @@ class Options:
 
 def is_called(root: nn.Module, target: Target) -> bool:
     """Whether a delta may add to what the host's call returns."""
-    host = named_modules(root)[target.module]
+    host = module_at(root, target.module)
     return target.reads is None and reader_of(root, target, None) is None and acts_by_call(host)
 
 
@@ -51,7 +51,7 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
         TargetError: if the place has no room for one of the options.
     """
     forms = forms or Forms()
-    host = named_modules(root)[target.module]
+    host = module_at(root, target.module)
     weight = host._parameters[target.parameter]
     assert weight is not None  # resolve_targets returned it
     kind, called = host_kind(host, target.parameter), is_called(root, target)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_pet.core.bases import base_parameters_of, can_train, frozen_by_user, is_below, is_pretrained
 from lightning_pet.core.insertion import CHILD, base_class
-from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.naming import canonical, join, module_at, named_modules
 from lightning_pet.core.structure import Output, Role, Structure, Target
 from lightning_pet.core.targets import suggest
 from lightning_pet.errors import TargetError
@@ -50,7 +50,7 @@ def heads_of(
     if not hosts and not in_place:
         return ()
     within = [replace(target, module=_from(base, target.module)) for target in hosts]
-    found = [join(base, path) for path in find_heads(named_modules(root)[base], () if in_place else within)]
+    found = [join(base, path) for path in find_heads(module_at(root, base), () if in_place else within)]
     frozen = frozen_by_user(root)
     found = [path for path in found if not _kept_frozen(root, base, path, frozen)]
     if structure is not None and not structure.of_loss:
@@ -66,11 +66,16 @@ def last_layers(
 
     Libraries' models are asked instead of read: much of what they end with is pretrained.
     """
-    if is_pretrained(named_modules(root)[base]):
+    if is_pretrained(module_at(root, base)):
         return ()
     hosts = [target for target in targets if is_below(target.module, base)]
     frozen, found = frozen_by_user(root), dict[str, None]()
+    # What ends the last block of an encoder is a part of that block.
+    blocks = {target.module for target in structure.targets if target.role != "embedding"}
+    blocks |= {path for site in structure.sites for path in site.branch}
     for output in structure.outputs:
+        if any(is_below(output.module, path) for path in blocks):
+            continue
         if is_below(output.module, base) and (in_place or any(_feeds(target.module, output) for target in hosts)):
             path = _whole(root, base, output.module, () if in_place else hosts)
             if path is not None and not _kept_frozen(root, base, path, frozen):

@@ -26,7 +26,7 @@ from lightning_pet.core.call import HERE, Chosen, Switch
 from lightning_pet.core.effective import KEPT, REPLICA, Kept, effective, held, in_recomputation, of_host
 from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
-from lightning_pet.core.naming import named_modules
+from lightning_pet.core.naming import has_module, module_at, modules_on_the_way
 from lightning_pet.core.quantised import DENSE, dense_values, is_quantised
 from lightning_pet.core.sequences import SEQUENCES, WithoutDeltas
 from lightning_pet.core.slot import Slot
@@ -270,7 +270,7 @@ def reader_of(root: nn.Module, target: Target, called: frozenset[str] | None) ->
     to be the nearest module around it that was called.
     """
     above = target.module.rpartition(".")[0]
-    if isinstance(named_modules(root).get(above), nn.MultiheadAttention):
+    if has_module(root, above) and isinstance(module_at(root, above), nn.MultiheadAttention):
         return above
     if called is None or target.module in called:
         return None
@@ -296,8 +296,7 @@ def attach(
         ArgumentError: if the host has a delta of this key already.
         TargetError: if the host's ``forward`` was replaced on the instance, so that a delta would never run.
     """
-    modules = named_modules(root)
-    host = modules[target.module]
+    *around, host = modules_on_the_way(root, target.module)
     check_attachable(host, target, key)
     delta.parameter = target.parameter
     if delta.path == "shared":
@@ -306,8 +305,9 @@ def attach(
         _swap(host, _WeightHost, target.parameter)
         reader = reader if target.reads is None else target.reads
         if reader is not None:
-            _swap(modules[reader], _WeightHost)
-            reads = modules[reader].__dict__.setdefault(_READS, [])
+            by = module_at(root, reader)
+            _swap(by, _WeightHost)
+            reads = by.__dict__.setdefault(_READS, [])
             reads += [] if host in reads else [host]
     else:
         _swap(host, _AroundHost if delta.path == "around" else _Host)
@@ -317,11 +317,11 @@ def attach(
     pet.train(host.training)
     if target.reads is not None and delta.path != "weight":
         delta.slot = Slot(pet, key)
-        _swap(modules[target.reads], _AroundHost)
-        modules[target.reads].__dict__.setdefault(_TAPS, []).append(delta.slot)
-    for path, module in modules.items():
-        if f"{target.module}.".startswith(f"{path}." if path else ""):
-            forbid(module)
+        source = module_at(root, target.reads)
+        _swap(source, _AroundHost)
+        source.__dict__.setdefault(_TAPS, []).append(delta.slot)
+    for module in (*around, host):
+        forbid(module)
 
 
 def check_attachable(host: nn.Module, target: Target, key: str) -> None:
@@ -340,26 +340,38 @@ def check_attachable(host: nn.Module, target: Target, key: str) -> None:
         )
 
 
-def detach(root: nn.Module, path: str, key: str) -> None:
-    """Take a delta out; the last one to leave gives the host its own class back."""
-    modules = named_modules(root)
-    host = modules[path]
-    pet = deltas_of(host)
-    slot = cast(Delta, pet[key]).slot
-    del pet[key], pet.switches[key]
-    for module in modules.values() if slot is not None else ():
-        if slot in module.__dict__.get(_TAPS, ()):
-            module.__dict__[_TAPS].remove(slot)
+def detach(root: nn.Module, places: Iterable[tuple[str, str]]) -> None:
+    """Take deltas out; the last one to leave a host gives it its own class back.
+
+    Args:
+        root: the adapted root.
+        places: host path and key of each.
+    """
+    slots: list[Slot] = []
+    emptied: list[nn.Module] = []
+    for path, key in places:
+        host = module_at(root, path)
+        pet = deltas_of(host)
+        slots += [slot] if (slot := cast(Delta, pet[key]).slot) is not None else []
+        del pet[key], pet.switches[key]
+        emptied += [] if pet else [host]
+    gone = {id(item) for item in (*slots, *emptied)}
+    for module in list(root.modules()):
+        for name in (_TAPS, _READS):
+            if module.__dict__.get(name):
+                module.__dict__[name][:] = [item for item in module.__dict__[name] if id(item) not in gone]
+        if isinstance(module._modules.get(CHILD), Deltas):
             _restore(module)
-    if not pet:
-        for module in modules.values():
-            if host in module.__dict__.get(_READS, ()):
-                module.__dict__[_READS].remove(host)
-                _restore(module)
-        _restore(host)
-    for module in modules.values():
-        if not any(isinstance(inner, Deltas) for inner in module.modules()):
-            restore(module)
+    _give_fast_paths_back(root)
+
+
+def _give_fast_paths_back(module: nn.Module) -> bool:
+    """Let what has no delta below it take the fast path again; whether this has one."""
+    below = [_give_fast_paths_back(child) for child in module.children()]
+    if isinstance(module, Deltas) or any(below):
+        return True
+    restore(module)
+    return False
 
 
 def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:

@@ -1,8 +1,11 @@
 """Parameter names as the user knows them, whatever wrapped the modules since."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 CHILD = "pet"
 """Name under which a host holds its deltas."""
@@ -32,6 +35,69 @@ def join(*parts: str) -> str:
 def named_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Every module under its canonical name; a shared module appears under each of its names."""
     return {canonical(name): module for name, module in root.named_modules(remove_duplicate=False)}
+
+
+def modules_on_the_way(root: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The root and every module on the way to a canonical name, the named one last; ends where there is none.
+
+    Takes as many steps as the name has parts: looking one name up in all names makes set-up quadratic.
+    """
+    module = _unwrapped(root)
+    yield module
+    for part in path.split(".") if path else ():
+        child = module._modules.get(part)
+        if child is None:
+            return
+        module = _unwrapped(child)
+        yield module
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module of a canonical name.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    *above, module = modules_on_the_way(root, path)
+    if len(above) != (path.count(".") + 1 if path else 0):
+        raise KeyError(path)
+    return module
+
+
+def has_module(root: nn.Module, path: str) -> bool:
+    """Whether a canonical name is a module's."""
+    return sum(1 for _ in modules_on_the_way(root, path)) == (path.count(".") + 2 if path else 1)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while True:
+        inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def delta_prefix(name: str) -> str:
+    """Path of the delta that a tensor belongs to, as its canonical name says; ``""`` if to none.
+
+    >>> delta_prefix("layer.0.pet.lora_default.a")
+    'layer.0.pet.lora_default'
+    """
+    parts = name.split(".")
+    return ".".join(parts[: parts.index(CHILD) + 2]) if CHILD in parts else ""
+
+
+def by_delta(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Group tensors by the path of the delta that they belong to, under their names from there.
+
+    >>> by_delta({"fc.pet.lora_default.a": 1, "fc.weight": 2})
+    {'fc.pet.lora_default': {'a': 1}, '': {'fc.weight': 2}}
+    """
+    groups: dict[str, dict[str, T]] = {}
+    for name, tensor in tensors.items():
+        prefix = delta_prefix(name)
+        groups.setdefault(prefix, {})[name.removeprefix(f"{prefix}.")] = tensor
+    return groups
 
 
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:

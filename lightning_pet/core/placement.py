@@ -26,7 +26,7 @@ from torch import nn
 
 from lightning_pet.core.adaptation import host_parameter
 from lightning_pet.core.names import layer_index, named_places, without_numbers
-from lightning_pet.core.naming import canonical
+from lightning_pet.core.naming import module_at
 from lightning_pet.core.patterns import name_matcher, names_from_above
 from lightning_pet.core.structure import Role, Site, SiteKind, Structure, Target
 from lightning_pet.errors import TargetError
@@ -278,8 +278,8 @@ class _Finder:
 
 def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
     """Device and dtype for the parameters of a delta at a place: the base's, but at least float32."""
-    name = host_parameter(root, target)
-    like = next((p for n, p in root.named_parameters(remove_duplicate=False) if canonical(n) == name), None)
+    path, _, name = host_parameter(root, target).rpartition(".")
+    like = module_at(root, path)._parameters.get(name)
     if like is None:
         raise TargetError(f"{type(root).__name__} has no parameters, so there is nothing to adapt.")
     return {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_pet.core.applied import Adaptation
 from lightning_pet.core.heads import frozen_outputs
-from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.naming import CHILD, by_delta, canonical, join, module_at
 from lightning_pet.core.preparation import is_shared
 from lightning_pet.core.quantised import numbers_in
 
@@ -80,14 +80,16 @@ class Plan:
 def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     """Read the plan off an adapted model."""
     parameters = {canonical(n): p for n, p in root.named_parameters(remove_duplicate=False)}
-    rows, users, modules = [], _users(record), named_modules(root)
+    rows, users, trainable = [], _users(record), set(record.trainable_names)
+    found = by_delta(parameters)
     for applied, target, path, key in record.hosts():
-        own = {n: p for n, p in parameters.items() if n.startswith(join(path, "pet", key) + ".")}
+        prefix = join(path, CHILD, key)
+        own = found.get(prefix, {})
         if not own and applied.key in users:
             continue  # it has nothing but what is shared
-        trained = [p for n, p in own.items() if n in record.trainable_names]
+        trained = [p for n, p in own.items() if join(prefix, n) in trainable]
         place = f"shared by {users[applied.key]} places" if is_shared(target) else target.path
-        note = getattr(modules[join(path, "pet", key)], "note", "")
+        note = getattr(module_at(root, prefix), "note", "")
         numbers = sum(p.numel() for p in trained)
         frozen = sum(p.numel() for p in own.values()) - numbers
         notes = [note] * bool(note) + [f"{frozen:,} frozen"] * bool(frozen)

@@ -11,7 +11,7 @@ from lightning_pet.core.bases import Twins, bases_around, bases_of, frozen_by_us
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.core.insertion import check_attachable
 from lightning_pet.core.method import Insertion, Method, key_of
-from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.naming import canonical, join, module_at
 from lightning_pet.core.parameters import seen_reader
 from lightning_pet.core.patterns import KINDS, is_role, name_matcher
 from lightning_pet.core.quantised import check_hosts, check_trains
@@ -145,7 +145,7 @@ def _patterns(method: Method) -> tuple[str, ...]:
 
 
 def _within(root: nn.Module, method: Method, structure: Structure, scope: str) -> list[Target]:
-    found = method.resolve(named_modules(root)[scope], structure.within(scope))
+    found = method.resolve(module_at(root, scope), structure.within(scope))
     return [
         replace(
             target,
@@ -222,20 +222,21 @@ def _build(
     copied = [target for target in places if _is_copied(target, places, twins)]
     insertions = tuple(method.insertions(root, [target for target in places if target not in copied]))
     insertions += _mirrored(method, insertions, bases, twins, None if stored is None else copied)
-    modules = named_modules(root)
     for insertion in insertions:
         target, key = insertion.target, delta_key(method, insertion)
-        check_attachable(modules[target.module], target, key)
+        host = module_at(root, target.module)
+        check_attachable(host, target, key)
         if target.reads is not None:
-            check_attachable(modules[target.reads], target, key)
-        check_hosts(insertion.delta, modules[target.module], target.path, target.parameter)
+            check_attachable(module_at(root, target.reads), target, key)
+        check_hosts(insertion.delta, host, target.path, target.parameter)
     trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
         check_trains(name, parameters[name])
     places = [insertion.target for insertion in insertions]
     # Places without a delta are kept, so that loading finds again what trains as it is.
-    places += [t for t in targets if t not in places and not is_shared(t) and _trains(trained, t)]
+    inserted = set(places)
+    places += [t for t in targets if t not in inserted and not is_shared(t) and _trains(trained, t)]
     return Prepared(
         method=method,
         targets=tuple(places),

@@ -27,7 +27,10 @@ from lightning_pet.errors import TargetError
 _ORDER: tuple[Role, ...] = (
     "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down", "embedding"
 )  # fmt: skip
-_FAILURE = "the probing forward of"
+
+
+class UnreadableGraphError(TargetError):
+    """The forward ran, but its graph has a form that is not understood: no fault of who gave it."""
 
 
 def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
@@ -56,41 +59,45 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
                     result = forward()
             except Exception as error:
                 raise TargetError(
-                    f"{_FAILURE} {type(model).__name__} failed: {type(error).__name__}: {error}. It runs "
+                    f"the probing forward of {type(model).__name__} failed: {type(error).__name__}: {error}. It runs "
                     "in evaluation mode with gradients enabled; pass a batch that the model accepts in that mode."
                 ) from error
         record.outputs = [x.grad_fn for x in tensors(result) if x.grad_fn is not None]
         del result
         if not record.outputs:
             raise TargetError(
-                f"{_FAILURE} {type(model).__name__} returned no tensor that depends on its parameters. "
+                f"the probing forward of {type(model).__name__} returned no tensor that depends on its parameters. "
                 "Return the outputs or the loss, and do not run the model under torch.no_grad()."
             )
         try:
             return _Reading(model, record, observer.seen).structure()
         except Exception as error:
-            raise TargetError(
+            raise UnreadableGraphError(
                 f"the autograd graph of {type(model).__name__} could not be read: {type(error).__name__}: {error}. "
                 "Name the target modules instead of their roles, and please report this model."
             ) from error
 
 
-def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Structure:
+def analyse(model: nn.Module, forward: Callable[[], Any] | None = None, *, strict: bool = False) -> Structure:
     """Structure of ``model`` from a forward, its names and its tensor-parallel plan, whichever are available.
 
     Args:
         model: the model; paths in the result are relative to it.
         forward: as in :func:`probe`. Without one, a model that describes its inputs (Hugging Face) is
             run on eight tokens, one image or a short sound, also on the meta device.
+        strict: the forward is the user's word: do not go on without it.
 
     Returns:
         The merged structure. ``source`` is ``"names"`` if no forward could be run; the reason is then
         the first of ``disagreements``.
+
+    Raises:
+        TargetError: with ``strict``, if the forward raised, or returned nothing that depends on the parameters.
     """
-    seen, failure = _first_success(model, forward)
-    structure = merge(model, seen)
-    if failure is not None:
-        structure = replace(structure, disagreements=(failure, *structure.disagreements))
+    seen, failure, own = _first_success(model, forward, strict)
+    structure = replace(merge(model, seen), failure=failure or "")
+    if reason := failure or own:
+        structure = replace(structure, disagreements=(reason, *structure.disagreements))
     if seen is None:
         embedding = input_embedding(model) or only_embedding(model)
         targets = structure.targets if embedding is None else (Target(embedding, role="embedding"), *structure.targets)
@@ -107,26 +114,24 @@ def analyse(model: nn.Module, forward: Callable[[], Any] | None = None) -> Struc
     )
 
 
-def gave_way(structure: Structure) -> bool:
-    """Whether the structure is not that of the forward that was given, which failed."""
-    return any(text.startswith(_FAILURE) for text in structure.disagreements[:1])
-
-
-def _first_success(model: nn.Module, forward: Callable[[], Any] | None) -> tuple[Structure | None, str | None]:
-    """Probe by the given forward, else by the model's own inputs; with it what went wrong where that matters."""
-    failure = None
+def _first_success(
+    model: nn.Module, forward: Callable[[], Any] | None, strict: bool
+) -> tuple[Structure | None, str | None, str | None]:
+    """Probe by the given forward, else by the model's own inputs; and what went wrong with the one and the others."""
+    failure = own = None
     if forward is not None:
         try:
-            return probe(model, forward), None
+            return probe(model, forward), None, None
         except TargetError as error:
+            if strict and not isinstance(error, UnreadableGraphError):
+                raise
             failure = str(error)
-    own = None
     for candidate in candidate_forwards(model):
         try:
-            return probe(model, candidate), failure
+            return probe(model, candidate), failure, None
         except TargetError as error:
             own = own or str(error)
-    return None, failure or own
+    return None, failure, own
 
 
 class _Reading:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.core.call import HERE
@@ -70,8 +69,22 @@ class PromptCall(Delta):
         self._check_limit(seen + size)
         if seen:
             return call(**self._continued(given, seen, size))
-        output = call(**self._extended(given, batch, size))
-        return cut(output, self.length, batch, size) if self.cuts else output
+        starts = self._starts(given, batch, size)
+        output = call(**self._extended(given, batch, size, starts))
+        return cut(output, self.length, batch, size, starts) if self.cuts else output
+
+    def _starts(self, given: dict[str, Any], batch: int, size: int) -> Tensor | None:
+        """The column of each row's first real token; ``None``: no row has padding on the left.
+
+        Behind the padding the prompt is as near as without any, which sliding windows and rotary positions see. The
+        decoder that reads an encoder expects the prompt in front.
+        """
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if not self.cuts or not isinstance(mask, Tensor) or mask.shape != (batch, size):
+            return None
+        if isinstance(positions, Tensor) and (positions.ndim != 2 or positions.shape[1] != size):
+            return None
+        return mask.bool().int().argmax(1)
 
     def virtual(self, like: Tensor, batch: int) -> Tensor:
         """The prompt's ids, batch × P."""
@@ -91,21 +104,22 @@ class PromptCall(Delta):
                 f"Cut the inputs to {max(self.limit - self.length, 0)} tokens, or shorten the prompt."
             )
 
-    def _extended(self, given: dict[str, Any], batch: int, size: int) -> dict[str, Any]:
-        """The arguments of a call that starts a sequence."""
+    def _extended(self, given: dict[str, Any], batch: int, size: int, starts: Tensor | None) -> dict[str, Any]:
+        """The arguments of a call that starts a sequence; the prompt comes before these columns."""
         extended = dict(given)
         for name, value in given.items():
             if name == self.ids_name and value is not None:
-                extended[name] = torch.cat([self.virtual(value, batch), value], 1)
+                extended[name] = placed_before(value, self.virtual(value, batch), starts)
             elif name == "inputs_embeds" and value is not None:
-                extended[name] = torch.cat([self.embedded(value, batch), value], 1)
+                extended[name] = placed_before(value, self.embedded(value, batch), starts)
             elif name in _MASKS and value is not None:
-                extended[name] = with_ones(value, self.length)
+                extended[name] = with_ones(value, self.length, starts)
             elif name in _POSITIONS and value is not None:
-                extended[name] = with_positions(value, self.length)
+                extended[name] = with_positions(value, self.length, starts)
             elif name not in _OTHERS_LENGTH and _is_aligned(value, batch, size):
                 fill = IGNORED if name == "labels" else 0
-                extended[name] = F.pad(value, (*(0, 0) * (value.ndim - 2), self.length, 0), value=fill)
+                columns = value.new_full((value.shape[0], self.length, *value.shape[2:]), fill)
+                extended[name] = placed_before(value, columns, starts)
         return extended
 
     def _continued(self, given: dict[str, Any], seen: int, size: int) -> dict[str, Any]:
@@ -115,7 +129,7 @@ class PromptCall(Delta):
             if value is None:
                 continue
             if name in _MASKS and isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] < seen + size:
-                continued[name] = with_ones(value, self.length)
+                continued[name] = with_ones(value, self.length, value.bool().int().argmax(1) if self.cuts else None)
             elif name in _POSITIONS:
                 continued[name] = value + self.length
         return continued
@@ -275,12 +289,12 @@ class PromptGenerate(Delta):
                 given[name] = value + length
         for name in ("logits_processor", "stopping_criteria"):
             if given.get(name) is not None:
-                given[name] = type(given[name])(partial(_without, item, length) for item in given[name])
+                given[name] = type(given[name])(partial(_unaware, item, length) for item in given[name])
         if given.get("prefix_allowed_tokens_fn") is not None:
             given["prefix_allowed_tokens_fn"] = partial(_allowed, given["prefix_allowed_tokens_fn"], length)
 
 
-def _without(function: Callable[..., Any], length: int, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+def _unaware(function: Callable[..., Any], length: int, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
     return function(input_ids[:, length:], scores, **kwargs)
 
 
@@ -306,12 +320,12 @@ def cached_length(given: dict[str, Any]) -> int:
     return 0
 
 
-def with_ones(mask: Any, length: int) -> Tensor:
-    """A batch × size mask with the prompt's positions in front, which are always visible."""
+def with_ones(mask: Any, length: int, starts: Tensor | None = None) -> Tensor:
+    """A batch × size mask with the prompt's positions before these columns, which are always visible."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
         raise ArgumentError(f"attention_mask {kind}: a prompt needs a mask of shape (batch, tokens), or none.")
-    return F.pad(mask, (length, 0), value=True if mask.dtype is torch.bool else 1)
+    return placed_before(mask, mask.new_ones(mask.shape[0], length), starts)
 
 
 def _is_aligned(value: Any, batch: int, size: int) -> bool:
@@ -319,36 +333,56 @@ def _is_aligned(value: Any, batch: int, size: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] in (1, batch) and value.shape[1] == size
 
 
-def with_positions(positions: Tensor, length: int) -> Tensor:
+def with_positions(positions: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
     """Positions along the last dimension: the prompt takes the first, the others move behind it."""
-    start = positions.amin(-1, keepdim=True)
-    own = start + torch.arange(length, device=positions.device, dtype=positions.dtype)
-    return torch.cat([own, positions + length], -1)
+    own = torch.arange(length, device=positions.device, dtype=positions.dtype)
+    if starts is None or positions.ndim != 2:
+        return torch.cat([positions.amin(-1, keepdim=True) + own, positions + length], -1)
+    positions = positions.expand(len(starts), -1)
+    first = positions.gather(1, starts.to(positions.device)[:, None])
+    return with_columns(positions + length, starts, first + own)
 
 
-def cut(output: Any, length: int, batch: int, size: int) -> Any:
+def placed_before(value: Tensor, columns: Tensor, starts: Tensor | None) -> Tensor:
+    """Columns (B × P × …) before column ``starts[b]`` of every row b, or in front; one row of either goes for all."""
+    batch = max(value.shape[0], columns.shape[0]) if starts is None else len(starts)
+    value, columns = (x.expand(batch, *x.shape[1:]) if x.shape[0] != batch else x for x in (value, columns))
+    return torch.cat([columns, value], 1) if starts is None else with_columns(value, starts, columns)
+
+
+def cut(output: Any, length: int, batch: int, size: int, starts: Tensor | None = None) -> Any:
     """An output without the prompt's positions, in whatever nest of tensors it comes."""
     if isinstance(output, Tensor):
-        return _cut_tensor(output, length, batch, length + size)
+        return _cut_tensor(output, length, batch, length + size, starts)
     if isinstance(output, dict):
         for name, value in output.items():
             if name not in CACHES and not name.startswith("encoder_"):
-                output[name] = cut(value, length, batch, size)
+                output[name] = cut(value, length, batch, size, starts)
         return output
     if isinstance(output, tuple | list):
-        values = [cut(value, length, batch, size) for value in output]
+        values = [cut(value, length, batch, size, starts) for value in output]
         return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
     return output
 
 
-def _cut_tensor(value: Tensor, length: int, batch: int, total: int) -> Tensor:
+def _cut_tensor(value: Tensor, length: int, batch: int, total: int, starts: Tensor | None) -> Tensor:
     if value.ndim == 4 and value.shape[-2:] == (total, total):  # attention probabilities
-        return value[..., length:, length:]
+        rows = _without(value.transpose(1, 2), length, starts)
+        return _without(rows.transpose(1, 3), length, starts).permute(0, 2, 3, 1)
     if value.ndim >= 3 and value.shape[:2] == (batch, total):
-        return value[:, length:]
+        return _without(value, length, starts)
     if value.ndim == 2 and value.shape[0] == batch * total:  # router logits of flattened tokens
-        return value.view(batch, total, -1)[:, length:].flatten(0, 1)
+        return _without(value.view(batch, total, -1), length, starts).flatten(0, 1)
     return value
+
+
+def _without(value: Tensor, length: int, starts: Tensor | None) -> Tensor:
+    """A B × T × … tensor without the prompt's columns."""
+    if starts is None:
+        return value[:, length:]
+    column = torch.arange(value.shape[1] - length, device=value.device)
+    kept = torch.where(column < starts.to(value.device)[:, None], column, column + length)
+    return value[torch.arange(value.shape[0], device=value.device)[:, None], kept]
 
 
 def _extend_aligned(given: dict[str, Any], length: int, shape: Sequence[int], starts: Tensor | None) -> None:

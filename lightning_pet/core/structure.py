@@ -107,6 +107,7 @@ class AttentionCore:
         route: how a prefix gets there.
         scale: factor of the scores, where the owner forms them by a product of its own.
         axis: which dimension of those scores are the heads, where there is one of windows, too.
+        drifts: a bias shifts all scores with the number of keys, which softmax forgives and a prefix does not.
     """
 
     owner: str
@@ -117,6 +118,7 @@ class AttentionCore:
     route: Route = ""
     scale: float | None = None
     axis: int = 1
+    drifts: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Structure:
         unresolved: fused projections of which it is known that they hold a role, but not in which rows.
         weighing: layers with one output that weighs other features (the gate of a shared expert).
         prefix: path of this model in what the user handed over; names in target patterns may start with it.
+        failure: why the forward that was given could not be read; ``""`` if it was, or none was given.
         outputs: output layers, where a forward was read of a model that does not describe itself.
         of_loss: that forward went on to the loss, so that layers of the loss may be among them.
     """
@@ -167,6 +170,7 @@ class Structure:
     unresolved: tuple[Target, ...] = ()
     weighing: frozenset[str] = frozenset()
     prefix: str = ""
+    failure: str = ""
     outputs: tuple[Output, ...] = ()
     of_loss: bool = False
 

@@ -63,6 +63,47 @@ def sampled_ids(length: int, vocabulary: int, special: Sequence[int] = ()) -> li
     return [[allowed[index]] for index in order]
 
 
+def common_ids(length: int, vocabulary: int, config: Any, tokenizer: Any = None) -> tuple[list[int], bool]:
+    """Different common tokens of a model at random, none of them special or unused.
+
+    Args:
+        length: how many.
+        vocabulary: rows of the model's table.
+        config: the model's configuration; what it names as special is left out.
+        tokenizer: tells which others are no text; ``None``: the one that lies beside the model's weights, if any.
+
+    Returns:
+        The ids, and whether a tokenizer was asked.
+
+    Raises:
+        ArgumentError: if there are fewer such tokens.
+    """
+    tokenizer = tokenizer_beside(config) if tokenizer is None else tokenizer
+    left_out = special_ids(config) + ([] if tokenizer is None else control_ids(tokenizer, vocabulary))
+    return [row[0] for row in sampled_ids(length, vocabulary, left_out)], tokenizer is not None
+
+
+def tokenizer_beside(config: Any) -> Any | None:
+    """The tokenizer of the folder, or the place in the local cache, that a model was loaded from; no hub is asked."""
+    name = getattr(config, "name_or_path", None)
+    if not name:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):  # none there, or one of a kind that is not known
+        return None
+
+
+def unknown_rows(vocabulary: int) -> str:
+    """What to warn of where no tokenizer was asked."""
+    return (
+        f"init='vocabulary': no tokenizer tells which of the model's {vocabulary} rows are text, so special or unused "
+        "ones may be among those that the new rows start from. Pass tokenizer='…', the model's name or folder."
+    )
+
+
 def control_ids(tokenizer: Any, vocabulary: int) -> list[int]:
     """Ids of tokens that are no text: special ones, and all in brackets, such as ``[unused7]`` or ``<0x0A>``."""
     tokens = tokenizer.convert_ids_to_tokens(range(min(vocabulary, len(tokenizer))))

@@ -14,13 +14,13 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.preparation import prepare
-from lightning_pet.core.probe import analyse, gave_way
+from lightning_pet.core.probe import analyse
 from lightning_pet.core.together import check_fires
 from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
-from lightning_pet.errors import ArgumentError
+from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.store.reader import Stored, read
 
 _log = logging.getLogger(__name__)
@@ -69,11 +69,11 @@ def apply(
 
     Raises:
         ArgumentError: if two methods have one name, or nothing is given.
-        TargetError: if a target does not exist.
+        TargetError: if a target does not exist, or ``forward`` raises.
         DeadSiteError: if no target is called or read in ``forward``.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    new = insert_methods(model, methods_in(callbacks), forward)
+    new = insert_methods(model, methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
         start(model, new)
@@ -103,14 +103,20 @@ def methods_in(callbacks: StartingMethod | Sequence[StartingMethod]) -> list[Sta
 
 
 def insert_methods(
-    model: nn.Module, methods: Sequence[M], forward: Callable[[], Any] | None = None, *, of_loss: bool = False
+    model: nn.Module,
+    methods: Sequence[M],
+    forward: Callable[[], Any] | None = None,
+    *,
+    strict: bool = False,
+    of_loss: bool = False,
 ) -> list[M]:
     """Insert the methods that the model does not have yet, all or none, and return them.
 
     Args:
         model: the model, or what holds it.
         methods: what to apply.
-        forward: runs the model once.
+        forward: runs the model once; ``None``: the ``example_input_array`` does, if there is one.
+        strict: a forward that raises is an error, not only one opinion less.
         of_loss: that computes the loss.
     """
     prefix, root = root_of(model)
@@ -118,11 +124,20 @@ def insert_methods(
     if pending:
         scopes = [scope_in(model, prefix, method.module) for method in pending]
         with torch.compiler.set_stance("force_eager"):  # a look at compiled parts must not trace its own hooks
-            structure = replace(analyse(root, forward or example_forward(model)), prefix=prefix, of_loss=of_loss)
+            look = forward or example_forward(model)
+            seen = analyse(root, look, strict=strict and forward is not None)
+            structure = replace(seen, prefix=prefix, of_loss=of_loss)
         for difference in structure.disagreements:
             _log.debug("structure of %s: %s", type(root).__name__, difference)
-        prepared = prepare(root, pending, structure, scopes=scopes)
-        if forward is not None and not of_loss and not gave_way(structure):
+        if structure.failure and forward is None and any(True for _ in root.parameters()):  # else it is built later
+            rank_zero_warn(f"the structure was read without the example_input_array: {structure.failure}")
+        try:
+            prepared = prepare(root, pending, structure, scopes=scopes)
+        except TargetError as error:
+            if structure.failure and structure.source == "names":
+                raise type(error)(f"{error} (There are only names to go by: {structure.failure})") from error
+            raise
+        if forward is not None and not of_loss and not structure.failure:
             check_fires([insertion for item in prepared for insertion in item.insertions], structure)
         commit(root, prepared)
     return pending

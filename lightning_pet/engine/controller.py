@@ -25,7 +25,7 @@ from lightning_pet.core.adaptation import (
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, described, record_of
 from lightning_pet.core.method import key_of
-from lightning_pet.core.naming import canonical, join, named_tensors
+from lightning_pet.core.naming import CHILD, by_delta, canonical, delta_prefix, join, named_tensors
 from lightning_pet.core.outside import mark_anew
 from lightning_pet.core.plan import Plan
 from lightning_pet.engine import optimizers as optim
@@ -335,17 +335,17 @@ class Controller:
             return None
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
         delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.planned_names}
+        places = {join(path, CHILD, key): (applied, target) for applied, target, path, key in record.hosts()}
         hosts = {
-            join(prefix, name): join(prefix, host_parameter(self.adapted.root, target))
-            for _, target, path, key in record.hosts()
-            for name in record.delta_names
-            if name.startswith(join(path, "pet", key) + ".")
+            join(prefix, place, name): join(prefix, host_parameter(self.adapted.root, target))
+            for place, names in by_delta(dict.fromkeys(record.delta_names)).items()
+            for _, target in [places[place]]
+            for name in names
         }
         ratios: dict[str, float] = {}
         options: dict[str, dict[str, float]] = {}
         for method in self.methods:
-            places = [join(path, "pet", key) for a, _, path, key in record.hosts() if a.key == key_of(method)]
-            own = [name for name in record.delta_names if any(name.startswith(f"{place}.") for place in places)]
+            own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
         returned = optim.hold_delta(original(), self.module, delta, hosts, ratios, options)

@@ -14,10 +14,10 @@ from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import Adaptation, adapted_root, record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Method, key_of
-from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.naming import by_delta, join, named_modules, named_tensors
 from lightning_pet.core.outside import note_changed
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
-from lightning_pet.engine.fitting import below, faults_of, fitted
+from lightning_pet.engine.fitting import faults_of, fitted
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
 from lightning_pet.engine.module_from_file import beside, build
 from lightning_pet.engine.roots import root_of
@@ -213,14 +213,15 @@ def start_from(
         trained_then = [name for name in stored.tensors if name not in adapted.record.delta_names]
         check_base(stored.base, adapted.root, adapted.record, path, base_check, trained_then, whole)
     deltas = _deltas(adapted.root, adapted.record, method)
-    problems = [join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(below(stored.tensors, prefix))]
+    found = by_delta(stored.tensors)
+    problems = [join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(found.get(prefix, {}))]
     if problems:
         raise DeltaFileError(
             f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
             "mismatch",
         )
     for prefix, delta in deltas.items():
-        delta.unpack(below(stored.tensors, prefix))
+        delta.unpack(found.get(prefix, {}))
     renew(adapted.root)
     mine = next(applied.trained for applied in adapted.record.applied if applied.key == key_of(method))
     if absent := [name for name in mine if name not in stored.tensors]:
@@ -265,9 +266,10 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         prepared = fit.build()
         record = commit(root, prepared)
         try:
+            found = by_delta(stored.tensors)
             for prefix, delta in _deltas(root, record).items():
-                if tensors := below(stored.tensors, prefix):
-                    delta.unpack(tensors)
+                if prefix in found:
+                    delta.unpack(found[prefix])
             renew(root)
             own = set(record.delta_names)
             copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_pet.core.applied import Adaptation, record_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Method, key_of
-from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.naming import by_delta, join, named_modules, named_tensors
 from lightning_pet.core.outside import outside_parameters
 from lightning_pet.core.preparation import Prepared, delta_key, is_shared, prepare
 from lightning_pet.core.structure import Target
@@ -142,12 +142,6 @@ def _refuse_twice(record: MethodRecord, path: PathLike) -> None:
             )
 
 
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a path, by their names from there."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
 def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str | None:
     """The submodule that a method is confined to, from the root; ``None`` if it is not."""
     if method.module is None:
@@ -179,15 +173,14 @@ def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outsid
     others = set(record.delta_names if record else ())
     optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)} - others
     problems: list[str] = []
-    left, unheld = dict(stored.tensors), 0
+    found, unheld = by_delta(stored.tensors), 0
     for item in prepared:
         for insertion in item.insertions:
             prefix = join(insertion.target.module, CHILD, delta_key(item.method, insertion))
-            tensors = below(left, prefix)
+            tensors = found.pop(prefix, {})
             problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
-            for name in tensors:
-                del left[join(prefix, name)]
             unheld += insertion.delta.unheld(tensors)
+    left = {join(prefix, name): tensor for prefix, tensors in found.items() for name, tensor in tensors.items()}
     problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
     problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional - outside)]
     there = {name: (tensor, own[name]) for name, tensor in left.items() if name in own}

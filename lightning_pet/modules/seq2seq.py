@@ -191,12 +191,16 @@ class Seq2SeqModule(L.LightningModule):
         return self.model(**{name: value for name, value in batch.items() if name not in CHOICES})
 
     def choice_log_probs(self, batch: dict[str, Tensor]) -> Tensor:
-        """Log-probability of every token of every choice, (batch, choices, tokens)."""
-        choices = batch["choices"]
+        """Log-probability of every token of every choice, (batch, choices, tokens).
+
+        A source is encoded once for all its choices, which see the same dropout in it.
+        """
+        choices, mask = batch["choices"], batch["attention_mask"]
         count = choices.shape[1]
+        encoded = self.model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)[0]
         logits = self.model(
-            input_ids=batch["input_ids"].repeat_interleave(count, 0),
-            attention_mask=batch["attention_mask"].repeat_interleave(count, 0),
+            encoder_outputs=(encoded.repeat_interleave(count, 0),),
+            attention_mask=mask.repeat_interleave(count, 0),
             labels=choices.flatten(0, 1),
         ).logits
         return t_few.token_log_probs(logits.unflatten(0, choices.shape[:2]), choices)

@@ -262,6 +262,62 @@ def test_an_attention_that_changed_its_form_is_an_error() -> None:
         model(x)
 
 
+class Biased(nn.Module):
+    """Causal attention with a bias per distance (ALiBi), of which softmax forgives where it is counted from."""
+
+    def __init__(self, counted: str, fused: bool, library: bool = False) -> None:
+        super().__init__()
+        self.counted = counted
+        self.written = Library() if library else Written("scaled_scores")
+        if not library:
+            self.written.scaled_scores = self.fused if fused else self.by_hand
+
+    def bias(self, length: int) -> Tensor:
+        keys, queries = torch.arange(length), torch.arange(length)[:, None]
+        table = torch.tensor([3, 1, 4, 1, 5])[:length]
+        distance = {"last": keys - length + 1, "first": keys, "query": keys - queries, "table": table}
+        slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None, None]
+        return (slopes * distance[self.counted]).masked_fill(keys > queries, -torch.inf)
+
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT / math.sqrt(DIM) + self.bias(q.shape[-2])).softmax(-1) @ v
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(q.shape[-2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.written, Library):
+            self.written.options = {"attn_mask": self.bias(x.shape[1]).repeat(len(x), 1, 1)}
+        return self.written(x)
+
+
+@pytest.mark.parametrize("way", ["by hand", "fused", "library"])
+@pytest.mark.parametrize("counted", ["last", "first", "query", "table"])
+def test_biases_that_are_counted_from_the_last_key_are_refused_and_named(counted: str, way: str) -> None:
+    model, x = Biased(counted, way == "fused", way == "library").double().eval(), batch()
+    assert (model(x)[:, :3] - model(x[:, :3])).abs().max() < 1e-14
+    if counted == "last":
+        with pytest.raises(TargetError, match=r"'written.*counted from the last key"):
+            adapt(model, x)
+        return
+    adapt(model, x)
+    assert (model(x)[:, :3] - model(x[:, :3])).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("name", ["mpt", "bloom", "falcon"])
+def test_biases_of_models(name: str) -> None:
+    model = hf(name, **({"alibi": True} if name == "falcon" else {}))
+    if name == "mpt":
+        with pytest.raises(TargetError, match=r"MptAttention.*counted from the last key"):
+            apply(model, [PrefixTuningCallback(length=P)])
+        return
+    apply(model, [PrefixTuningCallback(length=P)])
+    tokens = ids(1, 8)
+    with torch.no_grad():
+        long, short = (model(tokens[:, :n], use_cache=False)[0] for n in (8, 5))
+    assert (long[:, :5] - short).abs().max() < 1e-5
+
+
 def test_sizes_survive_a_round_trip() -> None:
     for site in (PrefixSite(2, 8, 4, 16, "interface"), PrefixSite(2, 8, 8, 16, "functional", 8**-0.5, 2)):
         assert PrefixSite.read(site.sizes()) == site

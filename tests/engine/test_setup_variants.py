@@ -314,3 +314,45 @@ def test_data_that_can_be_read_once_is_left_alone():
     with pytest.raises(TargetError):
         trainer(lora(target_modules=["attention.q"])).fit(Module(Mixer()), train_dataloaders=data)
     assert len(list(data)) == 5
+
+
+class Reading(nn.Module):
+    """Attention that only a forward finds, and a part that names find."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(8, 8) for _ in range(3))
+        self.q_proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.three(torch.softmax(self.one(x) @ self.two(x).mT, -1) @ self.q_proj(x))
+
+
+def broken():
+    raise RuntimeError("no such batch")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["attention.q"], ["one"]])
+def test_a_given_forward_that_raises_is_an_error(targets):
+    net = Reading()
+    for forward, words in ((broken, "no such batch"), (lambda: net(torch.ones(1, 3, 8)).detach(), "no_grad")):
+        with pytest.raises(TargetError, match=words):
+            apply(net, [lora(target_modules=targets)], forward=forward)
+        assert is_pristine(net)
+    apply(net, [lora(target_modules=targets)], forward=lambda: net(torch.ones(1, 3, 8)))
+
+
+def test_an_example_that_does_not_run_is_named():
+    module = Module(Net())
+    module.example_input_array = torch.ones(2, 5)
+    with pytest.warns(UserWarning, match="without the example_input_array.*shapes cannot be multiplied"):
+        apply(module, [lora()])
+
+
+def test_a_role_that_is_missing_tells_why_there_were_only_names():
+    class Wrong(Module):
+        def training_step(self, batch, index):
+            raise RuntimeError("no such batch")
+
+    with pytest.raises(TargetError, match=r"only names.*no such batch"):
+        fit(Wrong(Net()), lora(target_modules=["attention.q"]))

@@ -301,6 +301,12 @@ def test_where_a_forward_can_be_run_it_tells_the_output_layers(tmp_path):
     assert torch.equal(other(X), net(X))
 
 
+def test_the_end_of_the_last_block_of_an_encoder_is_no_head():
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+    adapted = lp.apply(net, [METHODS["adapter"]()], forward=lambda: net(torch.randn(2, 3, 8)))
+    assert not adapted.record.trained_names
+
+
 def test_an_output_that_no_target_feeds_is_no_head():
     class Two(nn.Module):
         def __init__(self):

@@ -212,6 +212,26 @@ def test_resuming_is_exact(stop: int, tmp_path: Path) -> None:
     assert len(second.losses) < len(whole.losses)
 
 
+def test_gradients_are_those_of_evaluation_mode(tmp_path: Path) -> None:
+    """As the losses by which candidates are compared; what else runs, runs as the user says."""
+
+    class Looking(LanguageModel):
+        modes: ClassVar[list[tuple[bool, bool]]] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.modes.append((torch.is_grad_enabled(), self.training))
+            if len(self.modes) == 12:
+                raise RuntimeError("in the middle of a step")
+            return super().training_step(batch, batch_idx)
+
+    module = Looking().train()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fit(module, [AutoPromptCallback(length=2, candidates=1, accumulation=2, verbose=False)], tmp_path)
+    assert module.training
+    window = [(True, False)] * 2 + [(True, True), (False, False), (False, False)] * 2
+    assert Looking.modes == (window * 2)[:12]
+
+
 def test_gradient_accumulation_clipping_and_mixed_precision(tmp_path: Path) -> None:
     module = LanguageModel()
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "precision": "bf16-mixed"}

@@ -1,5 +1,6 @@
 """Compacter and its relatives: the battery, golden properties, counts, and its own errors."""
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_pet import ArgumentError, CompacterCallback, TargetError, apply, save_delta
+from lightning_pet import AdapterCallback, ArgumentError, CompacterCallback, PETCallback, TargetError, apply, save_delta
 from lightning_pet.layers.phm import PHMBottleneck, PHMRule
 
 from . import zoo
@@ -119,11 +120,29 @@ def test_a_new_process_reads_the_file(tmp_path: Path) -> None:
 
 def test_budget_keeps_the_bottleneck_divisible() -> None:
     model, _ = zoo.bert()
-    callback = CompacterCallback(budget=0.1)
+    callback = CompacterCallback(budget=0.03)
     plan = apply(model, [callback]).plan()
     assert callback.bottleneck_size % 4 == 0
     delta = sum(row.parameters for row in plan.rows if row.method == "compacter")
-    assert delta == 4 * 3 * (D + callback.bottleneck_size) + 64 <= 0.1 * plan.base < delta + 4 * 3 * 4
+    assert delta == 4 * 3 * (D + callback.bottleneck_size) + 64 <= 0.03 * plan.base < delta + 4 * 3 * 4
+
+
+@pytest.mark.parametrize("method", [CompacterCallback, AdapterCallback])
+def test_no_budget_buys_a_bottleneck_that_is_wider_than_the_model(method: type[PETCallback]) -> None:
+    model, _ = zoo.bert()
+    callback = method(budget=0.9)
+    apply(model, [callback])
+    assert callback.bottleneck_size == D
+
+
+def test_a_budget_that_is_too_small_names_a_bottleneck_that_exists() -> None:
+    model, _ = zoo.bert()
+    with pytest.raises(ArgumentError, match=r"bottleneck_size=4 costs 304 numbers") as caught:
+        apply(model, [CompacterCallback(budget=0.01)])
+    enough = float(re.search(r"budget that works is ([\d.]+);", str(caught.value)).group(1))
+    callback = CompacterCallback(budget=enough)
+    apply(model, [callback])
+    assert callback.bottleneck_size == 4
 
 
 def test_dropped_layers_are_counted_per_stack() -> None:

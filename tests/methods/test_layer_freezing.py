@@ -76,6 +76,19 @@ def test_embeddings_and_norms_by_option() -> None:
     head = below("vit", "classifier")
     tokens = below("vit", "vit.embeddings")
     assert trained("vit", train_last=0, embeddings=True) == head | tokens
+    norms = below(
+        "bert",
+        "bert.embeddings.LayerNorm",
+        *(f"bert.encoder.layer.{i}.{n}.LayerNorm" for i in (0, 1) for n in ("attention.output", "output")),
+    )
+    assert trained("bert", train_last=0, norms="all", modules_to_save=[]) == norms
+    table = {
+        "bert.embeddings.position_embeddings",
+        "bert.embeddings.token_type_embeddings",
+        "bert.embeddings.word_embeddings",
+    }
+    both = trained("bert", train_last=0, norms="all", embeddings=True, modules_to_save=[])
+    assert both == norms | below("bert", *table)
     assert trained("vit", train_last=0, norms="final") == head | below("vit", "vit.layernorm")
 
 
@@ -168,6 +181,19 @@ def test_one_more_layer_every_epoch_from_the_top() -> None:
     assert len(run.optimizers[0].state) == len(list(module.net.parameters()))
 
 
+@pytest.mark.parametrize("unfreeze_every", [None, 1])
+def test_every_layer_learns_slower_than_the_one_above(unfreeze_every: int | None) -> None:
+    module, callback = Module(Deep(), decaying), gradual(unfreeze_every=unfreeze_every, lr_decay=0.5)
+    run = fit(module, callback, max_epochs=5)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = run.optimizers[0].param_groups
+    rates = {names[id(p)]: group["lr"] / groups[0]["lr"] for group in groups for p in group["params"]}
+    turns = callback._groups(*callback._applied(callback.adapted.root))
+    assert len(turns) > 2
+    for turn, group in enumerate(turns):
+        assert all(rates[f"net.{name}"] == pytest.approx(0.5**turn) for name in group)
+
+
 def test_steps_count_optimizer_steps_also_under_accumulation() -> None:
     watch = Watch()
     options = {"unfreeze_every": 1, "unfreeze_interval": "step"}
@@ -244,6 +270,8 @@ def test_a_second_fit_starts_from_the_top_again() -> None:
         ({"train_layers": ["4-"]}, "'4-' is neither"),
         ({"norms": "some"}, "'final'"),
         ({"unfreeze_every": 0}, "unfreeze_every=0"),
+        ({"lr_decay": 0}, "lr_decay=0"),
+        ({"lr_decay": 2.6}, "lr_decay=2.6"),
         ({"unfreeze_interval": "batch"}, "'step'"),
         ({"budget": 0.1}, "no width"),
     ],

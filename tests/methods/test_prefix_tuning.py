@@ -1,5 +1,6 @@
 """Prefix tuning: the battery, golden properties, files, and its own errors."""
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -157,6 +158,31 @@ def test_text_is_repeated_and_a_vocabulary_sample_is_seeded(tmp_path: Path) -> N
         built.append(prefixes(model)[-1].folded()[1])
     assert torch.equal(built[2], built[3])
     assert not torch.equal(built[3], built[4])
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["named", "beside the weights"])
+def test_a_vocabulary_sample_is_of_tokens_that_are_text(tmp_path: Path, beside: bool) -> None:
+    from transformers import BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[unused{i}]" for i in range(35)), *"abcdefghij"]
+    BertTokenizer(vocab={name: index for index, name in enumerate(names)}).save_pretrained(tmp_path)
+    model, _ = zoo.bert()
+    model.config.name_or_path = str(tmp_path) if beside else ""
+    named = {} if beside else {"tokenizer": str(tmp_path)}
+    seen: list[Tensor] = []
+    model.bert.embeddings.word_embeddings.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply(model, [PrefixTuningCallback(length=10, projection=False, init="vocabulary", **named)])
+    assert any(sorted(ids.flatten().tolist()) == list(range(40, 50)) for ids in seen)
+
+
+def test_without_a_tokenizer_the_sample_leaves_out_what_the_configuration_names() -> None:
+    model, _ = zoo.llama()
+    with pytest.warns(UserWarning, match=r"no tokenizer tells which of the model's 50 rows are text"):
+        apply(model, [PrefixTuningCallback(length=20, projection=False, init="vocabulary")])
+    with pytest.raises(ArgumentError, match="only 48 rows"):  # all but the first and the last of a sentence
+        apply(zoo.llama()[0], [PrefixTuningCallback(length=49, projection=False, init="vocabulary")])
 
 
 # --- files: the folded prefix, and what it came from ---------------------------------------------
@@ -371,7 +397,10 @@ def test_models_and_places_without_a_prefix(model: str, options: dict[str, Any],
 
 def test_tokenizers_that_do_not_help(tmp_path: Path) -> None:
     text = {"init": "text", "init_text": " "}
-    for folder, message in ((str(tmp_path / "none"), "could not be loaded"), (tokenizer_folder(tmp_path), "no token")):
+    for folder, message in (
+        (str(tmp_path / "none"), "cannot be loaded"),
+        (tokenizer_folder(tmp_path), "has no tokens"),
+    ):
         model, _ = zoo.gpt2()
         with pytest.raises(ArgumentError, match=message):
             apply(model, [PrefixTuningCallback(**DIRECT, **text, tokenizer=folder)])

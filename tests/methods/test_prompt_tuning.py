@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet import (
@@ -152,6 +153,67 @@ def test_a_padded_row_is_the_unpadded_one() -> None:
         padded = zoo.first_tensor(model(input_ids=ids, attention_mask=mask, **extra))
         plain = zoo.first_tensor(model(input_ids=ids[:, :4], **extra))
         assert (padded[:, : plain.shape[1]] - plain).abs().max() < 1e-5, name
+
+
+def windowed(**options: Any) -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MistralConfig(vocab_size=50, num_hidden_layers=2, sliding_window=5, **sizes, **options)
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("build", [windowed, lambda: zoo.llama()[0]], ids=["windows", "rotary"])
+def test_padding_on_the_left_changes_nothing(build: Any) -> None:
+    model = build()
+    perturb(apply(model, [PromptTuningCallback(length=3)]), 1.0)
+    short, long = torch.tensor([[9, 10, 11]]), torch.tensor([[5, 6, 7, 8, 12, 13, 14]])
+    ids, mask = torch.cat([F.pad(short, (4, 0)), long]), torch.tensor([[0] * 4 + [1] * 3, [1] * 7])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    vectors = model.get_input_embeddings()(ids).detach()
+    for given in (
+        {"input_ids": ids},
+        {"input_ids": ids, "position_ids": positions},
+        {"inputs_embeds": vectors},
+    ):
+        out = model(attention_mask=mask, output_hidden_states=True, use_cache=False, **given)
+        for row, alone in ((out.logits[:1, 4:], model(short).logits), (out.logits[1:], model(long).logits)):
+            assert (row - alone).abs().max() < 1e-5
+        assert out.hidden_states[-1].shape == (2, 7, 16)
+        assert not torch.equal(out.logits[0, 4:], out.logits[0, :3])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 4] = -100  # it would be predicted from the padding
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    each = [model(part, labels=part).loss * (part.shape[1] - 1) for part in (short, long)]
+    assert torch.allclose(loss, sum(each) / 8, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["positions of the model", "own positions"])
+def test_padding_on_the_left_in_a_decoding_loop_of_ones_own(own: bool) -> None:
+    model = windowed()
+    perturb(apply(model, [PromptTuningCallback(length=3)]), 1.0)
+    ids, mask = torch.tensor([[0, 0, 7, 8, 9, 11], [5, 6, 7, 8, 9, 10]]), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected, cache = model(ids, attention_mask=mask, use_cache=False).logits, None
+    for start, end in ((0, 3), (3, 4), (4, 6)):
+        given = {"position_ids": positions[:, start:end]} if own else {}
+        out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **given)
+        cache = out.past_key_values
+        assert (out.logits[1] - expected[1, start:end]).abs().max() < 1e-5
+        assert (out.logits[0] - expected[0, start:end])[max(0, 2 - start) :].abs().max() < 1e-5
+
+
+def test_attentions_behind_padding_are_those_of_real_positions() -> None:
+    model = windowed(attn_implementation="eager")
+    perturb(apply(model, [PromptTuningCallback(length=3)]), 1.0)
+    short = torch.tensor([[9, 10, 11]])
+    padded = model(
+        F.pad(short, (2, 0)), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]), output_attentions=True
+    ).attentions
+    for one, other in zip(padded, model(short, output_attentions=True).attentions, strict=True):
+        assert (one[..., 2:, 2:] - other).abs().max() < 1e-6
 
 
 def test_embedded_inputs_token_types_positions_and_all_outputs() -> None:

@@ -131,6 +131,24 @@ def test_the_likelihood_part_is_the_plain_loss(tmp_path: Path) -> None:
     assert logged["train/choice_loss"] > 0
 
 
+def test_every_source_is_encoded_once(tmp_path: Path) -> None:
+    model = module().eval()
+    batch = batch_of(tmp_path, model)
+    rows: list[int] = []
+    model.model.get_encoder().register_forward_hook(lambda _host, _args, out: rows.append(len(out[0])))
+    found = model.choice_log_probs(batch)
+    count = batch["choices"].shape[1]
+    assert count > 1
+    assert rows == [len(batch["choices"])]
+    repeated = model.model(
+        input_ids=batch["input_ids"].repeat_interleave(count, 0),
+        attention_mask=batch["attention_mask"].repeat_interleave(count, 0),
+        labels=batch["choices"].flatten(0, 1),
+    ).logits
+    expected = t_few.token_log_probs(repeated.unflatten(0, batch["choices"].shape[:2]), batch["choices"])
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("column", [True, False])
 def test_fit_ranks_and_predicts(column: bool, tmp_path: Path) -> None:
     rows = [{k: v for k, v in row.items() if column or k != "choices"} for row in ROWS]
