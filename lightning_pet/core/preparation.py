@@ -131,7 +131,8 @@ def _resolve(
         return is_shared(target) or any(match(name) for match in matches for name in names)
 
     inside = [t for t in found if wanted(t) or any(is_below(t.module, base) for base in bases)]
-    kept = inside or found
+    # What a place needs around the whole model (the call that a prompt is put before) comes with it.
+    kept = [t for t in found if t in inside or not t.path] if inside else found
     return tuple(kept), bases_around(root, bases, kept)
 
 
