@@ -23,6 +23,7 @@ from lightning_pet.core.adaptation import (
 )
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import described, record_of
+from lightning_pet.core.intact import resizable
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import CHILD, by_delta, canonical, delta_prefix, join
 from lightning_pet.core.outside import mark_anew
@@ -200,9 +201,12 @@ class Controller:
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = self._trained_before() if overridden else None
+            root = root_of(self.module)[1]
+            record = record_of(root)
             if overridden and before is None:
-                show_users_flags(root_of(self.module)[1])  # it may freeze a part, or ask what is frozen
-            out = original(*args, **kwargs)
+                show_users_flags(root)  # it may freeze a part, or ask what is frozen
+            with resizable(root, record is not None and len(self._new) == len(record.applied)):
+                out = original(*args, **kwargs)
             with outside_of_init(dtype):
                 if before is not None:
                     before.check(self.trainer, self.module)
