@@ -283,6 +283,23 @@ def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:
             parameter.requires_grad_(flags[canonical(name)])
 
 
+def show_users_flags(root: nn.Module) -> None:
+    """Let user code see which parameters require a gradient as it left them; :func:`freeze` puts the plan back."""
+    if (record := record_of(root)) is not None:
+        restore_flags(root, record.flags)
+
+
+def note_users_flags(root: nn.Module) -> bool:
+    """Remember which base parameters the user lets train now; whether that is something else than before."""
+    record = record_of(root)
+    if record is None:
+        return False
+    now = {canonical(name): p.requires_grad for name, p in root.named_parameters()}
+    changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
+    record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
+    return changed
+
+
 def changed_buffers(root: nn.Module) -> dict[str, Tensor]:
     """Persistent base buffers that differ from what they were when the first delta was inserted."""
     record = record_of(root)

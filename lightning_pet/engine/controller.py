@@ -12,10 +12,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_pet.core.adaptation import (
     freeze,
     host_parameter,
+    note_users_flags,
     outgrown,
     refresh,
     renew,
     required_gradients,
+    show_users_flags,
     take_out,
     undo,
 )
@@ -203,6 +205,8 @@ class Controller:
             before = self._trained_before() if overridden else None
             root = root_of(self.module)[1]
             record = record_of(root)
+            if overridden and before is None:
+                show_users_flags(root)  # it may freeze a part, or ask what is frozen
             with resizable(root, record is not None and len(self._new) == len(record.applied)):
                 out = original(*args, **kwargs)
             with outside_of_init(dtype):
@@ -226,7 +230,8 @@ class Controller:
         root = root_of(self.module)[1]
         if record_of(root) is None:
             return
-        if outgrown(root) or root is not default_root(self.module)[1]:
+        refrozen = note_users_flags(root)
+        if refrozen or outgrown(root) or root is not default_root(self.module)[1]:
             take_out(root)
             self._new = []
         else:
