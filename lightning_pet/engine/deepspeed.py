@@ -109,8 +109,10 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     # --- optimizers -----------------------------------------------------------------------------------
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
-        """Note whose parameters they hold, before the engine puts partitions in their place."""
+        """Note whose parameters they hold, before the engine puts partitions in their place: of none that is frozen."""
         optim.check(optimizers, module)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         self._names = optim.parameter_names(optimizers, module)
         self._classes = [type(optimizer).__name__ for optimizer in optimizers]
 

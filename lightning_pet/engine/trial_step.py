@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_pet.engine import private
 from lightning_pet.engine.optimizers import collect
 
 LOGS = ("log", "log_dict")
@@ -115,25 +116,20 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            named = kwargs or {}
-            for index, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    value = args[index] if index < len(args) else named.get(argument.name)
-                    for tensor in value if isinstance(value, list | tuple) else (value,):
-                        self._keep(tensor)
+        for tensor in private.written_by(func, args, kwargs or {}):
+            self._keep(tensor)
         return func(*args, **(kwargs or {}))
 
     def _keep(self, tensor: Any) -> None:
         memory = _memory(tensor) if isinstance(tensor, Tensor) else 0
-        if memory in self.known and memory not in self.kept:
+        if memory and memory in self.known and memory not in self.kept:
             own = self.known[memory]
             self.kept[memory] = (own, own.clone())
 
 
 def _memory(tensor: Tensor) -> int:
-    """Identity of the storage behind a tensor and its views."""
-    return int(tensor.untyped_storage()._cdata)
+    """Where the values of a tensor and its views begin; 0 if it has none here."""
+    return tensor.untyped_storage().data_ptr()
 
 
 @contextmanager
