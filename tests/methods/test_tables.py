@@ -68,6 +68,6 @@ def test_a_layer_of_two_inputs_is_no_stack_of_matrices(callback: PETCallback, bi
             return self[0](x, x)
 
     model = Twice(nn.Bilinear(5, 5, 3, bias=bias))
-    with pytest.raises(TargetError, match="3×5×5 in a Bilinear.*cannot be told"):
+    with pytest.raises(TargetError, match=r"3×5×5 in a Bilinear.*cannot be told"):
         apply(model, [callback], forward=lambda: model(torch.randn(2, 5)))
     assert type(model[0]) is nn.Bilinear
