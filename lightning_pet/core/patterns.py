@@ -154,14 +154,10 @@ def check_patterns(option: str, patterns: Mapping[str, V] | None, targets: Seque
     Raises:
         ArgumentError: if one hits none, or only places for which those before it have decided.
     """
-    keys = list(patterns or {})
-    exact = {_exactly(target): i for i, target in enumerate(targets)}
+    keys = [key for key in patterns or {} if not is_place(key)]  # a place decides for itself, here or nowhere
     taken: dict[int, str] = {}
     for key in keys:
-        if key.startswith(_PLACE):
-            hits = [exact[key]] if key in exact else []
-        else:
-            hits = [i for i, target in enumerate(targets) if _names(key, target)]
+        hits = [i for i, target in enumerate(targets) if _names(key, target)]
         if not hits:
             raise ArgumentError(
                 f"{option}: {key!r} hits none of the {len(targets)} targets, the first of which is "

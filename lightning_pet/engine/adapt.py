@@ -20,6 +20,7 @@ from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
+from lightning_pet.engine.unaccompanied import accompany_runs
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.store.reader import Stored, read
 
@@ -139,6 +140,7 @@ def insert_methods(
             raise
         if forward is not None and not of_loss and not structure.failure:
             check_fires([insertion for item in prepared for insertion in item.insertions], structure)
+        accompany_runs()
         commit(root, prepared)
     return pending
 
