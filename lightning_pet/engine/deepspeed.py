@@ -109,10 +109,8 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     # --- optimizers -----------------------------------------------------------------------------------
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
-        """Note whose parameters they hold, before the engine puts partitions in their place: of none that is frozen."""
+        """Note whose parameters they hold, before the engine puts partitions in their place."""
         optim.check(optimizers, module)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         self._names = optim.parameter_names(optimizers, module)
         self._classes = [type(optimizer).__name__ for optimizer in optimizers]
 
@@ -163,6 +161,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
             i: self._kept((key, safe_get_full_optimizer_state(parameters[name], key)) for key in tensors)
             | {key: _copy(flat[key]) for key in rest}  # one counter for all would count every parameter's step
             for i, name in enumerate(flat_names(self._names[0]) if flat else ())
+            if name in parameters  # the engine leaves frozen ones beside the base alone
         }
         positions = iter(range(len(flat_names(self._names[0]))))
         groups = [
@@ -183,6 +182,8 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         example = state["state"][next(iter(state["state"]))]
         self._make_room(inner, example)
         for position, values in state["state"].items():
+            if names[position] not in parameters:
+                continue
             for key in (key for key, value in values.items() if isinstance(value, Tensor) and value.ndim):
                 self._set(parameters[names[position]], values[key], key)
 

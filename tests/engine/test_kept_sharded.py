@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from kept_runs import Averaged, Zipped
-from models import Net, cosine
+from models import Data, Net, cosine, fit, lora
 from two_processes import on_engine
 
 from lightning_pet.engine.delta import load_delta
@@ -36,6 +36,10 @@ def test_they_are_saved_and_come_back(two, kind, base):
     slow = [name for name in states[0] if name.startswith("slow.")]
     assert len(slow) >= 4
     assert all(torch.equal(own[name], states[0][name]) for name in slow)
+    options = {"module": "net"} if kind == "beside" else {"modules_to_save": []}
+    again = base(Net(), cosine)
+    fit(again, lora(**options), ckpt=folder / kind / "step=3.ckpt", data=Data(batch_size=2), max_epochs=1)
+    assert len(again.losses) == 7, "ten batches of two, three steps of which were made"
 
 
 def test_a_base_that_begins_to_change_is_an_error_in_each_process(two):
