@@ -239,6 +239,10 @@ class PETCallback(Callback):
         """Constructor arguments that rebuild this instance; JSON types only."""
         return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
 
+    def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """The same, where options by pattern are in a form that files can hold; see :func:`patterns.settled`."""
+        return self.config()
+
     # --- sizing by a budget ---------------------------------------------------------------------
 
     def set_width(self, width: int) -> None:

@@ -42,7 +42,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     done: list[tuple[str, str]] = []
     try:
         for item in prepared:
-            applied = Applied(item.method.method, item.method.name, item.method.config(), item.targets)
+            applied = Applied(item.method.method, item.method.name, item.method.config_at(item.targets), item.targets)
             applied.trained, applied.readers = item.trained, list(item.readers)
             for insertion, reader in zip(item.insertions, item.readers, strict=True):
                 key = delta_key(item.method, insertion)

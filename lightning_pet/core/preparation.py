@@ -18,6 +18,7 @@ from lightning_pet.core.quantised import check_hosts, check_trains
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.together import check_together
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.delta import Delta
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,7 @@ def _build(
         if target.reads is not None:
             check_attachable(module_at(root, target.reads), target, key)
         check_hosts(insertion.delta, host, target.path, target.parameter)
+        _check_gradient(insertion.delta, host, target)
     trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
@@ -250,6 +252,16 @@ def _build(
         scopes=bases,
         apart=_apart(root, method, targets, bases, structure, twins),
     )
+
+
+def _check_gradient(delta: Delta, host: nn.Module, target: Target) -> None:
+    """Refuse a delta on a weight whose gradient comes in a form that does not pass on to the delta."""
+    if delta.path == "weight" and isinstance(host, nn.Embedding | nn.EmbeddingBag) and host.sparse:
+        raise TargetError(
+            f"{target.path}: the {type(host).__name__} has sparse=True, and a delta on its weight gets no gradient of "
+            f"that form. Set {target.module or 'model'}.sparse = False, which the frozen table does not need, or leave "
+            "it out with exclude_modules."
+        )
 
 
 def _is_copied(target: Target, places: Sequence[Target], twins: Twins) -> bool:

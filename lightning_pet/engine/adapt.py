@@ -177,9 +177,10 @@ def is_applied(root: nn.Module, method: StartingMethod) -> bool:
     for applied in record.applied if record else ():
         if (applied.method, applied.name) == (method.method, method.name):
             method.adopt(applied.config)
-            if applied.config == method.config():
+            config = method.config_at(applied.targets)
+            if applied.config == config:
                 return True
-            differing = [k for k, v in method.config().items() if applied.config.get(k) != v]
+            differing = [k for k, v in config.items() if applied.config.get(k) != v]
             raise ArgumentError(
                 f"{method.method}:{method.name} was applied to this model with other options ({', '.join(differing)}). "
                 "Call remove() first, or give the new one another name."
