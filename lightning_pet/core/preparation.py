@@ -9,6 +9,7 @@ from torch import nn
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.bases import Twins, bases_around, bases_of, frozen_by_user, is_below, twins_of
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
+from lightning_pet.core.hosts import is_made
 from lightning_pet.core.insertion import check_attachable
 from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, module_at, named_modules
@@ -231,7 +232,7 @@ def _build(
         if target.reads is not None:
             check_attachable(module_at(root, target.reads), target, key)
         check_hosts(insertion.delta, host, target.path, target.parameter)
-        _check_gradient(insertion.delta, host, target)
+        _check_weight(insertion.delta, host, target)
     trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
@@ -254,13 +255,20 @@ def _build(
     )
 
 
-def _check_gradient(delta: Delta, host: nn.Module, target: Target) -> None:
-    """Refuse a delta on a weight whose gradient comes in a form that does not pass on to the delta."""
+def _check_weight(delta: Delta, host: nn.Module, target: Target) -> None:
+    """Refuse a delta on a weight that is there during a call only, or whose gradient does not pass on to the delta."""
     if delta.path == "weight" and isinstance(host, nn.Embedding | nn.EmbeddingBag) and host.sparse:
         raise TargetError(
             f"{target.path}: the {type(host).__name__} has sparse=True, and a delta on its weight gets no gradient of "
             f"that form. Set {target.module or 'model'}.sparse = False, which the frozen table does not need, or leave "
             "it out with exclude_modules."
+        )
+    if target.parameter == "weight" and is_made(host) and (delta.path == "weight" or delta.starts_from_weight):
+        raise TargetError(
+            f"{target.path} is made from other parameters for each call (weight norm and the like), so a delta can "
+            "only add to what the layer returns, and this one needs the weight itself: it is DoRA, starts from it "
+            "(init='pissa', 'olora'), or nobody calls the layer as it is. Use LoRA or (IA)³ without these, exclude it "
+            "with exclude_modules, or name what the weight is made from ('parametrizations.weight')."
         )
 
 
