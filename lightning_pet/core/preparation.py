@@ -12,7 +12,7 @@ from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, le
 from lightning_pet.core.hosts import is_made
 from lightning_pet.core.insertion import check_attachable
 from lightning_pet.core.method import Insertion, Method, key_of
-from lightning_pet.core.naming import canonical, join, module_at
+from lightning_pet.core.naming import canonical, join, module_at, named_modules
 from lightning_pet.core.parameters import seen_reader
 from lightning_pet.core.patterns import KINDS, is_role, name_matcher
 from lightning_pet.core.quantised import check_hosts, check_trains
@@ -224,7 +224,7 @@ def _build(
     places = [target for target in targets if target.role != HEAD]
     copied = [target for target in places if _is_copied(target, places, twins)]
     insertions = tuple(method.insertions(root, [target for target in places if target not in copied]))
-    insertions += _mirrored(method, insertions, bases, twins, None if stored is None else copied)
+    insertions += _mirrored(root, method, insertions, bases, twins, None if stored is None else copied)
     for insertion in insertions:
         target, key = insertion.target, delta_key(method, insertion)
         host = module_at(root, target.module)
@@ -279,6 +279,7 @@ def _is_copied(target: Target, places: Sequence[Target], twins: Twins) -> bool:
 
 
 def _mirrored(
+    root: nn.Module,
     method: Method,
     insertions: Sequence[Insertion],
     bases: Sequence[str],
@@ -307,7 +308,9 @@ def _mirrored(
                     f"the parameters of both together, name the original: module={original!r}."
                 )
             continue
-        deltas = deepcopy([i.delta for i in mine])  # together: what they share stays shared
+        # Together: what they share stays shared. What they know of the original is that of the copy.
+        modules, within = named_modules(root), named_modules(module_at(root, original))
+        deltas = deepcopy([i.delta for i in mine], {id(m): modules[join(copy, path)] for path, m in within.items()})
         for place, insertion, delta in zip(places, mine, deltas, strict=True):
             found.append(replace(insertion, target=place, delta=delta.requires_grad_(False)))
     return tuple(found)
