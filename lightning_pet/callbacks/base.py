@@ -18,7 +18,7 @@ from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
-from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.naming import canonical, delta_prefix, join, named_modules
 from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
@@ -42,9 +42,11 @@ class PETCallback(Callback):
 
     Args:
         name: tells two instances of one method apart.
-        module: submodule of the LightningModule to adapt and freeze (default: all of it).
+        module: submodule of the LightningModule to adapt and freeze (default: the pretrained models inside it,
+            else all of it). What lies beside it trains as it does without us.
         modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
-            ``None``: the task head of a classification model is found by itself; ``[]``: none.
+            ``None``: the output layers that a target feeds and that you did not freeze, as far as they can be
+            told; ``[]``: none.
         start_from: delta file or checkpoint whose tensors this method starts from.
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per
@@ -77,6 +79,9 @@ class PETCallback(Callback):
     """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
     thaws: ClassVar[bool] = True
     """Such a method trains a base that is frozen as a whole: that was made ready for it."""
+
+    mirrors: ClassVar[bool] = True
+    """Its deltas can be had twice: a copy of the model that the user keeps (for averages) gets the same, untrained."""
 
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
@@ -171,6 +176,13 @@ class PETCallback(Callback):
             if applied.key == key_of(self)
         ]
 
+    def training_deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
+        """Those of them that train: not the copies in twins, nor those in a part that is in no optimizer."""
+        record = record_of(root)
+        trains = {delta_prefix(name) for name in record.trainable_names} if record else set()
+        ids = {id(module) for path, module in named_modules(root).items() if path in trains}
+        return [(target, delta) for target, delta in self.deltas(root) if id(delta) in ids]
+
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
         return {}
@@ -226,6 +238,10 @@ class PETCallback(Callback):
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
         return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
+
+    def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """The same, where options by pattern are in a form that files can hold; see :func:`patterns.settled`."""
+        return self.config()
 
     # --- sizing by a budget ---------------------------------------------------------------------
 

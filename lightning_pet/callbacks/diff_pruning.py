@@ -80,6 +80,7 @@ class DiffPruningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "diff_pruning"
+    mirrors = False
     shards = True
     figures = ("norm", "density")
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {

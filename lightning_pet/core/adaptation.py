@@ -14,6 +14,7 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.foreign_saves import leave_saves, watch_saves
 from lightning_pet.core.insertion import CHILD, attach, conceal, detach
+from lightning_pet.core.intact import guard, resized, unguard
 from lightning_pet.core.naming import (
     by_delta,
     canonical,
@@ -41,7 +42,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     done: list[tuple[str, str]] = []
     try:
         for item in prepared:
-            applied = Applied(item.method.method, item.method.name, item.method.config(), item.targets)
+            applied = Applied(item.method.method, item.method.name, item.method.config_at(item.targets), item.targets)
             applied.trained, applied.readers = item.trained, list(item.readers)
             for insertion, reader in zip(item.insertions, item.readers, strict=True):
                 key = delta_key(item.method, insertion)
@@ -61,6 +62,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     watch_saves(root)
     if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
         take_out(root, replaced)
+    guard(root, record)
     return record  # type: ignore[no-any-return]
 
 
@@ -167,6 +169,19 @@ def freeze(root: nn.Module) -> None:
             parameter.requires_grad_(id(parameter) in wanted)
 
 
+def leave_out(root: nn.Module, names: Collection[str]) -> None:
+    """Deltas of these names do not train, those that were left out before do again; what else is named is noted."""
+    record = record_of(root)
+    if record is None or (not names and not record.left):
+        return
+    deltas = set(record.delta_names)
+    again = [name for name in record.left if name in deltas and name not in names]
+    own = [name for name in record.trainable_names if name in deltas and name not in names]
+    record.trainable_names = (*dict.fromkeys((*own, *again)), *record.trained_names)
+    record.left = tuple(names)
+    freeze(root)
+
+
 def host_parameter(root: nn.Module, target: Target) -> str:
     """Name of the base parameter that stands for a place: its own, else the nearest one around its module."""
     if target.parameter:
@@ -199,7 +214,7 @@ def outgrown(root: nn.Module) -> bool:
         return False
     tensors, own = dict(named_tensors(root)), set(record.delta_names)
     parameters = {canonical(name) for name, _ in root.named_parameters()} - own
-    return not own <= tensors.keys() or not parameters <= record.flags.keys()
+    return not own <= tensors.keys() or not parameters <= record.flags.keys() or bool(resized(root, record))
 
 
 def refresh(root: nn.Module) -> None:
@@ -250,6 +265,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     record.switch.exposed.clear()
     restore_flags(root, record.flags)
     restore_repacking(root)
+    unguard(root)
     leave_saves(root)
     del root.__dict__[RECORD]
 
@@ -278,6 +294,23 @@ def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:
     for name, parameter in root.named_parameters():
         if canonical(name) in flags and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(flags[canonical(name)])
+
+
+def show_users_flags(root: nn.Module) -> None:
+    """Let user code see which parameters require a gradient as it left them; :func:`freeze` puts the plan back."""
+    if (record := record_of(root)) is not None:
+        restore_flags(root, record.flags)
+
+
+def note_users_flags(root: nn.Module) -> bool:
+    """Remember which base parameters the user lets train now; whether that is something else than before."""
+    record = record_of(root)
+    if record is None:
+        return False
+    now = {canonical(name): p.requires_grad for name, p in root.named_parameters()}
+    changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
+    record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
+    return changed
 
 
 def changed_buffers(root: nn.Module) -> dict[str, Tensor]:

@@ -62,10 +62,13 @@ class Adaptation:
         trainable_names: delta parameters that train, then base parameters that do.
         scopes: submodules whose other parameters are frozen (``""``: everything).
         apart: parts of them that are left to the user, as all outside of them is.
+        left: what was planned, and is in a part that the user gave to no optimizer.
         originals: copies of the base tensors that training may change (trained parameters,
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
         marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
+        sizes: declared sizes of modules that host a delta or train, when that was decided.
+        resizable: they may change at the moment, because the deltas are inserted anew afterwards.
         switch: stands for this root where a thread chooses what acts.
     """
 
@@ -74,9 +77,12 @@ class Adaptation:
     trainable_names: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     marks: dict[str, Mark | None] = field(default_factory=dict)
+    sizes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    resizable: bool = False
     switch: Switch = field(default_factory=Switch)
 
     @property

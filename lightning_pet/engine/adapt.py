@@ -25,6 +25,10 @@ from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.store.reader import Stored, read
 
 _log = logging.getLogger(__name__)
+_OTHER_LOOK = (
+    " This was a step of the module on two rows of the first batch, before the run. Set an example_input_array, so "
+    "that its forward is looked at instead, or call lightning_pet.apply(module, callbacks, forward=…) before the run."
+)
 
 M = TypeVar("M", bound="StartingMethod")
 
@@ -136,7 +140,8 @@ def insert_methods(
             prepared = prepare(root, pending, structure, scopes=scopes)
         except TargetError as error:
             if structure.failure and structure.source == "names":
-                raise type(error)(f"{error} (There are only names to go by: {structure.failure})") from error
+                way = _OTHER_LOOK if of_loss else ""
+                raise type(error)(f"{error} (There are only names to go by: {structure.failure}{way})") from error
             raise
         if forward is not None and not of_loss and not structure.failure:
             check_fires([insertion for item in prepared for insertion in item.insertions], structure)
@@ -177,9 +182,10 @@ def is_applied(root: nn.Module, method: StartingMethod) -> bool:
     for applied in record.applied if record else ():
         if (applied.method, applied.name) == (method.method, method.name):
             method.adopt(applied.config)
-            if applied.config == method.config():
+            config = method.config_at(applied.targets)
+            if applied.config == config:
                 return True
-            differing = [k for k, v in method.config().items() if applied.config.get(k) != v]
+            differing = [k for k, v in config.items() if applied.config.get(k) != v]
             raise ArgumentError(
                 f"{method.method}:{method.name} was applied to this model with other options ({', '.join(differing)}). "
                 "Call remove() first, or give the new one another name."

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_pet.core.applied import Adaptation
 from lightning_pet.core.method import METHODS
 from lightning_pet.core.naming import canonical, named_tensors
+from lightning_pet.core.outside import renormalised
 from lightning_pet.errors import BaseMismatchError, DeltaFileError
 from lightning_pet.store.entry import describe
 from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
@@ -23,6 +24,8 @@ def base_parameters(
 ) -> list[tuple[str, Tensor]]:
     """The frozen base: every parameter that is neither a delta nor trained, each tied tensor once.
 
+    Tables that renormalise themselves are left out: a pristine one and one that was used are the same base.
+
     Args:
         root: the adapted root.
         record: what was applied to it.
@@ -31,6 +34,7 @@ def base_parameters(
     """
     names = set(record.trained_names if trained is None else trained)
     skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
+    skip |= renormalised(root)
     return [
         (canonical(name), record.originals.get(canonical(name), parameter))
         for name, parameter in root.named_parameters()
@@ -102,6 +106,7 @@ def check_base(
     policy: str,
     trained: Iterable[str] | None = None,
     whole: Whole = iter,
+    within: str = "",
 ) -> None:
     """The base must be the one that the delta was trained on.
 
@@ -113,6 +118,7 @@ def check_base(
         policy: ``"error"``, ``"exact"``, ``"warn"`` or ``"off"``: the caller's choice, never the file's.
         trained: base parameters that the stored delta trained (default: those of the record).
         whole: gathers what processes hold parts of.
+        within: path of the part of the root that was the whole root then.
 
     Raises:
         BaseMismatchError: if it is another one and the policy is ``"error"`` or ``"exact"``; if the
@@ -120,7 +126,10 @@ def check_base(
     """
     if policy == "off":
         return
-    result = compare(saved, whole(base_parameters(root, record, trained)), exact=policy == "exact")
+    named = base_parameters(root, record, trained)
+    if within:
+        named = [(n.removeprefix(f"{within}."), tensor) for n, tensor in named if n.startswith(f"{within}.")]
+    result = compare(saved, whole(named), exact=policy == "exact")
     if policy == "exact" and result.verdict not in (Verdict.EXACT, Verdict.DIFFERENT):
         raise BaseMismatchError(
             f"{path}: base_check='exact' cannot be answered: {result.explanation} Save with exact=True (or train with "

@@ -12,15 +12,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_pet.core.adaptation import (
     freeze,
     host_parameter,
+    leave_out,
+    note_users_flags,
     outgrown,
     refresh,
     renew,
     required_gradients,
+    show_users_flags,
     take_out,
     undo,
 )
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.core.applied import described, record_of
+from lightning_pet.core.intact import resizable
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import CHILD, by_delta, canonical, delta_prefix, join
 from lightning_pet.core.outside import mark_anew
@@ -37,6 +41,7 @@ from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.firing import Firing
 from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
+from lightning_pet.engine.left_out import left_out, warn_left_out_deltas
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
 from lightning_pet.engine.rebuilt import Trained
@@ -87,6 +92,7 @@ class Controller:
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
         self._plan: Plan | None = None
+        self._configure: Callable[[], Any] | None = None  # the user's own, while ours is in its place
         self._converts = False  # the precision plug-in replaces layers
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
@@ -170,6 +176,7 @@ class Controller:
             self._after("configure_model", last=True)
         if stage == "fit":
             warn_left_out(self.module, getattr(self.trainer, "datamodule", None))
+            self._configure = self.module.configure_optimizers
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
@@ -198,7 +205,12 @@ class Controller:
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = self._trained_before() if overridden else None
-            out = original(*args, **kwargs)
+            root = root_of(self.module)[1]
+            record = record_of(root)
+            if overridden and before is None:
+                show_users_flags(root)  # it may freeze a part, or ask what is frozen
+            with resizable(root, record is not None and len(self._new) == len(record.applied)):
+                out = original(*args, **kwargs)
             with outside_of_init(dtype):
                 if before is not None:
                     before.check(self.trainer, self.module)
@@ -220,7 +232,8 @@ class Controller:
         root = root_of(self.module)[1]
         if record_of(root) is None:
             return
-        if outgrown(root) or root is not default_root(self.module)[1]:
+        refrozen = note_users_flags(root)
+        if refrozen or outgrown(root) or root is not default_root(self.module)[1]:
             take_out(root)
             self._new = []
         else:
@@ -269,9 +282,8 @@ class Controller:
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
-                self._new += insert_methods(
-                    self.module, self.methods, batch_forward(self.trainer, self.module), of_loss=True
-                )
+                look = batch_forward(self.trainer, self.module, self._configure or self.module.configure_optimizers)
+                self._new += insert_methods(self.module, self.methods, look, of_loss=True)
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
@@ -315,6 +327,7 @@ class Controller:
 
     def _configure_optimizers(self, original: Callable[[], Any]) -> Any:
         record, prefix = self.adapted.record, self.root_path
+        leave_out(self.adapted.root, ())
         freeze(self.adapted.root)
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
@@ -334,9 +347,22 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
-        returned = optim.hold_delta(original(), self.module, delta, hosts, ratios, options)
+        made = original()
+        self._leave_out(optim.collect(made, "param_groups"))
+        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)
         self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
+
+    def _leave_out(self, optimizers: Sequence[Any]) -> None:
+        root = self.adapted.root
+        left = left_out(root, optimizers, self.methods)
+        if not left:
+            return
+        leave_out(root, left)
+        warn_left_out_deltas(root, left)
+        if not self.adapter.shards:
+            self._plan = self.adapted.plan()
+            self.adapter.wrap_again()
 
     def exchange(self, exchanges: Sequence[Exchange]) -> None:
         """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""
@@ -424,3 +450,4 @@ class Controller:
         for undone in reversed(self._undo):
             undone()
         self._undo = []
+        self._configure = None

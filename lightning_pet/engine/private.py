@@ -31,7 +31,7 @@ name                                                      used for
 ``_Loop._data_source``                                    a batch to look at the model with
 ``._log_hyperparams``                                     what Lightning logs of a module and its data, and when it logs
 ``_LoggerConnector.should_update_logs``
-``LBFGS._params``                                         optimizers that use their first group only
+``LBFGS._params``, ``LBFGS._numel_cache``                 optimizers that use their first group only
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``core/graph.py`` and
 ``Node._input_metadata``, ``Node._saved_groups``,         ``core/fused.py``; guarded by ``tests/core/test_graph.py``
 ``Node._saved_weight``, ``torch._C._autograd``
@@ -57,15 +57,15 @@ name                                                      used for
 ``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
-``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
-``aten._local_scalar_dense``
+``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``;
+``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``engine/trial_step.py``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``;
 ``torch.utils._pytree``                                   a step without values, in ``report/rehearsal.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
@@ -285,6 +285,14 @@ def uses_first_group_only(optimizer: Any) -> bool:
     return params is not None and params is optimizer.param_groups[0]["params"]
 
 
+def forget_joint_state(optimizer: Any) -> None:
+    """Let an optimizer that keeps one state for all of its parameters together begin anew with those that it has."""
+    if uses_first_group_only(optimizer):
+        optimizer.state.clear()
+        if hasattr(optimizer, "_numel_cache"):
+            optimizer._numel_cache = None
+
+
 def unscales_itself(optimizer: Any) -> bool:
     """Whether an optimizer takes scaled gradients and unscales them in its step, as fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
@@ -390,3 +398,14 @@ def logged_hyperparameters(trainer: Any) -> dict[str, Any]:
 def logs_this_step(trainer: Any) -> bool:
     """Whether what is logged in this training step reaches the loggers (``log_every_n_steps``)."""
     return bool(trainer._logger_connector.should_update_logs)
+
+
+def written_by(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation of torch writes into, as its schema says; lists of tensors one by one."""
+    schema = operation._schema
+    if not schema.is_mutable:
+        return
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from value if isinstance(value, list | tuple) else (value,)
