@@ -92,6 +92,7 @@ class Controller:
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
         self._plan: Plan | None = None
+        self._configure: Callable[[], Any] | None = None  # the user's own, while ours is in its place
         self._converts = False  # the precision plug-in replaces layers
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
@@ -175,6 +176,7 @@ class Controller:
             self._after("configure_model", last=True)
         if stage == "fit":
             warn_left_out(self.module, getattr(self.trainer, "datamodule", None))
+            self._configure = self.module.configure_optimizers
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
@@ -280,9 +282,8 @@ class Controller:
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
-                self._new += insert_methods(
-                    self.module, self.methods, batch_forward(self.trainer, self.module), of_loss=True
-                )
+                look = batch_forward(self.trainer, self.module, self._configure or self.module.configure_optimizers)
+                self._new += insert_methods(self.module, self.methods, look, of_loss=True)
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
@@ -450,3 +451,4 @@ class Controller:
         for undone in reversed(self._undo):
             undone()
         self._undo = []
+        self._configure = None
