@@ -57,7 +57,7 @@ ENTRIES = [
     Entry("prompt", "prompt_tuning", 3e-2),
     Entry("(IA)³", "ia3", 1e-2),
     Entry("MAM", "mam", 2e-3),
-    Entry("diff pruning", "diff_pruning", 5e-4),
+    Entry("diff pruning", "diff_pruning", 1.5e-3),
     Entry("SAID", "intrinsic_dimension", 1e-2, {"d": 5000}),
 ]
 

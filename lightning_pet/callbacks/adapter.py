@@ -245,7 +245,7 @@ class AdapterCallback(PETCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no adapter dropped."""
         controller = Controller.find(trainer)
-        if self.robust_drop and controller is not None:
+        if self.robust_drop and controller is not None and controller.rules() is not None:  # else it began in setup
             self.drop_first(controller.adapted.root, 0)
         super().on_exception(trainer, pl_module, exception)
 

@@ -30,6 +30,10 @@ from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import read
 
 
+class UnknownAdapterError(ArgumentError, TargetError):
+    """An adapter that this part of the model does not have; another part, or the whole, may have it."""
+
+
 @dataclass(frozen=True)
 class _Trained:
     """An adapter that was trained before.
@@ -38,10 +42,11 @@ class _Trained:
         source: the path or name that the user gave.
         method: short name of its method.
         config: its options.
-        targets: its places, by paths from the adapted root.
-        tensors: its values as delta files hold them, by name from the adapted root, and what trained of the base.
+        targets: its places, by paths from the root that it was trained in.
+        tensors: its values as delta files hold them, by name from that root, and what trained of the base.
         base: fingerprint of its base, if it came from a file.
         key: its key among the applied methods, if it is one of them.
+        within: path of the root that it was trained in from the present one.
     """
 
     source: str
@@ -51,6 +56,7 @@ class _Trained:
     tensors: Mapping[str, Tensor]
     base: Fingerprint | None = None
     key: str | None = None
+    within: str = ""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -168,7 +174,7 @@ class AdapterFusionCallback(PETCallback):
         if self.members is None:
             self._gather(root)
         members = self.members or []
-        found: list[_Trained | None] = [*self._found] or [None] * len(members)
+        found: list[_Trained | None] = [_respelled(one, targets) for one in self._found] or [None] * len(members)
         if self._found and any(parameter.is_meta for parameter in root.parameters()):
             raise ArgumentError(
                 "the model is on the meta device, which cannot keep the adapters' values. Load its weights first."
@@ -228,7 +234,7 @@ class AdapterFusionCallback(PETCallback):
             )
         if found.base is not None:
             record = record_of(root) or Adaptation()
-            check_base(found.base, root, record, found.source, self.base_check, rest)
+            check_base(found.base, root, record, found.source, self.base_check, rest, within=found.within)
 
     # --- when -------------------------------------------------------------------------------------
 
@@ -256,7 +262,7 @@ def _find(root: nn.Module, source: str) -> list[_Trained]:
     named = [a for a in applied if source in (a.name, f"{a.method}:{a.name}")]
     if len(named) != 1:
         known = ", ".join(f"{a.method}:{a.name}" for a in applied) or "none"
-        raise ArgumentError(
+        raise UnknownAdapterError(
             f"adapters: {source!r} is no file, and the name of {len(named) or 'no'} applied adapters; applied are "
             f"{known}. Give the path of a delta file or checkpoint, or one name with its method."
         )
@@ -299,6 +305,21 @@ def _within(target: Target, modules: Mapping[str, nn.Module], prefix: str, sourc
         f"{source} sits at {target.path}, which this model does not have. Fuse adapters in the kind of model that they "
         "were trained in."
     )
+
+
+def _respelled(found: _Trained, targets: Sequence[Target]) -> _Trained:
+    """With names from the present root, where that holds the model that the adapter was trained in."""
+    places = {target.module for target in targets if not is_shared(target)}
+    start = next(iter(found.targets)).module
+    for place in sorted(places, key=len):
+        within = place.removesuffix(start).rstrip(".")
+        if place == join(within, start) and within and {join(within, t.module) for t in found.targets} == places:
+            tensors = {  # what places share is at the root of either
+                name if name.startswith(f"{CHILD}.") else join(within, name): tensor
+                for name, tensor in found.tensors.items()
+            }
+            return replace(found, tensors=tensors, within=within)
+    return found
 
 
 def _places(targets: Sequence[Target]) -> str:

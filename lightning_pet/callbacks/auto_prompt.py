@@ -48,7 +48,8 @@ class AutoPromptCallback(PETCallback):
 
     Raises:
         ArgumentError: if a number is out of range, or an option lacks its tokenizer.
-        UnsupportedStrategyError: if the strategy shards the model over processes.
+        UnsupportedStrategyError: in ``fit``, if the strategy shards the model over processes, or the module optimizes
+            manually, so that its ``training_step`` returns no loss.
 
     Example:
         >>> from lightning_pet import AutoPromptCallback
@@ -145,9 +146,16 @@ class AutoPromptCallback(PETCallback):
                 f"engine's own forward, which {type(trainer.strategy).__name__} does not allow for. Use one device, or "
                 "strategy='ddp'."
             )
+        if stage == "fit":
+            _refuse_manual(pl_module)
         super().setup(trainer, pl_module, stage)
         if self._words is None and self.tokenizer is not None:
             self._words = load_tokenizer(self.tokenizer, "the trigger's text")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look again: the module's own ``setup`` may have chosen manual optimization."""
+        _refuse_manual(pl_module)
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -298,6 +306,15 @@ class _Search:
         chosen, loss = list(self.triggers())[best], float(losses[best]) / self.batches
         self.__init__(self.iteration + 1)  # type: ignore[misc]
         return chosen, loss
+
+
+def _refuse_manual(module: pl.LightningModule) -> None:
+    if not module.automatic_optimization:
+        raise UnsupportedStrategyError(
+            f"{type(module).__name__} optimizes manually (automatic_optimization=False), so there is no one loss "
+            "by which AutoPromptCallback could judge a trigger. Search in a module whose training_step returns the "
+            "loss, and load the delta here; or use PromptTuningCallback, which trains in either."
+        )
 
 
 @contextmanager

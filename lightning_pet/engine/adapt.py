@@ -25,6 +25,10 @@ from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.store.reader import Stored, read
 
 _log = logging.getLogger(__name__)
+_OTHER_LOOK = (
+    " This was a step of the module on two rows of the first batch, before the run. Set an example_input_array, so "
+    "that its forward is looked at instead, or call lightning_pet.apply(module, callbacks, forward=…) before the run."
+)
 
 M = TypeVar("M", bound="StartingMethod")
 
@@ -136,7 +140,8 @@ def insert_methods(
             prepared = prepare(root, pending, structure, scopes=scopes)
         except TargetError as error:
             if structure.failure and structure.source == "names":
-                raise type(error)(f"{error} (There are only names to go by: {structure.failure})") from error
+                way = _OTHER_LOOK if of_loss else ""
+                raise type(error)(f"{error} (There are only names to go by: {structure.failure}{way})") from error
             raise
         if forward is not None and not of_loss and not structure.failure:
             check_fires([insertion for item in prepared for insertion in item.insertions], structure)

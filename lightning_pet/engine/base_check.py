@@ -107,6 +107,7 @@ def check_base(
     policy: str,
     trained: Iterable[str] | None = None,
     whole: Whole = iter,
+    within: str = "",
 ) -> None:
     """The base must be the one that the delta was trained on.
 
@@ -118,6 +119,7 @@ def check_base(
         policy: ``"error"``, ``"exact"``, ``"warn"`` or ``"off"``: the caller's choice, never the file's.
         trained: base parameters that the stored delta trained (default: those of the record).
         whole: gathers what processes hold parts of.
+        within: path of the part of the root that was the whole root then.
 
     Raises:
         ArgumentError: if there is no such policy.
@@ -128,7 +130,10 @@ def check_base(
         raise ArgumentError(f"base_check={policy!r}: use one of {', '.join(map(repr, POLICIES))}.")
     if policy == "off":
         return
-    result = compare(saved, whole(base_parameters(root, record, trained)), exact=policy == "exact")
+    named = base_parameters(root, record, trained)
+    if within:
+        named = [(n.removeprefix(f"{within}."), tensor) for n, tensor in named if n.startswith(f"{within}.")]
+    result = compare(saved, whole(named), exact=policy == "exact")
     if policy == "exact" and result.verdict not in (Verdict.EXACT, Verdict.DIFFERENT):
         raise BaseMismatchError(
             f"{path}: base_check='exact' cannot be answered: {result.explanation} Save with exact=True (or train with "

@@ -41,7 +41,7 @@ from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.firing import Firing
 from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
-from lightning_pet.engine.left_out import left_out, warn_left_out_deltas
+from lightning_pet.engine.left_out import left_out, warn_left_out_deltas, warn_of_frozen_base
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
 from lightning_pet.engine.rebuilt import Trained
@@ -92,6 +92,7 @@ class Controller:
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
         self._plan: Plan | None = None
+        self._configure: Callable[[], Any] | None = None  # the user's own, while ours is in its place
         self._converts = False  # the precision plug-in replaces layers
         self._undo: list[Callable[[], None]] = []
         self._new: list[TrainerMethod] = []  # inserted in this run
@@ -175,6 +176,7 @@ class Controller:
             self._after("configure_model", last=True)
         if stage == "fit":
             warn_left_out(self.module, getattr(self.trainer, "datamodule", None))
+            self._configure = self.module.configure_optimizers
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_delta_precision(self.trainer)
@@ -280,9 +282,8 @@ class Controller:
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
-                self._new += insert_methods(
-                    self.module, self.methods, batch_forward(self.trainer, self.module), of_loss=True
-                )
+                look = batch_forward(self.trainer, self.module, self._configure or self.module.configure_optimizers)
+                self._new += insert_methods(self.module, self.methods, look, of_loss=True)
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
@@ -346,6 +347,7 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
+        warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
         returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)
@@ -449,3 +451,4 @@ class Controller:
         for undone in reversed(self._undo):
             undone()
         self._undo = []
+        self._configure = None

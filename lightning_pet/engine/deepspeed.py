@@ -161,6 +161,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
             i: self._kept((key, safe_get_full_optimizer_state(parameters[name], key)) for key in tensors)
             | {key: _copy(flat[key]) for key in rest}  # one counter for all would count every parameter's step
             for i, name in enumerate(flat_names(self._names[0]) if flat else ())
+            if name in parameters  # the engine leaves frozen ones beside the base alone
         }
         positions = iter(range(len(flat_names(self._names[0]))))
         groups = [
@@ -181,6 +182,8 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         example = state["state"][next(iter(state["state"]))]
         self._make_room(inner, example)
         for position, values in state["state"].items():
+            if names[position] not in parameters:
+                continue
             for key in (key for key, value in values.items() if isinstance(value, Tensor) and value.ndim):
                 self._set(parameters[names[position]], values[key], key)
 

@@ -57,15 +57,15 @@ name                                                      used for
 ``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
-``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``
-``aten._local_scalar_dense``
+``torch.utils._python_dispatch``,                         masks on the meta device, in ``core/inputs.py``;
+``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``engine/trial_step.py``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``;
 ``torch.utils._pytree``                                   a step without values, in ``report/rehearsal.py``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
@@ -398,3 +398,14 @@ def logged_hyperparameters(trainer: Any) -> dict[str, Any]:
 def logs_this_step(trainer: Any) -> bool:
     """Whether what is logged in this training step reaches the loggers (``log_every_n_steps``)."""
     return bool(trainer._logger_connector.should_update_logs)
+
+
+def written_by(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation of torch writes into, as its schema says; lists of tensors one by one."""
+    schema = operation._schema
+    if not schema.is_mutable:
+        return
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from value if isinstance(value, list | tuple) else (value,)

@@ -1,7 +1,7 @@
 """Which module of what the user hands over is adapted, and how it is fed for a look at its structure."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,9 +13,8 @@ from lightning_pet.core.applied import adapted_root
 from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.targets import suggest
 from lightning_pet.engine import private
+from lightning_pet.engine.trial_step import LOGS, nothing, on_trial, replaced
 from lightning_pet.errors import TargetError
-
-_LOGS = ("log", "log_dict")
 
 
 def default_root(model: nn.Module) -> tuple[str, nn.Module]:
@@ -74,32 +73,29 @@ def example_forward(model: nn.Module) -> Callable[[], Any] | None:
     return lambda: model(example)
 
 
-def batch_forward(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], Any]:
+def batch_forward(trainer: pl.Trainer, module: pl.LightningModule, configure: Callable[[], Any]) -> Callable[[], Any]:
     """A silent ``training_step`` (or ``predict_step``) on a few rows of the run's first batch.
 
     The last resort, for models that have neither dummy inputs nor familiar names: it calls user code.
+
+    Args:
+        trainer: the Trainer of the run.
+        module: its LightningModule.
+        configure: the user's own ``configure_optimizers``, for a step that asks for optimizers.
     """
 
     def forward() -> Any:
         batch = _first_batch(private.loader_of_run(trainer))
         step = module.predict_step if trainer.state.fn == TrainerFn.PREDICTING else module.training_step
-        with silenced(module):
-            return step(_first_rows(batch, 2), 0)
+        with on_trial(module, configure) as losses:
+            return step(_first_rows(batch, 2), 0), losses
 
     return forward
 
 
-@contextmanager
-def silenced(module: pl.LightningModule) -> Iterator[None]:
+def silenced(module: pl.LightningModule) -> AbstractContextManager[None]:
     """Within the block ``module.log`` does nothing."""
-    logs: dict[str, Any] = {name: module.__dict__[name] for name in _LOGS if name in module.__dict__}
-    module.__dict__.update(dict.fromkeys(_LOGS, lambda *args, **kwargs: None))
-    try:
-        yield
-    finally:
-        for name in _LOGS:
-            del module.__dict__[name]
-        module.__dict__.update(logs)
+    return replaced(module, dict.fromkeys(LOGS, nothing))
 
 
 def _first_batch(loader: Any) -> Any:

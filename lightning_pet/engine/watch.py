@@ -146,7 +146,7 @@ class Watch:
             raise PETError(
                 f"{when}: frozen tensors of the base {verb}: {shown(full)}. A checkpoint holds the delta and what "
                 "trains by the plan, so this would be lost, and the delta would fit no base. "
-                f"{self._suspects()} Leave the base alone there; or let it train by the plan (modules_to_save, "
+                f"{self._suspects()}Leave the base alone there; or let it train by the plan (modules_to_save, "
                 "LayerFreezingCallback, FullFineTuningCallback); or, if it is a copy that the module keeps itself, "
                 "name the base with module='…', so that the copy lies beside it and is saved."
             )
@@ -183,7 +183,7 @@ class Watch:
 
     def _suspects(self) -> str:
         found = list(_writers(self._run.module, self._run.trainer.callbacks))  # type: ignore[attr-defined]
-        return f"Code that runs between the steps: {', '.join(found)}." if found else ""
+        return f"Code that runs between the steps: {', '.join(found)}. " if found else ""
 
     # --- optimizers ---------------------------------------------------------------------------------
 
