@@ -101,7 +101,7 @@ def left_output(root: nn.Module, bases: Sequence[str], targets: Sequence[Target]
     hosts = () if in_place else targets
     frozen = frozen_by_user(root)
     own = [join(name, canonical(n)) for n, _ in last.named_parameters()]
-    if not fed or not _is_small(last) or _is_vocabulary(root, last) or frozen.issuperset(own):
+    if not fed or not is_small(last) or _is_vocabulary(root, last) or frozen.issuperset(own):
         return None
     return None if any(is_below(target.module, name) for target in hosts) else name
 
@@ -169,7 +169,7 @@ def _last_layer(path: str, module: nn.Module) -> str | None:
     if children:
         name, last = children[-1]
         return _last_layer(join(path, name), last)
-    return path if path and any(p.dim() > 1 for p in module.parameters()) and _is_small(module) else None
+    return path if path and any(p.dim() > 1 for p in module.parameters()) and is_small(module) else None
 
 
 def _whole(root: nn.Module, base: str, path: str, hosts: Sequence[Target]) -> str | None:
@@ -178,13 +178,13 @@ def _whole(root: nn.Module, base: str, path: str, hosts: Sequence[Target]) -> st
     if any(is_below(target.module, path) for target in hosts) or _is_vocabulary(root, modules[path]):
         return None
     while "." in path and (around := path.rpartition(".")[0]) != base:
-        if any(is_below(target.module, around) for target in hosts) or not _is_small(modules[around]):
+        if any(is_below(target.module, around) for target in hosts) or not is_small(modules[around]):
             break
         path = around
     return path
 
 
-def _is_small(module: nn.Module) -> bool:
+def is_small(module: nn.Module) -> bool:
     """No more than a few projections: what people put on top of a model."""
     matrices = [p for p in module.parameters() if p.dim() > 1]
     parts = (nn.Embedding, nn.MultiheadAttention, nn.RNNBase)

@@ -41,7 +41,7 @@ from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.firing import Firing
 from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
-from lightning_pet.engine.left_out import left_out, warn_left_out_deltas
+from lightning_pet.engine.left_out import left_out, warn_left_out_deltas, warn_of_frozen_base
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
 from lightning_pet.engine.rebuilt import Trained
@@ -347,6 +347,7 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
+        warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
         returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)

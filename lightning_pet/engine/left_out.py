@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.core.applied import Adaptation, Applied, record_of
-from lightning_pet.core.heads import HEAD, parameters_below
+from lightning_pet.core.bases import is_below
+from lightning_pet.core.heads import HEAD, is_small, parameters_below
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import CHILD, canonical, delta_prefix, join
 from lightning_pet.engine.parameter_groups import shown
@@ -60,6 +61,30 @@ def _own(root: nn.Module, record: Adaptation, applied: Applied, method: Any) -> 
     names = [*applied.trained, *(name for name in record.delta_names if delta_prefix(name) in prefixes)]
     trains = set(record.trainable_names)
     return [name for name in names if name in trains and name not in sure and _part(name) not in heads]
+
+
+def warn_of_frozen_base(root: nn.Module, prefix: str, methods: Sequence[Any]) -> None:
+    """A frozen base is ready to be adapted, or a teacher beside the network that was meant: say which was taken."""
+    record = record_of(root)
+    if record is None or "" in record.scopes or any(method.module is not None for method in methods):
+        return
+    if any(trains for name, trains in record.flags.items() if record.in_base(name)):
+        return
+    networks = [
+        name
+        for name, child in root.named_children()
+        if not any(is_below(scope, name) for scope in record.scopes)
+        and any(p.requires_grad for p in child.parameters())
+        and not is_small(child)
+    ]
+    if networks:
+        children = dict(root.named_children())
+        networks.sort(key=lambda name: -sum(p.numel() for p in children[name].parameters()))
+        largest = join(prefix, networks[0])
+        rank_zero_warn(
+            f"{shown(record.scopes)}, which you froze, is what is adapted; {shown(networks)} trains as without a "
+            f"callback. If {largest} is what you mean to adapt, name it: module={largest!r}."
+        )
 
 
 def _part(name: str) -> str:

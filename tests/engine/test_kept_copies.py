@@ -6,6 +6,7 @@ from models import Data, Module, Net, ckpt, cosine, digest, every_step, fit, lor
 from torch import nn
 
 from lightning_pet.callbacks.bitfit import BitFitCallback
+from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.core.adapted import Adapted
 from lightning_pet.engine.adapt import apply
 from lightning_pet.engine.delta import load_delta, load_from_checkpoint, save_delta
@@ -169,6 +170,49 @@ def test_what_a_shell_holds_beside_its_net(tmp_path):
     assert digest(fresh) == digest(module)
     load_delta(net := Net(1), ckpt(tmp_path, 5))
     assert digest(net) == digest(module.net)
+
+
+class Zipped(Momentum):
+    """Names no base: the average is a copy within it, updated over ``zip(parameters())``, its deltas too."""
+
+    def __init__(self, update):
+        super().__init__(update)
+        self.slow.load_state_dict(self.net.state_dict())
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for slow, fast in zip(self.slow.parameters(), self.net.parameters(), strict=True):
+            self.update(slow, fast)
+
+
+def bitfit():
+    return BitFitCallback(verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("methods", "update"),
+    [
+        (lambda: [lora(dropout=0.2)], in_place),
+        (lambda: [lora(use_dora=True), bitfit()], through_data),
+        (lambda: [lora()], new_memory),
+        (lambda: [bitfit()], in_place),
+        (lambda: [FullFineTuningCallback(verbose=False)], in_place),
+    ],
+    ids=["lora", "dora and bitfit", "new memory", "bitfit", "full"],
+)
+def test_a_copy_of_the_base_over_all_parameters(methods, update, tmp_path):
+    module, again, fresh, other = (Zipped(update) for _ in range(4))
+    fit(module, *methods(), every_step(tmp_path))
+    assert not any(p.requires_grad for p in module.slow.parameters())
+    start = dict(Net(1, norm=True).named_parameters())
+    named = dict(module.slow.named_parameters())
+    assert any(not torch.equal(p, start[n]) if n in start else n.endswith(".b") and p.any() for n, p in named.items())
+    fit(again, *methods(), ckpt=ckpt(tmp_path, 3))
+    assert again.losses == module.losses[3:]
+    load_delta(fresh, ckpt(tmp_path, 10))
+    save_delta(module, tmp_path / "x.pet.safetensors")
+    load_delta(other, tmp_path / "x.pet.safetensors")
+    assert digest(again) == digest(fresh) == digest(other) == digest(module)
 
 
 def test_averages_of_lightning_beside_one_of_the_module(tmp_path):

@@ -179,6 +179,35 @@ def test_a_teacher_under_no_grad_joins_no_optimizer():
     assert not any("received no gradient" in str(w.message) for w in seen)
 
 
+class Pupil(L.LightningModule):
+    """A network of the user's own beside a pretrained model that he froze."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.bert, self.table = bert().requires_grad_(False), nn.Embedding(17, 8)
+        self.own = nn.Sequential(*[nn.Linear(8, 8) for _ in range(depth)], nn.Linear(8, 3))
+        if depth == 1:
+            del self.table
+
+    def training_step(self, batch, batch_idx):
+        read = self.bert.bert(batch[0]).last_hidden_state
+        read = read + self.table(batch[0]) if hasattr(self, "table") else read
+        return F.cross_entropy(self.own(read.mean(1)), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize(("depth", "module", "said"), [(6, None, True), (6, "bert", False), (1, None, False)])
+def test_a_frozen_model_beside_a_network_is_named_as_what_is_adapted(depth, module, said):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(Pupil(depth), TEXT, lp.LoRACallback(r=2, module=module, verbose=False))
+    found = [str(w.message) for w in seen if "which you froze, is what is adapted" in str(w.message)]
+    assert bool(found) == said
+    assert all("module='own'" in text and "table" in text for text in found)
+
+
 # --- copies that refer to what they were copied from ------------------------------------------------------
 
 
