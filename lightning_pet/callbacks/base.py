@@ -19,6 +19,7 @@ from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
 from lightning_pet.core.naming import canonical, delta_prefix, join, named_modules
+from lightning_pet.core.option_types import checked
 from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
@@ -86,6 +87,7 @@ class PETCallback(Callback):
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
 
+    @checked
     def __init__(
         self,
         *,
@@ -103,7 +105,7 @@ class PETCallback(Callback):
         super().__init__()
         if unknown:
             raise ArgumentError(unknown_option(type(self).__name__, next(iter(unknown)), self.options()))
-        if not name or not name.isidentifier() or len(name) > 64:
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > 64:
             raise ArgumentError(
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
             )
@@ -111,7 +113,7 @@ class PETCallback(Callback):
             raise ArgumentError(f"base_check={base_check!r}: use 'error', 'exact', 'warn' or 'off'.")
         if budget is not None and self.width is None:
             raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
-        if budget is not None and not 0 < budget <= 1:
+        if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
         for figure in scalars or ():
             if figure not in self.figures:
@@ -132,6 +134,8 @@ class PETCallback(Callback):
         super().__init_subclass__(**kwargs)
         if "method" in cls.__dict__:
             METHODS[cls.method] = cls
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     # --- what a method answers ------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """LoRA and its variants (Hu et al. 2021)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
@@ -120,6 +120,14 @@ class LoRACallback(PETCallback):
         self._validate()
 
     def _validate(self) -> None:
+        for label, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if patterns is not None and not (
+                isinstance(patterns, Mapping) and all(isinstance(k, str) for k in patterns)
+            ):
+                raise ArgumentError(
+                    f"{label}={patterns!r}: a number for each pattern is wanted, e.g. {{'attention.q': 4}}."
+                )
+            setattr(self, label, None if patterns is None else dict(patterns))  # files hold no other mapping
         for label, rank in [
             ("r", self.r),
             *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items()),
@@ -128,7 +136,7 @@ class LoRACallback(PETCallback):
                 raise ArgumentError(f"{label}={rank}: the rank must be a positive integer, e.g. r=8.")
         alphas = [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in (self.alpha_pattern or {}).items())]
         for label, alpha in alphas:
-            if not math.isfinite(alpha) or alpha <= 0:
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
                 raise ArgumentError(f"{label}={alpha}: must be a positive number; 2·r is a usual choice.")
         if not 0 <= self.dropout < 1:
             raise ArgumentError(f"dropout={self.dropout}: a probability in [0, 1), e.g. 0.05.")

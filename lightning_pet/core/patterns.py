@@ -47,7 +47,10 @@ def listed(patterns: Sequence[str] | str) -> list[str]:
         raise ArgumentError(
             f"{patterns!r} names nothing: give a list of names or patterns, or a string with commas between them."
         )
-    return list(patterns)
+    found = list(patterns)
+    if odd := [name for name in found if not isinstance(name, str)]:
+        raise ArgumentError(f"{odd[0]!r} names nothing: names and patterns are text.")
+    return found
 
 
 def listed_if_given(patterns: Sequence[str] | str | None) -> list[str] | None:

@@ -1,7 +1,7 @@
 """What a run compares before it uses a saved delta: its base, and the methods of a checkpoint."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from lightning_pet.core.applied import Adaptation
 from lightning_pet.core.method import METHODS
 from lightning_pet.core.naming import canonical, named_tensors
 from lightning_pet.core.outside import renormalised
-from lightning_pet.errors import BaseMismatchError, DeltaFileError
+from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError
 from lightning_pet.store.entry import describe
 from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
 
+POLICIES: Final = ("error", "exact", "warn", "off")
 Named = Iterable[tuple[str, Tensor]]
 Whole = Callable[[Named], Named]
 """Gives each of the named tensors whole, one after the other, where processes hold parts of them."""
@@ -121,9 +122,12 @@ def check_base(
         within: path of the part of the root that was the whole root then.
 
     Raises:
+        ArgumentError: if there is no such policy.
         BaseMismatchError: if it is another one and the policy is ``"error"`` or ``"exact"``; if the
             policy is ``"exact"`` and that cannot be told.
     """
+    if policy not in POLICIES:  # "off" by a slip of the pen would be silence
+        raise ArgumentError(f"base_check={policy!r}: use one of {', '.join(map(repr, POLICIES))}.")
     if policy == "off":
         return
     named = base_parameters(root, record, trained)
