@@ -122,6 +122,8 @@ class PETCallback(Callback):
         self.name = name
         self.module = module
         self.modules_to_save = listed_if_given(modules_to_save)
+        if "" in (self.modules_to_save or ()):  # every name ends with it
+            raise ArgumentError("modules_to_save: '' names nothing; [] means none, FullFineTuningCallback trains all.")
         self.start_from = start_from
         self.base_check = base_check
         self.budget = budget

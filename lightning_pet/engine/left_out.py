@@ -74,7 +74,7 @@ def warn_of_frozen_base(root: nn.Module, prefix: str, methods: Sequence[Any]) ->
         name
         for name, child in root.named_children()
         if not any(is_below(scope, name) for scope in record.scopes)
-        and any(p.requires_grad for p in child.parameters())
+        and any(p.requires_grad and p.dim() > 1 for p in child.parameters())
         and not is_small(child)
     ]
     if networks:

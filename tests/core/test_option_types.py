@@ -36,6 +36,7 @@ def test_every_switch_and_number(cls, option, kind):
         {"alpha_pattern": {"q": "4"}},
         {"target_modules": [None]},
         {"target_modules": [["q"]]},
+        {"modules_to_save": [""]},
         {"name": 3},
         {"budget": "0.1"},
     ],

@@ -188,6 +188,7 @@ class Pupil(L.LightningModule):
         self.own = nn.Sequential(*[nn.Linear(8, 8) for _ in range(depth)], nn.Linear(8, 3))
         if depth == 1:
             del self.table
+            self.norm = nn.LayerNorm(8)
 
     def training_step(self, batch, batch_idx):
         read = self.bert.bert(batch[0]).last_hidden_state
