@@ -1,6 +1,6 @@
 """Plan and build: everything that can fail, before anything is changed."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -29,6 +29,7 @@ class Prepared:
         insertions: the deltas and their places.
         readers: path of the module that reads each place's parameter, or ``None``.
         trained: base parameters that train as they are.
+        readings: see :attr:`~lightning_pet.core.applied.Applied.readings`.
         scopes: the base of this method; the rest of the model is left to the user.
         apart: parts of the base that are left to the user, too.
     """
@@ -38,6 +39,7 @@ class Prepared:
     insertions: tuple[Insertion, ...]
     readers: tuple[str | None, ...]
     trained: tuple[str, ...]
+    readings: Mapping[str, str | None]
     scopes: tuple[str, ...]
     apart: tuple[str, ...]
 
@@ -234,9 +236,23 @@ def _build(
             for insertion in insertions
         ),
         trained=trained,
+        readings=_readings(root, trained, structure) if getattr(method, "thaws", True) else {},
         scopes=bases,
         apart=_apart(root, method, targets, bases, structure),
     )
+
+
+def _readings(root: nn.Module, trained: Sequence[str], structure: Structure | None) -> dict[str, str | None]:
+    """Who reads what trains in place, as far as is known."""
+    called = None if structure is None else structure.called
+    found: dict[str, str | None] = {}
+    for name in trained:
+        path, _, own = name.rpartition(".")
+        reader = seen_reader(root, Target(path, own), structure)
+        by = path if reader is None else reader
+        if by in called if called is not None else by:  # nothing tells of a root by which of its methods it is run
+            found[name] = reader
+    return found
 
 
 def _awake(

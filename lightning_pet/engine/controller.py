@@ -26,6 +26,7 @@ from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import CHILD, by_delta, canonical, delta_prefix, join, named_tensors
 from lightning_pet.core.outside import mark_anew
 from lightning_pet.core.plan import Plan
+from lightning_pet.core.widening import narrow, widen
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
@@ -39,7 +40,7 @@ from lightning_pet.engine.firing import Firing
 from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
+from lightning_pet.engine.precision import keep_precision, warn_of_rounding
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
@@ -172,7 +173,7 @@ class Controller:
             warn_left_out(self.module, getattr(self.trainer, "datamodule", None))
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
-        keep_delta_precision(self.trainer)
+        keep_precision(self.trainer, self.adapter.widens)
         install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
         keep_last_linked(self.trainer)
         trainer = self.trainer
@@ -258,6 +259,7 @@ class Controller:
             return False
         root = root_of(self.module)[1]
         freeze(root)
+        widen(root) if self.adapter.widens else narrow(root)
         if last and self.trainer.state.fn == TrainerFn.FITTING:
             refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)

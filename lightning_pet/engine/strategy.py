@@ -82,6 +82,9 @@ class StrategyAdapter(Generic[S]):
     passes_over = True
     """Whether its optimizers leave a parameter as it is that has no gradient in a step."""
 
+    widens = True
+    """Whether what trains in place may have another precision than the frozen parameters beside it."""
+
     keeps_masters = False
     """Whether its optimizers step float32 copies of what trains in half precision."""
 
