@@ -8,7 +8,7 @@ from torch import nn
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.bases import bases_around, bases_of, frozen_by_user, is_below, twins_of
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
-from lightning_pet.core.insertion import check_attachable
+from lightning_pet.core.insertion import check_attachable, reader_of
 from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, module_at
 from lightning_pet.core.parameters import seen_reader
@@ -224,9 +224,11 @@ def _build(
     for name in trained:
         check_trains(name, parameters[name])
     places = [insertion.target for insertion in insertions]
+    readings = _readings(root, trained, targets, structure) if getattr(method, "thaws", True) else {}
     # Places without a delta are kept, so that loading finds again what trains as it is.
     inserted = set(places)
-    places += [t for t in targets if t not in inserted and not is_shared(t) and _trains(trained, t)]
+    bare = [t for t in targets if t not in inserted and not is_shared(t) and _trains(trained, t)]
+    places += [_with_reader(root, target, readings.get(target.path)) for target in bare]
     return Prepared(
         method=method,
         targets=tuple(places),
@@ -236,23 +238,34 @@ def _build(
             for insertion in insertions
         ),
         trained=trained,
-        readings=_readings(root, trained, structure) if getattr(method, "thaws", True) else {},
+        readings=readings,
         scopes=bases,
         apart=_apart(root, method, targets, bases, structure),
     )
 
 
-def _readings(root: nn.Module, trained: Sequence[str], structure: Structure | None) -> dict[str, str | None]:
+def _readings(
+    root: nn.Module, trained: Sequence[str], targets: Sequence[Target], structure: Structure | None
+) -> dict[str, str | None]:
     """Who reads what trains in place, as far as is known."""
     called = None if structure is None else structure.called
+    stored = {target.path: target.reads for target in targets if target.parameter}
     found: dict[str, str | None] = {}
     for name in trained:
         path, _, own = name.rpartition(".")
-        reader = seen_reader(root, Target(path, own), structure)
+        reader = stored.get(name)
+        reader = seen_reader(root, Target(path, own), structure) if reader is None else reader
         by = path if reader is None else reader
         if by in called if called is not None else by:  # nothing tells of a root by which of its methods it is run
             found[name] = reader
     return found
+
+
+def _with_reader(root: nn.Module, place: Target, reader: str | None) -> Target:
+    """A place whose parameter is read by another module, of which only a forward tells."""
+    if not place.parameter or reader is None or reader == reader_of(root, place, None):
+        return place
+    return replace(place, reads=reader)
 
 
 def _awake(

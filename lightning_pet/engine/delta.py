@@ -285,7 +285,8 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
 
 def _held_wider(stored: Stored) -> set[str]:
     """Base tensors that a file holds in more than the half precision of the base that it was trained on."""
-    half = stored.base is not None and stored.base.dtypes.keys() & {"BF16", "F16"}
+    # Where all of the base trained, nothing is left that tells; a part may have stayed in half precision.
+    half = stored.base is not None and (not stored.base.dtypes or stored.base.dtypes.keys() & {"BF16", "F16"})
     return {name for name, tensor in stored.tensors.items() if half and tensor.dtype.itemsize > 2}
 
 
