@@ -51,6 +51,7 @@ from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.engine.table import show_plan
 from lightning_pet.engine.watch import Watch, refuse_meddlers
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.store.reader import read
 
 _ATTRIBUTE = "_pet_controller"
@@ -173,7 +174,7 @@ class Controller:
             warn_left_out(self.module, getattr(self.trainer, "datamodule", None))
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
-        keep_precision(self.trainer, self.adapter.widens)
+        keep_precision(self.trainer, self.adapter)
         install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
         keep_last_linked(self.trainer)
         trainer = self.trainer
@@ -259,7 +260,11 @@ class Controller:
             return False
         root = root_of(self.module)[1]
         freeze(root)
-        widen(root) if self.adapter.widens else narrow(root)
+        self.adapter.settle()
+        if not self.adapter.widens:
+            narrow(root)
+        elif not holds_parts(root):  # else as the engine moves it: see keep_precision
+            widen(root)
         if last and self.trainer.state.fn == TrainerFn.FITTING:
             refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)

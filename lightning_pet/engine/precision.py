@@ -1,6 +1,7 @@
 """Keeps what trains in the precision it was made in, whatever the base is cast to."""
 
 from itertools import chain
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 from lightning_pet.core.applied import adapted_roots
 from lightning_pet.core.widening import is_narrow, narrow, trained_in_place, widen
 from lightning_pet.engine.parameter_groups import shown, trainable_of
+from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded
 
 
-def keep_precision(trainer: pl.Trainer, widens: bool) -> None:
+def keep_precision(trainer: pl.Trainer, adapter: StrategyAdapter[Any]) -> None:
     """Make ``precision='bf16-true'`` (or ``'16-true'``) cast what is frozen only.
 
     Updates are far smaller than values: in bfloat16 most of them round to nothing. The values are put aside during
@@ -21,7 +23,7 @@ def keep_precision(trainer: pl.Trainer, widens: bool) -> None:
 
     Args:
         trainer: the Trainer.
-        widens: what trains in place may have another precision than the base, as deltas have.
+        adapter: of its strategy.
     """
     plugin = trainer.precision_plugin
     if "convert_module" in plugin.__dict__:
@@ -32,7 +34,7 @@ def keep_precision(trainer: pl.Trainer, widens: bool) -> None:
         deltas = [part for m in module.modules() if isinstance(m, Delta) for part in m.modules()]
         parameters = [(part, name, p.data) for part in deltas for name, p in part.named_parameters(recurse=False)]
         buffers = [(part, name, b) for part in deltas for name, b in part.named_buffers(recurse=False)]
-        roots = list(adapted_roots(module).values()) if widens else []
+        roots = list(adapted_roots(module).values()) if adapter.widens else []
         in_place = [{name: p.data for name, p in trained_in_place(root).items()} for root in roots]
         module = original(module)
         for part, name, data in parameters:
@@ -42,7 +44,7 @@ def keep_precision(trainer: pl.Trainer, widens: bool) -> None:
             if _narrowed(now := part.get_buffer(name), buffer):
                 part._buffers[name] = buffer.to(now.device)
         for root, values in zip(roots, in_place, strict=True):
-            _widen(root, values)
+            _widen(root, values, anew=not adapter.has_run(root))
         if any(is_sharded(data) for data in chain((d for _, _, d in parameters), *(v.values() for v in in_place))):
             module.to(trainer.strategy.root_device)  # FSDP2 looks for new parameters whenever a module moves
         return module
@@ -50,10 +52,11 @@ def keep_precision(trainer: pl.Trainer, widens: bool) -> None:
     plugin.convert_module = convert_module  # type: ignore[method-assign]
 
 
-def _widen(root: nn.Module, values: dict[str, Tensor]) -> None:
-    widen(root, {name: data if data.dtype.itemsize > 2 else data.float() for name, data in values.items()})
+def _widen(root: nn.Module, values: dict[str, Tensor], anew: bool) -> None:
+    wide = {name: data for name, data in values.items() if not is_narrow(data)}
+    widen(root, wide, None if anew else wide)
     left = trained_in_place(root).values()
-    # What is sharded together must have one precision, if only in place of the base.
+    # What trains in parts must have one precision within a unit.
     if any(is_sharded(p) for p in left) and any(is_narrow(p) for p in left):
         narrow(root)
 
