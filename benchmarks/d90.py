@@ -72,14 +72,15 @@ class Task:
         return model
 
     def __call__(self, d: int | None, seed: int) -> float:
-        """Accuracy after tuning."""
+        """Accuracy after tuning; of the network as it is for d = 0."""
         model, rate = self.base(seed), FULL_RATE
-        if d is not None:
+        if d:
             apply(model, [IntrinsicDimensionCallback(d=d, structure_aware=False, seed=seed)])
             # So that a step moves a weight of the middle layer as far as in full fine-tuning, within bounds.
             rate = min(FULL_RATE * math.sqrt(WIDTH * WIDTH / d), LARGEST_RATE)
         x, y, unseen, answers = self.data
-        train(model, x, y, rate, self.steps, seed)
+        if d != 0:
+            train(model, x, y, rate, self.steps, seed)
         with torch.no_grad():
             return float((model(unseen).argmax(-1) == answers).float().mean())
 

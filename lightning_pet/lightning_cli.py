@@ -192,11 +192,12 @@ def measure_dimension(options: Namespace, arguments: list[str]) -> None:
         def measure(d: int | None, seed: int) -> float:
             own = [] if d is not None else options.full
             method: PETCallback = FullFineTuningCallback(verbose=False)
-            if d is not None:
+            if d:
                 method = IntrinsicDimensionCallback(d=d, structure_aware=not options.did, seed=seed, verbose=False)
             run = _OneRun(method, metric, [*arguments, *own, f"--seed_everything={seed}"])
-            run.trainer.fit(run.model, datamodule=run.datamodule)
-            rank_zero_info(f"{'full fine-tuning' if d is None else f'd={d}'}, seed {seed}: {run.recorder.best:.4f}")
+            (run.trainer.validate if d == 0 else run.trainer.fit)(run.model, datamodule=run.datamodule)
+            label = {None: "full fine-tuning", 0: "untrained"}.get(d, f"d={d}")
+            rank_zero_info(f"{label}, seed {seed}: {run.recorder.best:.4f}")
             return run.recorder.best
 
         names = ("seeds", "smallest", "largest", "share", "resolution")

@@ -76,6 +76,7 @@ class AdaLoRACallback(PETCallback):
     """
 
     method: ClassVar[str] = "adalora"
+    mirrors = False
     width: ClassVar[str | None] = "init_r"
     shards = True
     figures = ("norm", "rank")

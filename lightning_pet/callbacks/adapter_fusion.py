@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.applied import Adaptation, record_of
-from lightning_pet.core.heads import find_heads, parameters_below
+from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Insertion, Method
 from lightning_pet.core.naming import by_delta, join, named_modules
@@ -87,6 +87,7 @@ class AdapterFusionCallback(PETCallback):
     """
 
     method: ClassVar[str] = "adapter_fusion"
+    mirrors = False
     shards = True
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"regularization"}
     of_the_run: ClassVar[frozenset[str]] = PETCallback.of_the_run | {"adapters"}
@@ -284,7 +285,7 @@ def _in_file(path: str) -> list[_Trained]:
 
 
 def _own(targets: Sequence[Target]) -> tuple[Target, ...]:
-    return tuple(target for target in targets if not is_shared(target))
+    return tuple(target for target in targets if not is_shared(target) and target.role != HEAD)
 
 
 def _within(target: Target, modules: Mapping[str, nn.Module], prefix: str, source: str) -> Target:

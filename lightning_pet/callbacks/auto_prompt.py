@@ -58,6 +58,7 @@ class AutoPromptCallback(PETCallback):
     """
 
     method: ClassVar[str] = "auto_prompt"
+    mirrors = False
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "candidates",
         "accumulation",

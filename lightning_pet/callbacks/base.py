@@ -42,9 +42,11 @@ class PETCallback(Callback):
 
     Args:
         name: tells two instances of one method apart.
-        module: submodule of the LightningModule to adapt and freeze (default: all of it).
+        module: submodule of the LightningModule to adapt and freeze (default: the pretrained models inside it,
+            else all of it). What lies beside it trains as it does without us.
         modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
-            ``None``: the task head of a classification model is found by itself; ``[]``: none.
+            ``None``: the output layers that a target feeds and that you did not freeze, as far as they can be
+            told; ``[]``: none.
         start_from: delta file or checkpoint whose tensors this method starts from.
         base_check: what to do when a delta meets another base model than it was trained on: ``"error"``
             compares names, shapes and samples of all values, ``"exact"`` every byte (about a second per
@@ -77,6 +79,9 @@ class PETCallback(Callback):
     """What it trains are parameters of the base as they are; those that the user froze stay frozen."""
     thaws: ClassVar[bool] = True
     """Such a method trains a base that is frozen as a whole: that was made ready for it."""
+
+    mirrors: ClassVar[bool] = True
+    """Its deltas can be had twice: a copy of the model that the user keeps (for averages) gets the same, untrained."""
 
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
@@ -226,6 +231,10 @@ class PETCallback(Callback):
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
         return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
+
+    def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """The same, where options by pattern are in a form that files can hold; see :func:`patterns.settled`."""
+        return self.config()
 
     # --- sizing by a budget ---------------------------------------------------------------------
 

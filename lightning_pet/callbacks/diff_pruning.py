@@ -46,8 +46,9 @@ class DiffPruningCallback(PETCallback):
     Args:
         density: share of the weights whose difference may stay non-zero, in (0, 1].
         structured: give every weight tensor a gate as well, so that whole tensors can go.
-        l0_weight: factor of the expected number of open gates beside the loss. The smaller the model, the
-            larger it may be.
+        l0_weight: factor of the expected number of open gates beside the loss. It decides whether loss or penalty
+            has the say over a gate; how fast gates close, ``alpha_lr`` does. With a larger one, set
+            ``structured=False``: a tensor's gate takes all its entries with it.
         stages: shares of the run's optimizer steps: training with gates, then with fixed places. The fit
             ends when both are over. From a file (``start_from``) the run has the second stage only.
         penalty: ``"product"`` counts weights whose gates are both open, ``"sum"`` (the authors' code) open
@@ -79,6 +80,7 @@ class DiffPruningCallback(PETCallback):
     """
 
     method: ClassVar[str] = "diff_pruning"
+    mirrors = False
     shards = True
     figures = ("norm", "density")
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {

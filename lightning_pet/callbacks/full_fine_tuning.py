@@ -16,7 +16,7 @@ from lightning_pet.errors import TargetError
 
 
 class FullFineTuningCallback(PETCallback):
-    """Every parameter trains as it is; nothing is inserted and nothing is frozen.
+    """Every parameter that you let train does, as it is; nothing is inserted, nothing is frozen or thawed.
 
     Comparisons, checkpoints and delta files treat it like any other method. The delta is then all of the
     model's parameters, so a file is as large as the model, and loading it onto any base of the same shape
@@ -24,8 +24,8 @@ class FullFineTuningCallback(PETCallback):
     they were: a copy of them stays in host memory.
 
     Args:
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`. With ``module`` only that
-            submodule (and the heads) trains.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`. With ``module`` it is that submodule
+            that counts as adapted; the rest trains as you let it.
 
     Example:
         >>> import torch

@@ -135,8 +135,9 @@ class IA3Callback(PETCallback):
         if not called:
             if turned is None:
                 raise TargetError(
-                    f"{target.path} is square in a {type(host).__name__}, whose forward is no plain product: whether "
-                    "its rows or its columns are the outputs cannot be told. Exclude it with exclude_modules."
+                    f"{target.path} is {'×'.join(map(str, weight.shape))} in a {type(host).__name__}, whose forward is "
+                    "no plain product: whether its rows or its columns are the outputs cannot be told. Exclude it with "
+                    "exclude_modules."
                 )
             axis = -1 if inner is not turned else -2
             return ScaledWeight(weight.shape, axis, target.rows, **options)

@@ -58,6 +58,7 @@ class IntrinsicDimensionCallback(PETCallback):
     """
 
     method: ClassVar[str] = "intrinsic_dimension"
+    mirrors = False
     width: ClassVar[str | None] = "d"
     shards = True
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
@@ -139,7 +140,20 @@ class LayerFreezingCallback(PETCallback):
         targets += [
             _parameter(name, "embedding") for name in beside.embeddings if self.embeddings and name not in norms
         ]
+        self._warn_large_share(root, targets, stacks)
         return tuple(targets)
+
+    def _warn_large_share(self, root: nn.Module, targets: Sequence[Target], stacks: Sequence[Stack]) -> None:
+        """The default suits deep models; a short stack would train nearly as a whole."""
+        names = {name for target in targets for name in names_of_base(root, target.path)}
+        numbers = {canonical(name): p.numel() for name, p in root.named_parameters()}
+        share = sum(numbers[name] for name in names) / max(1, sum(numbers.values()))
+        if self.train_layers is None and share > 0.5 and any(self.train_last >= len(s.layers) for s in stacks):
+            rank_zero_warn(
+                f"LayerFreezingCallback(train_last={self.train_last}) trains {share:.0%} of {type(root).__name__}, "
+                f"whose stacks have {', '.join(str(len(s.layers)) for s in stacks)} layers. Lower train_last, or name "
+                "layers with train_layers."
+            )
 
     def _chosen(self, stacks: Sequence[Stack]) -> list[Stack]:
         if self.stacks is None:

@@ -14,7 +14,7 @@ from lightning_pet.core.hosts import host_kind
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, module_at, named_modules
 from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import check_patterns, listed, listed_if_given, listed_layers, value_at
+from lightning_pet.core.patterns import check_patterns, listed, listed_if_given, listed_layers, settled, value_at
 from lightning_pet.core.quantised import initialize, shape_of
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.targets import resolve_targets
@@ -169,6 +169,12 @@ class LoRACallback(PETCallback):
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
         return super().insertions(root, targets)
+
+    def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """Ranks and alphas by place, where their patterns depend on order or are regular expressions."""
+        places = [target for target in targets if target.parameter]
+        by_pattern = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return self.config() | {option: settled(patterns, places) for option, patterns in by_pattern.items()}
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the delta that fits the host's class."""

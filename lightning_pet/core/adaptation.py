@@ -14,6 +14,7 @@ from lightning_pet.core.applied import RECORD, Adaptation, Applied, record_of
 from lightning_pet.core.fast_path import forbid_repacking, restore_repacking
 from lightning_pet.core.foreign_saves import leave_saves, watch_saves
 from lightning_pet.core.insertion import CHILD, attach, conceal, detach
+from lightning_pet.core.intact import guard, resized, unguard
 from lightning_pet.core.naming import (
     by_delta,
     canonical,
@@ -42,7 +43,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     done: list[tuple[str, str]] = []
     try:
         for item in prepared:
-            applied = Applied(item.method.method, item.method.name, item.method.config(), item.targets)
+            applied = Applied(item.method.method, item.method.name, item.method.config_at(item.targets), item.targets)
             applied.trained, applied.readings = item.trained, dict(item.readings)
             applied.readers = list(item.readers)
             for insertion, reader in zip(item.insertions, item.readers, strict=True):
@@ -63,6 +64,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     watch_saves(root)
     if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
         take_out(root, replaced)
+    guard(root, record)
     return record  # type: ignore[no-any-return]
 
 
@@ -204,7 +206,7 @@ def outgrown(root: nn.Module) -> bool:
         return False
     tensors, own = dict(named_tensors(root)), set(record.delta_names)
     parameters = {canonical(name) for name, _ in root.named_parameters()} - own
-    return not own <= tensors.keys() or not parameters <= record.flags.keys()
+    return not own <= tensors.keys() or not parameters <= record.flags.keys() or bool(resized(root, record))
 
 
 def refresh(root: nn.Module) -> None:
@@ -259,6 +261,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     record.switch.exposed.clear()
     restore_flags(root, record.flags)
     restore_repacking(root)
+    unguard(root)
     leave_saves(root)
     del root.__dict__[RECORD]
 
@@ -287,6 +290,23 @@ def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:
     for name, parameter in root.named_parameters():
         if canonical(name) in flags and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(flags[canonical(name)])
+
+
+def show_users_flags(root: nn.Module) -> None:
+    """Let user code see which parameters require a gradient as it left them; :func:`freeze` puts the plan back."""
+    if (record := record_of(root)) is not None:
+        restore_flags(root, record.flags)
+
+
+def note_users_flags(root: nn.Module) -> bool:
+    """Remember which base parameters the user lets train now; whether that is something else than before."""
+    record = record_of(root)
+    if record is None:
+        return False
+    now = {canonical(name): p.requires_grad for name, p in root.named_parameters()}
+    changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
+    record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
+    return changed
 
 
 def changed_buffers(root: nn.Module) -> dict[str, Tensor]:

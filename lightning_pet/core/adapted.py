@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_pet.core.adaptation import changed_buffers, commit, copy_in, take_out, undo
 from lightning_pet.core.applied import Adaptation, adapted_roots, record_of
+from lightning_pet.core.intact import check_intact, check_restorable
 from lightning_pet.core.merging import merged_weights
 from lightning_pet.core.method import Method
 from lightning_pet.core.naming import named_tensors
@@ -81,6 +82,7 @@ class Adapted:
 
     def plan(self) -> Plan:
         """Every delta with its place and size; ``str(plan)`` is a table."""
+        check_intact(self.root, self.record)
         return plan_of(self.root, self.record)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -91,6 +93,7 @@ class Adapted:
         Returns:
             References (not copies) by canonical name relative to the root.
         """
+        check_intact(self.root, self.record)
         tensors = dict(named_tensors(self.root))
         names = (*self.record.delta_names, *self.record.trained_names)
         return {name: tensors[name].detach() for name in names} | {
@@ -145,12 +148,14 @@ class Adapted:
         the deltas had changed them. Enter and leave the block in one thread, and do not ``await`` in between.
         """
         self._refuse_lost_originals("switched off")
+        check_intact(self.root, self.record)
         with switched_off(self.root, self.record):
             yield
 
     def remove(self) -> None:
         """Take everything out: the model is bit for bit what it was, with its own parameter names."""
         self._refuse_lost_originals("removed")
+        check_restorable(self.root, self.record)
         undo(self.root)
 
     def merge_(self, *, dequantize: bool = False) -> None:
@@ -163,6 +168,7 @@ class Adapted:
         Raises:
             NotMergeableError: if any delta cannot be merged exactly; nothing is changed then.
         """
+        check_intact(self.root, self.record)
         merged = merged_weights(self.root, dequantize)
         with torch.no_grad():
             for parameter, weight in merged:

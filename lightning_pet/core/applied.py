@@ -69,6 +69,8 @@ class Adaptation:
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
         marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
+        sizes: declared sizes of modules that host a delta or train, when that was decided.
+        resizable: they may change at the moment, because the deltas are inserted anew afterwards.
         switch: stands for this root where a thread chooses what acts.
     """
 
@@ -80,6 +82,8 @@ class Adaptation:
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     marks: dict[str, Mark | None] = field(default_factory=dict)
+    sizes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    resizable: bool = False
     switch: Switch = field(default_factory=Switch)
 
     @property

@@ -5,7 +5,8 @@ Whatever lies outside of the base is the user's own, and trains as it would with
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -123,32 +124,56 @@ def _is_frozen(root: nn.Module, path: str, frozen: frozenset[str]) -> bool:
 # --- copies that the user keeps --------------------------------------------------------------------
 
 
-def twins_of(root: nn.Module) -> dict[str, str]:
-    """Copies that the user froze beside what they were copied from: path of the copy -> path of the original.
+@dataclass(frozen=True)
+class Twins:
+    """Networks that the user froze beside one of the same form that is not frozen.
 
-    A momentum encoder, a mean teacher, a target network, a reference model: same parameters, same values, wholly
-    frozen, while the original is not. The outermost ones are returned.
+    Attributes:
+        copies: path of one that also holds the same values (a momentum encoder, a mean teacher, a target network, a
+            reference model) -> path of what it was copied from.
+        others: paths of those that hold other values (a teacher, an average that started elsewhere).
     """
+
+    copies: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.copies, *self.others)
+
+    def hold(self, place: str) -> bool:
+        """Whether a module lies in one of them."""
+        return any(is_below(place, path) for path in self.paths)
+
+
+def twins_of(root: nn.Module) -> Twins:
+    """Find the outermost twins in a model; see :class:`Twins`."""
     frozen = frozen_by_user(root)
     parameters = dict(base_parameters_of(root))
     if not frozen or frozen >= {name for name, p in parameters.items() if can_train(p)}:
-        return {}
+        return Twins()
     below = _parameters_below(parameters)
     asleep = {path for path, names in below.items() if path and frozen.issuperset(names)}
-    outermost = [path for path in asleep if path.rpartition(".")[0] not in asleep]
-    by_form: dict[tuple[tuple[str, torch.Size], ...], list[str]] = {}
     forms = {path: tuple((n[len(path) + 1 :], parameters[n].shape) for n in names) for path, names in below.items()}
+    awake: dict[tuple[tuple[str, torch.Size], ...], list[str]] = {}
     for path, form in forms.items():
         if path and path not in asleep and any(len(shape) > 1 for _, shape in form):
-            by_form.setdefault(form, []).append(path)
-    found = {}
-    for path in sorted(outermost):
-        for other in by_form.get(forms[path], ()):
-            pairs = zip(below[path], below[other], strict=True)
-            if all(_same(parameters[a], parameters[b]) for a, b in pairs):
-                found[path] = other
-                break
-    return found
+            awake.setdefault(form, []).append(path)
+    modules = named_modules(root)
+    copies, others = {}, []
+    for path in sorted(path for path in asleep if path.rpartition(".")[0] not in asleep):
+        alike = awake.get(forms[path], ())
+        original = next((o for o in alike if _copied(parameters, below[path], below[o])), None)
+        if original is not None:
+            copies[path] = original
+        elif (
+            "." not in path
+            and len({name.rpartition(".")[0] for name in below[path]}) > 1
+            and any("." not in other and type(modules[other]) is type(modules[path]) for other in alike)
+        ):  # single layers of one shape, and the layers of a stack, are alike without any such purpose
+            others.append(path)
+    return Twins(copies, tuple(others))
 
 
 def _parameters_below(parameters: dict[str, nn.Parameter]) -> dict[str, list[str]]:
@@ -160,17 +185,16 @@ def _parameters_below(parameters: dict[str, nn.Parameter]) -> dict[str, list[str
     return below
 
 
+def _copied(parameters: Mapping[str, nn.Parameter], names: Sequence[str], others: Sequence[str]) -> bool:
+    return all(_same(parameters[a], parameters[b]) for a, b in zip(names, others, strict=True))
+
+
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one is other:
         return False  # a layer that is shared, not copied
     if one.is_meta or other.is_meta:
         return one.is_meta and other.is_meta
     return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
-
-
-def in_twin(target: Target, twins: Iterable[str]) -> bool:
-    """Whether a place lies in one of the copies."""
-    return any(is_below(target.module, twin) for twin in twins)
 
 
 def bases_around(root: nn.Module, bases: Sequence[str], targets: Iterable[Target]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Parameters that are read through the weight deltas of their host: properties in the place of a look-up."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -79,8 +80,15 @@ def effective(name: str) -> property:
     return property(read, write, delete)
 
 
-def in_recomputation() -> bool:
-    """Whether a forward runs inside of a backward pass: gradient checkpointing repeats it."""
-    return (
-        not torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
-    )
+def repeats_itself(host: nn.Module) -> bool:
+    """Whether gradient checkpointing repeats a part of this module's own forward, which reads a property of it.
+
+    The forward itself is over then. A module around it may read its parameters as well, without meaning their values.
+    Called from ``_pet_weight``.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+        return False
+    frame = inspect.currentframe()
+    for _ in ("here", "_pet_weight", "read"):
+        frame = frame and frame.f_back
+    return frame is not None and frame.f_locals.get("self") is host

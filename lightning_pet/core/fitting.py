@@ -86,8 +86,8 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
     unasked = weight.is_meta and any(True for _ in host.buffers())  # what it computes with has no values yet
     if turned is None and (options.use_dora or unasked):
         raise TargetError(
-            f"{target.path} is square in a {type(host).__name__}, whose forward is no plain product: whether its rows "
-            "or its columns are the outputs cannot be told, and "
+            f"{target.path} is {'×'.join(map(str, weight.shape))} in a {type(host).__name__}, whose forward is no "
+            "plain product: whether its rows or its columns are the outputs cannot be told, and "
             + ("DoRA rescales the outputs." if options.use_dora else "on the meta device there is nothing to ask.")
             + " Exclude it with exclude_modules, or "
             + ("set use_dora=False." if options.use_dora else "load the weights first.")

@@ -1,7 +1,7 @@
 """Which modules are fresh task heads, to be trained as they are."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -70,7 +70,12 @@ def last_layers(
         return ()
     hosts = [target for target in targets if is_below(target.module, base)]
     frozen, found = frozen_by_user(root), dict[str, None]()
+    # What ends the last block of an encoder is a part of that block.
+    blocks = {target.module for target in structure.targets if target.role != "embedding"}
+    blocks |= {path for site in structure.sites for path in site.branch}
     for output in structure.outputs:
+        if any(is_below(output.module, path) for path in blocks):
+            continue
         if is_below(output.module, base) and (in_place or any(_feeds(target.module, output) for target in hosts)):
             path = _whole(root, base, output.module, () if in_place else hosts)
             if path is not None and not _kept_frozen(root, base, path, frozen):
@@ -99,6 +104,51 @@ def left_output(root: nn.Module, bases: Sequence[str], targets: Sequence[Target]
     if not fed or not _is_small(last) or _is_vocabulary(root, last) or frozen.issuperset(own):
         return None
     return None if any(is_below(target.module, name) for target in hosts) else name
+
+
+def frozen_outputs(root: nn.Module, bases: Sequence[str], trained: Collection[str]) -> tuple[str, ...]:
+    """Modules of the base that look new and stay frozen: output layers that no rule took, and what no file held.
+
+    Args:
+        root: the adapted root.
+        bases: what is adapted.
+        trained: names of the base parameters that train.
+
+    Returns:
+        Paths from the root.
+    """
+    modules = named_modules(root)
+    found: list[str] = []
+    for base in bases:
+        scope = modules[base]
+        found += [join(base, path) for path in find_heads(scope, ())]
+        if not is_pretrained(scope) and (last := _last_layer(base, scope)) is not None:
+            found += [last] if not _is_vocabulary(root, modules[last]) else []
+        marked = [hasattr(p, _LOADED) for p in scope.parameters()]
+        if any(marked):
+            new = [n for n, p in scope.named_parameters() if can_train(p) and not hasattr(p, _LOADED)]
+            found += [join(base, canonical(name).rpartition(".")[0]) for name in new]
+    names = [name for name, _ in base_parameters_of(root)]
+    moving = {path for name in trained for path in (name, *_above(name))}
+    moving |= {path for host in modules if host.rpartition(".")[2] == CHILD for path in _above(host)}
+    asleep = [p for p in dict.fromkeys(found) if p not in moving and any(is_below(name, p) for name in names)]
+    return tuple(p for p in asleep if not any(p != other and is_below(p, other) for other in asleep))
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _last_layer(path: str, module: nn.Module) -> str | None:
+    """The projection that was registered last in a model."""
+    children = [
+        (canonical(n), c) for n, c in module.named_children() if n != CHILD and any(True for _ in c.parameters())
+    ]
+    if children:
+        name, last = children[-1]
+        return _last_layer(join(path, name), last)
+    return path if path and any(p.dim() > 1 for p in module.parameters()) and _is_small(module) else None
 
 
 def _whole(root: nn.Module, base: str, path: str, hosts: Sequence[Target]) -> str | None:

@@ -101,9 +101,11 @@ def transposed(module: nn.Module, parameter: str = "weight") -> bool | None:
     weight = module._parameters[parameter]
     assert weight is not None
     kind = host_kind(module, parameter)
-    if kind == "conv1d_hf":
+    if kind == "conv1d_hf" or isinstance(module, nn.EmbeddingBag):
         return True
     if weight.ndim == 3 and kind == "weight":
+        if isinstance(module, nn.Bilinear):
+            return None  # [out, in, in]: no stack of matrices
         return bool(getattr(module, "is_transposed", False))  # transformers marks experts that are
     if kind != "weight" or parameter != "weight" or isinstance(module, nn.Linear):
         return False

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.core.call import HERE, Chosen, Switch
-from lightning_pet.core.effective import KEPT, READ_AS, REPLICA, Kept, effective, held, in_recomputation, of_host
+from lightning_pet.core.effective import KEPT, READ_AS, REPLICA, Kept, effective, held, of_host, repeats_itself
 from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import has_module, module_at, modules_on_the_way
@@ -158,9 +158,11 @@ class WeightHost(_AroundHost):
 
     def _pet_weight(self, name: str) -> Any:
         weight = held(self, name)
-        # A part of a forward that is run again is in the scope that it was in.
-        if weight is None or not (self in HERE.call.scope or in_recomputation()):
+        if weight is None or not (self in HERE.call.scope or repeats_itself(self)):
             return weight
+        return self._pet_effective(name, weight)
+
+    def _pet_effective(self, name: str, weight: Any) -> Any:
         for delta in (delta for delta in self.pet.active("weight") if delta.parameter == name):
             weight = delta(weight)
         return weight
@@ -205,7 +207,7 @@ def _make_class(base: type[nn.Module], mixin: type[_Reader], parameters: tuple[s
 
 def _flat_weights(self: Any) -> list[Any]:
     """LSTM, GRU and RNN read their weights from a list of their own: what a thread reads there is its own."""
-    if self in HERE.call.scope or KEPT in self.__dict__ or in_recomputation():
+    if self in HERE.call.scope or KEPT in self.__dict__:
         return [getattr(self, name) for name in self._flat_weights_names]
     flat: list[Any] = self.__dict__["_flat_weights"]
     return flat

@@ -44,6 +44,10 @@ class Method(Protocol):
         """Constructor arguments that rebuild this instance; JSON types only."""
         ...
 
+    def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """The same for these places, in a form that files can hold."""
+        ...
+
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the places in this model.
 

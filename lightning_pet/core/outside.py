@@ -30,10 +30,17 @@ def frozen_parameters(root: nn.Module, record: Adaptation) -> Parameters:
     """
     named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
     planned = {*record.delta_names, *record.trained_names}
-    skip = {id(p) for name, p in named if name in planned}
-    skip |= {id(m.weight) for m in root.modules() if getattr(m, "max_norm", None) and hasattr(m, "weight")}
+    skip = {id(p) for name, p in named if name in planned} | renormalised(root)
     found = {id(p): (name, p) for name, p in reversed(named) if id(p) not in skip and record.in_base(name)}
     return dict(reversed(list(found.values())))
+
+
+def renormalised(root: nn.Module) -> set[int]:
+    """``id`` of each table that scales its rows down as it looks them up (``max_norm``).
+
+    What it holds depends on what was looked up, and what it returns does not: two such bases are one.
+    """
+    return {id(m.weight) for m in root.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")}
 
 
 def mark_outside(root: nn.Module) -> None:

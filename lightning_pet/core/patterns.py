@@ -24,6 +24,8 @@ KINDS = {"all-linear": "linear layer", "all-conv": "convolution"}
 _ROLE = re.compile(r"(attention)(?:\.(self|cross))?(?:\.([qkvo]))?|ffn(?:\.(up|gate|down))?|embedding")
 _COMMA = re.compile(r"\s*,(?![^\[]*\])\s*")  # not in the brackets of a glob
 _GLOB = "*?["
+_EXPRESSION = "re:"
+_PLACE = "="
 
 
 # -- what a constructor is given ----------------------------------------------------------------------
@@ -122,7 +124,28 @@ def has_role(target: Target, pattern: str) -> bool:
 
 def value_at(patterns: Mapping[str, V] | None, target: Target, default: V) -> V:
     """The value that the first pattern which names this place gives it."""
-    return next((value for key, value in (patterns or {}).items() if _names(key, target)), default)
+    given = patterns or {}
+    if (place := _exactly(target)) in given:
+        return given[place]
+    return next((value for key, value in given.items() if _names(key, target)), default)
+
+
+def settled(patterns: Mapping[str, V] | None, targets: Sequence[Target]) -> Mapping[str, V] | None:
+    """The same decisions in a form for files, which keep no order and in which no regular expression is looked up.
+
+    >>> places = [Target("a.q"), Target("b.q")]
+    >>> settled({"q": 2}, places), settled({"re:a.*": 4, "q": 2}, places)
+    ({'q': 2}, {'=a.q.weight': 4, '=b.q.weight': 2})
+    """
+    if not patterns:
+        return patterns
+    found = {_exactly(target): value_at(patterns, target, None) for target in targets}
+    by_name = dict(sorted(patterns.items()))
+    if not any(key.startswith(_EXPRESSION) for key in patterns) and all(
+        value_at(by_name, target, None) == found[_exactly(target)] for target in targets
+    ):
+        return patterns
+    return {place: value for place, value in found.items() if value is not None}
 
 
 def check_patterns(option: str, patterns: Mapping[str, V] | None, targets: Sequence[Target]) -> None:
@@ -131,7 +154,7 @@ def check_patterns(option: str, patterns: Mapping[str, V] | None, targets: Seque
     Raises:
         ArgumentError: if one hits none, or only places for which those before it have decided.
     """
-    keys = list(patterns or {})
+    keys = [key for key in patterns or {} if not is_place(key)]  # a place decides for itself, here or nowhere
     taken: dict[int, str] = {}
     for key in keys:
         hits = [i for i, target in enumerate(targets) if _names(key, target)]
@@ -149,9 +172,26 @@ def check_patterns(option: str, patterns: Mapping[str, V] | None, targets: Seque
         taken |= {i: key for i in hits if i not in taken}
 
 
+def is_place(pattern: str) -> bool:
+    """Whether a pattern names one place, in the form of :func:`settled`."""
+    return pattern.startswith(_PLACE)
+
+
+def is_expression(pattern: str) -> bool:
+    """Whether a pattern is a regular expression, which may take any time: none is looked up for a stranger."""
+    return pattern.startswith(_EXPRESSION)
+
+
+def _exactly(target: Target) -> str:
+    """This place and no other: ``=`` and its path, with its role if it is a part of a parameter."""
+    return f"{_PLACE}{target.path} {target.role}" if target.rows else f"{_PLACE}{target.path}"
+
+
 def _names(pattern: str, target: Target) -> bool:
+    if is_place(pattern):
+        return pattern == _exactly(target)
     if is_role(pattern) and has_role(target, pattern):
         return True
-    plain = pattern.startswith("re:") or not any(sign in pattern for sign in _GLOB)
+    plain = is_expression(pattern) or not any(sign in pattern for sign in _GLOB)
     matchers = [name_matcher(pattern)] if plain else [name_matcher(pattern), name_matcher(f"*.{pattern}")]
     return any(matches(name) for matches in matchers for name in (target.module, target.path))

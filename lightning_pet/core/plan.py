@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_pet.core.applied import Adaptation
+from lightning_pet.core.heads import frozen_outputs
 from lightning_pet.core.naming import CHILD, by_delta, canonical, join, module_at
 from lightning_pet.core.preparation import is_shared
 from lightning_pet.core.quantised import numbers_in
@@ -38,10 +39,12 @@ class Plan:
     Attributes:
         rows: in the order of insertion.
         base: numbers in the base model (tied tensors once).
+        frozen_heads: modules of the base that look new (an output layer), and stay as they are.
     """
 
     rows: tuple[PlanRow, ...]
     base: int
+    frozen_heads: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -60,9 +63,10 @@ class Plan:
 
     def __str__(self) -> str:
         cells = [(row.method, row.place, row.role, row.detail) for row in self.rows]
+        cells += [("frozen", path, "head?", how_to_train(path)) for path in self.frozen_heads]
         cells.insert(0, ("method", "place", "role", "shape"))
         widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-        numbers = ["parameters", *(f"{row.parameters:,}" for row in self.rows)]
+        numbers = ["parameters", *(f"{row.parameters:,}" for row in self.rows), *("0" for _ in self.frozen_heads)]
         lines = [
             "".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + f"{number:>10}"
             for line, number in zip(cells, numbers, strict=True)
@@ -96,7 +100,12 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
     delta = set(record.delta_names)
     base = sum(numbers_in(p) for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
-    return Plan(tuple(rows), base)
+    return Plan(tuple(rows), base, frozen_outputs(root, record.scopes, record.trained_names))
+
+
+def how_to_train(path: str) -> str:
+    """The option that trains a module that looks new."""
+    return f"looks new; modules_to_save=[{path!r}] trains it"
 
 
 def _users(record: Adaptation) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """Plan and build: everything that can fail, before anything is changed."""
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lightning_pet.core.applied import record_of
-from lightning_pet.core.bases import bases_around, bases_of, frozen_by_user, is_below, twins_of
+from lightning_pet.core.bases import Twins, bases_around, bases_of, frozen_by_user, is_below, twins_of
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.core.insertion import check_attachable, reader_of
 from lightning_pet.core.method import Insertion, Method, key_of
@@ -17,6 +18,7 @@ from lightning_pet.core.quantised import check_hosts, check_trains
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.core.together import check_together
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.layers.delta import Delta
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def prepare(
     record = record_of(root)
     taken = {applied.key for applied in record.applied} if record else set()
     prepared: list[Prepared] = []
+    twins = twins_of(root)
     for index, method in enumerate(methods):
         key = key_of(method)
         if key in taken:
@@ -90,9 +93,11 @@ def prepare(
             targets = (*targets, *_stored_heads(root, method, targets, stored))
         else:
             targets, bases = _resolve(root, method, structure or Structure(), scope)
+            awake = tuple(target for target in targets if is_shared(target) or not twins.hold(target.module))
+            targets = awake if any(not is_shared(target) for target in awake) else targets
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
             targets = (*targets, *_heads(root, method, targets, bases, structure))
-        item = _build(root, method, targets, bases, structure, stored)
+        item = _build(root, method, targets, bases, structure, stored, twins)
         prepared.append(replace(item, trained=_once(root, item.trained, prepared)))
     check_together(root, [insertion for item in prepared for insertion in item.insertions])
     return prepared
@@ -129,7 +134,8 @@ def _resolve(
         return is_shared(target) or any(match(name) for match in matches for name in names)
 
     inside = [t for t in found if wanted(t) or any(is_below(t.module, base) for base in bases)]
-    kept = inside or found
+    # What a place needs around the whole model (the call that a prompt is put before) comes with it.
+    kept = [t for t in found if t in inside or not t.path] if inside else found
     return tuple(kept), bases_around(root, bases, kept)
 
 
@@ -173,18 +179,22 @@ def _heads(
 
 
 def _apart(
-    root: nn.Module, method: Method, targets: Sequence[Target], bases: Sequence[str], structure: Structure | None
+    root: nn.Module,
+    method: Method,
+    targets: Sequence[Target],
+    bases: Sequence[str],
+    structure: Structure | None,
+    twins: Twins,
 ) -> tuple[str, ...]:
-    """Parts of the base that are left to the user: frozen copies, and what seems to be an own output layer."""
-    twins = tuple(twins_of(root))
+    """Parts of the base that are left to the user: frozen twins, and what seems to be an own output layer."""
     if getattr(method, "modules_to_save", None) is not None or any(target.role == HEAD for target in targets):
-        return twins
+        return twins.paths
     in_place = bool(getattr(method, "in_place", False))
     if structure is not None and structure.outputs:
         ends = [path for base in bases for path in last_layers(root, base, targets, structure, in_place)]
     else:
         ends = [path for path in [left_output(root, bases, targets, in_place)] if path is not None]
-    return (*twins, *ends)
+    return (*twins.paths, *ends)
 
 
 def _stored_heads(
@@ -210,8 +220,12 @@ def _build(
     bases: tuple[str, ...],
     structure: Structure | None,
     stored: Collection[str] | None,
+    twins: Twins,
 ) -> Prepared:
-    insertions = tuple(method.insertions(root, [target for target in targets if target.role != HEAD]))
+    places = [target for target in targets if target.role != HEAD]
+    copied = [target for target in places if _is_copied(target, places, twins)]
+    insertions = tuple(method.insertions(root, [target for target in places if target not in copied]))
+    insertions += _mirrored(method, insertions, bases, twins, None if stored is None else copied)
     for insertion in insertions:
         target, key = insertion.target, delta_key(method, insertion)
         host = module_at(root, target.module)
@@ -219,6 +233,7 @@ def _build(
         if target.reads is not None:
             check_attachable(module_at(root, target.reads), target, key)
         check_hosts(insertion.delta, host, target.path, target.parameter)
+        _check_gradient(insertion.delta, host, target)
     trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
@@ -240,7 +255,7 @@ def _build(
         trained=trained,
         readings=readings,
         scopes=bases,
-        apart=_apart(root, method, targets, bases, structure),
+        apart=_apart(root, method, targets, bases, structure, twins),
     )
 
 
@@ -266,6 +281,64 @@ def _with_reader(root: nn.Module, place: Target, reader: str | None) -> Target:
     if not place.parameter or reader is None or reader == reader_of(root, place, None):
         return place
     return replace(place, reads=reader)
+
+
+def _check_gradient(delta: Delta, host: nn.Module, target: Target) -> None:
+    """Refuse a delta on a weight whose gradient comes in a form that does not pass on to the delta."""
+    if delta.path == "weight" and isinstance(host, nn.Embedding | nn.EmbeddingBag) and host.sparse:
+        raise TargetError(
+            f"{target.path}: the {type(host).__name__} has sparse=True, and a delta on its weight gets no gradient of "
+            f"that form. Set {target.module or 'model'}.sparse = False, which the frozen table does not need, or leave "
+            "it out with exclude_modules."
+        )
+
+
+def _is_copied(target: Target, places: Sequence[Target], twins: Twins) -> bool:
+    """The place lies in a copy, and another of these in its original: the copy's delta is that one's."""
+    originals = [original for copy, original in twins.copies.items() if is_below(target.module, copy)]
+    return any(is_below(place.module, original) for original in originals for place in places)
+
+
+def _mirrored(
+    method: Method,
+    insertions: Sequence[Insertion],
+    bases: Sequence[str],
+    twins: Twins,
+    stored: Collection[Target] | None,
+) -> tuple[Insertion, ...]:
+    """The same deltas for the copies that the user keeps, not trained: both go on having the same parameters.
+
+    So the user's averaging, parameter by parameter, averages the deltas as well.
+
+    Raises:
+        TargetError: if the method's deltas cannot be had twice.
+    """
+    found: list[Insertion] = []
+    for copy, original in twins.copies.items():
+        mine = [i for i in insertions if i.target.path and is_below(i.target.module, original)]
+        places = [_moved(i.target, original, copy) for i in mine]
+        if not mine or (stored is not None and not set(places) <= set(stored)):
+            continue
+        if not getattr(method, "mirrors", True) or any(is_shared(i.target) for i in insertions):
+            if stored is None and any(is_below(copy, base) for base in bases):
+                raise TargetError(
+                    f"{copy!r} is a frozen copy of {original!r}: it needs the same deltas, untrained, so that both go "
+                    f"on having the same parameters. The deltas of {type(method).__name__} share tensors or change in "
+                    "the run and cannot be had twice. Use LoRACallback or AdapterCallback; or, if nothing goes through "
+                    f"the parameters of both together, name the original: module={original!r}."
+                )
+            continue
+        deltas = deepcopy([i.delta for i in mine])  # together: what they share stays shared
+        for place, insertion, delta in zip(places, mine, deltas, strict=True):
+            found.append(replace(insertion, target=place, delta=delta.requires_grad_(False)))
+    return tuple(found)
+
+
+def _moved(target: Target, original: str, copy: str) -> Target:
+    def move(path: str) -> str:
+        return join(copy, path[len(original) :].removeprefix(".")) if is_below(path, original) else path
+
+    return replace(target, module=move(target.module), reads=None if target.reads is None else move(target.reads))
 
 
 def _awake(

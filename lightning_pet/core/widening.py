@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.core.applied import Adaptation, record_of
-from lightning_pet.core.call import HERE
-from lightning_pet.core.effective import KEPT, READ_AS, in_recomputation
+from lightning_pet.core.effective import KEPT, READ_AS
 from lightning_pet.core.fast_path import forbid
 from lightning_pet.core.insertion import (
     CHILD,
@@ -45,11 +44,9 @@ class _NarrowHost(WeightHost):
             args = args if autocast or x.dtype.itemsize <= dtype.itemsize else (x.to(dtype), *args[1:])
         return super().forward(*args, **kwargs)
 
-    def _pet_weight(self, name: str) -> Any:
-        weight, dtype = super()._pet_weight(name), self.__dict__[READ_AS].get(name)
-        if weight is None or dtype is None or not (self in HERE.call.scope or in_recomputation()):
-            return weight
-        return weight.to(dtype)
+    def _pet_effective(self, name: str, weight: Any) -> Any:
+        weight, dtype = super()._pet_effective(name, weight), self.__dict__[READ_AS].get(name)
+        return weight if dtype is None else weight.to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
 from lightning_pet.engine.roots import example_forward, root_of, scope_in
+from lightning_pet.engine.unaccompanied import accompany_runs
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.store.reader import Stored, read
 
@@ -141,6 +142,7 @@ def insert_methods(
             raise
         if forward is not None and not of_loss and not structure.failure:
             check_fires([insertion for item in prepared for insertion in item.insertions], structure)
+        accompany_runs()
         commit(root, prepared)
     return pending
 
@@ -177,9 +179,10 @@ def is_applied(root: nn.Module, method: StartingMethod) -> bool:
     for applied in record.applied if record else ():
         if (applied.method, applied.name) == (method.method, method.name):
             method.adopt(applied.config)
-            if applied.config == method.config():
+            config = method.config_at(applied.targets)
+            if applied.config == config:
                 return True
-            differing = [k for k, v in method.config().items() if applied.config.get(k) != v]
+            differing = [k for k, v in config.items() if applied.config.get(k) != v]
             raise ArgumentError(
                 f"{method.method}:{method.name} was applied to this model with other options ({', '.join(differing)}). "
                 "Call remove() first, or give the new one another name."

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_pet.core.applied import Adaptation
 from lightning_pet.core.method import METHODS
 from lightning_pet.core.naming import canonical, named_tensors
+from lightning_pet.core.outside import renormalised
 from lightning_pet.errors import BaseMismatchError, DeltaFileError
 from lightning_pet.store.entry import describe
 from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
@@ -23,6 +24,8 @@ def base_parameters(
 ) -> list[tuple[str, Tensor]]:
     """The frozen base: every parameter that is neither a delta nor trained, each tied tensor once.
 
+    Tables that renormalise themselves are left out: a pristine one and one that was used are the same base.
+
     Args:
         root: the adapted root.
         record: what was applied to it.
@@ -31,6 +34,7 @@ def base_parameters(
     """
     names = set(record.trained_names if trained is None else trained)
     skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
+    skip |= renormalised(root)
     return [
         (canonical(name), record.originals.get(canonical(name), parameter))
         for name, parameter in root.named_parameters()

@@ -36,6 +36,12 @@ def adapter_for(trainer: pl.Trainer) -> StrategyAdapter[Any]:
     Raises:
         UnsupportedStrategyError: if there is none.
     """
+    if any(kind.__module__.partition(".")[0] == "pytorch_lightning" for kind in type(trainer).__mro__):
+        raise UnsupportedStrategyError(
+            "this Trainer is of the package pytorch_lightning, whose classes are others than those of lightning. "
+            "Import Trainer, LightningModule and callbacks from lightning: import lightning as L, or import "
+            "lightning.pytorch as pl."
+        )
     strategy = trainer.strategy
     if (found := StrategyAdapter.installed(strategy)) is not None:
         return found

@@ -8,22 +8,24 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 
 from lightning_pet.core.adaptation import (
     freeze,
     host_parameter,
+    note_users_flags,
     outgrown,
     refresh,
     renew,
     required_gradients,
+    show_users_flags,
     take_out,
     undo,
 )
 from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.applied import Adaptation, described, record_of
+from lightning_pet.core.applied import described, record_of
+from lightning_pet.core.intact import resizable
 from lightning_pet.core.method import key_of
-from lightning_pet.core.naming import CHILD, by_delta, canonical, delta_prefix, join, named_tensors
+from lightning_pet.core.naming import CHILD, by_delta, canonical, delta_prefix, join
 from lightning_pet.core.outside import mark_anew
 from lightning_pet.core.plan import Plan
 from lightning_pet.core.widening import narrow, widen
@@ -41,6 +43,7 @@ from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_precision, warn_of_rounding
+from lightning_pet.engine.rebuilt import Trained
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
 from lightning_pet.engine.roots import batch_forward, default_root, root_of
@@ -199,38 +202,40 @@ class Controller:
         overridden, dtype = is_overridden(hook, self.module), torch.get_default_dtype()
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            out = original(*args, **kwargs)
+            before = self._trained_before() if overridden else None
+            root = root_of(self.module)[1]
+            record = record_of(root)
+            if overridden and before is None:
+                show_users_flags(root)  # it may freeze a part, or ask what is frozen
+            with resizable(root, record is not None and len(self._new) == len(record.applied)):
+                out = original(*args, **kwargs)
             with outside_of_init(dtype):
-                if overridden:
+                if before is not None:
+                    before.check(self.trainer, self.module)
+                elif overridden:
                     self._look_again()
                 self._advance(last=last)
             return out
 
         self._replace(hook, run)
 
+    def _trained_before(self) -> Trained | None:
+        """What an earlier run, a file or ``apply`` has left; ``None`` if all of the delta is new."""
+        root = root_of(self.module)[1]
+        record = record_of(root)
+        return Trained.of(root) if record is not None and len(self._new) < len(record.applied) else None
+
     def _look_again(self) -> None:
         """User code ran since the insertion: it may have loaded other weights, or built more of the model."""
         root = root_of(self.module)[1]
-        record = record_of(root)
-        if record is None:
+        if record_of(root) is None:
             return
-        if len(self._new) < len(record.applied):
-            self._refuse_lost_hosts(root, record)
-            return
-        if outgrown(root) or root is not default_root(self.module)[1]:
+        refrozen = note_users_flags(root)
+        if refrozen or outgrown(root) or root is not default_root(self.module)[1]:
             take_out(root)
             self._new = []
         else:
             refresh(root)
-
-    def _refuse_lost_hosts(self, root: nn.Module, record: Adaptation) -> None:
-        lost = sorted(set(record.delta_names) - {name for name, _ in named_tensors(root)})
-        if lost:
-            raise PETError(
-                f"{type(self.module).__name__} replaced modules that carry a trained delta: {', '.join(lost[:4])} "
-                "are gone. setup and configure_model run once per fit, validate, test and predict; let them build the "
-                "model only if it is not there yet."
-            )
 
     def _advance(self, *, last: bool) -> None:
         if self._converts and not last:

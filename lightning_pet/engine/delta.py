@@ -22,6 +22,7 @@ from lightning_pet.engine.fitting import faults_of, fitted
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
 from lightning_pet.engine.module_from_file import beside, build
 from lightning_pet.engine.roots import root_of
+from lightning_pet.engine.unaccompanied import accompany_runs
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import holds_parts, whole_shape
@@ -265,6 +266,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
         check_base(stored.base, root, record_of(root) or Adaptation(), stored.path, base_check, fit.trained)
     with faults_of(stored.path, f"does not fit this {type(root).__name__}"):
         prepared = fit.build()
+        accompany_runs()
         record = commit(root, prepared)
         try:
             found = by_delta(stored.tensors)

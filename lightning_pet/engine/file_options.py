@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from lightning_pet.core.method import METHODS, Method
+from lightning_pet.core.patterns import is_expression, is_place
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.strict_json import shown
@@ -41,14 +42,27 @@ def method_of(record: MethodRecord, where: object) -> Method:
             raise DeltaFileError(
                 f"{label} are not valid: {option}={shown(value)}, expected {_spelled(expected[option])}.", "schema"
             )
-        if isinstance(value, Mapping) and len(value) > _MAX_PATTERNS:
-            raise DeltaFileError(f"{label}: {option} has {len(value)} entries, more than {_MAX_PATTERNS}.", "limit")
+        if isinstance(value, Mapping):
+            _check_patterns(value, f"{label}: {option}")
     if record.config.get("name", record.name) != record.name:
         raise DeltaFileError(f"{label} are not valid: they call it {shown(record.config['name'])}.", "mismatch")
     try:
         return cast(Method, cls(**{**record.config, "name": record.name}))
     except Exception as error:  # whatever a constructor does with the numbers of a stranger
         raise DeltaFileError(f"{label} are not valid: {error}", "schema") from error
+
+
+def _check_patterns(patterns: Mapping[str, Any], where: str) -> None:
+    """They are compared with every place, so they must be few, and none may take its own time."""
+    count = sum(not is_place(pattern) for pattern in patterns)
+    if count > _MAX_PATTERNS:
+        raise DeltaFileError(f"{where} has {count} entries, more than {_MAX_PATTERNS}.", "limit")
+    for pattern in filter(is_expression, patterns):
+        raise DeltaFileError(
+            f"{where} holds the regular expression {shown(pattern)}, expected names of places: a file that this "
+            "release writes has none. Save the delta again where it was trained.",
+            "unsafe",
+        )
 
 
 def _types_of(cls: type[Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from torch import nn
 
 from lightning_pet.core.adaptation import required_gradients
 from lightning_pet.core.adapted import Adapted
+from lightning_pet.core.heads import HEAD
 from lightning_pet.core.naming import CHILD, canonical, join
 from lightning_pet.engine.parameter_groups import shown
-from lightning_pet.engine.strategy import StrategyAdapter
+from lightning_pet.engine.strategy import StrategyAdapter, trainable
 from lightning_pet.errors import DeadSiteError
 
 _REASONS = (
@@ -70,6 +71,7 @@ class Firing:
         adapter, wanted = self._run.adapter, self._deltas()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own = {name: p for name, p in wanted.items() if id(p) in held} or (wanted if adapter.repacks else {})
+        self._warn_unused_heads(optimizer)
         silent = set(adapter.without_gradient(own, optimizer)) if own else set()
         self._fired |= len(silent) < len(own)
         self._idle |= {name: own[name] for name in sorted(silent)}
@@ -85,6 +87,20 @@ class Firing:
             f"{_REASONS}. A part that is used now and then trains when it is; the end of the epoch tells which never "
             "were. Under DDP such parts need strategy='ddp_find_unused_parameters_true'."
         )
+
+    def _warn_unused_heads(self, optimizer: Any) -> None:
+        """A head that was found by itself may be none of those that the loss is computed with."""
+        root, adapter = self._run.adapted.root, self._run.adapter
+        places = {
+            target.module for a in self._run.adapted.record.applied for target in a.targets if target.role == HEAD
+        }
+        for path in sorted(join(self._run.root_path, place) for place in places):
+            own = {name: p for name, p in trainable(self._run.module).items() if name.startswith(f"{path}.")}
+            if own and len(adapter.without_gradient(own, optimizer)) == len(own):
+                rank_zero_warn(
+                    f"{path} of {type(root).__name__} was taken for a head, but the loss does not reach it. If the "
+                    "model ends otherwise, leave it out with modules_to_save=[]."
+                )
 
     def _deltas(self) -> dict[str, nn.Parameter]:
         # By name, not by requires_grad: toggle_optimizer takes that from what another optimizer holds.

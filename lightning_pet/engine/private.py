@@ -5,6 +5,7 @@ An upgrade that renames one of them breaks here, in a test that names it, and no
 ========================================================  ==========================================================
 name                                                      used for
 ========================================================  ==========================================================
+``Trainer._run``                                          an adapted module whose Trainer was given no callback
 ``trainer.fit_loop.reset``,                               the two points of a run at which the loader's iterator is
 ``trainer.fit_loop.epoch_loop.on_run_start``              about to be made, and has just been made
 ``fit_loop.epoch_progress``, ``epoch_loop.batch_progress``  what had been done when a checkpoint was written
@@ -67,11 +68,12 @@ name                                                      used for
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
 from typing import Any, Final
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -104,6 +106,20 @@ def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Call
             setattr(owner, name, before)
 
     return undo
+
+
+def around_runs(context: Callable[[Any, Any, Any], AbstractContextManager[None]]) -> None:
+    """Let every Trainer run its verbs within ``context(trainer, module, checkpoint path)``; once per process."""
+    original = Trainer._run
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def run(self: Any, model: Any, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        with context(self, model, ckpt_path):
+            return original(self, model, ckpt_path, *args, **kwargs)
+
+    setattr(Trainer, "_run", run)  # noqa: B010  # a method that is assigned to is an error for mypy
 
 
 def look_for_unused_parameters(strategy: Any) -> bool:

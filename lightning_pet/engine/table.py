@@ -5,7 +5,7 @@ from collections import Counter
 from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
 
-from lightning_pet.core.plan import Plan
+from lightning_pet.core.plan import Plan, how_to_train
 from lightning_pet.engine.titled import show_table
 
 
@@ -30,6 +30,8 @@ def show_plan(plan: Plan) -> None:
         numbers[key] += row.parameters
     for key, count in places.items():
         table.add_row(key[0], key[1], str(count), key[2], f"{numbers[key]:,}")
+    for path in plan.frozen_heads:
+        table.add_row("frozen", path, "1", how_to_train(path), "0")
     table.add_section()
     table.add_row("total", "", "", f"{plan.share:.2%} of {plan.base:,}", f"{plan.trainable:,}")
     show_table("Trained parameters", table)

@@ -182,11 +182,16 @@ def low_rank_linear(
         if merged:
             return F.linear(x, shifted(weight, a, b, scale, origin), bias)
         return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
-    a0, b0 = (None, None) if origin is None else origin
-    if not torch.is_grad_enabled():  # the same products without a node, which costs more than they do
-        return _LowRankLinear.forward(x, weight, bias, a, b, a0, b0, scale, merged, None)[0]
-    rebuild, sources = source_of(x) or (None, ())
     output: Tensor
+    if not torch.is_grad_enabled():  # a node would cost as much as the products, and end a compiler's graph
+        if merged:
+            return F.linear(x, shifted(weight, a, b, scale, origin), bias)
+        output = F.linear(x, weight, bias).contiguous()
+        inner = a @ x.reshape(-1, x.shape[-1]).t()  # as in the node, to the bit
+        output.view(-1, output.shape[-1]).addmm_(inner.t(), b.t(), alpha=scale)
+        return output
+    a0, b0 = (None, None) if origin is None else origin
+    rebuild, sources = source_of(x) or (None, ())
     output, _ = _LowRankLinear.apply(x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)  # type: ignore[no-untyped-call]
     return output
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_pet.errors import ArgumentError
 from lightning_pet.store.writer import atomic_write
 
 Measure = Callable[[int | None, int], float]
-"""``(dimension, seed) -> metric``, larger is better; ``None`` is full fine-tuning."""
+"""``(dimension, seed) -> metric``, larger is better; ``None`` is full fine-tuning, 0 the model as it is."""
 
 _FORMAT = 1
 _GROWTH = 4  # of the dimension, until it is large enough
@@ -121,6 +123,9 @@ def search(
 ) -> Dimension:
     """Find the smallest dimension that reaches a share of full fine-tuning.
 
+    What it finds is an upper bound: the optimizer, its rate and its steps are those of ``measure``, and others may do
+    with fewer numbers.
+
     The dimension grows fourfold until it is large enough; then the last gap is halved (on a logarithmic scale)
     until its ends differ by no more than ``resolution``. The metric is taken to grow with the dimension.
 
@@ -147,6 +152,13 @@ def search(
         raise ArgumentError(
             f"full fine-tuning gives {full.mean:g}: a share of it needs a metric that is positive and better when "
             "larger, such as an accuracy. Choose another one, or train longer."
+        )
+    untrained = runs.metric(0, seeds[0], measure)
+    if share * full.mean <= untrained:
+        rank_zero_warn(
+            f"full fine-tuning reaches {full.mean:.3f}, of which {share:.0%} is no more than the untrained model has "
+            f"({untrained:.3f}): it has hardly learned, and any dimension will do. Train longer, or with another "
+            "learning rate (--full)."
         )
     tried = {smallest: first}
 

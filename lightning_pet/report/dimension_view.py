@@ -36,8 +36,11 @@ def sentence(found: Dimension) -> str:
         last = found.points[-1]
         return f"{goal} is not reached with d={last.d:,} ({last.mean:.3f}); search further with a larger --largest."
     if found.below is None:
-        return f"{goal} is reached with d={found.d:,} already, the smallest that was tried."
-    return f"{goal} is reached with d={found.d:,}, and not with d={found.below:,}."
+        return f"{goal} is reached with d={found.d:,} already, the smallest that was tried: an upper bound."
+    return (
+        f"{goal} is reached with d={found.d:,}, and not with d={found.below:,}: an upper bound for this optimizer and "
+        f"number of steps. To check it, train d={found.below:,} longer or at another rate (--smallest={found.below})."
+    )
 
 
 def plot_dimension(found: Dimension | dict[str, Dimension], metric: str, path: Path) -> None:

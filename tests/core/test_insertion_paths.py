@@ -101,6 +101,9 @@ class Method:
     def config(self) -> dict[str, Any]:
         return {}
 
+    def config_at(self, targets: Any) -> dict[str, Any]:
+        return {}
+
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         return ()
 

@@ -51,6 +51,27 @@ def test_compiled(what, tmp_path):
     assert torch.allclose(bare.eval()(x), module.net.eval()(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_validation_is_one_graph(inference_mode):
+    class Validated(Module):
+        def validation_step(self, batch, batch_idx):
+            return self.loss(batch)
+
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    module = Validated(Net(dropout=0), cosine)
+    module.net = torch.compile(module.net, backend=backend, fullgraph=True)
+    trainer(lora(), inference_mode=inference_mode, limit_val_batches=2).validate(
+        module, datamodule=Data(), verbose=False
+    )
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("build", [bert, gpt2, vit], ids=lambda f: f.__name__)
 def test_gradient_checkpointing(build):
     plain = hf_fit(build())

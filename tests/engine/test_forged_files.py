@@ -150,6 +150,19 @@ def test_a_folded_prefix_asks_for_no_memory_of_its_own(target, tmp_path):
         assert target.attempt(forged, size).code in ("limit", "schema")
 
 
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+def test_no_regular_expression_of_a_file_is_looked_up(option, target, tmp_path):
+    """One that backtracks takes years; what a run has chosen by one is in its file by place."""
+    base, _ = zoo.bert()
+    pet.apply(base, [pet.LoRACallback(r=2)])
+    pet.save_delta(base, tmp_path / "d.pet.safetensors")
+    found = read(tmp_path / "d.pet.safetensors")
+    evil = r"re:(\w+\.?)+X"
+    value = {evil: 2} if option.endswith("pattern") else [evil]
+    error = target.attempt(with_method(found, 0, config={**found.methods[0].config, option: value}), option)
+    assert error is None if isinstance(value, list) else error.code == "unsafe"
+
+
 def test_building_without_memory_makes_shapes_only():
     with without_memory():
         prefix = Prefix(10**9, 8, 64, 64, device="cpu")

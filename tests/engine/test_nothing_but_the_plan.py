@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
-from lightning_pet.engine.delta import load_delta
+from lightning_pet.engine.delta import load_delta, save_delta
 from lightning_pet.errors import OptimizerMismatchError, PETError, UnsupportedStrategyError
 
 # --- the base stays as it is ----------------------------------------------------------------------------------
@@ -148,7 +148,9 @@ def test_weights_that_are_loaded_at_the_start():
     fit(Loads(Net()), lora())
 
 
-def test_tables_that_renormalise_themselves():
+def test_tables_that_renormalise_themselves(tmp_path):
+    """No error during the fit, and what was trained loads on the pristine base as on the used one."""
+
     class Tokens(Net):
         def __init__(self):
             super().__init__()
@@ -157,7 +159,18 @@ def test_tables_that_renormalise_themselves():
         def forward(self, x):
             return super().forward(x + self.table(x[:, 0].abs().mul(5).long().clamp(max=19)))
 
-    fit(Module(Tokens()), lora())
+    module = Module(Tokens())
+    pristine = copy.deepcopy(module)
+    trainer = fit(module, lora())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    save_delta(module, tmp_path / "run.pet.safetensors")
+    assert not torch.equal(module.net.table.weight, pristine.net.table.weight)
+    x = torch.randn(7, module.net.fc1.in_features)
+    for name in ("run.ckpt", "run.pet.safetensors"):
+        used = copy.deepcopy(pristine)
+        load_delta(used, tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(used.eval().net(x), module.eval().net(x))
 
 
 def test_all_that_trains_may_change():

@@ -105,7 +105,8 @@ def test_it_is_in_the_checkpoint_resumes_and_loads_exactly(tmp_path):
     whole = Reader()
     fit(whole, TEXT, METHODS["lora"](), every_step(tmp_path))
     state = torch.load(ckpt(tmp_path, 2), weights_only=True)["state_dict"]
-    assert {n for n in state if CHILD not in n.split(".")} == {"out.weight", "out.bias"}
+    base = {n for n in state if CHILD not in n.split(".") and not n.startswith("lightning_pet")}
+    assert base == {"out.weight", "out.bias"}
     resumed = Reader()
     fit(resumed, TEXT, METHODS["lora"](), ckpt_path=ckpt(tmp_path, 1))
     assert digest(resumed) == digest(whole)
@@ -245,6 +246,28 @@ def test_full_fine_tuning_of_a_frozen_model_is_refused():
         lp.apply(bert().requires_grad_(False), [lp.FullFineTuningCallback()])
 
 
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_what_is_frozen_in_a_hook_counts_as_well(hook, method):
+    def freeze(self, stage=None):
+        assert all(p.requires_grad for n, p in self.student.named_parameters() if CHILD not in n.split("."))
+        self.teacher.requires_grad_(False)
+
+    class Later(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.teacher.requires_grad_(True)
+            with torch.no_grad():
+                self.teacher.bert.embeddings.word_embeddings.weight += 1
+
+    setattr(Later, hook, freeze)
+    module = Later()
+    before = digest(module.teacher)
+    moved(module, TEXT, METHODS[method]())
+    assert digest(module.teacher) == before
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+
+
 # --- models of the user's own ---------------------------------------------------------------------------
 
 
@@ -277,6 +300,12 @@ def test_where_a_forward_can_be_run_it_tells_the_output_layers(tmp_path):
     other = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
     assert lp.load_delta(other, tmp_path / "x.pet.safetensors").record.trained_names == ("4.weight", "4.bias")
     assert torch.equal(other(X), net(X))
+
+
+def test_the_end_of_the_last_block_of_an_encoder_is_no_head():
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+    adapted = lp.apply(net, [METHODS["adapter"]()], forward=lambda: net(torch.randn(2, 3, 8)))
+    assert not adapted.record.trained_names
 
 
 def test_an_output_that_no_target_feeds_is_no_head():
@@ -390,3 +419,176 @@ def test_a_class_of_ones_own_with_a_way_to_load_itself_is_looked_into():
     plain = Plain()
     plain.__class__ = type("Own", (Plain,), {"from_pretrained": classmethod(lambda cls: cls())})
     assert bases_of(plain) == ("",)
+
+
+# --- copies that the user keeps ---------------------------------------------------------------------------
+
+
+class Momentum(L.LightningModule):
+    """An online network, and a copy of it that follows, parameter by parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.online = seeded(Plain)
+        self.slow = copy.deepcopy(self.online).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            goal = self.slow(batch[0])
+        return F.cross_entropy(self.online(batch[0]), batch[1]) + F.mse_loss(self.online(batch[0]), goal)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args):
+        for slow, fast in zip(self.slow.parameters(), self.online.parameters(), strict=True):
+            slow.lerp_(fast, 0.3)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-1)
+
+    def forward(self, x):
+        return self.online(x), self.slow(x)
+
+
+class Byol(Momentum):
+    """A pretrained encoder with a projector, a copy of both, and a predictor."""
+
+    def __init__(self):
+        super().__init__()
+        self.online = nn.ModuleDict({"encoder": bert().bert, "projector": seeded(lambda: nn.Linear(8, 6))})
+        self.slow = copy.deepcopy(self.online).requires_grad_(False)
+        self.predictor = seeded(lambda: nn.Linear(6, 6))
+
+    def project(self, net, ids):
+        return net["projector"](net["encoder"](ids).last_hidden_state.mean(1))
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            goal = self.project(self.slow, batch[0])
+        return F.mse_loss(self.predictor(self.project(self.online, batch[0])), 1 + goal)
+
+    def forward(self, ids):
+        return self.project(self.online, ids), self.project(self.slow, ids)
+
+
+COPIES = {
+    "lora": lambda **o: METHODS["lora"](**o),
+    "every": lambda **o: METHODS["lora"](target_modules=["all-linear"], **o),
+    "adapter": METHODS["adapter"],
+    "bitfit": METHODS["bitfit"],
+    "full": lambda **o: lp.FullFineTuningCallback(verbose=False, **o),
+    "module": lambda **o: METHODS["lora"](module="online", target_modules=["body.0"], **o),
+}
+KEPT = {
+    ("byol", "lora"): (Byol, TEXT, IDS),
+    ("byol", "adapter"): (Byol, TEXT, IDS),
+    ("byol", "bitfit"): (Byol, TEXT, IDS),
+    ("byol", "full"): (Byol, TEXT, IDS),
+    ("mean teacher", "every"): (Momentum, VECTORS, X),
+    ("mean teacher", "bitfit"): (Momentum, VECTORS, X),
+    ("mean teacher", "full"): (Momentum, VECTORS, X),
+    ("mean teacher", "module"): (Momentum, VECTORS, X),
+}
+
+
+@pytest.mark.parametrize(("kind", "method"), KEPT, ids=map("-".join, KEPT))
+def test_a_copy_that_the_user_keeps_has_the_same_deltas_untrained(kind, method, tmp_path):
+    build, data, inputs = KEPT[kind, method]
+    whole = build()
+    run = fit(whole, data, COPIES[method](), every_step(tmp_path))
+    pairs = list(zip(whole.slow.named_parameters(), whole.online.named_parameters(), strict=True))
+    assert all(name == other for (name, _), (other, _) in pairs)
+    assert not any(p.requires_grad for p in whole.slow.parameters())
+    assert not any(id(p) in held(run) for n, p in whole.slow.named_parameters() if CHILD in n.split("."))
+    assert any(p.requires_grad for p in whole.online.parameters())
+    if method != "full" and method != "bitfit":
+        deltas = [(a, b) for (name, a), (_, b) in pairs if CHILD in name.split(".")]
+        assert deltas
+        assert any(not torch.equal(a, b) for a, b in deltas)  # the average lags behind
+        assert any(a.abs().sum() for (name, a), _ in pairs if name.endswith((".b", "up.weight", "up")))
+    resumed = build()
+    fit(resumed, data, COPIES[method](), ckpt_path=ckpt(tmp_path, 1))
+    assert digest(resumed) == digest(whole)
+    loaded = build()
+    lp.load_delta(loaded, ckpt(tmp_path, 2))
+    assert digest(loaded) == digest(whole)
+    for one, other in zip(loaded.eval()(inputs), whole.eval()(inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_methods_whose_deltas_cannot_be_had_twice_say_so_and_leave_the_model_alone():
+    for callback in (
+        lp.IntrinsicDimensionCallback(d=20),
+        lp.AdaLoRACallback(target_modules="all-linear", init_r=2, target_r=1),
+    ):
+        module = Momentum()
+        before = digest(module)
+        with pytest.raises(lp.TargetError, match=r"'slow' is a frozen copy of 'online'.*module='online'"):
+            lp.apply(module, [callback])
+        assert digest(module) == before
+    lp.apply(Momentum(), [lp.IntrinsicDimensionCallback(d=20, module="online")])
+
+
+def test_frozen_layers_of_one_network_are_no_copies():
+    model = bert()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    rows = lp.apply(model, [METHODS["lora"]()]).plan().rows
+    assert all(row.parameters for row in rows)
+    assert sum("layer.0" in row.place for row in rows) == 2
+
+
+def test_a_teacher_of_ones_own_with_other_values_gets_no_delta():
+    module = Momentum()
+    with torch.no_grad():
+        module.slow.body[0].weight += 1
+    adapted = lp.apply(module, [COPIES["every"]()])
+    assert all(row.place.startswith("online.") for row in adapted.plan().rows)
+    assert not any(p.requires_grad for p in module.slow.parameters())
+
+
+# --- what is said -----------------------------------------------------------------------------------------
+
+
+def test_what_looks_new_and_stays_frozen_is_in_the_table_with_the_option_that_trains_it(tmp_path, capsys):
+    net = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
+    plan = lp.apply(net, [METHODS["lora"](target_modules=["0"])]).plan()
+    assert plan.frozen_heads == ("2",)
+    assert "modules_to_save=['2'] trains it" in str(plan)
+    assert not lp.apply(net, [METHODS["lora"](name="b", target_modules=["2"])]).plan().frozen_heads
+    model = bert()
+    model.classifier.requires_grad_(False)
+    assert lp.apply(model, [METHODS["lora"]()]).plan().frozen_heads == ("classifier",)
+    assert not lp.apply(bert(), [METHODS["lora"]()]).plan().frozen_heads
+    bert().bert.save_pretrained(tmp_path)
+    grown = type(bert().bert).from_pretrained(tmp_path)
+    grown.pooler.dense = nn.Linear(8, 8)
+    assert lp.apply(grown, [METHODS["lora"]()]).plan().frozen_heads == ("pooler.dense",)
+    judged = Judged()
+    judged.net[2] = nn.Linear(8, 2)
+    fit(judged, VECTORS, lp.LoRACallback(r=2, module="net", target_modules=["0"]))
+    assert "modules_to_save" in capsys.readouterr().out
+
+
+def test_a_language_model_has_nothing_new():
+    from hf_models import gpt2
+
+    assert not lp.apply(gpt2(), [METHODS["lora"]()]).plan().frozen_heads
+
+
+def test_a_head_that_the_loss_does_not_reach_is_named():
+    class Both(Reader):
+        def __init__(self):
+            super().__init__()
+            self.bert = bert()
+
+        def forward(self, ids):
+            return self.out(self.bert.bert(ids).last_hidden_state.mean(1))
+
+    module = Both()
+    with pytest.warns(UserWarning, match=r"bert\.classifier .* the loss does not reach it"):
+        names = moved(module, TEXT, METHODS["lora"]())
+    assert names == {"out.weight", "out.bias"}
+
+
+def test_layer_freezing_says_when_it_trains_nearly_all():
+    with pytest.warns(UserWarning, match=r"trains \d\d% of BertForSequenceClassification, whose stacks have 2 layers"):
+        lp.apply(bert(), [lp.LayerFreezingCallback()])

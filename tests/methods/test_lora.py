@@ -127,6 +127,29 @@ def test_patterns_by_role_and_expression() -> None:
     assert second.output.dense.pet["lora_default"].scale == pytest.approx(16 / 2)
 
 
+@pytest.mark.parametrize(
+    ("build", "ranks"),
+    [
+        (zoo.bert, {"re:.*layer\\.1\\..*query": 5, "query": 3}),  # files sort: the second would stand first
+        (zoo.bert, {"encoder.layer.0.attention.self.query": 4, "*": 3}),
+        (zoo.gpt2, {"re:.*1.attn.*": 5, "attention.q": 3, "c_attn": 4}),  # parts of one parameter
+    ],
+)
+def test_patterns_decide_in_a_file_as_they_did(build, ranks, tmp_path: Path) -> None:
+    """Files keep no order, and no regular expression of a file is looked up."""
+    model, run = build()
+    callback = LoRACallback(r=2, target_modules=["attention.q", "attention.v"], rank_pattern=ranks)
+    adapted = apply(model, callback, forward=lambda: run(model))
+    perturb(adapted)
+    save_delta(model, tmp_path / "delta.pet.safetensors")
+    again, _ = build()
+    loaded = load_delta(again, tmp_path / "delta.pet.safetensors")
+    assert torch.equal(run(model), run(again))
+    assert loaded.record.applied[0].config == adapted.record.applied[0].config
+    save_delta(again, tmp_path / "again.pet.safetensors")
+    load_delta(build()[0], tmp_path / "again.pet.safetensors")
+
+
 def test_a_rank_that_a_target_cannot_have_is_clamped_on_request() -> None:
     model, _ = zoo.bert()
     with pytest.warns(UserWarning, match=r"clamp_rank: 4 of 4.*attention\.self\.query\.weight \(16 instead of 20\)"):

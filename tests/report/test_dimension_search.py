@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class Task:
 
     def __call__(self, d: int | None, seed: int) -> float:
         self.ran.append((d, seed))
+        if d == 0:
+            return 0.1
         return 0.8 if d is None else 0.8 * min(1.0, 0.9 * (d / self.needed) ** 0.2)
 
 
@@ -77,6 +80,8 @@ def test_the_mean_of_the_seeds_counts_and_a_diverged_run_never_does(tmp_path: Pa
     def task(d: int | None, seed: int) -> float:
         if d is None:
             return 1.0
+        if d == 0:
+            return 0.1
         return math.nan if d == 10 and seed else 0.86 + 0.1 * seed
 
     result = found(task, tmp_path / "runs.json", seeds=[0, 1], resolution=1.1)
@@ -115,6 +120,17 @@ def test_bad_input(options: dict[str, object], text: str, tmp_path: Path) -> Non
 def test_a_metric_that_is_no_accuracy(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="positive and better when"):
         found(lambda d, seed: -1.0, tmp_path / "runs.json")
+
+
+def test_full_fine_tuning_at_chance_is_named(tmp_path: Path) -> None:
+    metrics = {0: 0.17, None: 0.18}
+    with pytest.warns(UserWarning, match=r"reaches 0\.180.*untrained model has \(0\.170\).*Train longer"):
+        found(lambda d, seed: metrics.get(d, 0.175), tmp_path / "runs.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = found(Task(300), tmp_path / "other.json")
+    assert "an upper bound for this optimizer" in sentence(result)
+    assert f"--smallest={result.below}" in sentence(result)
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
