@@ -262,16 +262,20 @@ def _build(
 def _readings(
     root: nn.Module, trained: Sequence[str], targets: Sequence[Target], structure: Structure | None
 ) -> dict[str, str | None]:
-    """Who reads what trains in place, as far as is known."""
+    """Who reads what trains in place, as far as is known, and will be where a file is loaded."""
     called = None if structure is None else structure.called
-    stored = {target.path: target.reads for target in targets if target.parameter}
+    noted = {target.path: target.reads for target in targets if target.parameter}
     found: dict[str, str | None] = {}
     for name in trained:
         path, _, own = name.rpartition(".")
-        reader = stored.get(name)
-        reader = seen_reader(root, Target(path, own), structure) if reader is None else reader
-        by = path if reader is None else reader
-        if by in called if called is not None else by:  # nothing tells of a root by which of its methods it is run
+        plain = reader_of(root, Target(path, own), None)
+        reader = noted.get(name)
+        if reader is None:
+            reader = seen_reader(root, Target(path, own), structure)
+            by = path if reader is None else reader
+            if not (by in called if called is not None else by):  # nothing tells by which of its methods a root is run
+                continue
+        if reader == plain or name in noted:
             found[name] = reader
     return found
 

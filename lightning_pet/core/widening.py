@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.core.applied import Adaptation, record_of
+from lightning_pet.core.applied import record_of
 from lightning_pet.core.effective import KEPT, READ_AS
 from lightning_pet.core.fast_path import forbid
 from lightning_pet.core.insertion import (
@@ -78,9 +78,9 @@ def read_precisions(root: nn.Module) -> dict[int, torch.dtype]:
 
 
 def trained_in_place(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the base that the plan trains as they are, but for methods that promise to leave those alone."""
+    """Parameters of the base that the plan trains as they are."""
     record = record_of(root)
-    names = dict.fromkeys(name for applied in (record.applied if record else ()) for name in applied.readings)
+    names = dict.fromkeys(name for applied in (record.applied if record else ()) for name in applied.trained)
     found = ((name, _split(root, name)) for name in names)
     return {name: p for name, (host, own) in found if host and (p := host._parameters.get(own)) is not None}
 
@@ -94,13 +94,16 @@ def widen(root: nn.Module, values: Mapping[str, Tensor] | None = None, names: It
         names: widen these only.
     """
     record, values = record_of(root), values or {}
-    narrow = {name: p for name, p in trained_in_place(root).items() if is_narrow(p)}
-    if record is None or not narrow:
+    half = {name: p for name, p in trained_in_place(root).items() if is_narrow(p)}
+    if record is None or not half:
         return
-    wanted = set(narrow if names is None else names)
+    wanted = set(half if names is None else names)
     kept = _seen_from_outside(root) | _shared(root)
-    for name, parameter in narrow.items():
-        if name not in wanted or id(parameter) in kept or not _can_read(root, record, name):
+    readings = {name: reader for applied in record.applied for name, reader in applied.readings.items()}
+    for name, parameter in half.items():
+        if name not in wanted or name not in readings or id(parameter) in kept:
+            continue
+        if not _can_read(root, name, reader := readings[name]):
             continue
         path, _, own = name.rpartition(".")
         *around, host = modules_on_the_way(root, path)
@@ -110,7 +113,7 @@ def widen(root: nn.Module, values: Mapping[str, Tensor] | None = None, names: It
         swap(host, _NarrowHost, own)
         if (exposed := host.__dict__.get(KEPT)) is not None:
             exposed.extra.discard(own)
-        if (reader := _reading(record, name)) is not None:
+        if reader is not None:
             let_read(module_at(root, reader), host)
         for module in (*around, host):
             forbid(module)
@@ -142,7 +145,7 @@ def _fill(host: nn.Module, name: str, data: Tensor) -> None:
     parameter = host._parameters[name]
     assert parameter is not None
     if is_sharded(parameter):
-        # It is the very module that the engine asks; a parameter of its own cannot change its precision.
+        # A part of a tensor cannot change its precision; engines look for the new one when the module moves.
         host._parameters[name] = nn.Parameter(data.to(parameter.device), requires_grad=parameter.requires_grad)
         return
     gradient, parameter.grad = parameter.grad, None
@@ -157,15 +160,10 @@ def _split(root: nn.Module, name: str) -> tuple[nn.Module | None, str]:
     return (module if len(above) == (path.count(".") + 1 if path else 0) else None), own
 
 
-def _reading(record: Adaptation, name: str) -> str | None:
-    return next(applied.readings[name] for applied in record.applied if name in applied.readings)
-
-
-def _can_read(root: nn.Module, record: Adaptation, name: str) -> bool:
+def _can_read(root: nn.Module, name: str, reader: str | None) -> bool:
     """Whether the one who reads a parameter can be let read it in another precision."""
     host, own = _split(root, name)
     assert host is not None
-    reader = _reading(record, name)
     by = host if reader is None else module_at(root, reader)
     if any(is_swapped_by_others(module) or "forward" in vars(module) for module in (host, by)):
         return False
