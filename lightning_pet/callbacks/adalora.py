@@ -278,7 +278,7 @@ class AdaLoRACallback(PETCallback):
 
     def _triplets(self, trainer: pl.Trainer) -> dict[str, SvdLowRank]:
         root = Controller.get(trainer).adapted.root
-        return {f"{target.path}:{target.role}": cast(SvdLowRank, delta) for target, delta in self.deltas(root)}
+        return {f"{target.path}:{target.role}": cast(SvdLowRank, delta) for target, delta in self.training_deltas(root)}
 
     @torch.no_grad()
     def _look(self, deltas: dict[str, SvdLowRank], adapter: StrategyAdapter[Any]) -> None:

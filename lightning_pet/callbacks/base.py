@@ -18,7 +18,7 @@ from lightning_pet.core.budget import affordable, base_numbers, check_affordable
 from lightning_pet.core.heads import HEAD, find_heads, parameters_below
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import METHODS, Insertion, key_of
-from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.core.naming import canonical, delta_prefix, join, named_modules
 from lightning_pet.core.patterns import listed_if_given
 from lightning_pet.core.spelling import unknown_option
 from lightning_pet.core.structure import Structure, Target
@@ -175,6 +175,13 @@ class PETCallback(Callback):
             for applied, target, path, key in (record.hosts() if record else ())
             if applied.key == key_of(self)
         ]
+
+    def training_deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
+        """Those of them that train: not the copies in twins, nor those in a part that is in no optimizer."""
+        record = record_of(root)
+        trains = {delta_prefix(name) for name in record.trainable_names} if record else set()
+        ids = {id(module) for path, module in named_modules(root).items() if path in trains}
+        return [(target, delta) for target, delta in self.deltas(root) if id(delta) in ids]
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
         """Learning-rate factor of those of its own parameters that do not train at their group's rate."""

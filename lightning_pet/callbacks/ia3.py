@@ -10,7 +10,7 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.biases import bias_of
 from lightning_pet.core.fitting import is_called
-from lightning_pet.core.hosts import host_kind, transposed
+from lightning_pet.core.hosts import host_kind, transposed, weight_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.names import features
 from lightning_pet.core.naming import module_at
@@ -122,7 +122,7 @@ class IA3Callback(PETCallback):
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the vector that fits the host's class."""
         host = module_at(root, target.module)
-        weight = host._parameters[target.parameter]
+        weight = weight_of(host, target.parameter)
         assert weight is not None  # resolve_targets returned it
         wide = weight.dtype in (torch.float32, torch.float64)
         # Full precision even on a half-precision base: the vectors stay close to one.

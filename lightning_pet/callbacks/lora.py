@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.core.fitting import Options, fitted, largest_rank
-from lightning_pet.core.hosts import host_kind
+from lightning_pet.core.hosts import host_kind, weight_of
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.naming import canonical, module_at, named_modules
 from lightning_pet.core.parameters import with_readers
@@ -179,7 +179,7 @@ class LoRACallback(PETCallback):
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the delta that fits the host's class."""
         host = module_at(root, target.module)
-        weight = host._parameters[target.parameter]
+        weight = weight_of(host, target.parameter)
         assert weight is not None  # resolve_targets returned it
         rank = self._rank(target, shape_of(weight), largest_rank(host, target.parameter))
         alpha = value_at(self.alpha_pattern, target, self.alpha)

@@ -174,6 +174,19 @@ def freeze(root: nn.Module) -> None:
             parameter.requires_grad_(id(parameter) in wanted)
 
 
+def leave_out(root: nn.Module, names: Collection[str]) -> None:
+    """Deltas of these names do not train, those that were left out before do again; what else is named is noted."""
+    record = record_of(root)
+    if record is None or (not names and not record.left):
+        return
+    deltas = set(record.delta_names)
+    again = [name for name in record.left if name in deltas and name not in names]
+    own = [name for name in record.trainable_names if name in deltas and name not in names]
+    record.trainable_names = (*dict.fromkeys((*own, *again)), *record.trained_names)
+    record.left = tuple(names)
+    freeze(root)
+
+
 def host_parameter(root: nn.Module, target: Target) -> str:
     """Name of the base parameter that stands for a place: its own, else the nearest one around its module."""
     if target.parameter:

@@ -65,6 +65,7 @@ class Adaptation:
         trainable_names: delta parameters that train, then base parameters that do.
         scopes: submodules whose other parameters are frozen (``""``: everything).
         apart: parts of them that are left to the user, as all outside of them is.
+        left: what was planned, and is in a part that the user gave to no optimizer.
         originals: copies of the base tensors that training may change (trained parameters,
             persistent buffers), to restore them exactly.
         flags: ``requires_grad`` of every base parameter before the first delta came.
@@ -79,6 +80,7 @@ class Adaptation:
     trainable_names: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     marks: dict[str, Mark | None] = field(default_factory=dict)

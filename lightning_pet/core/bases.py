@@ -38,10 +38,13 @@ def is_pretrained(module: nn.Module) -> bool:
 
 
 def _loads(module: nn.Module) -> type | None:
-    """The class from which a module has its way to load or write trained weights."""
+    """The class from which a module has its way to load or write trained weights.
+
+    ``nn.Embedding.from_pretrained`` makes a layer of any tensor, and says nothing of where it came from.
+    """
     for name in ("from_pretrained", "save_pretrained"):
         owner = next((c for c in base_class(module).__mro__ if name in c.__dict__), None)
-        if owner is not None and owner.__module__.partition(".")[0] != _HUB_MIXIN:
+        if owner is not None and owner.__module__.partition(".")[0] not in (_HUB_MIXIN, "torch"):
             return owner
     return None
 

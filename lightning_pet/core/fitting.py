@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_pet.core.hosts import acts_by_call, embed_scale, host_kind, matrix_of, transposed
+from lightning_pet.core.hosts import acts_by_call, embed_scale, host_kind, matrix_of, transposed, weight_of
 from lightning_pet.core.insertion import reader_of
 from lightning_pet.core.naming import module_at
 from lightning_pet.core.structure import Target
@@ -52,7 +52,7 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
     """
     forms = forms or Forms()
     host = module_at(root, target.module)
-    weight = host._parameters[target.parameter]
+    weight = weight_of(host, target.parameter)
     assert weight is not None  # resolve_targets returned it
     kind, called = host_kind(host, target.parameter), is_called(root, target)
     outputs, inputs = matrix_of(host, target.parameter)

@@ -129,10 +129,31 @@ def frozen_outputs(root: nn.Module, bases: Sequence[str], trained: Collection[st
             new = [n for n, p in scope.named_parameters() if can_train(p) and not hasattr(p, _LOADED)]
             found += [join(base, canonical(name).rpartition(".")[0]) for name in new]
     names = [name for name, _ in base_parameters_of(root)]
-    moving = {path for name in trained for path in (name, *_above(name))}
-    moving |= {path for host in modules if host.rpartition(".")[2] == CHILD for path in _above(host)}
+    hosts = {path for host in modules if host.rpartition(".")[2] == CHILD for path in _above(host)}
+    moving = hosts | {path for name in trained for path in (name, *_above(name))}
+    found += [path for base in bases for path in _beyond_targets(root, base, hosts)]
     asleep = [p for p in dict.fromkeys(found) if p not in moving and any(is_below(name, p) for name in names)]
     return tuple(p for p in asleep if not any(p != other and is_below(p, other) for other in asleep))
+
+
+def _beyond_targets(root: nn.Module, base: str, hosts: Collection[str]) -> list[str]:
+    """Parts of a model of the user's own that come after the last one with a delta: a decoder, an embedding layer.
+
+    And what its LightningModule holds as single parameters (a temperature).
+    """
+    scope = named_modules(root)[base]
+    children = [(join(base, canonical(n)), c) for n, c in scope.named_children() if n != CHILD]
+    adapted = [index for index, (path, _) in enumerate(children) if path in hosts]
+    if is_pretrained(scope) or not adapted or any(path.rpartition(".")[2].isdigit() for path, _ in children):
+        return []
+    later = children[adapted[-1] + 1 :]
+    for index in adapted:
+        path, child = children[index]
+        inner = [] if is_pretrained(child) else child.named_children()
+        later += [(join(path, n), c) for n, c in inner if _HEAD_NAME.fullmatch(n)]
+    found = [path for path, c in later if any(p.dim() > 1 for p in c.parameters()) and not _is_vocabulary(root, c)]
+    single = scope.named_parameters(recurse=False) if hasattr(scope, "training_step") else ()
+    return [*found, *(join(base, canonical(name)) for name, _ in single)]
 
 
 def _above(path: str) -> list[str]:

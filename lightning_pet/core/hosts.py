@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import conv as torch_conv
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pet.core.insertion import base_class, has_plain_forward, is_conv1d
 from lightning_pet.core.quantised import is_quantised, shape_of
@@ -35,7 +36,7 @@ def host_kind(module: nn.Module, parameter: str = "weight") -> Kind | None:
         without calling its module, or by a call that computes something else), or ``None`` if it cannot host
         a delta.
     """
-    tensor = module._parameters.get(parameter)
+    tensor = weight_of(module, parameter)
     if tensor is None or is_raw(module, parameter):
         return None
     cls = base_class(module)
@@ -55,6 +56,33 @@ def host_kind(module: nn.Module, parameter: str = "weight") -> Kind | None:
         if _is_dense_matrix(tensor) and (product := _product(module)) is not None:
             return product
     return "weight" if tensor.ndim in (2, 3) else None
+
+
+def weight_of(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """A parameter; or, of the weight that a known layer makes from others for each call, its form without values.
+
+    Making it would be a part of the run: spectral norm changes its buffers then.
+    """
+    tensor = module._parameters.get(parameter)
+    if tensor is not None or parameter != "weight" or not is_made(module):
+        return tensor
+    layer: Any = module
+    if isinstance(module, nn.Linear):
+        shape = _sizes(module)
+    elif isinstance(module, nn.Embedding):
+        shape = (module.num_embeddings, module.embedding_dim)
+    else:
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    like = next(p for p in module.parameters() if p.is_floating_point())
+    return like.detach().new_empty(()).expand(shape)
+
+
+def is_made(module: nn.Module) -> bool:
+    """Whether the weight of a known layer is no parameter, but made from some for each call (weight norm, pruning)."""
+    if not isinstance(module, nn.Linear | nn.Embedding | _CONVOLUTIONS) or "weight" in module._parameters:
+        return False
+    by_hook = "weight" in vars(module) and any(name.startswith("weight_") for name in module._parameters)
+    return is_parametrized(module, "weight") or by_hook
 
 
 def is_raw(module: nn.Module, parameter: str) -> bool:
@@ -83,7 +111,7 @@ def acts_by_call(module: nn.Module) -> bool:
 
 def matrix_of(module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
     """(out, in) of the matrix, or of each of several, that a low-rank delta changes."""
-    weight = module._parameters[parameter]
+    weight = weight_of(module, parameter)
     assert weight is not None
     shape = shape_of(weight)
     kind = host_kind(module, parameter)
@@ -98,7 +126,7 @@ def matrix_of(module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
 
 def transposed(module: nn.Module, parameter: str = "weight") -> bool | None:
     """Whether a weight is stored as [..., in, out]; ``None`` if that cannot be told."""
-    weight = module._parameters[parameter]
+    weight = weight_of(module, parameter)
     assert weight is not None
     kind = host_kind(module, parameter)
     if kind == "conv1d_hf" or isinstance(module, nn.EmbeddingBag):
@@ -139,10 +167,11 @@ def _owner(cls: type, method: str) -> type:
 
 def _looks_up(module: nn.Module) -> bool:
     """Whether an embedding returns rows of its table, times :func:`embed_scale`."""
-    weight = module._parameters["weight"]
-    assert weight is not None
     if _owner(base_class(module), "forward") is nn.Embedding:
         return True
+    weight = module._parameters.get("weight")
+    if weight is None:  # made for each call
+        return False
     if weight.is_meta or is_quantised(weight):  # no values to compare
         return any(hasattr(module, name) for name in _SCALES)
     if getattr(module, "max_norm", None) is not None:  # a call would change the table

@@ -1,12 +1,15 @@
 """What every weight becomes when deltas are added into it, computed and checked before anything changes."""
 
-from collections.abc import Iterable
-from typing import NamedTuple, cast
+from collections.abc import Container, Iterable
+from copy import deepcopy
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pet.core.applied import record_of
+from lightning_pet.core.hosts import is_made
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.naming import canonical, join, named_modules
 from lightning_pet.core.quantised import check_replaceable, dense_values, is_quantised
@@ -44,10 +47,17 @@ def merged_weights(root: nn.Module, dequantize: bool = False) -> list[tuple[nn.P
         served.setdefault((place.method, id(base)), set()).add(id(place.host))
     own: dict[tuple[str, int], Target] = {}
     merged: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    made: dict[int, _Made] = {}
     for method, target, host, delta in places:
         if delta.path == "shared" or isinstance(delta, Tied):
             continue  # part of what the deltas that use it, or that it repeats, merge
         base = host._parameters.get(target.parameter)
+        if base is None and target.parameter == "weight" and is_made(host):
+            weight = made[id(host)].weight if id(host) in made else _made_weight(target, host)
+            made[id(host)] = _Made(target, host, _finite(target.path, weight, delta.merged(weight)))
+            if delta.changes_bias:
+                _merge_bias(target, host, delta, holders, merged)
+            continue
         if base is None:
             delta.merged(torch.empty(0))  # raises: there is no weight to merge into
             raise NotMergeableError(f"{target.path} has no weight that the delta could be added to.")
@@ -65,7 +75,54 @@ def merged_weights(root: nn.Module, dequantize: bool = False) -> list[tuple[nn.P
         merged[id(base)] = (base, _finite(target.path, weight, delta.merged(weight)))
         if target.parameter == "weight" and delta.changes_bias:
             _merge_bias(target, host, delta, holders, merged)
-    return list(merged.values())
+    return [*merged.values(), *(pair for one in made.values() for pair in _made_from(one, holders, merged))]
+
+
+class _Made(NamedTuple):
+    """What a weight that is made for each call is to become."""
+
+    target: Target
+    host: nn.Module
+    weight: Tensor
+
+
+def _made_weight(target: Target, host: nn.Module) -> Tensor:
+    """The weight that a parametrisation makes, without what making it changes in a run (spectral norm)."""
+    if not is_parametrized(host, "weight"):
+        raise NotMergeableError(
+            f"{target.path} is made by a hook before each call, and there is nothing to add the delta to. Keep it "
+            "attached, or make the weight by torch.nn.utils.parametrizations instead."
+        )
+    with torch.no_grad():
+        weight: Tensor = deepcopy(cast(Any, host).parametrizations.weight).eval()()
+    return weight.detach()
+
+
+def _made_from(made: _Made, holders: "_Holders", merged: Container[int]) -> list[tuple[nn.Parameter, Tensor]]:
+    """What a weight is made from, such that it comes out as it should be: the parametrisation itself says that."""
+    own: Any = cast(Any, made.host).parametrizations.weight
+    if any(id(parameter) in merged for parameter in own._parameters.values()):
+        raise NotMergeableError(
+            f"{made.target.path} has a delta, and so has what it is made from ({made.target.module}.parametrizations)."
+            " Keep them attached, or remove one of the two."
+        )
+    twin = deepcopy(own).eval()
+    try:
+        twin.right_inverse(made.weight)
+        error = torch.linalg.vector_norm(twin() - made.weight)
+    except Exception as reason:  # whatever a parametrisation says of a weight that it cannot make
+        error, why = torch.tensor(torch.inf), f" ({reason})"
+    else:
+        why = ""
+    if not error <= 10 * torch.finfo(made.weight.dtype).eps * torch.linalg.vector_norm(made.weight):
+        kinds = ", ".join(type(part).__name__.lstrip("_") for part in own)
+        raise NotMergeableError(
+            f"{made.target.path} is made by {kinds}, which cannot make it with the delta in it{why}. Keep it attached."
+        )
+    for name, parameter in own._parameters.items():
+        holders.check(Target(f"{made.target.module}.parametrizations.weight", name), parameter, {id(own)})
+    values = dict(twin.named_parameters())
+    return [(parameter, values[name].detach()) for name, parameter in own._parameters.items()]
 
 
 def _places(root: nn.Module) -> list[_Place]:

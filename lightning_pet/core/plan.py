@@ -100,7 +100,9 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
     delta = set(record.delta_names)
     base = sum(numbers_in(p) for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
-    return Plan(tuple(rows), base, frozen_outputs(root, record.scopes, record.trained_names))
+    # Twins that the user keeps are not new.
+    asleep = [path for path in frozen_outputs(root, record.scopes, record.trained_names) if record.in_base(path)]
+    return Plan(tuple(rows), base, tuple(asleep))
 
 
 def how_to_train(path: str) -> str:

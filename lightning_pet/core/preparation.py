@@ -9,9 +9,10 @@ from torch import nn
 from lightning_pet.core.applied import record_of
 from lightning_pet.core.bases import Twins, bases_around, bases_of, frozen_by_user, is_below, twins_of
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
+from lightning_pet.core.hosts import is_made
 from lightning_pet.core.insertion import check_attachable, reader_of
 from lightning_pet.core.method import Insertion, Method, key_of
-from lightning_pet.core.naming import canonical, join, module_at
+from lightning_pet.core.naming import canonical, join, module_at, named_modules
 from lightning_pet.core.parameters import seen_reader
 from lightning_pet.core.patterns import KINDS, is_role, name_matcher
 from lightning_pet.core.quantised import check_hosts, check_trains
@@ -225,7 +226,7 @@ def _build(
     places = [target for target in targets if target.role != HEAD]
     copied = [target for target in places if _is_copied(target, places, twins)]
     insertions = tuple(method.insertions(root, [target for target in places if target not in copied]))
-    insertions += _mirrored(method, insertions, bases, twins, None if stored is None else copied)
+    insertions += _mirrored(root, method, insertions, bases, twins, None if stored is None else copied)
     for insertion in insertions:
         target, key = insertion.target, delta_key(method, insertion)
         host = module_at(root, target.module)
@@ -233,7 +234,7 @@ def _build(
         if target.reads is not None:
             check_attachable(module_at(root, target.reads), target, key)
         check_hosts(insertion.delta, host, target.path, target.parameter)
-        _check_gradient(insertion.delta, host, target)
+        _check_weight(insertion.delta, host, target)
     trained = _awake(root, method, method.trained(root, targets), stored)
     parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
     for name in trained:
@@ -287,13 +288,20 @@ def _with_reader(root: nn.Module, place: Target, reader: str | None) -> Target:
     return replace(place, reads=reader)
 
 
-def _check_gradient(delta: Delta, host: nn.Module, target: Target) -> None:
-    """Refuse a delta on a weight whose gradient comes in a form that does not pass on to the delta."""
+def _check_weight(delta: Delta, host: nn.Module, target: Target) -> None:
+    """Refuse a delta on a weight that is there during a call only, or whose gradient does not pass on to the delta."""
     if delta.path == "weight" and isinstance(host, nn.Embedding | nn.EmbeddingBag) and host.sparse:
         raise TargetError(
             f"{target.path}: the {type(host).__name__} has sparse=True, and a delta on its weight gets no gradient of "
             f"that form. Set {target.module or 'model'}.sparse = False, which the frozen table does not need, or leave "
             "it out with exclude_modules."
+        )
+    if target.parameter == "weight" and is_made(host) and (delta.path == "weight" or delta.starts_from_weight):
+        raise TargetError(
+            f"{target.path} is made from other parameters for each call (weight norm and the like), so a delta can "
+            "only add to what the layer returns, and this one needs the weight itself: it is DoRA, starts from it "
+            "(init='pissa', 'olora'), or nobody calls the layer as it is. Use LoRA or (IA)³ without these, exclude it "
+            "with exclude_modules, or name what the weight is made from ('parametrizations.weight')."
         )
 
 
@@ -304,6 +312,7 @@ def _is_copied(target: Target, places: Sequence[Target], twins: Twins) -> bool:
 
 
 def _mirrored(
+    root: nn.Module,
     method: Method,
     insertions: Sequence[Insertion],
     bases: Sequence[str],
@@ -332,7 +341,9 @@ def _mirrored(
                     f"the parameters of both together, name the original: module={original!r}."
                 )
             continue
-        deltas = deepcopy([i.delta for i in mine])  # together: what they share stays shared
+        # Together: what they share stays shared. What they know of the original is that of the copy.
+        modules, within = named_modules(root), named_modules(module_at(root, original))
+        deltas = deepcopy([i.delta for i in mine], {id(m): modules[join(copy, path)] for path, m in within.items()})
         for place, insertion, delta in zip(places, mine, deltas, strict=True):
             found.append(replace(insertion, target=place, delta=delta.requires_grad_(False)))
     return tuple(found)

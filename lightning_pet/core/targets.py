@@ -27,6 +27,7 @@ from torch import nn
 
 from lightning_pet.core.biases import is_bias
 from lightning_pet.core.fused import overlap
+from lightning_pet.core.hosts import is_made
 from lightning_pet.core.names import (
     gives_one_number,
     is_linear,
@@ -409,7 +410,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 def _parameters(module: nn.Module) -> list[str]:
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
-    if "weight" not in names and is_linear(module):
+    if "weight" not in names and (is_linear(module) or is_made(module)):
         names.append("weight")  # a quantised weight is a buffer
     return names
 

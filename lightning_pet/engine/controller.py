@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_pet.core.adaptation import (
     freeze,
     host_parameter,
+    leave_out,
     note_users_flags,
     outgrown,
     refresh,
@@ -41,6 +42,7 @@ from lightning_pet.engine.durable_io import keep_last_linked
 from lightning_pet.engine.firing import Firing
 from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
+from lightning_pet.engine.left_out import left_out, warn_left_out_deltas
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.engine.precision import keep_precision, warn_of_rounding
 from lightning_pet.engine.rebuilt import Trained
@@ -331,6 +333,7 @@ class Controller:
 
     def _configure_optimizers(self, original: Callable[[], Any]) -> Any:
         record, prefix = self.adapted.record, self.root_path
+        leave_out(self.adapted.root, ())
         freeze(self.adapted.root)
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
@@ -350,9 +353,22 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
-        returned = optim.hold_delta(original(), self.module, delta, hosts, ratios, options)
+        made = original()
+        self._leave_out(optim.collect(made, "param_groups"))
+        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)
         self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
+
+    def _leave_out(self, optimizers: Sequence[Any]) -> None:
+        root = self.adapted.root
+        left = left_out(root, optimizers, self.methods)
+        if not left:
+            return
+        leave_out(root, left)
+        warn_left_out_deltas(root, left)
+        if not self.adapter.shards:
+            self._plan = self.adapted.plan()
+            self.adapter.wrap_again()
 
     def exchange(self, exchanges: Sequence[Exchange]) -> None:
         """Deltas have exchanged parameters in the middle of a fit: tell the record, the optimizers and the strategy."""

@@ -9,6 +9,7 @@ from typing import Final
 from torch import nn
 
 from lightning_pet.core.applied import Adaptation, record_of
+from lightning_pet.core.hosts import weight_of
 from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.naming import by_delta, join, named_modules, named_tensors
@@ -162,7 +163,7 @@ def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
     module = modules.get(target.module)
     if module is None or (target.reads is not None and target.reads not in modules):
         return False
-    return not target.parameter or module._parameters.get(target.parameter) is not None
+    return not target.parameter or weight_of(module, target.parameter) is not None
 
 
 def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str]) -> None:

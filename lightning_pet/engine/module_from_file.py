@@ -92,7 +92,7 @@ def _require_given(cls: type[Any], checkpoint: Mapping[str, Any], kwargs: Mappin
     if absent:
         options = ", ".join(f"{name}=…" for name in absent)
         raise ArgumentError(
-            f"{path} could not hold {'; '.join(left_out[name] for name in absent)}, which is no plain data. Give it: "
+            f"{path} could not hold what is no plain data: {'; '.join(left_out[name] for name in absent)}. Give it: "
             f"load_from_checkpoint({cls.__name__}, path, {options}); or pass an instance of {cls.__name__}."
         )
 

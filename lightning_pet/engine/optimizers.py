@@ -217,7 +217,7 @@ def collect(value: Any, *attributes: str) -> list[Any]:
 
 
 def beside_base(module: nn.Module) -> set[int]:
-    """Identities of the parameters that are neither planned for nor in the base: the user's own.
+    """Identities of the parameters that are neither planned for nor in the base, and of those left out: the user's own.
 
     In a module that nothing was applied to there are none.
     """
@@ -228,13 +228,13 @@ def beside_base(module: nn.Module) -> set[int]:
     record = record_of(root)
     assert record is not None
     prefix = f"{path}." if path else ""
-    ours = {*record.delta_names, *record.planned_names}
+    ours, left = {*record.delta_names, *record.planned_names}, set(record.left)
     mine: set[int] = set()
     beside: set[int] = set()
     for full, parameter in module.named_parameters(remove_duplicate=False):
         name = canonical(full)
         own = name.removeprefix(prefix)
-        inside = name.startswith(prefix) and (own in ours or record.in_base(own))
+        inside = name.startswith(prefix) and own not in left and (own in ours or record.in_base(own))
         (mine if inside else beside).add(id(parameter))
     return beside - mine
 

@@ -147,6 +147,11 @@ def exchange(optimizers: list[Any], schedulers: list[Any], exchanges: Sequence[E
                 _remove_group(optimizer, _of(schedulers, optimizer), index)
         for change in exchanges:
             optimizer.state.pop(change.old, None)
+        if any(
+            id(change.new) in {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for change in exchanges
+        ):
+            private.forget_joint_state(optimizer)
 
 
 def _carry_state(optimizer: Any, change: Exchange) -> None:

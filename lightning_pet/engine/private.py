@@ -31,7 +31,7 @@ name                                                      used for
 ``_Loop._data_source``                                    a batch to look at the model with
 ``._log_hyperparams``                                     what Lightning logs of a module and its data, and when it logs
 ``_LoggerConnector.should_update_logs``
-``LBFGS._params``                                         optimizers that use their first group only
+``LBFGS._params``, ``LBFGS._numel_cache``                 optimizers that use their first group only
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``core/graph.py`` and
 ``Node._input_metadata``, ``Node._saved_groups``,         ``core/fused.py``; guarded by ``tests/core/test_graph.py``
 ``Node._saved_weight``, ``torch._C._autograd``
@@ -285,6 +285,14 @@ def uses_first_group_only(optimizer: Any) -> bool:
     """Whether an optimizer steps the parameters of its first group only, as LBFGS does."""
     params = getattr(optimizer, "_params", None)
     return params is not None and params is optimizer.param_groups[0]["params"]
+
+
+def forget_joint_state(optimizer: Any) -> None:
+    """Let an optimizer that keeps one state for all of its parameters together begin anew with those that it has."""
+    if uses_first_group_only(optimizer):
+        optimizer.state.clear()
+        if hasattr(optimizer, "_numel_cache"):
+            optimizer._numel_cache = None
 
 
 def unscales_itself(optimizer: Any) -> bool:

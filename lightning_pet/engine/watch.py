@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -84,10 +85,11 @@ class Watch:
         self._run = run
         self._marks: dict[str, Mark | None] | None = None
         self._settled = False
+        self._thawed = False
 
     def new_run(self) -> None:
         """Forget the last fit."""
-        self._marks, self._settled = None, False
+        self._marks, self._settled, self._thawed = None, False, False
 
     # --- marking ------------------------------------------------------------------------------------
 
@@ -133,6 +135,7 @@ class Watch:
     def _check(self, when: str) -> None:
         frozen, marks = self._frozen(), self._marks or {}
         self._check_optimizers(frozen, when)
+        self._warn_thawed(frozen, when)
         gone = [name for name in marks if name not in frozen]
         names = [name for name in marks if name in frozen]
         answers = compare((frozen[name], marks[name]) for name in names)
@@ -146,6 +149,18 @@ class Watch:
                 f"{self._suspects()} Leave the base alone there; or let it train by the plan (modules_to_save, "
                 "LayerFreezingCallback, FullFineTuningCallback); or, if it is a copy that the module keeps itself, "
                 "name the base with module='…', so that the copy lies beside it and is saved."
+            )
+
+    def _warn_thawed(self, frozen: dict[str, nn.Parameter], when: str) -> None:
+        """Somebody unfreezes the base, and would wait in vain for it to train."""
+        thawed = [name for name, parameter in frozen.items() if parameter.requires_grad]
+        if thawed and not self._thawed:
+            self._thawed = True
+            full = [join(self._run.root_path, name) for name in thawed]
+            rank_zero_warn(
+                f"{when}: {len(full)} tensors of the base were set to require a gradient: {shown(full)}. No optimizer "
+                "holds them, so they do not train. Let them train by the plan: modules_to_save, LayerFreezingCallback "
+                "(unfreeze_every unfreezes layer by layer), or FullFineTuningCallback."
             )
 
     def _check_optimizers(self, frozen: dict[str, nn.Parameter], when: str) -> None:

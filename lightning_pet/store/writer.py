@@ -106,11 +106,12 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         The size of the file in bytes.
 
     Raises:
-        DeltaFileError: code ``io``, if the operating system refuses. The previous file is then
-            untouched and no temporary file is left. Other exceptions of ``write`` propagate as they
-            are, equally without a trace on disk.
+        DeltaFileError: code ``io``, if the operating system refuses, or ``path`` is no place for a file (a folder, a
+            pipe, a device). What was there before is then untouched and no temporary file is left. Other exceptions of
+            ``write`` propagate as they are, equally without a trace on disk.
     """
     target = _local(path)
+    _check_replaceable(target)
     folder, temp = os.path.dirname(target) or ".", _temp_name(target)
     with _naming(target):
         disk.make_folder(folder)
@@ -125,6 +126,19 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             raise
         disk.sync_folder(folder)
     return size
+
+
+def _check_replaceable(target: str) -> None:
+    """A rename puts its file in the place of anything: of the machine's ``/dev/null``, if root asks for it."""
+    try:
+        mode = os.stat(target).st_mode
+    except OSError:  # nothing there, or a link to nothing
+        return
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise DeltaFileError(
+            f"{target} is a {kind}, and a save would put a file in its place. Give the path of a file.", "io"
+        )
 
 
 def _mode_of(target: str) -> int:
@@ -181,6 +195,7 @@ def durable_link(source: str | os.PathLike[str], path: str | os.PathLike[str], *
     """
     # link() does not follow symbolic links on Linux, and a link to a link is what is to be avoided.
     origin, target = os.path.realpath(_local(source)), _local(path)
+    _check_replaceable(target)
     folder, temp = os.path.dirname(target) or ".", _temp_name(target)
     with _naming(target):
         disk.make_folder(folder)

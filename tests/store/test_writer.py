@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from lightning_pet.errors import DeltaFileError
+from lightning_pet import LoRACallback, apply, extract_delta, inspect_delta, last_good, load_delta, save_delta
+from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.store.writer import atomic_folder, atomic_write, durable_link, reap_stale
 
 
@@ -71,6 +73,42 @@ def test_a_symbolic_link_is_replaced_and_its_target_kept(tmp_path):
     assert (tmp_path / "target").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a folder", "link to a device"])
+def test_only_files_are_replaced(tmp_path, kind):
+    """A rename would put a file in the place of a pipe, or of the machine's null device."""
+    place = tmp_path / "x"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to("/dev/null" if kind == "link to a device" else tmp_path)
+    before = place.lstat()
+    with pytest.raises(DeltaFileError, match=f"{place} is a .*a save would put a file in its place") as caught:
+        atomic_write(place, write(b"1"))
+    assert caught.value.code == "io"
+    assert (place.lstat().st_ino, place.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [("a\0b", DeltaFileError, "NUL"), (3, ArgumentError, "no path"), (None, ArgumentError, "no path")],
+)
+def test_what_is_no_path_is_refused_by_every_verb(path, error, message):
+    model = nn.Sequential(nn.Linear(2, 2))
+    apply(model, [LoRACallback(r=1, target_modules=["0"])])
+    for verb in (
+        lambda: save_delta(model, path),
+        lambda: load_delta(nn.Sequential(nn.Linear(2, 2)), path),
+        lambda: inspect_delta(path),
+        lambda: extract_delta(path, "out"),
+        lambda: last_good(path),
+    ):
+        with pytest.raises(error, match=message):
+            verb()
+
+
 def test_the_longest_name_works(tmp_path):
     name = "ä" * 125 + ".ckpt"
     atomic_write(tmp_path / name, write(b"1"))
@@ -107,7 +145,7 @@ def refused(call, *texts):
 def test_refusals_name_path_and_reason(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"")
-    refused(lambda: atomic_write(tmp_path / "folder", write(b"1")), str(tmp_path / "folder"), "Is a directory")
+    refused(lambda: atomic_write(tmp_path / "folder", write(b"1")), str(tmp_path / "folder"), "is a folder")
     refused(lambda: atomic_write(tmp_path / "file" / "x", write(b"1")), str(tmp_path / "file"), "errno")
     refused(lambda: atomic_write("s3://bucket/x", write(b"1")), "s3://bucket/x", "upload")
     refused(lambda: atomic_write(tmp_path / ("x" * 300), write(b"1")), "File name too long")
