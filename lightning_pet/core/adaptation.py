@@ -29,7 +29,7 @@ from lightning_pet.core.outside import mark_outside
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
-from lightning_pet.core.widening import narrow, read_precisions, widen
+from lightning_pet.core.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
 
@@ -227,8 +227,8 @@ def refresh(root: nn.Module) -> None:
     record = record_of(root)
     if record is None:
         return
-    planned, wide = set(record.planned_names), bool(read_precisions(root))
-    narrow(root)
+    planned = set(record.planned_names)
+    narrow(root)  # what the base holds now is widened as before, once the model is complete
     forbid_repacking(root)  # layers may have been made anew
     record.trainable_names = tuple(n for n in record.trainable_names if n in planned)
     record.originals.clear()
@@ -239,8 +239,6 @@ def refresh(root: nn.Module) -> None:
         delta = cast(Delta, modules[join(path, CHILD, key)])
         check_hosts(delta, modules[path], target.path, target.parameter)
         initialize(delta, modules[path], target.parameter)
-    if wide:
-        widen(root)
 
 
 def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from lightning_pet.core.insertion import (
     CHILD,
     Deltas,
     WeightHost,
+    base_class,
     deltas_of,
     give_class_back,
     give_fast_paths_back,
@@ -27,10 +28,10 @@ from lightning_pet.core.insertion import (
     let_read_no_more,
     swap,
 )
-from lightning_pet.core.naming import module_at, modules_on_the_way, named_modules
+from lightning_pet.core.naming import canonical, delta_prefix, module_at, modules_on_the_way, named_modules
 from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.sequences import SEQUENCES
-from lightning_pet.layers.sharding import is_partition, is_sharded
+from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 
 
 class _NarrowHost(WeightHost):
@@ -85,20 +86,26 @@ def trained_in_place(root: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, (host, own) in found if host and (p := host._parameters.get(own)) is not None}
 
 
-def widen(root: nn.Module, values: Mapping[str, Tensor] | None = None, names: Iterable[str] | None = None) -> None:
+def widen(
+    root: nn.Module,
+    values: Mapping[str, Tensor] | None = None,
+    names: Iterable[str] | None = None,
+    model: nn.Module | None = None,
+) -> None:
     """Keep what trains in place in float32 from now on, wherever it is known who reads it.
 
     Args:
         root: the adapted root.
         values: what to hold, where that is known more exactly than the parameters are now.
         names: widen these only.
+        model: what the root is in.
     """
     record, values = record_of(root), values or {}
     half = {name: p for name, p in trained_in_place(root).items() if is_narrow(p)}
     if record is None or not half:
         return
     wanted = set(half if names is None else names)
-    kept = _seen_from_outside(root) | _shared(root)
+    kept = _seen_from_outside(root) | _shared(root) | _averaged(root, record.scopes, root if model is None else model)
     readings = {name: reader for applied in record.applied for name, reader in applied.readings.items()}
     for name, parameter in half.items():
         if name not in wanted or name not in readings or id(parameter) in kept:
@@ -187,6 +194,22 @@ def _seen_from_outside(root: nn.Module) -> set[int]:
     models = [root, *(m for m in root.modules() if isinstance(getattr(type(m), "dtype", None), property))]
     firsts = (next((p for p in model.parameters() if p.is_floating_point()), None) for model in models)
     return {id(parameter) for parameter in firsts if parameter is not None}
+
+
+def _averaged(root: nn.Module, scopes: Iterable[str], model: nn.Module) -> set[int]:
+    """Parameters of a base beside which there is another of its form: code that averages the two reads both."""
+    found: set[int] = set()
+    for base in (module_at(root, scope) for scope in scopes):
+        inside, form = set(base.modules()), _form(base)
+        others = (m for m in model.modules() if m not in inside and base_class(m) is base_class(base))
+        if any(_form(other) == form for other in others):
+            found.update(id(parameter) for parameter in base.parameters())
+    return found
+
+
+def _form(module: nn.Module) -> dict[str, torch.Size]:
+    named = ((canonical(name), p) for name, p in module.named_parameters())
+    return {name: whole_shape(p) for name, p in named if not delta_prefix(name)}
 
 
 def _shared(root: nn.Module) -> set[int]:

@@ -78,7 +78,7 @@ def apply(
     new = insert_methods(model, methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
-        widen(root)
+        widen(root, model=model)
         start(model, new)
     except BaseException:
         undo(root, [key_of(method) for method in new])

@@ -271,7 +271,7 @@ class Controller:
         if not self.adapter.widens:
             narrow(root)
         elif not holds_parts(root):  # else as the engine moves it: see keep_precision
-            widen(root)
+            widen(root, model=self.module)
         if last and self.trainer.state.fn == TrainerFn.FITTING:
             refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)

@@ -275,7 +275,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
                     delta.unpack(found[prefix])
             renew(root)
             own = set(record.delta_names)
-            widen(root, names=_held_wider(stored))
+            widen(root, names=_held_wider(stored), model=model)
             copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
             note_changed(root, stored.tensors)
             _copy_beside(model, root_path, stored)

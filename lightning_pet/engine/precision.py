@@ -44,7 +44,9 @@ def keep_precision(trainer: pl.Trainer, adapter: StrategyAdapter[Any]) -> None:
             if _narrowed(now := part.get_buffer(name), buffer):
                 part._buffers[name] = buffer.to(now.device)
         for root, values in zip(roots, in_place, strict=True):
-            _widen(root, values, anew=not adapter.has_run(root))
+            wide = {name: data for name, data in values.items() if not is_narrow(data)}
+            widen(root, wide, wide if adapter.has_run(root) else None, module)
+            _even_out(root)
         if any(is_sharded(data) for data in chain((d for _, _, d in parameters), *(v.values() for v in in_place))):
             module.to(trainer.strategy.root_device)  # FSDP2 looks for new parameters whenever a module moves
         return module
@@ -52,11 +54,9 @@ def keep_precision(trainer: pl.Trainer, adapter: StrategyAdapter[Any]) -> None:
     plugin.convert_module = convert_module  # type: ignore[method-assign]
 
 
-def _widen(root: nn.Module, values: dict[str, Tensor], anew: bool) -> None:
-    wide = {name: data for name, data in values.items() if not is_narrow(data)}
-    widen(root, wide, None if anew else wide)
+def _even_out(root: nn.Module) -> None:
+    """What trains in parts must have one precision within a unit."""
     left = trained_in_place(root).values()
-    # What trains in parts must have one precision within a unit.
     if any(is_sharded(p) for p in left) and any(is_narrow(p) for p in left):
         narrow(root)
 
