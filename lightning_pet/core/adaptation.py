@@ -29,6 +29,7 @@ from lightning_pet.core.outside import mark_outside
 from lightning_pet.core.preparation import Prepared, delta_key
 from lightning_pet.core.quantised import check_hosts, initialize
 from lightning_pet.core.structure import Target
+from lightning_pet.core.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
 
@@ -43,7 +44,8 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     try:
         for item in prepared:
             applied = Applied(item.method.method, item.method.name, item.method.config_at(item.targets), item.targets)
-            applied.trained, applied.readers = item.trained, list(item.readers)
+            applied.trained, applied.readings = item.trained, dict(item.readings)
+            applied.readers = list(item.readers)
             for insertion, reader in zip(item.insertions, item.readers, strict=True):
                 key = delta_key(item.method, insertion)
                 attach(root, insertion.target, key, insertion.delta, reader, record.switch)
@@ -135,12 +137,15 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = F
 
 def _keep_originals(root: nn.Module, record: Adaptation) -> None:
     trained, own = set(record.trained_names), set(record.delta_names)
+    precisions = read_precisions(root)
     for name, tensor in named_tensors(root):
         mutable = name in trained or not isinstance(tensor, nn.Parameter)
         if mutable and name not in own and name not in record.originals:
             # In host memory: a method may train the whole model.
             here = not (tensor.is_meta or is_partition(tensor))
-            record.originals[name] = tensor.detach().to("cpu", copy=True) if here else without_values(tensor)
+            dtype = precisions.get(id(tensor), tensor.dtype)
+            original = tensor.detach().to("cpu", dtype, copy=True) if here else without_values(tensor)
+            record.originals[name] = original
 
 
 def freeze(root: nn.Module) -> None:
@@ -223,6 +228,7 @@ def refresh(root: nn.Module) -> None:
     if record is None:
         return
     planned = set(record.planned_names)
+    narrow(root)  # what the base holds now is widened as before, once the model is complete
     forbid_repacking(root)  # layers may have been made anew
     record.trainable_names = tuple(n for n in record.trainable_names if n in planned)
     record.originals.clear()
@@ -257,6 +263,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     gone |= {name for applied in leaving for name in applied.trained if name not in still}
     record.delta_names = tuple(name for name in record.delta_names if name not in gone)
     record.trainable_names = tuple(name for name in record.trainable_names if name not in gone)
+    narrow(root, still)
     if record.applied:
         freeze(root)
         return

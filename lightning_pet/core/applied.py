@@ -31,6 +31,8 @@ class Applied:
         hosts: (host path, key) of every inserted delta.
         readers: reader path of every inserted delta, or ``None``.
         trained: base parameters that it trains as they are.
+        readings: those of them of which it is known who reads them, with the path of the module in whose call they
+            are read if it is not their own: they may be kept in a wider precision than they are read in.
     """
 
     method: str
@@ -40,6 +42,7 @@ class Applied:
     hosts: list[tuple[str, str]] = field(default_factory=list)
     readers: list[str | None] = field(default_factory=list)
     trained: tuple[str, ...] = ()
+    readings: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

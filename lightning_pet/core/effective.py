@@ -11,6 +11,9 @@ from lightning_pet.core.call import Chosen, Switch, chosen
 KEPT = "_pet_kept"
 """Attribute of a module: its :class:`Kept`."""
 
+READ_AS = "_pet_read_as"
+"""Attribute of a module: the precision in which its forward reads parameters that are kept in a wider one."""
+
 REPLICA = "_pet_chosen"
 """Attribute of a copy that ``nn.DataParallel`` runs in a thread of its own: what the thread that made it had chosen."""
 

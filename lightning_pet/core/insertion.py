@@ -15,7 +15,7 @@ belong to others of their method and are never called by their host.
 
 import inspect
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, cast
@@ -23,7 +23,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.core.call import HERE, Chosen, Switch
-from lightning_pet.core.effective import KEPT, REPLICA, Kept, effective, held, of_host, repeats_itself
+from lightning_pet.core.effective import KEPT, READ_AS, REPLICA, Kept, effective, held, of_host, repeats_itself
 from lightning_pet.core.fast_path import forbid, restore
 from lightning_pet.core.naming import CHILD as CHILD
 from lightning_pet.core.naming import has_module, module_at, modules_on_the_way
@@ -144,7 +144,7 @@ class _AroundHost(_Host):
         return call(*args, **kwargs)
 
 
-class _WeightHost(_AroundHost):
+class WeightHost(_AroundHost):
     """A host some of whose parameters are read through weight deltas, or that reads such a host's."""
 
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +160,9 @@ class _WeightHost(_AroundHost):
         weight = held(self, name)
         if weight is None or not (self in HERE.call.scope or repeats_itself(self)):
             return weight
+        return self._pet_effective(name, weight)
+
+    def _pet_effective(self, name: str, weight: Any) -> Any:
         for delta in (delta for delta in self.pet.active("weight") if delta.parameter == name):
             weight = delta(weight)
         return weight
@@ -188,7 +191,7 @@ def _make_class(base: type[nn.Module], mixin: type[_Reader], parameters: tuple[s
         "__pet_mixin__": mixin,
         "__pet_parameters__": parameters,
         # Computing the product itself, a delta would read the weight past the weight deltas.
-        "__pet_fusable__": has_plain_forward(base) and not issubclass(mixin, _WeightHost),
+        "__pet_fusable__": has_plain_forward(base) and not issubclass(mixin, WeightHost),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -299,17 +302,14 @@ def attach(
     check_attachable(host, target, key)
     delta.parameter = target.parameter
     if delta.path == "shared":
-        _swap(host, _Host) if isinstance(host, SEQUENCES) else _adopt(host)
+        swap(host, _Host) if isinstance(host, SEQUENCES) else _adopt(host)
     elif delta.path == "weight":
-        _swap(host, _WeightHost, target.parameter)
+        swap(host, WeightHost, target.parameter)
         reader = reader if target.reads is None else target.reads
         if reader is not None:
-            by = module_at(root, reader)
-            _swap(by, _WeightHost)
-            reads = by.__dict__.setdefault(_READS, [])
-            reads += [] if host in reads else [host]
+            let_read(module_at(root, reader), host)
     else:
-        _swap(host, _AroundHost if delta.path == "around" else _Host)
+        swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
     pet.switches[key] = switch or Switch()
     pet[key] = delta
@@ -317,10 +317,25 @@ def attach(
     if target.reads is not None and delta.path != "weight":
         delta.slot = Slot(pet, key)
         source = module_at(root, target.reads)
-        _swap(source, _AroundHost)
+        swap(source, _AroundHost)
         source.__dict__.setdefault(_TAPS, []).append(delta.slot)
     for module in (*around, host):
         forbid(module)
+
+
+def let_read(reader: nn.Module, host: nn.Module) -> None:
+    """While a module's forward runs, let parameters of a host be what they are in the host's own."""
+    swap(reader, WeightHost)
+    reads = reader.__dict__.setdefault(_READS, [])
+    reads += [] if host in reads else [host]
+
+
+def let_read_no_more(root: nn.Module, hosts: Container[nn.Module]) -> None:
+    """Undo :func:`let_read` for these hosts."""
+    for module in list(root.modules()):
+        if reads := module.__dict__.get(_READS):
+            reads[:] = [host for host in reads if host not in hosts]
+            give_class_back(module)
 
 
 def check_attachable(host: nn.Module, target: Target, key: str) -> None:
@@ -360,20 +375,21 @@ def detach(root: nn.Module, places: Iterable[tuple[str, str]]) -> None:
             if module.__dict__.get(name):
                 module.__dict__[name][:] = [item for item in module.__dict__[name] if id(item) not in gone]
         if isinstance(module._modules.get(CHILD), Deltas):
-            _restore(module)
-    _give_fast_paths_back(root)
+            give_class_back(module)
+    give_fast_paths_back(root)
 
 
-def _give_fast_paths_back(module: nn.Module) -> bool:
+def give_fast_paths_back(module: nn.Module) -> bool:
     """Let what has no delta below it take the fast path again; whether this has one."""
-    below = [_give_fast_paths_back(child) for child in module.children()]
+    below = [give_fast_paths_back(child) for child in module.children()]
     if isinstance(module, Deltas) or any(below):
         return True
     restore(module)
     return False
 
 
-def _swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:
+def swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) -> None:
+    """Make a module a host of this kind, unless it is one of a wider kind, that reads a parameter through its class."""
     cls = type(module)
     present: type[_Reader] = getattr(cls, "__pet_mixin__", _Reader)
     parameters = {*getattr(cls, "__pet_parameters__", ()), *([parameter] if parameter else [])}
@@ -387,10 +403,12 @@ def _adopt(module: nn.Module) -> None:
         module.add_module(CHILD, Deltas())
 
 
-def _restore(module: nn.Module) -> None:
-    if CHILD not in module._modules or module.__dict__.get(_READS) or module.__dict__.get(_TAPS) or deltas_of(module):
+def give_class_back(module: nn.Module) -> None:
+    """Give a host its own class back, if nothing is left in it."""
+    kinds = (_READS, _TAPS, READ_AS)
+    if CHILD not in module._modules or deltas_of(module) or any(module.__dict__.get(name) for name in kinds):
         return
-    for name in (_READS, _TAPS):
+    for name in kinds:
         module.__dict__.pop(name, None)
     del module._modules[CHILD]
     kept: Kept | None = module.__dict__.get(KEPT)

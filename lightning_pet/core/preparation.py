@@ -1,6 +1,6 @@
 """Plan and build: everything that can fail, before anything is changed."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from lightning_pet.core.applied import record_of
 from lightning_pet.core.bases import Twins, bases_around, bases_of, frozen_by_user, is_below, twins_of
 from lightning_pet.core.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.core.hosts import is_made
-from lightning_pet.core.insertion import check_attachable
+from lightning_pet.core.insertion import check_attachable, reader_of
 from lightning_pet.core.method import Insertion, Method, key_of
 from lightning_pet.core.naming import canonical, join, module_at, named_modules
 from lightning_pet.core.parameters import seen_reader
@@ -32,6 +32,7 @@ class Prepared:
         insertions: the deltas and their places.
         readers: path of the module that reads each place's parameter, or ``None``.
         trained: base parameters that train as they are.
+        readings: see :attr:`~lightning_pet.core.applied.Applied.readings`.
         scopes: the base of this method; the rest of the model is left to the user.
         apart: parts of the base that are left to the user, too.
     """
@@ -41,6 +42,7 @@ class Prepared:
     insertions: tuple[Insertion, ...]
     readers: tuple[str | None, ...]
     trained: tuple[str, ...]
+    readings: Mapping[str, str | None]
     scopes: tuple[str, ...]
     apart: tuple[str, ...]
 
@@ -238,9 +240,11 @@ def _build(
     for name in trained:
         check_trains(name, parameters[name])
     places = [insertion.target for insertion in insertions]
+    readings = _readings(root, trained, targets, structure) if getattr(method, "thaws", True) else {}
     # Places without a delta are kept, so that loading finds again what trains as it is.
     inserted = set(places)
-    places += [t for t in targets if t not in inserted and not is_shared(t) and _trains(trained, t)]
+    bare = [t for t in targets if t not in inserted and not is_shared(t) and _trains(trained, t)]
+    places += [_with_reader(root, target, readings.get(target.path)) for target in bare]
     return Prepared(
         method=method,
         targets=tuple(places),
@@ -250,9 +254,38 @@ def _build(
             for insertion in insertions
         ),
         trained=trained,
+        readings=readings,
         scopes=bases,
         apart=_apart(root, method, targets, bases, structure, twins),
     )
+
+
+def _readings(
+    root: nn.Module, trained: Sequence[str], targets: Sequence[Target], structure: Structure | None
+) -> dict[str, str | None]:
+    """Who reads what trains in place, as far as is known, and will be where a file is loaded."""
+    called = None if structure is None else structure.called
+    noted = {target.path: target.reads for target in targets if target.parameter}
+    found: dict[str, str | None] = {}
+    for name in trained:
+        path, _, own = name.rpartition(".")
+        plain = reader_of(root, Target(path, own), None)
+        reader = noted.get(name)
+        if reader is None:
+            reader = seen_reader(root, Target(path, own), structure)
+            by = path if reader is None else reader
+            if not (by in called if called is not None else by):  # nothing tells by which of its methods a root is run
+                continue
+        if reader == plain or name in noted:
+            found[name] = reader
+    return found
+
+
+def _with_reader(root: nn.Module, place: Target, reader: str | None) -> Target:
+    """A place whose parameter is read by another module, of which only a forward tells."""
+    if not place.parameter or reader is None or reader == reader_of(root, place, None):
+        return place
+    return replace(place, reads=reader)
 
 
 def _check_weight(delta: Delta, host: nn.Module, target: Target) -> None:

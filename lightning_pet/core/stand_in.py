@@ -13,6 +13,7 @@ from lightning_pet.core.call import Selection, Switch
 from lightning_pet.core.fast_path import set_aside
 from lightning_pet.core.insertion import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.core.naming import join, named_modules, named_tensors
+from lightning_pet.core.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts
 
 _Places = list[tuple[nn.Module, dict[str, str]]]
@@ -76,11 +77,12 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _originals(root: nn.Module, record: Adaptation, changed: set[str]) -> dict[str, Tensor]:
     """Copies of the original values, placed as the present ones: the base may write into its buffers."""
-    found = {}
+    found, precisions = {}, read_precisions(root)
     with torch.no_grad():
         for name, tensor in named_tensors(root):
             if name in changed and not record.originals[name].is_meta:
-                found[name] = torch.empty_like(tensor, requires_grad=False).copy_(record.originals[name])
+                like = torch.empty_like(tensor, dtype=precisions.get(id(tensor)), requires_grad=False)
+                found[name] = like.copy_(record.originals[name])
     return found
 
 

@@ -16,6 +16,7 @@ from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.preparation import prepare
 from lightning_pet.core.probe import analyse
 from lightning_pet.core.together import check_fires
+from lightning_pet.core.widening import widen
 from lightning_pet.engine.base_check import Whole
 from lightning_pet.engine.delta import Fill, start_from
 from lightning_pet.engine.layer_formats import lack_of_gradient
@@ -81,6 +82,7 @@ def apply(
     new = insert_methods(model, methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
+        widen(root, model=model)
         start(model, new)
     except BaseException:
         undo(root, [key_of(method) for method in new])

@@ -29,6 +29,7 @@ from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import CHILD, by_delta, canonical, delta_prefix, join
 from lightning_pet.core.outside import mark_anew
 from lightning_pet.core.plan import Plan
+from lightning_pet.core.widening import narrow, widen
 from lightning_pet.engine import optimizers as optim
 from lightning_pet.engine import private
 from lightning_pet.engine.adapt import StartingMethod, insert_methods, is_applied, start
@@ -43,7 +44,7 @@ from lightning_pet.engine.hyper_parameters import warn_left_out
 from lightning_pet.engine.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.engine.left_out import left_out, warn_left_out_deltas, warn_of_frozen_base
 from lightning_pet.engine.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.engine.precision import keep_delta_precision, warn_of_rounding
+from lightning_pet.engine.precision import keep_precision, warn_of_rounding
 from lightning_pet.engine.rebuilt import Trained
 from lightning_pet.engine.reentrant import let_inputs_require_grad
 from lightning_pet.engine.resume import ExactResume
@@ -55,6 +56,7 @@ from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.engine.table import show_plan
 from lightning_pet.engine.watch import Watch, refuse_meddlers
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.store.reader import read
 
 _ATTRIBUTE = "_pet_controller"
@@ -179,7 +181,7 @@ class Controller:
             self._configure = self.module.configure_optimizers
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
-        keep_delta_precision(self.trainer)
+        keep_precision(self.trainer, self.adapter)
         install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
         keep_last_linked(self.trainer)
         trainer = self.trainer
@@ -267,6 +269,11 @@ class Controller:
             return False
         root = root_of(self.module)[1]
         freeze(root)
+        self.adapter.settle()
+        if not self.adapter.widens:
+            narrow(root)
+        elif not holds_parts(root):  # else as the engine moves it: see keep_precision
+            widen(root, model=self.module)
         if last and self.trainer.state.fn == TrainerFn.FITTING:
             refuse_without_gradient(root)
         self.adapter.after_insertion(root, complete=last)

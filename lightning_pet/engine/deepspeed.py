@@ -37,6 +37,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     passes_over = False
     repacks = True
     keeps_masters = True
+    widens = False
 
     def __init__(self, strategy: DeepSpeedStrategy) -> None:
         super().__init__(strategy)

@@ -16,6 +16,7 @@ from lightning_pet.core.insertion import CHILD
 from lightning_pet.core.method import Method, key_of
 from lightning_pet.core.naming import by_delta, join, named_modules, named_tensors
 from lightning_pet.core.outside import note_changed
+from lightning_pet.core.widening import widen
 from lightning_pet.engine.base_check import Named, Whole, base_fingerprint, check_base
 from lightning_pet.engine.fitting import faults_of, fitted
 from lightning_pet.engine.gathered import gathering_adapter, save_gathered
@@ -274,6 +275,7 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
                     delta.unpack(found[prefix])
             renew(root)
             own = set(record.delta_names)
+            widen(root, names=_held_wider(stored), model=model)
             copy_in(root, {name: tensor for name, tensor in stored.tensors.items() if name not in own})
             note_changed(root, stored.tensors)
             _copy_beside(model, root_path, stored)
@@ -281,6 +283,13 @@ def insert(model: nn.Module, stored: Stored, base_check: str = "error") -> Adapt
             undo(root, [item.key for item in prepared])
             raise
     return Adapted(root)
+
+
+def _held_wider(stored: Stored) -> set[str]:
+    """Base tensors that a file holds in more than the half precision of the base that it was trained on."""
+    # Where all of the base trained, nothing is left that tells; a part may have stayed in half precision.
+    half = stored.base is not None and (not stored.base.dtypes or stored.base.dtypes.keys() & {"BF16", "F16"})
+    return {name for name, tensor in stored.tensors.items() if half and tensor.dtype.itemsize > 2}
 
 
 def _copy_beside(model: nn.Module, root_path: str, stored: Stored) -> None:

@@ -35,6 +35,8 @@ from lightning_pet.layers.delta import Delta, Part
 class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
     """Wraps deltas as units, and gathers one unit at a time: the base is never whole in one process."""
 
+    widens = False
+
     def __init__(self, strategy: FSDPStrategy) -> None:
         super().__init__(strategy)
         self._units: set[int] = set()

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_pet.core.naming import canonical, join, named_modules
+from lightning_pet.engine import private
 from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
 from lightning_pet.engine.strategy import CheckpointRules, trainable
 from lightning_pet.errors import UnsupportedStrategyError
@@ -59,6 +60,10 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
                 f"{', '.join(plain[:4])}. Let configure_model call fully_shard on the whole model at the end."
             )
         _refuse_mixed_groups(module)
+
+    def has_run(self, root: nn.Module) -> bool:
+        """Whether a forward ran: when deltas came to a sharded model, its structure was looked at."""
+        return any(private.has_run(module) for module in root.modules())
 
     # --- in place of the strategy's methods -------------------------------------------------------
 

@@ -1,20 +1,29 @@
-"""Keeps a delta in the precision it was made in, whatever the base is cast to."""
+"""Keeps what trains in the precision it was made in, whatever the base is cast to."""
+
+from itertools import chain
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_pet.core.applied import adapted_roots
+from lightning_pet.core.widening import is_narrow, narrow, trained_in_place, widen
 from lightning_pet.engine.parameter_groups import shown, trainable_of
+from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded
 
 
-def keep_delta_precision(trainer: pl.Trainer) -> None:
-    """Make ``precision='bf16-true'`` (or ``'16-true'``) cast the base only.
+def keep_precision(trainer: pl.Trainer, adapter: StrategyAdapter[Any]) -> None:
+    """Make ``precision='bf16-true'`` (or ``'16-true'``) cast what is frozen only.
 
-    A delta's updates are far smaller than its values: in bfloat16 most of them round to nothing. The
-    values are put aside during the conversion, not cast there and back, because a checkpoint is
-    restored before it.
+    Updates are far smaller than values: in bfloat16 most of them round to nothing. The values are put aside during
+    the conversion, not cast there and back, because a checkpoint is restored before it.
+
+    Args:
+        trainer: the Trainer.
+        adapter: of its strategy.
     """
     plugin = trainer.precision_plugin
     if "convert_module" in plugin.__dict__:
@@ -25,6 +34,8 @@ def keep_delta_precision(trainer: pl.Trainer) -> None:
         deltas = [part for m in module.modules() if isinstance(m, Delta) for part in m.modules()]
         parameters = [(part, name, p.data) for part in deltas for name, p in part.named_parameters(recurse=False)]
         buffers = [(part, name, b) for part in deltas for name, b in part.named_buffers(recurse=False)]
+        roots = list(adapted_roots(module).values()) if adapter.widens else []
+        in_place = [{name: p.data for name, p in trained_in_place(root).items()} for root in roots]
         module = original(module)
         for part, name, data in parameters:
             _restore(part, name, data)
@@ -32,15 +43,26 @@ def keep_delta_precision(trainer: pl.Trainer) -> None:
             # A conversion makes new buffers, where it fills parameters anew.
             if _narrowed(now := part.get_buffer(name), buffer):
                 part._buffers[name] = buffer.to(now.device)
-        if any(is_sharded(data) for _, _, data in parameters):
+        for root, values in zip(roots, in_place, strict=True):
+            wide = {name: data for name, data in values.items() if not is_narrow(data)}
+            widen(root, wide, wide if adapter.has_run(root) else None, module)
+            _even_out(root)
+        if any(is_sharded(data) for data in chain((d for _, _, d in parameters), *(v.values() for v in in_place))):
             module.to(trainer.strategy.root_device)  # FSDP2 looks for new parameters whenever a module moves
         return module
 
     plugin.convert_module = convert_module  # type: ignore[method-assign]
 
 
+def _even_out(root: nn.Module) -> None:
+    """What trains in parts must have one precision within a unit."""
+    left = trained_in_place(root).values()
+    if any(is_sharded(p) for p in left) and any(is_narrow(p) for p in left):
+        narrow(root)
+
+
 def warn_of_rounding(module: nn.Module) -> None:
-    """Say which parameters train in half precision: heads, biases and freed layers have that of the base."""
+    """Say which parameters train in half precision: parts of the base that could not be kept in float32."""
     narrow = {name: p for name, p in trainable_of(module).items() if p.is_floating_point() and p.dtype.itemsize < 4}
     if narrow:
         dtype = str(next(iter(narrow.values())).dtype).removeprefix("torch.")

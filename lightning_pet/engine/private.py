@@ -48,6 +48,7 @@ name                                                      used for
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``core/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
 ``FullyShardedDataParallel._is_root``                      whether a unit of FSDP1 was used before
+``FSDPModule._get_fsdp_state``, ``._is_root``              whether one of FSDP2 was
 ``._lazy_init_hp_params_optimizer_state``,                optimizer states of ZeRO-1 and ZeRO-2, parameter by parameter
 ``._hp_optimizer_states_linked``
 ``._hp_mapping``, ``._index_in_param_group``,             gradients that ZeRO is about to step with, in the process
@@ -81,6 +82,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
 LAST_LR: Final = "_last_lr"
@@ -310,6 +312,12 @@ def wrap_average(callback: Any, method: Callable[..., Any]) -> None:
     if getattr(average, "avg_fn", None) is not None and "_pet_wrapped" not in vars(average):
         average.avg_fn = partial(method, average.avg_fn)
         vars(average)["_pet_wrapped"] = True
+
+
+def has_run(module: Module) -> bool:
+    """Whether a forward of this module ran since FSDP2 made it a unit, or of one around it."""
+    state = getattr(module, "_get_fsdp_state", None)
+    return state is not None and state()._is_root is not None
 
 
 def starts_processes(launcher: object) -> bool:

@@ -82,6 +82,9 @@ class StrategyAdapter(Generic[S]):
     passes_over = True
     """Whether its optimizers leave a parameter as it is that has no gradient in a step."""
 
+    widens = True
+    """Whether what trains in place may have another precision than the frozen parameters beside it."""
+
     keeps_masters = False
     """Whether its optimizers step float32 copies of what trains in half precision."""
 
@@ -208,6 +211,10 @@ class StrategyAdapter(Generic[S]):
 
     def optimizers_made(self, optimizers: list[Any], module: pl.LightningModule) -> None:
         """``configure_optimizers`` returned these; the engine has not put its own in their place yet."""
+
+    def has_run(self, root: nn.Module) -> bool:
+        """Whether the engine has noted the precisions of the parameters, at their first forward in its hold."""
+        return False
 
     def is_wrapped(self, root: nn.Module) -> bool:
         """Whether the engine has the deltas in its hold, so that they cannot be taken out any more."""

@@ -30,7 +30,7 @@ SHORT = [
     "fsdp-meta:Adapter",
     "fsdp-hybrid21:LoRA",
     "fsdp2-hybrid:LoRA, LoRA",
-    "fsdp2-true:LoRA",
+    "fsdp2-true:LoRA, BitFit",
     "zero3-init:LoRA",
     "zero3-init+true:LoRA",
 ]
@@ -42,13 +42,23 @@ LONG = [
         for method in ("LoRA", "Adapter")
     ),
     *(f"{engine}:{methods}" for engine in OPTIONS for methods in SEVERAL),
+    "fsdp2-early+true:LoRA, BitFit",
+    *(f"{engine}-true:LoRA, BitFit" for engine in ("ddp", "fsdp", "fsdp2")),
     *(f"{engine}-{precision}:LoRA" for engine in ("ddp", *OPTIONS) for precision in PRECISIONS),
 ]
 REFUSED = {
     ("hybrid21", "losses"): "torch turns this into NO_SHARD",
     ("meta", "started"): "start_from: FSDP1 would fill deltas on the meta device",
 }
-ROUNDED = ("mixed", "early", "fp16", *PRECISIONS, "init+true", "init+amp")  # these compute in half precision
+ROUNDED = (
+    "mixed",
+    "early",
+    "fp16",
+    *PRECISIONS,
+    "init+true",
+    "init+amp",
+    "early+true",
+)  # these compute in half precision
 
 
 def results(folder, cases, processes):
