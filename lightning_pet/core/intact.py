@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_pet.core.applied import Adaptation, record_of
-from lightning_pet.core.naming import named_modules, named_tensors
+from lightning_pet.core.naming import delta_prefix, has_module, named_modules, named_tensors
 from lightning_pet.errors import PETError, TargetError
 
 _RESIZE = "resize_token_embeddings"
@@ -42,7 +42,9 @@ def check_intact(root: nn.Module, record: Adaptation) -> None:
         PETError: naming them.
     """
     names = {name for name, _ in named_tensors(root)}
-    lost = sorted({*record.delta_names, *record.trained_names} - names)
+    absent = {*record.delta_names, *record.trained_names} - names
+    # A delta may hold other tensors than when it was noted: what it may not be is gone.
+    lost = sorted(name for name in absent if not (delta := delta_prefix(name)) or not has_module(root, delta))
     if lost:
         raise PETError(
             f"modules of {type(root).__name__} that carry a delta, or train, were replaced: {', '.join(lost[:4])} "
