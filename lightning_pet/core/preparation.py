@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -112,9 +113,9 @@ def _resolve(
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """The places of a method, and the base that they lie in."""
     bases = bases_of(root) if scope is None else (scope,)
-    named = [p for p in _patterns(method) if not is_role(p) and p not in ("all", *KINDS)]
+    named = [p for p in target_patterns(method) if not is_role(p) and p not in ("all", *KINDS)]
     failures: list[TargetError] = []
-    if len(bases) == 1 or not _patterns(method):
+    if len(bases) == 1 or not target_patterns(method):
         found: list[Target] = []
         for base in bases:
             try:
@@ -140,7 +141,7 @@ def _resolve(
     return tuple(kept), bases_around(root, bases, kept)
 
 
-def _patterns(method: Method) -> tuple[str, ...]:
+def target_patterns(method: Any) -> tuple[str, ...]:
     """The patterns by which the user chose places, if the method takes any."""
     for option in ("target_modules", "biases"):
         value = getattr(method, option, None)

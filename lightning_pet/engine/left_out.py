@@ -15,6 +15,8 @@ from lightning_pet.core.bases import is_below
 from lightning_pet.core.heads import HEAD, is_small, parameters_below
 from lightning_pet.core.method import key_of
 from lightning_pet.core.naming import CHILD, canonical, delta_prefix, join
+from lightning_pet.core.preparation import target_patterns
+from lightning_pet.core.structure import Target
 from lightning_pet.engine.parameter_groups import shown
 
 
@@ -24,7 +26,8 @@ def left_out(root: nn.Module, optimizers: Sequence[Any], methods: Sequence[Any])
     A part is what the root holds under one name. It is left out if the user did not freeze it, no optimizer holds any
     of it, and one holds something of the same method elsewhere: optimizers that hold only a head, or nothing of what
     a method adapts, leave it to the method. Full fine-tuning trains what the user trains, to the single parameter.
-    What ``modules_to_save`` names trains in any case, and so does a head that the root itself holds.
+    What ``modules_to_save`` names trains in any case, a place that the user names by its whole path, and a head that the
+    root itself holds.
 
     Args:
         root: the adapted root.
@@ -57,10 +60,21 @@ def _own(root: nn.Module, record: Adaptation, applied: Applied, method: Any) -> 
     saved = getattr(method, "modules_to_save", None) or ()
     sure = set(parameters_below(root, saved, "modules_to_save"))
     heads = {target.module for target in applied.targets if target.role == HEAD}
-    prefixes = {join(path, CHILD, key) for path, key in applied.hosts if path}
+    named = target_patterns(method)
+    prefixes = {
+        join(path, CHILD, key)
+        for target, (path, key) in zip(applied.targets, applied.hosts, strict=False)
+        if path and not any(_is_path_of(pattern, target) for pattern in named)
+    }
     names = [*applied.trained, *(name for name in record.delta_names if delta_prefix(name) in prefixes)]
     trains = set(record.trainable_names)
     return [name for name in names if name in trains and name not in sure and _part(name) not in heads]
+
+
+def _is_path_of(pattern: str, target: Target) -> bool:
+    """Whether a pattern is the whole path of a place: from the root, or from the LightningModule."""
+    whole = any(pattern == path or pattern.endswith(f".{path}") for path in (target.module, target.path))
+    return whole and not pattern.startswith("re:") and not set(pattern) & set("*?[")
 
 
 def warn_of_frozen_base(root: nn.Module, prefix: str, methods: Sequence[Any]) -> None:

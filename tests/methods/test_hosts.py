@@ -497,6 +497,6 @@ def test_a_forward_that_runs_no_target_is_refused() -> None:
     with pytest.raises(DeadSiteError, match=r"nobody called or read idle\.weight"):
         apply(model, [LoRACallback(r=2, target_modules=["idle"])], forward=lambda: model(numbers(2, 4)))
     assert type(model.idle) is nn.Linear
-    # One of several may be for other inputs, and a forward that fails says nothing.
-    for targets, forward in ((["idle", "used"], lambda: model(numbers(2, 4))), (["idle"], lambda: model(None))):
-        apply(model, [LoRACallback(r=2, target_modules=targets, modules_to_save=[])], forward=forward).remove()
+    # One of several may be for other inputs.
+    both = LoRACallback(r=2, target_modules=["idle", "used"], modules_to_save=[])
+    apply(model, [both], forward=lambda: model(numbers(2, 4))).remove()
