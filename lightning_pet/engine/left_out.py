@@ -26,8 +26,8 @@ def left_out(root: nn.Module, optimizers: Sequence[Any], methods: Sequence[Any])
     A part is what the root holds under one name. It is left out if the user did not freeze it, no optimizer holds any
     of it, and one holds something of the same method elsewhere: optimizers that hold only a head, or nothing of what
     a method adapts, leave it to the method. Full fine-tuning trains what the user trains, to the single parameter.
-    What ``modules_to_save`` names trains in any case, and so do a place that the user names by its whole path and a head
-    that the root itself holds.
+    What ``modules_to_save`` names trains in any case, and so do places that the user names by their whole path and
+    heads that the root itself holds.
 
     Args:
         root: the adapted root.
