@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import logging
 import random
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ def clean_state() -> Iterator[None]:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+    logging.disable(logging.NOTSET)  # the scripts of other processes are quiet, also where a test imports from them
     yield
     # Lightning's seed_everything leaves these behind, and processes that a later test starts would seed by them.
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
