@@ -9,6 +9,7 @@ from torch import nn
 from lightning_pet.core.bases import base_parameters_of, can_train, frozen_by_user, is_below, is_pretrained
 from lightning_pet.core.insertion import CHILD, base_class
 from lightning_pet.core.naming import canonical, join, module_at, named_modules
+from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.structure import Output, Role, Structure, Target
 from lightning_pet.core.targets import suggest
 from lightning_pet.errors import TargetError
@@ -78,7 +79,10 @@ def last_layers(
             continue
         if is_below(output.module, base) and (in_place or any(_feeds(target.module, output) for target in hosts)):
             path = _whole(root, base, output.module, () if in_place else hosts)
-            if path is not None and not _kept_frozen(root, base, path, frozen):
+            # What is quantised came out of a file: it is not new.
+            if path is None or any(is_quantised(p) for p in module_at(root, path).parameters()):
+                continue
+            if not _kept_frozen(root, base, path, frozen):
                 found[path] = None
     return tuple(found)
 

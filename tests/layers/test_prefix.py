@@ -170,7 +170,9 @@ def test_what_does_not_fit_is_named() -> None:
     direct, file = Prefix(L, H, DK, DV, **DOUBLE), prefix.packed()
     assert direct.misfits({}) == ["key is missing", "value is missing"]
     assert direct.misfits({**file, "other": file["key"]}) == ["other is unexpected"]
-    assert direct.misfits({**file, "key": file["key"][:, 1:]}) == ["key has shape (2, 3, 3), expected (2, 4, 3)"]
+    assert direct.misfits({**file, "key": file["key"][:, 1:]}) == [
+        "key (torch.float64) has shape (2, 3, 3), expected (2, 4, 3)"
+    ]
     assert prefix.misfits({"weight": file["weight"], "key": file["key"]}) == ["bias is missing", "value is missing"]
     assert network.misfits({"embedding": network.embedding}) == ["bias is missing", "weight is missing"]
 
