@@ -115,7 +115,8 @@ class PETCallback(Callback):
             raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
         if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
             raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
-        for figure in scalars or ():
+        figures = listed_if_given(scalars)
+        for figure in figures or ():
             if figure not in self.figures:
                 known = ", ".join(map(repr, self.figures))
                 raise ArgumentError(f"scalars: {figure!r} is not a figure of {type(self).__name__}, which has {known}.")
@@ -129,7 +130,7 @@ class PETCallback(Callback):
         self.budget = budget
         self.delta_files = delta_files
         self.verbose = verbose
-        self.scalars = scalars
+        self.scalars = cast(list[Scalar] | None, figures)
         self._of_run: pl.LightningModule | None = None  # of the run that it is, or was last, part of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

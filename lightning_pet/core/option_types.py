@@ -4,11 +4,13 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from numbers import Real
-from typing import Any, Final
+from os import PathLike
+from types import NoneType, UnionType
+from typing import Any, Final, get_args
 
 from lightning_pet.errors import ArgumentError
 
-_KINDS: Final = {bool: "True or False", int: "a whole number", float: "a number"}
+_KINDS: Final = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 def checked(init: Callable[..., None]) -> Callable[..., None]:
@@ -31,7 +33,7 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
         except TypeError:  # too many arguments: Python says so itself
             given = {}
         for option, value in given.items():
-            kind = signature.parameters[option].annotation
+            kind = _plain(signature.parameters[option].annotation, value)
             if kind in _KINDS and not _fits(value, kind):
                 raise ArgumentError(
                     f"{option}={value!r}: {type(self).__name__} takes {_KINDS[kind]} here, and this is of type "
@@ -42,6 +44,14 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
     return constructor
 
 
+def _plain(annotation: Any, value: object) -> Any:
+    """The one kind that an option takes besides ``None``."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 and value is not None and isinstance(annotation, UnionType) else annotation
+
+
 def _fits(value: object, kind: type) -> bool:
     # What is a number, but none that the option takes, is told by the option's own check.
-    return isinstance(value, bool) if kind is bool else isinstance(value, Real)
+    if kind is str:
+        return isinstance(value, str | PathLike)
+    return isinstance(value, bool if kind is bool else Real)

@@ -14,7 +14,7 @@ from lightning_pet.core.naming import canonical, named_modules
 from lightning_pet.core.targets import suggest
 from lightning_pet.engine import private
 from lightning_pet.engine.trial_step import LOGS, nothing, on_trial, replaced
-from lightning_pet.errors import TargetError
+from lightning_pet.errors import ArgumentError, TargetError
 
 
 def default_root(model: nn.Module) -> tuple[str, nn.Module]:
@@ -33,7 +33,15 @@ def default_root(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def root_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the root that is adapted already, else of the one that would be."""
+    """Path and module of the root that is adapted already, else of the one that would be.
+
+    Raises:
+        ArgumentError: if this is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"expected a model, a torch.nn.Module, and got {model!r} of type {type(model).__name__}; build it first."
+        )
     return adapted_root(model) or default_root(model)
 
 

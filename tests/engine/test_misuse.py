@@ -344,6 +344,26 @@ def test_applied_twice():
         apply(Net(), [])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"module": 3}, "module=3: LoRACallback takes text"),
+        ({"start_from": 3}, "start_from=3: LoRACallback takes text"),
+        ({"scalars": 3}, "3 names nothing"),
+        ({"scalars": "nom"}, "'nom' is not a figure of LoRACallback"),
+    ],
+)
+def test_options_of_another_type(options, words):
+    with pytest.raises(ArgumentError, match=words):
+        lora(**options)
+
+
+@pytest.mark.parametrize("model", ["bert-base", None, Net], ids=str)
+def test_what_is_no_model(model, tmp_path):
+    with pytest.raises(ArgumentError, match="expected a model"):
+        apply(model, [lora()])
+
+
 def test_a_callback_outside_of_a_trainer():
     with pytest.raises(PETError, match="never set up"):
         lora().on_fit_start(trainer(), Module(Net()))
