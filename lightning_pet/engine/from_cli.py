@@ -10,6 +10,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final
 
+import lightning.pytorch as pl
+
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.reader import PathLike
 
@@ -20,7 +22,8 @@ def instantiate(cls: type[Any], instantiator: object, config: Mapping[str, Any],
     """Build a class as LightningCLI does, nested classes included.
 
     Args:
-        cls: the class that the caller asks for; with ``_class_path`` in the configuration a subclass of it is built.
+        cls: the class that the caller asks for; with ``_class_path`` in the configuration a subclass of it is built,
+            if it was imported here, else this very class.
         instantiator: what the file says built it.
         config: the arguments as the command line had them; objects of the caller among them.
         path: the file, for errors.
@@ -37,7 +40,9 @@ def instantiate(cls: type[Any], instantiator: object, config: Mapping[str, Any],
     from lightning.pytorch.cli import instantiate_module
 
     options = dict(config)
-    if (named := options.get("_class_path")) is not None:
+    if (named := options.get("_class_path")) is not None and _is_elsewhere(named) and cls is not pl.LightningModule:
+        del options["_class_path"]  # a class of the caller's own is what is asked for, wherever it was when it trained
+    elif named is not None:
         found = _known_class(named, path)
         if not issubclass(found, cls):
             raise DeltaFileError(f"{path}: {named!r} is no subclass of {cls.__name__}, which was asked for.", "unsafe")
@@ -60,6 +65,11 @@ def instantiate(cls: type[Any], instantiator: object, config: Mapping[str, Any],
                     "schema",
                 ) from error
             raise
+
+
+def _is_elsewhere(name: object) -> bool:
+    """Whether a name is of a module that was not imported here."""
+    return isinstance(name, str) and name.rpartition(".")[0] not in sys.modules
 
 
 def _known_class(name: object, path: PathLike) -> type[Any]:
