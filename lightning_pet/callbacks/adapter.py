@@ -11,7 +11,7 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.parameters import norm_parameters
 from lightning_pet.core.patterns import listed_if_given, listed_layers
-from lightning_pet.core.placement import Placement, Sublayer, delta_options, resolve_sites
+from lightning_pet.core.placement import Placement, Sublayer, check_narrower, delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
 from lightning_pet.engine.choice import adapter_for
 from lightning_pet.engine.controller import Controller
@@ -188,9 +188,7 @@ class AdapterCallback(PETCallback):
         Raises:
             TargetError: if a place is narrower than it, so that no budget buys what is no bottleneck.
         """
-        narrowest = min(target.sizes[0] for target in targets)
-        if self.bottleneck_size is not None and self.bottleneck_size > narrowest:
-            raise TargetError(f"bottleneck_size={self.bottleneck_size}: the features around it are only {narrowest}.")
+        check_narrower(self.bottleneck_size, targets)
         return super().numbers(root, targets)
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:

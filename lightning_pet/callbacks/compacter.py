@@ -10,9 +10,9 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.core.method import Insertion
 from lightning_pet.core.parameters import norm_parameters
 from lightning_pet.core.patterns import listed_if_given, listed_layers
-from lightning_pet.core.placement import delta_options, resolve_sites
+from lightning_pet.core.placement import check_narrower, delta_options, resolve_sites
 from lightning_pet.core.structure import Structure, Target
-from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.activations import activation
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.phm import PHMBottleneck, PHMRule, check_divisible
@@ -177,9 +177,7 @@ class CompacterCallback(PETCallback):
         Raises:
             TargetError: if a place is narrower than it, so that no budget buys what is no bottleneck.
         """
-        narrowest = min(target.sizes[0] for target in targets)
-        if self.bottleneck_size is not None and self.bottleneck_size > narrowest:
-            raise TargetError(f"bottleneck_size={self.bottleneck_size}: the features around it are only {narrowest}.")
+        check_narrower(self.bottleneck_size, targets)
         return super().numbers(root, targets)
 
     def set_width(self, width: int) -> None:

@@ -276,6 +276,17 @@ class _Finder:
         )
 
 
+def check_narrower(bottleneck_size: int | None, targets: Sequence[Target]) -> None:
+    """Refuse a bottleneck that is wider than the narrowest place around it.
+
+    Raises:
+        TargetError: naming both sizes.
+    """
+    narrowest = min(target.sizes[0] for target in targets)
+    if bottleneck_size is not None and bottleneck_size > narrowest:
+        raise TargetError(f"bottleneck_size={bottleneck_size}: the features around it are only {narrowest}.")
+
+
 def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
     """Device and dtype for the parameters of a delta at a place: the base's, but at least float32."""
     path, _, name = host_parameter(root, target).rpartition(".")
