@@ -28,8 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_pet as lp
-from lightning_pet.core import call, effective, insertion
+from lightning_pet.insertion import effective
+from lightning_pet.insertion import host as insertion
 from lightning_pet.layers import low_rank_product
+from lightning_pet.model import call
 
 BOUND = 0.01  # of a step
 THREADS, FORWARDS = 8, 1000
