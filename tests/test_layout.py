@@ -142,8 +142,7 @@ def test_callbacks_do_not_import_each_other() -> None:
         f"{everything(path)}:{line} imports {target}"
         for path in sorted((PACKAGE / "callbacks").rglob("*.py"))
         for target, line, _ in own_imports(path)
-        if target.startswith("lightning_pet.callbacks.")
-        and method_of(target) not in ("base", method_of(name_of(path)))
+        if target.startswith("lightning_pet.callbacks.") and method_of(target) not in ("base", method_of(name_of(path)))
     ]
     assert not wrong, wrong
 

@@ -54,5 +54,5 @@ def adapter_for(trainer: pl.Trainer) -> StrategyAdapter[Any]:
             "strategy='auto' or 'ddp'."
         )
     module, name = adapter
-    made: StrategyAdapter[Any] = getattr(import_module(f"lightning_pet.engine.{module}"), name)(strategy)
+    made: StrategyAdapter[Any] = getattr(import_module(f"lightning_pet.strategies.{module}"), name)(strategy)
     return made
