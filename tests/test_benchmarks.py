@@ -1,0 +1,73 @@
+"""The benchmarks run, and what they write on the page of figures is whole, repeatable and marked."""
+
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from page import Row, Table, facts, run, written  # noqa: E402
+
+TABLE = Table("steps", "step / floor", command="python benchmarks/steps.py --write")
+PAGE = "before\n<!-- begin steps -->\n<!-- end steps -->\nafter\n"
+
+
+def lines(page: str) -> list[list[str]]:
+    return [line[2:-2].split(" | ") for line in page.splitlines() if line.startswith("|")]
+
+
+def test_a_peer_ahead_and_a_bound_not_kept_are_marked() -> None:
+    rows = [
+        Row("ahead", 1.204, {"PEFT": 1.3}),
+        Row("behind", 1.31, {"PEFT": 1.4, "adapters": 1.3}, bound=1.3),
+        Row("equal in print", 1.304, {"PEFT": 1.296}, bound=1.3),
+    ]
+    table = lines(written(PAGE, TABLE, rows))
+    assert table[0] == ["step / floor", "lightning_pet", "PEFT", "adapters", "bound", ""]
+    assert table[2] == ["ahead", "**1.20**", "1.30", "", "", ""]
+    assert table[3][-2:] == ["1.30", "peer ahead, above the bound"]
+    assert table[4][-1] == ""
+
+
+def test_the_place_is_replaced_and_says_how_to_get_it_again() -> None:
+    page = written(PAGE, TABLE, [Row("a", 1.0, context={"floor, ms": 2.0, "note": "x"})])
+    assert page.startswith("before\n<!-- begin steps -->\n| step / floor | floor, ms | note | lightning_pet |  |\n")
+    assert page.endswith("<!-- end steps -->\nafter\n")
+    assert f"\n{facts()}. Again: `{TABLE.command}`\n" in page
+    assert written(page, TABLE, [Row("a", 1.0, context={"floor, ms": 2.0, "note": "x"})]) == page
+
+
+def test_single_cases_take_their_row_and_leave_the_others() -> None:
+    page = written(PAGE, TABLE, [Row("a", 1.0, context={"floor": 1.0}), Row("b", 3.0, {"PEFT": 2.0})])
+    again = written(page, TABLE, [Row("b", 1.5, {"adapters": 2.0}, bound=4), Row("c", 2.0)], whole=False)
+    assert lines(again)[0] == ["step / floor", "floor", "lightning_pet", "adapters", "bound", ""]
+    assert [line[0] for line in lines(again)[2:]] == ["a", "b", "c"]
+    assert lines(again)[3] == ["b", "", "**1.50**", "2.00", "4.00", ""]
+
+
+def test_figures_of_two_machines_do_not_stand_in_one_table() -> None:
+    page = written(PAGE, TABLE, [Row("a", 1.0), Row("b", 3.0)])
+    with patch("page.facts", return_value="torch 1.0"), pytest.raises(SystemExit, match="measured with other versions"):
+        written(page, TABLE, [Row("b", 1.0)], whole=False)
+    with patch("page.facts", return_value="torch 1.0"):
+        assert len(lines(written(page, TABLE, [Row("a", 1.0), Row("b", 3.0)]))) == 4
+
+
+def test_a_page_without_the_place_is_refused() -> None:
+    with pytest.raises(SystemExit, match="needs the lines <!-- begin steps -->"):
+        written("nothing", TABLE, [])
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    cases = {"one": lambda options: Row("one", float(options.turns)), "two": lambda options: Row("two", 1.0)}
+    run("words", {TABLE: cases}, ["--short", "--only", "one", "--json", str(tmp_path / "rows.json")])
+    assert lines(capsys.readouterr().out)[2:] == [["one", "**2.00**", ""]]
+    assert '"marks": []' in (tmp_path / "rows.json").read_text()
+    for wrong, word in ((["--short", "--write"], "--short measures"), (["--only", "three"], "no case matches")):
+        with pytest.raises(SystemExit):
+            run("words", {TABLE: cases}, wrong)
+        assert word in capsys.readouterr().err
