@@ -16,7 +16,6 @@ from lightning_pet.core.effective import KEPT, READ_AS
 from lightning_pet.core.fast_path import forbid
 from lightning_pet.core.insertion import (
     CHILD,
-    Deltas,
     WeightHost,
     base_class,
     deltas_of,
@@ -31,6 +30,7 @@ from lightning_pet.core.insertion import (
 from lightning_pet.core.naming import canonical, delta_prefix, module_at, modules_on_the_way, named_modules
 from lightning_pet.core.quantised import is_quantised
 from lightning_pet.core.sequences import SEQUENCES
+from lightning_pet.core.slot import Deltas
 from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 
 

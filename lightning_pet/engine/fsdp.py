@@ -22,8 +22,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from lightning_pet.core.insertion import Deltas
 from lightning_pet.core.naming import canonical, named_tensors
+from lightning_pet.core.slot import Deltas
 from lightning_pet.engine import private
 from lightning_pet.engine.parameter_groups import scaled_norm
 from lightning_pet.engine.sharded import ShardedAdapter, deltas_of, own_units
