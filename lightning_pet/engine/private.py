@@ -62,6 +62,8 @@ name                                                      used for
 ``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``engine/trial_step.py``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``core/budget.py``;
 ``torch.utils._pytree``                                   a step without values, in ``report/rehearsal.py``
+``torch._foreach_mul``, ``_foreach_add_``,                 work on many tensors in one call, in ``layers/`` and
+``_foreach_sub_``, ``_foreach_abs_``, ``_foreach_copy_``  ``callbacks/``
 ``RNNBase._flat_weights``, ``._flat_weights_names``       weights of recurrent layers, in ``core/insertion.py``
 ========================================================  ==========================================================
 """
