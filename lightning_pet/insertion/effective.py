@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.model.call import Chosen, Switch, chosen
+from lightning_pet.model.call import HERE, Chosen, Switch
 
 KEPT = "_pet_kept"
 """Attribute of a module: its :class:`Kept`."""
@@ -57,7 +57,12 @@ def held(host: nn.Module, name: str) -> Any:
 def of_host(host: nn.Module) -> Chosen:
     """What is chosen where this module runs."""
     own: dict[str, Any] = host.__dict__
-    return own[REPLICA] if REPLICA in own else chosen()
+    if REPLICA in own:
+        chosen: Chosen = own[REPLICA]
+        return chosen
+    call = HERE.call
+    # In this order: a compiler would guard `plain`, and compile once more where it differs.
+    return call.chosen if torch.compiler.is_dynamo_compiling() or call.plain else call.repeated()
 
 
 def effective(name: str) -> property:

@@ -23,11 +23,11 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.insertion.effective import KEPT, READ_AS, REPLICA, Kept, effective, held, of_host, repeats_itself
+from lightning_pet.insertion.effective import KEPT, READ_AS, Kept, effective, held, repeats_itself
 from lightning_pet.insertion.sequences import SEQUENCES, WithoutDeltas
-from lightning_pet.insertion.slot import Slot
+from lightning_pet.insertion.slot import Deltas, Slot, replica_of
 from lightning_pet.layers.delta import Delta
-from lightning_pet.model.call import HERE, Chosen, Switch
+from lightning_pet.model.call import HERE, Switch
 from lightning_pet.model.fast_paths import forbid, restore
 from lightning_pet.model.layer_kinds import base_class, has_plain_forward
 from lightning_pet.model.naming import CHILD, module_at, modules_on_the_way
@@ -37,45 +37,6 @@ from lightning_pet.model.structure import Target
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
 _TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere
 _LOCK = threading.Lock()  # blocks of several threads may begin and end at once
-
-
-class Deltas(nn.ModuleDict):
-    """The deltas of one host, in the order in which they apply.
-
-    Attributes:
-        switches: by key of a delta, that of the adapted root that it belongs to.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.switches: dict[str, Switch] = {}
-
-    def active(self, path: str) -> list[Delta]:
-        """Deltas of one path that act in this call."""
-        # Not isinstance: a sharding engine may have wrapped a delta, and passes its attributes through.
-        own = cast(dict[str, Delta], self._modules)
-        chosen = of_host(self)
-        if not chosen:
-            return [delta for delta in own.values() if delta.path == path]
-        return [delta for key, delta in own.items() if delta.path == path and self._acts(key, chosen)]
-
-    def acts(self, key: str) -> bool:
-        """Whether a delta acts in this call."""
-        return self._acts(key, of_host(self))
-
-    def _acts(self, key: str, chosen: Chosen) -> bool:
-        selection = chosen.get(self.switches[key].number)
-        return selection is None or key in selection.keys
-
-    def _replicate_for_data_parallel(self) -> Any:
-        return _replica(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
-
-
-def _replica(module: nn.Module, replica: Any) -> Any:
-    """It runs in a thread of its own, in which nothing is chosen."""
-    if chosen := of_host(module):
-        replica.__dict__[REPLICA] = chosen
-    return replica
 
 
 class _Reader(nn.Module):
@@ -90,7 +51,7 @@ class _Reader(nn.Module):
         return held(self, name)
 
     def _replicate_for_data_parallel(self) -> Any:
-        return _replica(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+        return replica_of(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class cannot be imported by name: rebuild it from the module's own.
@@ -109,19 +70,21 @@ class _Host(_Reader):
     pet: Deltas
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        deltas = self.pet.active("activation")
+        pet: Any = self._modules[CHILD]
+        own, acting = pet._modules, pet.acting()
         weight: Any
-        if len(deltas) == 1 and not kwargs and type(self).__pet_fusable__ and deltas[0].fuses_linear:
+        if acting.fusing is not None and not kwargs and type(self).__pet_fusable__:
             weight = self.weight
             if type(weight) in DENSE or not is_quantised(weight):
-                return deltas[0](args[0], None, weight, self.bias)
+                return own[acting.fusing](args[0], None, weight, self.bias)
         output = self._pet_base_forward(*args, **kwargs)
-        if not deltas:
+        if not acting.activation:
             return output
         value = args[0] if args else next(iter(kwargs.values()), None)
         several = isinstance(output, tuple | list)
         tensor = output[0] if several else output
-        for delta in deltas:
+        for key in acting.activation:
+            delta = own[key]
             x = value if delta.slot is None else delta.slot.take()
             tensor = delta(x, tensor, *_weight_and_bias(self)) if delta.reads_weight else delta(x, tensor)
         if not several:
@@ -139,8 +102,9 @@ class _AroundHost(_Host):
         for slot in self.__dict__.get(_TAPS, ()):
             slot.put(args, kwargs)
         call: Any = super().forward
-        for delta in self.pet.active("around"):
-            call = partial(delta, call)
+        pet: Any = self._modules[CHILD]
+        for key in pet.acting().around:
+            call = partial(pet._modules[key], call)
         return call(*args, **kwargs)
 
 
@@ -163,8 +127,10 @@ class WeightHost(_AroundHost):
         return self._pet_effective(name, weight)
 
     def _pet_effective(self, name: str, weight: Any) -> Any:
-        for delta in (delta for delta in self.pet.active("weight") if delta.parameter == name):
-            weight = delta(weight)
+        pet: Any = self._modules[CHILD]
+        for key in pet.acting().weight:
+            delta = pet._modules[key]
+            weight = delta(weight) if delta.parameter == name else weight
         return weight
 
 
@@ -228,8 +194,8 @@ def _with_signature(function: Any, like: Any) -> Any:
 
 def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
     call: Any = partial(cast(Any, type(self).__pet_base__).generate, self)
-    for delta in self.pet.active("generate"):
-        call = partial(delta, call)
+    for key in self.pet.acting().generate:
+        call = partial(self.pet[key], call)
     return call(*args, **kwargs)
 
 
@@ -278,8 +244,9 @@ def attach(
     else:
         swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
-    pet.switches[key] = switch or Switch()
     pet[key] = delta
+    if switch is not None:
+        pet.belong(key, switch)
     pet.train(host.training)
     if target.reads is not None and delta.path != "weight":
         delta.slot = Slot(pet, key)
@@ -334,7 +301,7 @@ def detach(root: nn.Module, places: Iterable[tuple[str, str]]) -> None:
         host = module_at(root, path)
         pet = deltas_of(host)
         slots += [slot] if (slot := cast(Delta, pet[key]).slot) is not None else []
-        del pet[key], pet.switches[key]
+        del pet[key]
         emptied += [] if pet else [host]
     gone = {id(item) for item in (*slots, *emptied)}
     for module in list(root.modules()):

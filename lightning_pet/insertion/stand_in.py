@@ -28,7 +28,7 @@ def switched_off(root: nn.Module, record: Adaptation) -> Iterator[None]:
     """
     modules = named_modules(root)
     for _, _, path, key in record.hosts():  # user code may have put a copy of a host in its place
-        deltas_of(modules[path]).switches[key] = record.switch
+        deltas_of(modules[path]).belong(key, record.switch)
     changed = {*record.trained_names, *changed_buffers(root)}
     places, values = _places(modules, changed)
     with ExitStack() as stack:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_pet.insertion.effective import KEPT, READ_AS
 from lightning_pet.insertion.host import (
-    Deltas,
     WeightHost,
     deltas_of,
     give_class_back,
@@ -24,6 +23,7 @@ from lightning_pet.insertion.host import (
     swap,
 )
 from lightning_pet.insertion.sequences import SEQUENCES
+from lightning_pet.insertion.slot import Deltas
 from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.fast_paths import forbid

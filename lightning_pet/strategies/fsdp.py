@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_pet.errors import UnsupportedStrategyError
-from lightning_pet.insertion.host import Deltas
+from lightning_pet.insertion.slot import Deltas
 from lightning_pet.layers.delta import Delta, Part
 from lightning_pet.model.naming import canonical, named_tensors
 from lightning_pet.strategies import private

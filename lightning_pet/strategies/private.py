@@ -44,6 +44,8 @@ name                                                      used for
 ``Module._replicate_for_data_parallel``                   copies that run in threads of their own
 ``forward_ad._current_level``,                            telling transforms of ``torch.func`` and forward mode, in
 ``torch._C._functorch``                                   ``layers/transforms.py``
+``torch._C._is_any_autocast_enabled``                     one cheap question per layer and token, in ``layers/``;
+                                                          guarded by ``tests/core/test_acting.py``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``targets/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
