@@ -263,6 +263,21 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     del root.__dict__[RECORD]
 
 
+def forget(root: nn.Module, places: Collection[tuple[str, str]]) -> None:
+    """Detach some deltas (path of the host, key) of methods that stay."""
+    record, gone = record_of(root), set(places)
+    if record is None or not gone:
+        return
+    detach(root, places)
+    for applied in record.applied:
+        kept = [i for i, host in enumerate(applied.hosts) if host not in gone]
+        without = applied.targets[len(applied.hosts) :]
+        applied.targets = (*(applied.targets[i] for i in kept), *without)
+        applied.readers = [applied.readers[i] for i in kept]
+        applied.hosts = [applied.hosts[i] for i in kept]
+    renew(root)
+
+
 def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:
     """Take methods out and put back what they trained besides, as far as its original was in memory."""
     record = record_of(root)
