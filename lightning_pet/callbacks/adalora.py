@@ -1,27 +1,22 @@
 """AdaLoRA: low-rank deltas whose ranks are allocated while they train (Zhang et al. 2023)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from lightning_pet.callbacks.base import PETCallback, Scalar
-from lightning_pet.core.fitting import Forms, Options, fitted
-from lightning_pet.core.hosts import host_kind, matrix_of
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import module_at
-from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import resolve_targets
-from lightning_pet.engine.controller import Controller
-from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import ArgumentError, PETError, TargetError
-from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores
+from lightning_pet.insertion.low_rank_places import Forms, Options, fitted
+from lightning_pet.insertion.method import Insertion
+from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores, updated
+from lightning_pet.layers.side_loss import TOGETHER
 from lightning_pet.layers.svd_low_rank import (
     SvdConvWeight,
     SvdLowRank,
@@ -29,6 +24,15 @@ from lightning_pet.layers.svd_low_rank import (
     SvdLowRankLinear,
     SvdLowRankParameter,
 )
+from lightning_pet.model.adaptation import record_of
+from lightning_pet.model.layer_kinds import host_kind, matrix_of
+from lightning_pet.model.naming import module_at
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.targets.parameters import with_readers
+from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
+from lightning_pet.targets.targets import resolve_targets
+from lightning_pet.training.controller import Controller
 
 _HOSTS = ("linear", "conv1d_hf", "conv", "weight")
 _FORMS = Forms(SvdLowRankLinear, SvdLowRankParameter, SvdLowRankConv, SvdConvWeight)
@@ -129,6 +133,7 @@ class AdaLoRACallback(PETCallback):
         self._importance: dict[str, Importance] = {}
         self._seen = 0  # optimizer steps that were looked at
         self._first = self._last = 0  # steps between which triplets go
+        self._found: tuple[nn.Module, tuple[str, ...], dict[str, SvdLowRank]] | None = None  # in this run
 
     def _validate(self) -> None:
         for label, number, least in (
@@ -166,7 +171,7 @@ class AdaLoRACallback(PETCallback):
     # --- places and deltas ----------------------------------------------------------------------
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
+        """Find the target projections; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
         found = resolve_targets(
             root,
             self.target_modules,
@@ -252,7 +257,7 @@ class AdaLoRACallback(PETCallback):
         deltas, adapter = self._triplets(trainer), Controller.get(trainer).adapter
         if step < self._last or (step == self._last and not self._importance):
             self._look(deltas, adapter)
-        self._keep(dict(zip(deltas, self._allocation(step, deltas), strict=True)), deltas, adapter)
+        self._keep(self._allocation(step, deltas), deltas, adapter)
         if step >= self._last:
             self._importance.clear()
 
@@ -275,10 +280,22 @@ class AdaLoRACallback(PETCallback):
                 "of the run."
             )
         rank_zero_info(f"AdaLoRA: ranks {min(ranks)} to {max(ranks)}, {mean:.1f} on average.")
+        self._found = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the deltas of the last run."""
+        return super().__getstate__() | {"_found": None}
 
     def _triplets(self, trainer: pl.Trainer) -> dict[str, SvdLowRank]:
+        """The deltas that train; they are looked for again where others do."""
         root = Controller.get(trainer).adapted.root
-        return {f"{target.path}:{target.role}": cast(SvdLowRank, delta) for target, delta in self.training_deltas(root)}
+        record = record_of(root)
+        trains = record.trainable_names if record else ()
+        if self._found is None or self._found[0] is not root or self._found[1] is not trains:
+            places = self.training_deltas(root)
+            deltas = {f"{target.path}:{target.role}": cast(SvdLowRank, delta) for target, delta in places}
+            self._found = root, trains, deltas
+        return self._found[2]
 
     @torch.no_grad()
     def _look(self, deltas: dict[str, SvdLowRank], adapter: StrategyAdapter[Any]) -> None:
@@ -290,21 +307,29 @@ class AdaLoRACallback(PETCallback):
                 f"AdaLoRA reads the gradients after every step, and {lost[0]} has none: they were reset right after "
                 "the step. Under manual optimization, call zero_grad before backward."
             )
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values() if gradient is not None):
+        known = cast(dict[str, Tensor], gradients)
+        if not get_total_norm(list(known.values()), math.inf).isfinite():
             return  # the gradient scaler has skipped this step
-        for name, value in adapter.whole(_named(deltas)):
-            gradient = cast(Tensor, gradients.pop(name))
-            before = self._importance.get(name) or Importance(torch.zeros_like(value), torch.zeros_like(value))
-            on_device = Importance(*(tensor.to(value.device) for tensor in before))
-            self._importance[name] = on_device.updated(value, gradient, self.beta1, self.beta2)
+        for named in _portions(adapter.whole(_named(deltas))):
+            before = [self._importance.get(name) or Importance(*map(torch.zeros_like, (v, v))) for name, v in named]
+            before = [
+                importance
+                if importance.sensitivity.device == value.device
+                else Importance(*(tensor.to(value.device) for tensor in importance))
+                for importance, (_, value) in zip(before, named, strict=True)
+            ]
+            values = [value for _, value in named]
+            after = updated(before, values, [known.pop(name) for name, _ in named], self.beta1, self.beta2)
+            self._importance.update(zip((name for name, _ in named), after, strict=True))
 
     @torch.no_grad()
-    def _keep(self, kept: dict[str, Tensor], deltas: dict[str, SvdLowRank], adapter: StrategyAdapter[Any]) -> None:
+    def _keep(self, kept: list[Tensor], deltas: dict[str, SvdLowRank], adapter: StrategyAdapter[Any]) -> None:
         """Switch all other triplets off."""
-        for path, delta in deltas.items():
-            delta.kept.copy_(kept[path])
-        numbers = [(path, delta.e) for path, delta in deltas.items() if not bool(kept[path].all())]
-        adapter.fill(numbers, {path: e * kept[path] for path, e in adapter.whole(numbers)})
+        torch._foreach_copy_([delta.kept for delta in deltas.values()], kept)
+        reduced = ~torch.stack([one.all() for one in kept]) if len(kept) else torch.zeros(0)
+        left = dict(compress(zip(deltas, kept, strict=True), reduced.tolist()))
+        numbers = [(path, deltas[path].e) for path in left]
+        adapter.fill(numbers, {path: e * left[path] for path, e in adapter.whole(numbers)})
 
     def _allocation(self, step: int, deltas: dict[str, SvdLowRank]) -> list[Tensor]:
         """Which triplets stay after a step."""
@@ -329,6 +354,19 @@ class AdaLoRACallback(PETCallback):
         """Take it over."""
         super().load_state_dict(state_dict)
         self._importance = {name: Importance(*pair) for name, pair in state_dict["importance"].items()}
+
+
+def _portions(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Several at a time, and no more than the work on them is worth in memory."""
+    found, size = [], 0
+    for name, tensor in named:
+        found.append((name, tensor))
+        size += tensor.numel()
+        if size > TOGETHER:
+            yield found
+            found, size = [], 0
+    if found:
+        yield found
 
 
 def _named(deltas: Mapping[str, SvdLowRank]) -> list[tuple[str, Tensor]]:

@@ -27,14 +27,26 @@ class Importance(NamedTuple):
             beta1: share of the past in the sensitivity.
             beta2: share of the past in the uncertainty.
         """
-        now = (value * gradient).abs()
-        sensitivity = beta1 * self.sensitivity + (1 - beta1) * now
-        uncertainty = beta2 * self.uncertainty + (1 - beta2) * (now - sensitivity).abs()
-        return Importance(sensitivity, uncertainty)
+        return updated([self], [value], [gradient], beta1, beta2)[0]
 
     def score(self) -> Tensor:
         """Their product."""
         return self.sensitivity * self.uncertainty
+
+
+def updated(
+    before: Sequence[Importance], values: Sequence[Tensor], gradients: Sequence[Tensor], beta1: float, beta2: float
+) -> list[Importance]:
+    """:meth:`Importance.updated` of many tensors, which need not have one shape; nothing is changed in place."""
+    now = torch._foreach_mul(list(values), list(gradients))
+    torch._foreach_abs_(now)
+    sensitivity = torch._foreach_mul([importance.sensitivity for importance in before], beta1)
+    torch._foreach_add_(sensitivity, now, alpha=1 - beta1)
+    torch._foreach_sub_(now, sensitivity)
+    torch._foreach_abs_(now)
+    uncertainty = torch._foreach_mul([importance.uncertainty for importance in before], beta2)
+    torch._foreach_add_(uncertainty, now, alpha=1 - beta2)
+    return [Importance(*pair) for pair in zip(sensitivity, uncertainty, strict=True)]
 
 
 def triplet_scores(a: Tensor, b: Tensor, e: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Every triplet (column of B, number of e, row of A) can be switched off by its nu
 rank of each matrix can change while it trains. A penalty keeps the rows of A and the columns of B orthonormal.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class SvdLowRank(LowRank):
         super().__init__(*args, **kwargs)
         self.e = nn.Parameter(torch.empty(self.a.shape[:-1], device=self.a.device, dtype=self.a.dtype))
         self.register_buffer("kept", torch.empty(self.e.shape, device=self.a.device, dtype=torch.int32))
-        self.penalty = Penalty(orthogonality, orthogonality_gradient, 0.0)
+        self.penalty = Penalty(orthogonality, orthogonality_gradient, 0.0, orthogonality_gradients)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -139,6 +140,19 @@ def orthogonality(a: Tensor, b: Tensor) -> Tensor:
 def orthogonality_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`orthogonality`; zero where the rows are orthonormal already."""
     return _gradient(a), _gradient(b.mT).mT
+
+
+def orthogonality_gradients(pairs: Sequence[Sequence[Tensor]], factor: Tensor | float) -> list[Sequence[Tensor]]:
+    """The same of several pairs (A, B), times a factor: one product for all matrices of one shape."""
+    rows = [matrix for a, b in pairs for matrix in (a, b.mT)]
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(rows):
+        alike[matrix.shape, matrix.dtype].append(index)
+    for indices in alike.values():
+        found = _gradient(torch.stack([rows[index] for index in indices])).mul_(factor)
+        for index, gradient in zip(indices, found.unbind(), strict=True):
+            rows[index] = gradient
+    return [(a, b.mT) for a, b in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def _distance(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pet.errors import PETError
+from lightning_pet.layers import side_loss
 from lightning_pet.layers.bottleneck import Bottleneck
 from lightning_pet.layers.fusion import Mixture
 from lightning_pet.layers.side_loss import Penalty, forget_scale, measure, with_penalty
@@ -270,3 +271,127 @@ def test_a_gate_that_went_away_adds_nothing() -> None:
     gc.collect()
     loss.backward()
     close([a.grad, b.grad], expected)
+
+
+# --- penalties that are alike -----------------------------------------------------------------------
+
+
+class Alike(nn.Module):
+    """Some layers of triplets in a row, of two shapes."""
+
+    def __init__(self, layers: int = 4, weight: float = 0.3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = [(6, 6), (6, 4), (4, 6), (6, 6)][:layers]
+        self.layers = nn.ModuleList(SvdLowRankLinear(i, o, 2, scale=1.0, dtype=torch.float64) for i, o in sizes)
+        for layer in self.layers:
+            layer.penalty.weight = weight
+            nn.init.normal_(layer.e)
+
+    def forward(self, x: Tensor, checkpointing: bool | None = None) -> Tensor:
+        for layer in self.layers:
+            base = x.new_zeros(*x.shape[:-1], layer.out_features)
+            own = (checkpoint(layer, x, base, use_reentrant=checkpointing)) if checkpointing is not None else None
+            x = layer(x, base) if own is None else own
+        return x
+
+    def one_by_one(self) -> list[Tensor]:
+        """Gradients of the parameters with every penalty computed for itself."""
+        for layer in self.layers:
+            layer.penalty = Penalty(layer.penalty.function, layer.penalty.gradient, layer.penalty.weight)
+        self(self.x()).square().sum().backward()
+        return self.taken()
+
+    def taken(self) -> list[Tensor]:
+        found = [parameter.grad for parameter in self.parameters()]
+        self.zero_grad()
+        return found
+
+    @staticmethod
+    def x() -> Tensor:
+        return torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6).requires_grad_()
+
+
+def counted(model: Alike) -> list[int]:
+    """How many penalties each later computation was for."""
+    sizes: list[int] = []
+    original = model.layers[0].penalty.together
+
+    def together(pairs: list[list[Tensor]], factor: float) -> list[list[Tensor]]:
+        sizes.append(len(pairs))
+        return original(pairs, factor)
+
+    for layer in model.layers:
+        layer.penalty.together = together
+    return sizes
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_gradients_of_penalties_that_are_alike_are_computed_together(checkpointing: bool | None) -> None:
+    model = Alike()
+    expected = copy.deepcopy(model).one_by_one()
+    sizes = counted(model)
+    for _ in range(2):
+        model(model.x(), checkpointing).square().sum().backward()
+        torch.testing.assert_close(model.taken(), expected, rtol=1e-12, atol=1e-12)
+    # A forward that is checkpointed reentrantly makes a penalty due when it is repeated, one at a time.
+    assert sizes == ([] if checkpointing else [4, 4])
+
+
+def test_only_penalties_of_equal_weight_are_computed_together() -> None:
+    model = Alike()
+    model.layers[1].penalty.weight = 2.0
+    expected = copy.deepcopy(model).one_by_one()
+    sizes = counted(model)
+    model(model.x()).square().sum().backward()
+    torch.testing.assert_close(model.taken(), expected, rtol=1e-12, atol=1e-12)
+    assert sizes == [3]
+
+
+def test_a_penalty_outside_of_this_backward_is_left_to_its_own() -> None:
+    """Two models were run; each goes backward with its own factor, and gets its penalty once."""
+    models = [Alike(), Alike()]
+    losses = []
+    for model in models:
+        losses.append(model(model.x()).square().sum())
+    expected = copy.deepcopy(models[0]).one_by_one()
+    for model, loss in zip(models, losses, strict=True):
+        loss.backward()
+        torch.testing.assert_close(model.taken(), expected, rtol=1e-12, atol=1e-12)
+    loss = models[0](models[0].x()).square().sum()
+    with torch.no_grad():
+        models[1].layers[0].a.add_(1.0)
+    loss.backward()
+    torch.testing.assert_close(models[0].taken(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_whose_memory_an_engine_has_taken_away_are_not_read() -> None:
+    model = Alike()
+    expected = copy.deepcopy(model).one_by_one()
+    sizes = counted(model)
+    loss = model(model.x()).square().sum()
+    first = model.layers[0]
+    kept = first.a.detach().clone()
+    size = first.a.untyped_storage().size()
+    first.a.untyped_storage().resize_(0)
+
+    def back(gradient: Tensor) -> None:
+        first.a.untyped_storage().resize_(size)
+        first.a.data.copy_(kept)
+
+    # Behind the other layers in the backward pass, and before the first.
+    hooked = model.layers[1].e.register_hook(back)
+    loss.backward()
+    hooked.remove()
+    torch.testing.assert_close(model.taken(), expected, rtol=1e-12, atol=1e-12)
+    assert sizes[0] == 3
+
+
+def test_no_more_is_computed_before_its_turn_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_loss, "TOGETHER", 45)
+    model = Alike()
+    expected = copy.deepcopy(model).one_by_one()
+    sizes = counted(model)
+    model(model.x()).square().sum().backward()
+    torch.testing.assert_close(model.taken(), expected, rtol=1e-12, atol=1e-12)
+    assert sizes == [2, 2]  # 24 + 20 numbers each
