@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from models import Batch, linears, loss_of, with_gradients
 from torch import Tensor, nn
+from trained_models import Batch, linears, loss_of, with_gradients
 
 Call = tuple[str, dict[str, Any]]
 OURS, PEFT, ADAPTERS = "lightning_pet", "PEFT", "adapters"
@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
         ("PromptTuningConfig", {"num_virtual_tokens": 20, "task_type": "FEATURE_EXTRACTION"}),
         ("PromptTuningConfig", {"prompt_length": 20}),
     ),
-    "BitFit": Method(("BitFitCallback", {})),
+    "BitFit": Method(("BitFitCallback", {"add_missing": True})),
     "diff pruning": Method(("DiffPruningCallback", {})),
     "SAID": Method(("IntrinsicDimensionCallback", {"d": 1000})),
     "last 2 layers": Method(("LayerFreezingCallback", {"train_last": 2})),
@@ -154,7 +154,7 @@ def _adapters(model: nn.Module, batch: Batch, method: Method, targets: str) -> n
 
 
 def training_step(
-    model: nn.Module, batch: Batch, library: str, method: str, targets: str = "all", compiled: bool = False
+    model: nn.Module, batch: Batch, library: str, method: str, targets: str = "all", compiler: str | None = None
 ) -> Callable[[], None]:
     """One training step; ``floor`` is the frozen base and ``full`` trains all of it."""
     if library != "full":
@@ -169,8 +169,8 @@ def training_step(
             return penalised
         return loss_of(model, batch)
 
-    if compiled:
-        model.compile(dynamic=False)
+    if compiler:
+        model.compile(dynamic=False, backend=compiler)
 
     def step() -> None:
         loss().backward()

@@ -15,8 +15,8 @@ from functools import partial
 
 from libraries import ADAPTERS, METHODS, OURS, libraries, training_step
 from measuring import answered, best, in_new_process
-from models import build
 from page import Options, Row, Table, run
+from trained_models import build
 
 COMMAND = "python benchmarks/method_step.py --write"
 BERT = Table("method_step", "BERT 6×384, 32×48 tokens: step / floor", COMMAND)

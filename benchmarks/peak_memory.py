@@ -15,9 +15,9 @@ from functools import cache, partial
 import torch
 from libraries import ADAPTERS, OURS, PEFT, attach, libraries, training_step
 from measuring import answered, in_new_process, peak_above, resident
-from models import build
 from page import Options, Row, Table, run
 from torch import nn
+from trained_models import build
 
 COMMAND = "python benchmarks/peak_memory.py --write"
 STEP = Table("peak_memory", "Llama 6×512, 2×128 tokens: MiB above the start of a step", COMMAND, digits=1)

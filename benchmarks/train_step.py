@@ -12,15 +12,24 @@ else runs on the machine only ever adds. Figures are ratios to the floor; the ov
 """
 
 import copy
+import time
 from functools import partial
+from itertools import pairwise
 
-from libraries import OURS, PEFT, training_step
+import lightning.pytorch as pl
+import torch
+from libraries import METHODS, OURS, PEFT, attach, training_step
 from measuring import best
-from models import build
 from page import Options, Row, Table, run
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trained_models import Batch, build, linears, loss_of, with_gradients
+
+import lightning_pet
 
 COMMAND = "python benchmarks/train_step.py --write"
 PLAIN = Table("train_step", "step / floor", COMMAND)
+TRAINER = Table("trainer_step", "ms of a step under a Trainer", COMMAND)
 COMPILED = Table("train_step_compiled", "compiled step / compiled floor", COMMAND)
 
 
@@ -30,7 +39,8 @@ def measure(
     """One case: ratios to the floor of the same run."""
     base, batch = build(model, options.short)
     variants = ["floor", *(["full"] if full else []), PEFT, OURS]
-    steps = {v: training_step(copy.deepcopy(base), batch, v, method, targets, compiled) for v in variants}
+    compiler = ("aot_eager" if options.short else "inductor") if compiled else None
+    steps = {v: training_step(copy.deepcopy(base), batch, v, method, targets, compiler) for v in variants}
     seconds = best(steps, options.turns)
     floor = seconds["floor"]
     ours, peft = seconds[OURS] / floor, seconds[PEFT] / floor
@@ -56,7 +66,55 @@ def cases(rows: list[tuple[str, str, str, float | None]], compiled: bool = False
     return found
 
 
+class Training(pl.LightningModule):
+    """A model with nothing around it, which notes when each step begins."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.begins: list[float] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss."""
+        self.begins.append(time.process_time())
+        return loss_of(self.model, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over what trains."""
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+
+def under_trainer(model: nn.Module, batch: Batch, library: str, method: str, targets: str, steps: int) -> float:
+    """CPU seconds of the best step of a run: ours by its callback, a peer's put on by hand."""
+    name, arguments = METHODS[method].ours
+    callbacks: list[pl.Callback] = []
+    with_gradients(model)
+    if library == OURS:
+        given = {**arguments, "target_modules": [f"model.{path}" for path in linears(model, targets)]}
+        callbacks = [getattr(lightning_pet, name)(**given, modules_to_save=[], verbose=False)]
+    else:
+        model = attach(model, batch, library, method, targets)
+    module = Training(model.train())
+    off = ["logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"]
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **dict.fromkeys(off, False))
+    trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
+    return min(after - before for before, after in pairwise(module.begins[len(module.begins) // 4 :]))
+
+
+def measure_trainer(model: str, method: str, targets: str, options: Options) -> Row:
+    """Milliseconds of a step under a Trainer, the libraries taking turns."""
+    base, batch = build(model, options.short)
+    steps = 4 if options.short else 60
+    found: dict[str, list[float]] = {PEFT: [], OURS: []}
+    for turn in range(max(1, options.turns // 3)):
+        for library in found if turn % 2 else reversed(found):
+            found[library].append(under_trainer(copy.deepcopy(base), batch, library, method, targets, steps))
+    return Row(name_of(model, method, targets), 1e3 * min(found[OURS]), {PEFT: 1e3 * min(found[PEFT])})
+
+
+TRAINED = [("width 64", "LoRA", "all"), ("width 64", "LoRA", "q,v"), ("BERT 2×128, 8×16", "LoRA", "all")]
 TABLES = {
+    TRAINER: {name_of(*case): partial(measure_trainer, *case) for case in TRAINED},
     PLAIN: cases(
         [
             ("BERT 6×384", "LoRA", "all", 1.12),

@@ -97,6 +97,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "BERT 6×384": bert,
     "Llama 6×512": llama,
     "width 64": lambda: llama(64, 4, 4, 16),
+    "BERT 2×128, 8×16": lambda: bert(128, 2, 8, 16),
     "Llama 6×512, 2×128": lambda: llama(rows=2),
     "Llama 6×512, 1×32": lambda: llama(rows=1, tokens=32),
     "ViT 6×384, 8×197": vit,
