@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, Rows, check_rank, precise
-from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, is_plain, low_rank_linear, prefers_merged
+from lightning_pet.layers.low_rank_product import (
+    add_low_rank,
+    compute_dtype,
+    is_plain,
+    low_rank_linear,
+    low_rank_values,
+    prefers_merged,
+)
 
 
 class LowRankLinear(LowRank):
@@ -72,6 +79,8 @@ class LowRankLinear(LowRank):
             dtype=dtype,
         )
         self.bias = nn.Parameter(self.b.new_zeros(self.b.shape[0])) if bias else None
+        # A and B as they are, and nothing else: decided once, because generation asks in every layer for every token.
+        self._bare = self.rows is None and self.a0 is None and not bias and not use_dora
 
     def reset_parameters(self) -> None:
         """Draw A, set B (and the bias) to zero; see :meth:`LowRank.reset_parameters`."""
@@ -116,6 +125,12 @@ class LowRankLinear(LowRank):
         Raises:
             ArgumentError: if neither output nor weight is given, or DoRA does not get the weight.
         """
+        bare = self._bare and not (self.training and self.dropout)
+        if bare and output is None and weight is not None and not torch.is_grad_enabled():
+            own, matrix = self._parameters, weight.t() if self.transposed else weight
+            values = low_rank_values(x, matrix, bias, own.get("a"), own.get("b"), self.scale)
+            if values is not None:
+                return values
         if weight is None and (output is None or self.use_dora):
             raise ArgumentError(
                 "DoRA needs the weight of a plain linear layer and must be the only delta on it. "

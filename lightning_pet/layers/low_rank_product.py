@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_pet.layers.low_rank_source import source_of
-from lightning_pet.layers.transforms import is_transformed
+from lightning_pet.layers.transforms import apply_node, is_transformed
+
+_PLAIN = (Tensor, nn.Parameter)
+_FEW = 16  # tokens, up to which the shorter way to a skinny product is the faster one
 
 Origin = tuple[Tensor, Tensor]
 """(A0, B0), whose product is subtracted from B A."""
@@ -33,7 +36,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary tensor (or has the shape of one and no values), not quantised or sharded."""
-    return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
+    return type(weight) in _PLAIN or isinstance(weight, FakeTensor)
 
 
 def prefers_merged(x: Tensor, weight: Tensor) -> bool:
@@ -88,7 +91,7 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         if merged:
             return _own(F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias)), None
-        inner = a @ x.reshape(-1, x.shape[-1]).t()
+        inner = _reduced(x.reshape(-1, x.shape[-1]), a).t()
         output = F.linear(x, weight, bias).contiguous()
         flat = output.view(-1, output.shape[-1])
         if torch.compiler.is_compiling():  # torch 2.11 loses the node's gradients when it traces the form below
@@ -187,13 +190,45 @@ def low_rank_linear(
         if merged:
             return F.linear(x, shifted(weight, a, b, scale, origin), bias)
         output = F.linear(x, weight, bias).contiguous()
-        inner = a @ x.reshape(-1, x.shape[-1]).t()  # as in the node, to the bit
-        output.view(-1, output.shape[-1]).addmm_(inner.t(), b.t(), alpha=scale)
+        inner = _reduced(x.reshape(-1, x.shape[-1]), a)  # as in the node, to the bit
+        output.view(-1, output.shape[-1]).addmm_(inner, b.t(), alpha=scale)
         return output
     a0, b0 = (None, None) if origin is None else origin
     rebuild, sources = source_of(x) or (None, ())
-    output, _ = _LowRankLinear.apply(x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)  # type: ignore[no-untyped-call]
+    output, _ = apply_node(_LowRankLinear, x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)
     return output
+
+
+def low_rank_values(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+) -> Tensor | None:
+    """The values of :func:`low_rank_linear`, to the bit, where nobody wants a gradient and nothing must be converted.
+
+    In generation a call has one token: what is not arithmetic would cost more than the products. Returns ``None``
+    where it is not as simple; arguments as there, of any dtype.
+    """
+    dtype, shape = x.dtype, x.shape
+    if (
+        torch.compiler.is_compiling()  # what would be gained is not there
+        or type(weight) not in _PLAIN
+        or a is None
+        or b is None
+        or not (dtype == a.dtype == b.dtype == weight.dtype)
+        or (bias is not None and bias.dtype != dtype)
+        or torch._C._is_any_autocast_enabled()
+        or is_transformed()
+        or (x.numel() != shape[-1] and prefers_merged(x, weight))
+    ):
+        return None
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    output = F.linear(flat, weight, bias)
+    output.addmm_(_reduced(flat, a), b.t(), alpha=scale)
+    return output if flat is x else output.view(*shape[:-1], -1)
+
+
+def _reduced(flat: Tensor, a: Tensor) -> Tensor:
+    """``x Aᵀ`` for x [tokens, in]."""
+    return F.linear(flat, a) if flat.shape[0] <= _FEW else (a @ flat.t()).t()
 
 
 def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
