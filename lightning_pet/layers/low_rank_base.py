@@ -157,7 +157,15 @@ class LowRank(Delta):
             own = slice(used, used + stop - start)
             origin = None if a0 is None or b0 is None else (a0.to(dtype), b0[..., own, :].to(dtype))
             magnitude = None if self.magnitude is None else self.magnitude[..., own]
-            add_product_(matrix[..., start:stop, :], b[..., own, :], a, self.scale, origin, magnitude)
+            add_product_(
+                matrix[..., start:stop, :],
+                b[..., own, :],
+                a,
+                self.scale,
+                origin=origin,
+                magnitude=magnitude,
+                rounds_twice=self.path == "weight",  # as the effective weight is: to the bit
+            )
             used = own.stop
 
     def _adds_in_place(self, weight: Tensor) -> bool:

@@ -267,9 +267,16 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
 
 
 def add_product_(
-    matrix: Tensor, b: Tensor, a: Tensor, scale: float, origin: Origin | None = None, magnitude: Tensor | None = None
+    matrix: Tensor,
+    b: Tensor,
+    a: Tensor,
+    scale: float,
+    *,
+    origin: Origin | None = None,
+    magnitude: Tensor | None = None,
+    rounds_twice: bool = False,
 ) -> None:
-    """``matrix += s (B A - B0 A0)``, in place, with a few rows of working memory; the sum is rounded once.
+    """``matrix += s (B A - B0 A0)``, in place, with a few rows of working memory.
 
     Args:
         matrix: [..., out, in], of at most three dimensions, any floating dtype and any layout.
@@ -278,18 +285,20 @@ def add_product_(
         scale: factor s.
         origin: (A0, B0). The difference comes first, so that it is exactly zero while A = A0 and B = B0.
         magnitude: [..., out]; the norms that the rows of the sum are given (DoRA).
+        rounds_twice: the product is rounded before it is added.
     """
     if matrix.dim() == 3:
         for i, part in enumerate(matrix):
             pair = None if origin is None else (origin[0][i], origin[1][i])
-            add_product_(part, b[i], a[i], scale, pair, None if magnitude is None else magnitude[i])
+            norms = None if magnitude is None else magnitude[i]
+            add_product_(part, b[i], a[i], scale, origin=pair, magnitude=norms, rounds_twice=rounds_twice)
         return
     if magnitude is None and matrix.stride(0) < matrix.stride(1):  # rows of what lies together in memory
         swapped = None if origin is None else (origin[1].t(), origin[0].t())
-        add_product_(matrix.t(), a.t(), b.t(), scale, swapped)
+        add_product_(matrix.t(), a.t(), b.t(), scale, origin=swapped, rounds_twice=rounds_twice)
         return
     with torch.autocast(matrix.device.type, enabled=False):  # it would round the product
-        if origin is None and magnitude is None and matrix.dtype == b.dtype:
+        if origin is None and magnitude is None and matrix.dtype == b.dtype and not rounds_twice:
             matrix.addmm_(b, a, alpha=scale)
         else:
             _add_in_pieces_(matrix, b, a, scale, origin, magnitude)
@@ -305,12 +314,10 @@ def _add_in_pieces_(
         rows = slice(start, start + step)
         piece = matrix[rows]
         work, other = memory[0, : len(piece)], memory[-1, : len(piece)]
-        if origin is None:
-            work.copy_(piece).addmm_(b[rows], a, alpha=scale)
-        else:
-            torch.mm(b[rows], a, out=work)
-            torch.mm(origin[1][rows], origin[0], out=other)
-            work.sub_(other).mul_(scale).add_(piece)
+        torch.mm(b[rows], a, out=work)
+        if origin is not None:
+            work.sub_(torch.mm(origin[1][rows], origin[0], out=other))
+        work.mul_(scale).add_(piece)
         if magnitude is not None:
             norm = torch.linalg.vector_norm(work, dim=-1).to(magnitude.dtype)
             work.mul_((magnitude[rows] / norm).to(work.dtype).unsqueeze(-1))
