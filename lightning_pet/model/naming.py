@@ -80,6 +80,15 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def delta_path(host: str, key: str) -> str:
+    """Path of a delta: what the names of its tensors begin with.
+
+    >>> delta_path("layer.0", "lora_default")
+    'layer.0.pet.lora_default'
+    """
+    return join(host, CHILD, key)
+
+
 def delta_prefix(name: str) -> str:
     """Path of the delta that a tensor belongs to, as its canonical name says; ``""`` if to none.
 
