@@ -6,7 +6,6 @@ which is right whatever the layer does with it.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
@@ -270,7 +269,6 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "__pet_base__", type(module))
 
 
-@lru_cache(maxsize=256)
 def is_conv1d(cls: type[nn.Module]) -> bool:
     """Whether this is transformers' ``Conv1D`` (a linear layer with a transposed weight)."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)

@@ -19,7 +19,9 @@ def thinned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A stand-in for what ``torch.nn.functional.linear`` of these arguments returns; ``None`` where it is not due."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     data, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
-    if type(data) is not Tensor or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+    if type(data) is not Tensor or not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+        return None
+    if weight.is_meta:
         return None
     if weight.dim() != 2 or weight.numel() < _LARGE or weight.shape[1] % _COLUMNS or data.shape[-1] != weight.shape[1]:
         return None
@@ -41,7 +43,7 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Product of some columns with means of features."""
         ctx.columns, ctx.shape = weight[:, :_COLUMNS], data.shape
-        parts = data.unflatten(-1, (_COLUMNS, -1))
+        parts = data.reshape(*data.shape[:-1], _COLUMNS, -1)
         ctx.factor = math.sqrt(parts.shape[-1])
         return F.linear(parts.mean(-1).mul_(ctx.factor), ctx.columns, bias)
 
