@@ -28,9 +28,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_pet.errors import NotMergeableError
 from lightning_pet.insertion.commit import forget, take_out
 from lightning_pet.layers.delta import Delta, Tied
-from lightning_pet.model.adaptation import record_of
+from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.layer_kinds import is_made
-from lightning_pet.model.naming import CHILD, canonical, join, named_modules
+from lightning_pet.model.naming import canonical, join, named_modules
 from lightning_pet.model.quantised import DENSE, check_replaceable, dense_values, is_quantised, replace_by_dense
 from lightning_pet.model.structure import Target
 
@@ -64,7 +64,7 @@ def _write(root: nn.Module, units: "list[_Unit]") -> None:
             unit.write()
             done.append(unit)
     except BaseException as error:
-        forget(root, [place for unit in done if not unit.dense for place in unit.places])
+        forget(root, [path for unit in done if not unit.dense for path in unit.places])
         error.add_note(
             f"merge_() failed after {len(done)} of {len(units)} layers. Their deltas are in their weights and out of "
             "the model, the others are still attached: it computes what it did before. Call merge_() again to merge "
@@ -80,7 +80,7 @@ class _Place(NamedTuple):
     target: Target
     host: nn.Module
     delta: Delta
-    at: tuple[str, str]  # path of the host, key
+    path: str
 
 
 class _Change(Protocol):
@@ -152,7 +152,7 @@ class _Unit:
     Attributes:
         steps: by ``id`` of the parameter.
         made: what goes into a weight that is made for each call, in order.
-        places: of its deltas.
+        places: paths of its deltas.
         dense: quantised parameters, and what is to be in their place; known after the check.
     """
 
@@ -161,7 +161,7 @@ class _Unit:
         self.host = host
         self.steps: dict[int, _Step] = {}
         self.made: list[Delta] = []
-        self.places: list[tuple[str, str]] = []
+        self.places: list[str] = []
         self.dense: list[tuple[nn.Parameter, Tensor]] = []
 
     def check(self) -> None:
@@ -224,7 +224,7 @@ class _Planner:
                 self._add(place)
         for place in self.places:  # part of what the deltas that it repeats merge
             if isinstance(place.delta, Tied):
-                self._holding[id(place.host._parameters[place.target.parameter])].places.append(place.at)
+                self._holding[id(place.host._parameters[place.target.parameter])].places.append(place.path)
         for unit in self._units.values():
             self._check_made(unit)
         return sorted(
@@ -232,10 +232,10 @@ class _Planner:
         )
 
     def _add(self, place: _Place) -> None:
-        method, target, host, delta, at = place
+        method, target, host, delta, path = place
         base = host._parameters.get(target.parameter)
         unit = self._holding.get(id(base)) or self._units.setdefault(id(host), _Unit(target, host))
-        unit.places.append(at)
+        unit.places.append(path)
         if target.parameter == "weight" and base is None and is_made(host):
             unit.target = target
             unit.made.append(delta)
@@ -291,11 +291,7 @@ class _Planner:
 
 
 def _places(root: nn.Module) -> list[_Place]:
-    record, modules = record_of(root), named_modules(root)
-    found = [
-        _Place(applied.key, target, modules[path], cast(Delta, modules[join(path, CHILD, key)]), (path, key))
-        for applied, target, path, key in (record.hosts() if record else ())
-    ]
+    found = [_Place(method.key, target, host, delta, path) for method, target, host, delta, path in deltas_in(root)]
     return sorted(found, key=lambda place: _ORDER.index(place.delta.path))
 
 

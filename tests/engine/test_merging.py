@@ -52,8 +52,7 @@ def moved(adapted: Adapted, scale: float = 0.1) -> Adapted:
 
 
 def deltas(adapted: Adapted) -> list[tuple[nn.Module, Delta]]:
-    modules = dict(adapted.root.named_modules())
-    return [(modules[path], modules[path].pet[key]) for _, _, path, key in adapted.record.hosts()]
+    return [(found.host, found.delta) for found in adapted.record.deltas(adapted.root)]
 
 
 METHODS: dict[str, Callable[[], Any]] = {
