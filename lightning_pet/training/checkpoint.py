@@ -12,7 +12,7 @@ from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETErro
 from lightning_pet.insertion.commit import changed_buffers, take_forms
 from lightning_pet.insertion.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.layers.delta import Excerpt
-from lightning_pet.model.naming import canonical, join, named_tensors
+from lightning_pet.model.naming import canonical, join, named_tensors, split_below
 from lightning_pet.model.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.operations import base_check
 from lightning_pet.operations.adapted import Adapted
@@ -211,10 +211,7 @@ class Checkpoints:
 
     def _split(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The part of the adapted root under its own names, and the rest."""
-        prefix = f"{self._run.root_path}." if self._run.root_path else ""
-        named = {canonical(name): value for name, value in state.items()}
-        inside = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-        return inside, {name: value for name, value in named.items() if not name.startswith(prefix)}
+        return split_below({canonical(name): value for name, value in state.items()}, self._run.root_path)
 
     def _check_fit(self, state: Mapping[str, Any], path: object) -> None:
         inside, outside = self._split(state)
