@@ -20,6 +20,8 @@ def canonical(name: str) -> str:
     >>> canonical("net._orig_mod.layer.0._checkpoint_wrapped_module.weight")
     'net.layer.0.weight'
     """
+    if not name.startswith("_") and "._" not in name:  # as almost all are, and this is asked for every tensor
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -70,11 +72,12 @@ def has_module(root: nn.Module, path: str) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while True:
+    while not _WRAPPERS.isdisjoint(module._modules):
         inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
         if inner is None:
             return module
         module = inner
+    return module
 
 
 def is_below(place: str, path: str) -> bool:
