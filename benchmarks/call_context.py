@@ -28,8 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_pet as lp
-from lightning_pet.core import call, effective, insertion
+from lightning_pet.insertion import effective, slot
+from lightning_pet.insertion import host as insertion
 from lightning_pet.layers import low_rank_product
+from lightning_pet.model import call
 
 BOUND = 0.01  # of a step
 THREADS, FORWARDS = 8, 1000
@@ -95,7 +97,7 @@ def without_context() -> Iterator[None]:
     """Questions are answered at once."""
     nothing: call.Chosen = {}
     with (
-        patch.object(insertion, "of_host", lambda host: nothing),
+        patch.object(slot, "of_host", lambda host: nothing),
         patch.object(effective, "of_host", lambda host: nothing),
     ):
         yield
@@ -104,14 +106,14 @@ def without_context() -> Iterator[None]:
 def questions(step: Callable[[], None]) -> int:
     """How often a step asks."""
     asked = 0
-    original = insertion.of_host
+    original = slot.of_host
 
     def counted(host: nn.Module) -> call.Chosen:
         nonlocal asked
         asked += 1
         return original(host)
 
-    with patch.object(insertion, "of_host", counted):
+    with patch.object(slot, "of_host", counted):
         step()
     return asked
 
@@ -137,9 +139,9 @@ def cost(method: str, turns: int) -> dict[str, float]:
         best["with"] = min(best["with"], seconds())
         with without_context():
             best["without"] = min(best["without"], seconds())
-    host = next(module for module in model.modules() if isinstance(module, insertion.Deltas))
+    host = next(module for module in model.modules() if isinstance(module, slot.Deltas))
     count = questions(step)
-    each = min(timeit.repeat(lambda: insertion.of_host(host), number=10_000, repeat=5)) / 10_000
+    each = min(timeit.repeat(lambda: slot.of_host(host), number=10_000, repeat=5)) / 10_000
     scope = min(timeit.repeat(_scope, number=10_000, repeat=5)) / 10_000
     return {
         "milliseconds": 1e3 * best["with"],

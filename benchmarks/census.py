@@ -30,7 +30,7 @@ from torch import nn
 from zoo import CHOICES, DEEP, SECONDS, deadline, running, working_forward
 
 import lightning_pet
-from lightning_pet.core.probe import analyse
+from lightning_pet.probe.probe import analyse
 
 # One architecture per kind of thing that can go wrong; the short census runs these and the plain models.
 # fmt: off

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 import lightning_pet
 from lightning_pet import Adapted, PETCallback, PETError
-from lightning_pet.core.adaptation import host_parameter
-from lightning_pet.core.adapted import adapt
-from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.names import is_linear
-from lightning_pet.core.naming import canonical, join
-from lightning_pet.core.probe import analyse
-from lightning_pet.core.structure import Structure
+from lightning_pet.model.named_roles import is_linear
+from lightning_pet.model.naming import CHILD, canonical, join
+from lightning_pet.model.structure import Structure
+from lightning_pet.operations.adapted import adapt
+from lightning_pet.probe.probe import analyse
+from lightning_pet.targets.placement import host_parameter
 
 
 @dataclass(frozen=True)

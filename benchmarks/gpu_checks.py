@@ -32,10 +32,10 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
-from lightning_pet.core.quantised import is_quantised
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.hard_concrete import HardConcrete
 from lightning_pet.layers.sparse_difference import SparseDifference
+from lightning_pet.model.quantised import is_quantised
 
 DEVICE = "cuda"
 

@@ -42,9 +42,9 @@ from lightning_pet import (  # noqa: E402
     PETCallback,
     PrefixTuningCallback,
 )
-from lightning_pet.report.memory import MemoryPlan, plan_memory  # noqa: E402
-from lightning_pet.report.memory_engines import Engine  # noqa: E402
-from lightning_pet.report.memory_view import LABELS  # noqa: E402
+from lightning_pet.report.memory.engines import Engine  # noqa: E402
+from lightning_pet.report.memory.planner import MemoryPlan, plan_memory  # noqa: E402
+from lightning_pet.report.memory.view import LABELS  # noqa: E402
 from tests.launch import launch  # noqa: E402
 
 PAGE = ROOT / "docs" / "memory.md"

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from zoo import CHOICES, DEEP, SECONDS, deadline, running
 
-from lightning_pet.core.opinions import merge
-from lightning_pet.core.probe import analyse, probe
-from lightning_pet.core.structure import Structure
+from lightning_pet.model.structure import Structure
+from lightning_pet.probe.consensus import merge
+from lightning_pet.probe.probe import analyse, probe
 
 ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.down")
 ATTENTION = ROLES[:4]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import LoRACallback, apply
-from lightning_pet.core.quantised import is_quantised, scales_beside
 from lightning_pet.layers.sharding import ordinary_parts
+from lightning_pet.model.quantised import is_quantised, scales_beside
 
 
 def torchao(config: Callable[[Any], Any]) -> Callable[[nn.Module], object]:

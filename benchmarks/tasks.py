@@ -129,9 +129,9 @@ def run(job: Job) -> dict[str, Any]:
 
 def run_here(job: Job) -> Run:
     """Train, and read off what was reached."""
-    from lightning_pet.core.adapted import Adapted
-    from lightning_pet.core.applied import adapted_root
-    from lightning_pet.lightning_cli import PetCLI
+    from lightning_pet.cli.lightning_cli import PetCLI
+    from lightning_pet.model.adaptation import adapted_root
+    from lightning_pet.operations.adapted import Adapted
 
     class Quiet(PetCLI):
         """Without reference points and tables."""

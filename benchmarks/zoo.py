@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pet.core.inputs import candidate_forwards
 from lightning_pet.errors import TargetError
+from lightning_pet.probe.inputs import candidate_forwards
 
 SECONDS = 90
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.base import PETCallback as PETCallback
     from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
     from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
-    from lightning_pet.callbacks.diff_pruning import DiffPruningCallback as DiffPruningCallback
+    from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
-    from lightning_pet.core.adapted import Adapted as Adapted
-    from lightning_pet.engine.adapt import apply as apply
-    from lightning_pet.engine.delta import inspect_delta as inspect_delta
-    from lightning_pet.engine.delta import load_delta as load_delta
-    from lightning_pet.engine.delta import load_from_checkpoint as load_from_checkpoint
-    from lightning_pet.engine.delta import save_delta as save_delta
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -42,7 +36,13 @@ if TYPE_CHECKING:
     from lightning_pet.errors import PETError as PETError
     from lightning_pet.errors import TargetError as TargetError
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
-    from lightning_pet.report.memory import plan_memory as plan_memory
+    from lightning_pet.operations.adapted import Adapted as Adapted
+    from lightning_pet.operations.apply import apply as apply
+    from lightning_pet.operations.delta import inspect_delta as inspect_delta
+    from lightning_pet.operations.delta import load_delta as load_delta
+    from lightning_pet.operations.delta import load_from_checkpoint as load_from_checkpoint
+    from lightning_pet.operations.delta import save_delta as save_delta
+    from lightning_pet.report.memory.planner import plan_memory as plan_memory
     from lightning_pet.store.extraction import extract_delta as extract_delta
     from lightning_pet.store.last_good import last_good as last_good
 
@@ -55,7 +55,7 @@ _WHERE = {
     "PETCallback": "callbacks.base",
     "BitFitCallback": "callbacks.bitfit",
     "CompacterCallback": "callbacks.compacter",
-    "DiffPruningCallback": "callbacks.diff_pruning",
+    "DiffPruningCallback": "callbacks.diff_pruning.callback",
     "FullFineTuningCallback": "callbacks.full_fine_tuning",
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
@@ -63,12 +63,12 @@ _WHERE = {
     "LoRACallback": "callbacks.lora",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
-    "Adapted": "core.adapted",
-    "apply": "engine.adapt",
-    "inspect_delta": "engine.delta",
-    "load_delta": "engine.delta",
-    "load_from_checkpoint": "engine.delta",
-    "save_delta": "engine.delta",
+    "Adapted": "operations.adapted",
+    "apply": "operations.apply",
+    "inspect_delta": "operations.delta",
+    "load_delta": "operations.delta",
+    "load_from_checkpoint": "operations.delta",
+    "save_delta": "operations.delta",
     "ArgumentError": "errors",
     "BaseMismatchError": "errors",
     "DeadSiteError": "errors",
@@ -80,7 +80,7 @@ _WHERE = {
     "UnsupportedStrategyError": "errors",
     "extract_delta": "store.extraction",
     "last_good": "store.last_good",
-    "plan_memory": "report.memory",
+    "plan_memory": "report.memory.planner",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 _FILE_VERBS = ("inspect", "extract", "list", "init")  # merge builds methods, which have to be known

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import nn
 
-from lightning_pet.core.quantised import dense_values, is_quantised, replace_by_dense
+from lightning_pet.model.quantised import dense_values, is_quantised, replace_by_dense
 
 HEADS = ("classifier", "score", "head", "lm_head")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_pet.lightning_cli import default_config, run
+from lightning_pet.cli.lightning_cli import default_config, run
 from lightning_pet.recipes import config_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ def test_a_configuration_opens_with_its_command(path: Path) -> None:
 
 def test_a_method_file_shows_the_defaults_of_its_callback() -> None:
     """What a file leaves at its default it must not contradict when the default changes."""
-    from lightning_pet.core.method import METHODS
+    from lightning_pet.insertion.method import METHODS
 
     for path in sorted((CONFIGS / "method").glob("*.yaml")):
         if path.stem not in METHODS:
@@ -102,7 +102,7 @@ def test_an_installed_wheel_finds_its_configurations(wheel: Path, tmp_path: Path
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from lightning_pet.lightning_cli import default_config\n"
+        "from lightning_pet.cli.lightning_cli import default_config\n"
         "from lightning_pet.recipes import config_folder\n"
         "assert default_config().is_file()\n"
         "print(config_folder())"

@@ -60,7 +60,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_every_option_of_a_method_is_on_its_page() -> None:
-    from lightning_pet.core.method import METHODS
+    from lightning_pet.insertion.method import METHODS
 
     for page in sorted((DOCS / "methods").glob("*.md")):
         if page.stem in METHODS:

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_pet.cli import extract, init, inspect, list_configurations, merge
-from lightning_pet.lightning_cli import default_config, run
+from lightning_pet.cli.lightning_cli import default_config, run
+from lightning_pet.cli.main import extract, init, inspect, list_configurations, merge
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def test_the_test_command_is_one_line_that_installs_and_tests() -> None:
 def test_what_the_commands_name_exists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {"quickstart", "test"} <= set(project["optional-dependencies"])
-    assert project["scripts"] == {"lightning-pet": "lightning_pet.cli:main"}
+    assert project["scripts"] == {"lightning-pet": "lightning_pet.cli.main:main"}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins if not pin.startswith("#"))
 

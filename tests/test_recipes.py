@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_pet.cli import init, list_configurations, main
+from lightning_pet.cli.lightning_cli import or_default, run
+from lightning_pet.cli.main import init, list_configurations, main
 from lightning_pet.errors import ArgumentError
-from lightning_pet.lightning_cli import or_default, run
 from lightning_pet.recipes import GROUPS, config_folder, names, with_shipped
 
 EVERY = [name for group in GROUPS for name in names(group)]

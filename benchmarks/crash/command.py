@@ -75,7 +75,7 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
         *(f"--trainer.callbacks.{option}" for option in saver),
     ]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "cli")])
-    start = "import sys; from lightning_pet.cli import main; main(sys.argv[1:])"
+    start = "import sys; from lightning_pet.cli.main import main; main(sys.argv[1:])"
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", start, *arguments],

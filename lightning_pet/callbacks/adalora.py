@@ -12,18 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lightning_pet.callbacks.base import PETCallback, Scalar
-from lightning_pet.core.applied import record_of
-from lightning_pet.core.fitting import Forms, Options, fitted
-from lightning_pet.core.hosts import host_kind, matrix_of
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import module_at
-from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import resolve_targets
-from lightning_pet.engine.controller import Controller
-from lightning_pet.engine.strategy import StrategyAdapter
 from lightning_pet.errors import ArgumentError, PETError, TargetError
+from lightning_pet.insertion.low_rank_places import Forms, Options, fitted
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores, updated
 from lightning_pet.layers.side_loss import TOGETHER
 from lightning_pet.layers.svd_low_rank import (
@@ -33,6 +24,15 @@ from lightning_pet.layers.svd_low_rank import (
     SvdLowRankLinear,
     SvdLowRankParameter,
 )
+from lightning_pet.model.adaptation import record_of
+from lightning_pet.model.layer_kinds import host_kind, matrix_of
+from lightning_pet.model.naming import module_at
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.targets.parameters import with_readers
+from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
+from lightning_pet.targets.targets import resolve_targets
+from lightning_pet.training.controller import Controller
 
 _HOSTS = ("linear", "conv1d_hf", "conv", "weight")
 _FORMS = Forms(SvdLowRankLinear, SvdLowRankParameter, SvdLowRankConv, SvdConvWeight)
@@ -171,7 +171,7 @@ class AdaLoRACallback(PETCallback):
     # --- places and deltas ----------------------------------------------------------------------
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
+        """Find the target projections; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
         found = resolve_targets(
             root,
             self.target_modules,

@@ -9,15 +9,15 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.parameters import norm_parameters
-from lightning_pet.core.patterns import listed_if_given, listed_layers
-from lightning_pet.core.placement import Placement, Sublayer, check_narrower, delta_options, resolve_sites
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.engine.choice import adapter_for
-from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.activations import activation
 from lightning_pet.layers.bottleneck import BehindNorm, Bottleneck, Init, ParallelBottleneck
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.strategies.choice import adapter_for
+from lightning_pet.targets.parameters import norm_parameters
+from lightning_pet.targets.patterns import listed_if_given, listed_layers
+from lightning_pet.targets.placement import Placement, Sublayer, check_narrower, delta_options, resolve_sites
+from lightning_pet.training.controller import Controller
 
 
 class AdapterCallback(PETCallback):
@@ -141,7 +141,7 @@ class AdapterCallback(PETCallback):
         return self.non_linearity or ("gelu" if self.placement == "houlsby" else "relu")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the residual sums; see :func:`~lightning_pet.core.placement.resolve_sites`."""
+        """Find the residual sums; see :func:`~lightning_pet.targets.placement.resolve_sites`."""
         return resolve_sites(
             root,
             structure,

@@ -8,18 +8,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.heads import HEAD, parameters_below
-from lightning_pet.core.hosts import host_kind
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.names import features, is_norm, named_places
-from lightning_pet.core.naming import module_at
-from lightning_pet.core.patterns import listed_if_given, listed_layers
-from lightning_pet.core.placement import Sublayer, delta_options, resolve_sites
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.adapter_bias import TokenScore, TokenShift
 from lightning_pet.layers.delta import Delta
+from lightning_pet.model.layer_kinds import host_kind
+from lightning_pet.model.named_roles import features, is_norm, named_places
+from lightning_pet.model.naming import module_at
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.targets.heads import HEAD, parameters_below
+from lightning_pet.targets.patterns import listed_if_given, listed_layers
+from lightning_pet.targets.placement import Sublayer, delta_options, resolve_sites
+from lightning_pet.targets.targets import resolve_targets
 
 Form = Literal["authors", "survey"]
 _CALLED = ("linear", "conv1d_hf")

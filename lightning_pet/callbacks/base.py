@@ -12,22 +12,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.applied import record_of
-from lightning_pet.core.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
-from lightning_pet.core.heads import HEAD, find_heads, parameters_below
-from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.method import METHODS, Insertion, key_of
-from lightning_pet.core.naming import canonical, delta_prefix, join, named_modules
-from lightning_pet.core.option_types import checked
-from lightning_pet.core.patterns import listed_if_given
-from lightning_pet.core.spelling import unknown_option
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.engine.controller import Controller
-from lightning_pet.engine.private import logs_this_step
-from lightning_pet.engine.run_log import log_figures, norm_of
+from lightning_pet.arguments import checked, unknown_option
 from lightning_pet.errors import ArgumentError, PETError, TargetError
+from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
+from lightning_pet.insertion.method import METHODS, Insertion, key_of
 from lightning_pet.layers.delta import Delta
+from lightning_pet.model.adaptation import record_of
+from lightning_pet.model.naming import CHILD, canonical, delta_prefix, join, named_modules
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.strategies.private import logs_this_step
+from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
+from lightning_pet.targets.patterns import listed_if_given
+from lightning_pet.training.controller import Controller
+from lightning_pet.training.run_log import log_figures, norm_of
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
 Scalar = Literal["norm", "rank", "density"]
@@ -144,7 +142,7 @@ class PETCallback(Callback):
 
     @abstractmethod
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the places in this model; see :class:`lightning_pet.core.method.Method`."""
+        """Find the places in this model; see :class:`lightning_pet.insertion.method.Method`."""
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the delta for one place; methods that override :meth:`insertions`, or insert none, do not need it."""

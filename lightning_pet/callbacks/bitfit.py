@@ -8,20 +8,19 @@ import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.biases import bias_of
-from lightning_pet.core.hosts import host_kind
-from lightning_pet.core.insertion import base_class, reader_of
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.names import features, is_linear, is_norm, named_places
-from lightning_pet.core.naming import module_at
-from lightning_pet.core.patterns import listed, listed_if_given
-from lightning_pet.core.quantised import is_quantised
-from lightning_pet.core.stacks import names_of_base
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import linear_targets, resolve_excluded, resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
 from lightning_pet.layers.delta import Delta
+from lightning_pet.model.biases import bias_of
+from lightning_pet.model.layer_kinds import base_class, host_kind, reader_of
+from lightning_pet.model.named_roles import features, is_linear, is_norm, named_places
+from lightning_pet.model.naming import module_at
+from lightning_pet.model.quantised import is_quantised
+from lightning_pet.model.stacks import names_of_base
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.targets.patterns import listed, listed_if_given
+from lightning_pet.targets.targets import linear_targets, resolve_excluded, resolve_targets
 
 
 class BitFitCallback(PETCallback):

@@ -7,15 +7,15 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.parameters import norm_parameters
-from lightning_pet.core.patterns import listed_if_given, listed_layers
-from lightning_pet.core.placement import check_narrower, delta_options, resolve_sites
-from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import ArgumentError
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.activations import activation
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.phm import PHMBottleneck, PHMRule, check_divisible
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.targets.parameters import norm_parameters
+from lightning_pet.targets.patterns import listed_if_given, listed_layers
+from lightning_pet.targets.placement import check_narrower, delta_options, resolve_sites
 
 Placement = Literal["both", "ffn"]
 

@@ -6,13 +6,13 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.heads import HEAD
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import canonical
-from lightning_pet.core.quantised import format_of, is_quantised
-from lightning_pet.core.stacks import names_of_base
-from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import TargetError
+from lightning_pet.insertion.method import Insertion
+from lightning_pet.model.naming import canonical
+from lightning_pet.model.quantised import format_of, is_quantised
+from lightning_pet.model.stacks import names_of_base
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.targets.heads import HEAD
 
 
 class FullFineTuningCallback(PETCallback):

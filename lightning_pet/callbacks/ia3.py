@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.biases import bias_of
-from lightning_pet.core.fitting import is_called
-from lightning_pet.core.hosts import host_kind, transposed, weight_of
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.names import features
-from lightning_pet.core.naming import module_at
-from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.low_rank_places import is_called
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.scaling import InputScaling, OutputScaling, ScaledBias, ScaledKernel, ScaledWeight
+from lightning_pet.model.biases import bias_of
+from lightning_pet.model.layer_kinds import host_kind, transposed, weight_of
+from lightning_pet.model.named_roles import features
+from lightning_pet.model.naming import module_at
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.targets.parameters import with_readers
+from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
+from lightning_pet.targets.targets import resolve_targets
 
 _HOSTS = ("linear", "conv1d_hf", "conv", "weight")
 

@@ -11,17 +11,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.budget import affordable, base_numbers, check_affordable
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import named_modules
-from lightning_pet.core.parameters import chosen_parameters, suffix_of, tied
-from lightning_pet.core.patterns import listed_if_given
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.engine.controller import Controller
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.fastfood import LONGEST, padded_length
 from lightning_pet.layers.subspace import Projected, Subspace
+from lightning_pet.model.naming import named_modules
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.targets.parameters import chosen_parameters, suffix_of, tied
+from lightning_pet.targets.patterns import listed_if_given
+from lightning_pet.training.controller import Controller
 
 
 class IntrinsicDimensionCallback(PETCallback):
@@ -90,7 +90,7 @@ class IntrinsicDimensionCallback(PETCallback):
         self._read = False
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find every parameter; see :func:`~lightning_pet.core.parameters.every_parameter`."""
+        """Find every parameter; see :func:`~lightning_pet.targets.parameters.every_parameter`."""
         return chosen_parameters(root, structure, self)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:

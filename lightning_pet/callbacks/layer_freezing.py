@@ -1,5 +1,6 @@
 """Layer freezing and gradual unfreezing (Howard & Ruder 2018)."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -9,20 +10,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.adaptation import freeze
-from lightning_pet.core.applied import record_of
-from lightning_pet.core.heads import HEAD
-from lightning_pet.core.method import Insertion, key_of
-from lightning_pet.core.names import is_norm
-from lightning_pet.core.naming import canonical, named_modules
-from lightning_pet.core.patterns import listed_if_given
-from lightning_pet.core.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import suggest
-from lightning_pet.engine.choice import adapter_for
-from lightning_pet.engine.controller import Controller
-from lightning_pet.engine.unfreezing import check_long_enough, elapsed
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.commit import freeze
+from lightning_pet.insertion.method import Insertion, key_of
+from lightning_pet.model.adaptation import record_of
+from lightning_pet.model.named_roles import is_norm
+from lightning_pet.model.naming import canonical, named_modules
+from lightning_pet.model.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.strategies.choice import adapter_for
+from lightning_pet.targets.heads import HEAD
+from lightning_pet.targets.patterns import listed_if_given
+from lightning_pet.targets.targets import suggest
+from lightning_pet.training.controller import Controller
 
 Norms = Literal["none", "final", "all"]
 Interval = Literal["epoch", "step"]
@@ -297,3 +297,35 @@ def _names(name: str, stack: Stack) -> bool:
 def _parameter(name: str, role: Any) -> Target:
     module, _, parameter = name.rpartition(".")
     return Target(module, parameter, role)
+
+
+def elapsed(trainer: pl.Trainer, interval: str) -> int:
+    """Epochs or optimizer steps done; equal after a resume."""
+    return trainer.current_epoch if interval == "epoch" else trainer.global_step
+
+
+def check_long_enough(trainer: pl.Trainer, every: int, interval: str, groups: int) -> None:
+    """The last group must get to train, if the length of the run is known.
+
+    Raises:
+        ArgumentError: if the run ends before.
+    """
+    needed = every * (groups - 1)
+    length = _length(trainer, interval)
+    if length <= needed:
+        raise ArgumentError(
+            f"unfreeze_every={every}: the last of {groups} groups of layers would start to train after {needed} "
+            f"{interval}s, but the run ends after {length:g}. Train longer, unfreeze more often, or train fewer layers."
+        )
+
+
+def _length(trainer: pl.Trainer, interval: str) -> float:
+    """Length of the run as far as it is known beforehand; a stop for another reason is not."""
+    steps = trainer.estimated_stepping_batches
+    steps = math.inf if steps < 0 else steps  # a stream of unknown length, without max_steps
+    if interval == "step":
+        return steps
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    known = math.isfinite(steps) and math.isfinite(per_epoch) and per_epoch > 0
+    return min(epochs, math.ceil(steps / per_epoch)) if known else epochs

@@ -9,17 +9,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback, Scalar
-from lightning_pet.core.fitting import Options, fitted, largest_rank
-from lightning_pet.core.hosts import host_kind, weight_of
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import canonical, module_at, named_modules
-from lightning_pet.core.parameters import with_readers
-from lightning_pet.core.patterns import check_patterns, listed, listed_if_given, listed_layers, settled, value_at
-from lightning_pet.core.quantised import initialize, shape_of
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.low_rank_places import Options, fitted, largest_rank
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
+from lightning_pet.model.layer_kinds import host_kind, weight_of
+from lightning_pet.model.naming import canonical, module_at, named_modules
+from lightning_pet.model.quantised import initialize, shape_of
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.targets.parameters import with_readers
+from lightning_pet.targets.patterns import check_patterns, listed, listed_if_given, listed_layers, settled, value_at
+from lightning_pet.targets.targets import resolve_targets
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Bias = Literal["none", "lora_only", "all"]
@@ -155,7 +155,7 @@ class LoRACallback(PETCallback):
             raise ArgumentError("lora_bias with use_dora: DoRA has no place for a bias of B; choose one.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the target projections; see :func:`~lightning_pet.core.targets.resolve_targets`."""
+        """Find the target projections; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
         found = resolve_targets(
             root,
             self.target_modules,

@@ -8,18 +8,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_pet.attention.prefix import AttentionPrefix, PrefixSite, site_target
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.activations import word_activations
-from lightning_pet.core.attention import AttentionPrefix, PrefixSite, site_target
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.names import layer_index
-from lightning_pet.core.naming import module_at, named_modules
-from lightning_pet.core.patterns import listed_if_given, listed_layers, name_matcher, names_from_above
-from lightning_pet.core.structure import AttentionCore, Structure, Target
-from lightning_pet.core.tokens import common_ids, load_tokenizer, text_ids, unknown_rows
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.prefix import PrefixNetwork
+from lightning_pet.model.named_roles import layer_index
+from lightning_pet.model.naming import module_at, named_modules
+from lightning_pet.model.structure import AttentionCore, Structure, Target
+from lightning_pet.model.tokens import common_ids, load_tokenizer, text_ids, unknown_rows
+from lightning_pet.probe.word_activations import word_activations
+from lightning_pet.targets.patterns import listed_if_given, listed_layers, name_matcher, names_from_above
 
 Init = Literal["random", "vocabulary", "text"]
 Attention = Literal["self", "cross", "both"]

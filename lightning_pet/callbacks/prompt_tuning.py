@@ -8,14 +8,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.naming import module_at
-from lightning_pet.core.prompt_places import Where, prompt_insertions, prompt_targets
-from lightning_pet.core.quantised import initialize
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.tokens import common_ids, load_tokenizer, text_ids, unknown_rows
 from lightning_pet.errors import ArgumentError
+from lightning_pet.insertion.method import Insertion
+from lightning_pet.insertion.prompt_places import Where, prompt_insertions, prompt_targets
 from lightning_pet.layers.prompt import VirtualRows
+from lightning_pet.model.naming import module_at
+from lightning_pet.model.quantised import initialize
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.model.tokens import common_ids, load_tokenizer, text_ids, unknown_rows
 
 Init = Literal["random", "vocabulary", "class_labels", "text"]
 Encoder = Literal["none", "mlp"]
@@ -110,7 +110,7 @@ class PromptTuningCallback(PETCallback):
             raise ArgumentError(f"encoder_size={self.encoder_size}: the width of the MLP must be at least 1.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find where the model takes its ids; see :mod:`lightning_pet.core.prompt_places`."""
+        """Find where the model takes its ids; see :mod:`lightning_pet.insertion.prompt_places`."""
         return prompt_targets(root, structure, self.where)
 
     def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from lightning_pet.core.applied import adapted_root
 from lightning_pet.errors import ArgumentError
+from lightning_pet.model.adaptation import adapted_root
 
 
 @runtime_checkable

@@ -11,7 +11,14 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, OwnBias, Rows, check_rank
 from lightning_pet.layers.low_rank_dora import Dora, dora_linear
-from lightning_pet.layers.low_rank_product import add_low_rank, compute_dtype, is_plain, low_rank_linear, prefers_merged
+from lightning_pet.layers.low_rank_product import (
+    add_low_rank,
+    compute_dtype,
+    is_plain,
+    low_rank_linear,
+    low_rank_values,
+    prefers_merged,
+)
 
 
 class LowRankLinear(OwnBias):
@@ -73,6 +80,9 @@ class LowRankLinear(OwnBias):
             dtype=dtype,
             bias=bias,
         )
+        # A and B as they are, and nothing else: decided once, because generation asks in every layer for every token.
+        own = type(self)._flat_a is LowRank._flat_a
+        self._bare = own and self.rows is None and self.a0 is None and not bias and not use_dora
 
     def forward(
         self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
@@ -91,6 +101,12 @@ class LowRankLinear(OwnBias):
         Raises:
             ArgumentError: if neither output nor weight is given, or DoRA does not get the weight.
         """
+        bare = self._bare and not (self.training and self.dropout)
+        if bare and output is None and weight is not None and not torch.is_grad_enabled():
+            own, matrix = self._parameters, weight.t() if self.transposed else weight
+            values = low_rank_values(x, matrix, bias, own.get("a"), own.get("b"), self.scale)
+            if values is not None:
+                return values
         if weight is None and (output is None or self.use_dora):
             raise ArgumentError(
                 "DoRA needs the weight of a plain linear layer and must be the only delta on it. "
@@ -111,8 +127,8 @@ class LowRankLinear(OwnBias):
         drops = self._drops()
         merged = not drops and prefers_merged(x, weight)
         if self.bias is not None:
-            own = self._own_bias(self.bias.dtype)
-            bias = own if bias is None else bias + own
+            offset = self._own_bias(self.bias.dtype)
+            bias = offset if bias is None else bias + offset
         matrix, bias = matrix.to(dtype), None if bias is None else bias.to(dtype)
         origin, dropout = self._origin(dtype), self.dropout if drops else 0.0
         return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin, dropout=dropout)

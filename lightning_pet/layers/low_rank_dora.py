@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_pet.layers.low_rank_product import Origin, drawn_mask, is_plain, owned
 from lightning_pet.layers.low_rank_source import are_packed, source_of
-from lightning_pet.layers.transforms import is_transformed
+from lightning_pet.layers.transforms import apply_node, is_transformed
 
 
 class Dora(NamedTuple):
@@ -72,8 +72,8 @@ def dora_linear(x: Tensor, layer: Dora, *, product: Tensor | None = None, dropou
         return F.linear(x, direct, bias) if direct is not None else _activation_form(x, layer, mask, kept)[0]
     rebuild, sources = source_of(x) or (None, ())
     a0, b0 = origin or (None, None)
-    output: Tensor = _Dora.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, a, b, excess, a0, b0, scale, direct, mask, kept, rebuild, *sources
+    output: Tensor = apply_node(
+        _Dora, x, weight, bias, a, b, excess, a0, b0, scale, direct, mask, kept, rebuild, *sources
     )
     return output
 

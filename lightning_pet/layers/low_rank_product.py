@@ -8,6 +8,7 @@ products, and the input gradient is the base's, added to the low-rank one in the
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_pet.layers.low_rank_source import source_of
-from lightning_pet.layers.transforms import is_transformed
+from lightning_pet.layers.transforms import apply_node, is_transformed
+
+_PLAIN = (Tensor, nn.Parameter)
+_BITS = 53
+_CHUNK = 1 << 16  # numbers that stay in a cache
+_FEW = 16  # tokens, up to which the shorter way to a skinny product is the faster one
 
 Origin = tuple[Tensor, Tensor]
 """(A0, B0), whose product is subtracted from B A."""
@@ -33,7 +39,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary tensor (or has the shape of one and no values), not quantised or sharded."""
-    return type(weight) in (Tensor, nn.Parameter) or isinstance(weight, FakeTensor)
+    return type(weight) in _PLAIN or isinstance(weight, FakeTensor)
 
 
 def prefers_merged(x: Tensor, weight: Tensor) -> bool:
@@ -51,7 +57,7 @@ def prefers_merged(x: Tensor, weight: Tensor) -> bool:
 def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: Origin | None) -> Tensor:
     """``W + s (B A - B0 A0)`` for ``weight`` [out, in].
 
-    The difference is taken before anything else, so that it is exactly zero while A = A0 and B = B0.
+    It is exactly W while A = A0 and B = B0.
     The result has the layout of ``weight``: with another one the product would round differently.
     """
     if not weight.is_contiguous() and weight.t().is_contiguous():
@@ -59,7 +65,8 @@ def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: Origin |
         return shifted(weight.t(), b.t(), a.t(), scale, swapped).t()
     if origin is None:
         return torch.addmm(weight, b, a, alpha=scale)
-    return torch.add(weight, b @ a - origin[1] @ origin[0], alpha=scale)
+    # B A - B0 A0 = (B - B0) A + B0 (A - A0): no product has the size of the weight.
+    return torch.addmm(torch.addmm(weight, b - origin[1], a, alpha=scale), origin[1], a - origin[0], alpha=scale)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -161,7 +168,7 @@ def _activation_form(
 ) -> tuple[Tensor, Tensor]:
     """The output, and x Aᵀ as [r, tokens]."""
     flat_x = x.reshape(-1, x.shape[-1])
-    inner = a @ (flat_x if mask is None else flat_x * mask.view(flat_x.shape)).t()
+    inner = _reduced(flat_x if mask is None else flat_x * mask.view(flat_x.shape), a).t()
     if weight is None:
         assert product is not None
         output = product.clone(memory_format=torch.contiguous_format)
@@ -176,7 +183,7 @@ def _activation_form(
         flat.addmm_(inner.t(), (b - origin[1]).t(), alpha=scale)
     if origin is not None:
         other = (a - origin[0]) if mask is None else -origin[0]
-        flat.addmm_((other @ flat_x.t()).t(), origin[1].t(), alpha=scale)
+        flat.addmm_(_reduced(flat_x, other), origin[1].t(), alpha=scale)
     return output, inner
 
 
@@ -198,7 +205,14 @@ def drawn_mask(x: Tensor, probability: float) -> Tensor:
     """Zeros and ones in one byte each, by the numbers that ``F.dropout(x, probability)`` would draw."""
     if x.device.type in ("cuda", "xpu"):  # its kernel there draws in another order than ``bernoulli_``
         return torch.native_dropout(x.detach(), probability, True)[1]
-    return torch.empty_like(x, dtype=torch.uint8, requires_grad=False).bernoulli_(1 - probability)
+    if x.device.type != "cpu" or type(x) is not Tensor or not x.is_contiguous():
+        return torch.empty_like(x, dtype=torch.uint8, requires_grad=False).bernoulli_(1 - probability)
+    # ``bernoulli_`` compares 53 random bits with the probability, number by number: half of the time goes into that.
+    mask, numbers = torch.empty(x.numel(), dtype=torch.bool), torch.empty(min(x.numel(), _CHUNK), dtype=torch.int64)
+    limit = math.ceil((1 - probability) * 2**_BITS)
+    for part in mask.split(_CHUNK):  # type: ignore[no-untyped-call]
+        torch.lt(numbers[: len(part)].random_().bitwise_and_(2**_BITS - 1), limit, out=part)
+    return mask.view(torch.uint8).view(x.shape)
 
 
 def low_rank_linear(
@@ -243,8 +257,8 @@ def low_rank_linear(
     a0, b0 = (None, None) if origin is None else origin
     rebuild, sources = source_of(x) or (None, ())
     output: Tensor
-    output, _ = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, a, b, a0, b0, scale, merged, rebuild, product, mask, kept, *sources
+    output, _ = apply_node(
+        _LowRankLinear, x, weight, bias, a, b, a0, b0, scale, merged, rebuild, product, mask, kept, *sources
     )
     return output
 
@@ -276,6 +290,38 @@ def _written_out(
         # Both terms first: their difference is exactly zero at the start, their sums with the output are not.
         change = change - F.linear(F.linear(x, origin[0]), origin[1])
     return torch.add(product, change.to(product.dtype), alpha=scale)
+
+
+def low_rank_values(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+) -> Tensor | None:
+    """The values of :func:`low_rank_linear`, to the bit, where nobody wants a gradient and nothing must be converted.
+
+    In generation a call has one token: what is not arithmetic would cost more than the products. Returns ``None``
+    where it is not as simple; arguments as there, of any dtype.
+    """
+    dtype, shape = x.dtype, x.shape
+    if (
+        torch.compiler.is_compiling()  # what would be gained is not there
+        or type(weight) not in _PLAIN
+        or a is None
+        or b is None
+        or not (dtype == a.dtype == b.dtype == weight.dtype)
+        or (bias is not None and bias.dtype != dtype)
+        or torch._C._is_any_autocast_enabled()
+        or is_transformed()
+        or (x.numel() != shape[-1] and prefers_merged(x, weight))
+    ):
+        return None
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    output = F.linear(flat, weight, bias)
+    output.addmm_(_reduced(flat, a), b.t(), alpha=scale)
+    return output if flat is x else output.view(*shape[:-1], -1)
+
+
+def _reduced(flat: Tensor, a: Tensor) -> Tensor:
+    """``x Aᵀ`` for x [tokens, in]."""
+    return F.linear(flat, a) if flat.shape[0] <= _FEW else (a @ flat.t()).t()
 
 
 def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

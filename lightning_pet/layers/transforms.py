@@ -4,6 +4,8 @@ torch's custom operators drop a forward-mode derivative without a word, and valu
 the next do not belong to a level of ``torch.func``. Whoever uses either asks here first.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -18,3 +20,14 @@ def is_transformed() -> bool:
     if in_forward_mode():
         return True
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def apply_node(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` for a call that is not transformed, with all arguments given.
+
+    ``apply`` binds arguments to the signature of ``forward`` and looks for levels of ``torch.func``, in Python, before
+    it calls its own base: a third of what a small node costs.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_pet.core.insertion import CHILD
-from lightning_pet.core.preparation import is_shared
-from lightning_pet.engine.titled import show_table
+from lightning_pet.insertion.prepare import is_shared
+from lightning_pet.model.naming import CHILD
 from lightning_pet.store.reader import Stored, read
+from lightning_pet.training.titled import show_table
 
 
 def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:

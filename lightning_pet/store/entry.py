@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lightning_pet.core.applied import Adaptation, Applied
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.model.adaptation import Adaptation, Applied
 from lightning_pet.store.fingerprint import Fingerprint, from_plain, to_plain
 from lightning_pet.store.manifest import MethodRecord, checked_methods
 from lightning_pet.store.strict_json import check_fields, check_name, check_text, check_type, fault, shown

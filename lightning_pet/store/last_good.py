@@ -8,8 +8,8 @@ from typing import Final
 
 from torch import nn
 
-from lightning_pet.core.naming import canonical
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.model.naming import canonical
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.fingerprint import Verdict, compare
 from lightning_pet.store.paths import expanded

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, get_args
 
-from lightning_pet.core.structure import Role, Target
+from lightning_pet.model.structure import Role, Target
 from lightning_pet.store import fingerprint as fingerprints
 from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.strict_json import (

@@ -108,7 +108,7 @@ def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_pa
     )
     script = tmp_path / "verbs.py"
     script.write_text(
-        "import sys\nfrom lightning_pet.lightning_cli import run\n"
+        "import sys\nfrom lightning_pet.cli.lightning_cli import run\n"
         "for verb in ('validate', 'test', 'predict', 'fit'):\n"
         "    print('verb', verb, flush=True)\n    run([verb, '-c', sys.argv[1], '--ckpt_path', sys.argv[2]])\n"
         "for epochs in '12':\n"
@@ -204,7 +204,7 @@ def test_inspect(trained: tuple[Path, str], tmp_path: Path) -> None:
 
 def test_extract_needs_no_lightning(trained: tuple[Path, str], tmp_path: Path) -> None:
     code = (
-        "import sys; sys.argv = ['lightning-pet', *sys.argv[1:]]; from lightning_pet.cli import main; main();"
+        "import sys; sys.argv = ['lightning-pet', *sys.argv[1:]]; from lightning_pet.cli.main import main; main();"
         "print([name for name in ('lightning', 'transformers') if name in sys.modules])"
     )
     done = run(["-c", code, "extract", str(trained[0]), "topics.pet.safetensors"], tmp_path)
@@ -247,7 +247,7 @@ def test_merge_writes_an_ordinary_transformers_folder(tmp_path: Path) -> None:
 def test_help_of_file_verbs_does_not_import_lightning(tmp_path: Path) -> None:
     probe = (
         "import sys; sys.argv = ['lightning-pet', *sys.argv[1:]]\n"
-        "import contextlib\nfrom lightning_pet.cli import main\n"
+        "import contextlib\nfrom lightning_pet.cli.main import main\n"
         "with contextlib.suppress(SystemExit):\n    main()\n"
         "assert 'lightning' not in sys.modules and 'torch' not in sys.modules, 'imported too much'\n"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_pet.cli import main
+from lightning_pet.cli.main import main
 
 HERE = Path(__file__).parent
 TASK = [

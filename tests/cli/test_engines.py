@@ -12,7 +12,7 @@ from deepspeed_operator import require_deepspeed
 from launch import launch
 
 from lightning_pet import load_from_checkpoint
-from lightning_pet.cli import main
+from lightning_pet.cli.main import main
 from lightning_pet.store.entry import MARK
 from tests.cli.user_code import Data, Net
 
@@ -36,9 +36,9 @@ ENGINES = {  # configuration, the user's module, what is overridden
 }
 SLOW = {"fsdp", "fsdp-layers", "zero2", "zero1"}
 # The command that pip installs; run twice, to resume, in one process: importing takes longer than training.
-COMMAND = "import sys\nfrom lightning_pet.cli import main\nsys.exit(main())\n"
+COMMAND = "import sys\nfrom lightning_pet.cli.main import main\nsys.exit(main())\n"
 TWICE = (  # in one group, which is there before the first command and stays: its port is not free again at once
-    "import json, os, torch\nfrom lightning_pet.cli import main\ntorch.distributed.init_process_group('gloo')\n"
+    "import json, os, torch\nfrom lightning_pet.cli.main import main\ntorch.distributed.init_process_group('gloo')\n"
     "for arguments in json.loads(os.environ['COMMANDS']):\n    main(arguments)\n"
 )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_pet.cli import main
+from lightning_pet.cli.main import main
 
 NET = ["--model=user_code.Net", "--data=user_code.Data"]
 

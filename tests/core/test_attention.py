@@ -11,10 +11,10 @@ from tiny_models import hf, ids
 from torch import Tensor, nn
 
 from lightning_pet import DeadSiteError, LoRACallback, PrefixTuningCallback, TargetError, apply
-from lightning_pet.core import attention_interface
-from lightning_pet.core.attention import AttentionPrefix, PrefixSite
-from lightning_pet.core.attention_masks import causal, wider
-from lightning_pet.core.probe import probe
+from lightning_pet.attention import interface as attention_interface
+from lightning_pet.attention.masks import causal, wider
+from lightning_pet.attention.prefix import AttentionPrefix, PrefixSite
+from lightning_pet.probe.probe import probe
 
 HEADS, DIM, WIDTH, ROWS, LENGTH, P = 2, 4, 8, 3, 5, 3
 

@@ -6,10 +6,11 @@ from tiny_models import hf, ids
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_pet.core.fused import count, overlap, ranges, without
-from lightning_pet.core.probe import analyse, probe
-from lightning_pet.core.targets import resolve_targets
 from lightning_pet.errors import TargetError
+from lightning_pet.model.structure import overlap
+from lightning_pet.probe.columns import count, ranges, without
+from lightning_pet.probe.probe import analyse, probe
+from lightning_pet.targets.targets import resolve_targets
 
 
 def rows(structure, module):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lightning_pet.core.graph import Edge, Graph, sequence_number, tensors
+from lightning_pet.probe.graph import Edge, Graph, sequence_number, tensors
 
 
 def graph_of(output, model):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import Adapted, LoRACallback, NotMergeableError, apply
-from lightning_pet.core.adapted import adapt
-from lightning_pet.core.call import HERE
-from lightning_pet.core.insertion import attach
-from lightning_pet.core.method import Insertion
-from lightning_pet.core.structure import Structure, Target
 from lightning_pet.errors import DeadSiteError
+from lightning_pet.insertion.host import attach
+from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta, Tied
+from lightning_pet.model.call import HERE
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.operations.adapted import adapt
 
 X = torch.linspace(-1, 2, 8).view(2, 4)
 

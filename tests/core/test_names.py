@@ -5,7 +5,7 @@ import torch
 from tiny_models import hf
 from torch import nn
 
-from lightning_pet.core.names import (
+from lightning_pet.model.named_roles import (
     is_linear,
     is_router,
     layer_index,
@@ -13,9 +13,9 @@ from lightning_pet.core.names import (
     tensor_parallel_plan,
     without_numbers,
 )
-from lightning_pet.core.opinions import merge
-from lightning_pet.core.probe import analyse
-from lightning_pet.core.structure import Structure, Target
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.probe.consensus import merge
+from lightning_pet.probe.probe import analyse
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "t5", "bart", "vit", "mixtral", "phi3", "gpt_neox", "distilbert", "electra"]
 

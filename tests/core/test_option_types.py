@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import lightning_pet as pet
-from lightning_pet.core.method import METHODS
+from lightning_pet.insertion.method import METHODS
 
 WRONG = {bool: ["no", "yes", 1, None], int: ["8", None, [8]], float: ["0.1", None, {}]}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_pet.core.parameters import every_parameter, tied
-from lightning_pet.core.structure import Structure
 from lightning_pet.errors import TargetError
+from lightning_pet.model.structure import Structure
+from lightning_pet.targets.parameters import every_parameter, tied
 from tests.methods import zoo
 
 NOTHING_KNOWN = Structure()

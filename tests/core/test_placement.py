@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.core.parameters import norm_parameters
-from lightning_pet.core.placement import resolve_sites
-from lightning_pet.core.probe import analyse
-from lightning_pet.core.structure import Target
 from lightning_pet.errors import TargetError
+from lightning_pet.model.structure import Target
+from lightning_pet.probe.probe import analyse
+from lightning_pet.targets.parameters import norm_parameters
+from lightning_pet.targets.placement import resolve_sites
 
 WIDTH = 16
 
@@ -117,7 +117,7 @@ class TwoTowers(nn.Module):
 
 def test_what_did_not_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model, x = TwoTowers(), torch.randn(2, 5, WIDTH)
-    with caplog.at_level(logging.WARNING, logger="lightning_pet.core.placement"):
+    with caplog.at_level(logging.WARNING, logger="lightning_pet.targets.placement"):
         targets = resolve_sites(model, analyse(model, lambda: model(x)))
         assert {target.module.partition(".")[0] for target in targets} == {"text"}
         assert "image.layers.0.linear2.weight (ffn.down) did not run in the probing forward" in caplog.text
@@ -143,7 +143,7 @@ def test_a_place_outside_of_the_layers_may_have_no_host(caplog: pytest.LogCaptur
     model = Pooled()
     structure = analyse(model, lambda: model(torch.randn(2, 5, WIDTH)))
     assert resolve_sites(model, structure, sublayers=["ffn"])[-1] == Target("head", "", "ffn.output", sizes=(WIDTH,))
-    with caplog.at_level(logging.WARNING, logger="lightning_pet.core.placement"):
+    with caplog.at_level(logging.WARNING, logger="lightning_pet.targets.placement"):
         targets = resolve_sites(model, structure, "pfeiffer")
     assert [target.module for target in targets] == ["layers.0.ffn", "layers.1.ffn"]
     assert "'head' (Linear) is summed where no module returns the sum" in caplog.text

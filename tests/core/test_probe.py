@@ -10,8 +10,8 @@ from tiny_models import hf, ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_pet.core.probe import analyse, probe
 from lightning_pet.errors import TargetError
+from lightning_pet.probe.probe import analyse, probe
 
 
 def roles_in(structure, prefix):

@@ -8,10 +8,10 @@ import torch
 from tiny_models import hf
 from torch import nn
 
-from lightning_pet.core.probe import analyse
-from lightning_pet.core.structure import Structure, Target
-from lightning_pet.core.targets import output_heads, resolve_targets, role_names, suggest
 from lightning_pet.errors import TargetError
+from lightning_pet.model.structure import Structure, Target
+from lightning_pet.probe.probe import analyse
+from lightning_pet.targets.targets import output_heads, resolve_targets, role_names, suggest
 
 
 @functools.cache

@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from lightning_pet.callbacks.lora import LoRACallback
-from lightning_pet.core.applied import adapted_root
 from lightning_pet.data.dates import Dates
 from lightning_pet.data.docstring_topics import TOPICS, DocstringTopics, linear_probe, write_topics
 from lightning_pet.data.reference import ReferencePoints
 from lightning_pet.data.tables import read_splits
-from lightning_pet.engine.adapt import apply
 from lightning_pet.errors import ArgumentError
+from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.modules import date_model
 from lightning_pet.modules.cache import cached_folder
 from lightning_pet.modules.date_model import draw_days, write_date
 from lightning_pet.modules.seq2seq import Seq2SeqModule
 from lightning_pet.modules.text_classification import TextClassifier
+from lightning_pet.operations.apply import apply
 from tests.modules.tiny import T5
 
 # -- cache ------------------------------------------------------------------------------------------

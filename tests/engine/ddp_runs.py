@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # n
 from models import Data, Module, Net, cosine, digest, lora, trainer  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
-from lightning_pet.engine.delta import save_delta  # noqa: E402
 from lightning_pet.errors import DeltaFileError, PETError  # noqa: E402
+from lightning_pet.operations.delta import save_delta  # noqa: E402
 
 
 class Mean(Module):

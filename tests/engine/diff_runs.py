@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from models import Data, Module, Net, cosine, every_step, trainer
 from torch import Tensor
 
-from lightning_pet.callbacks.diff_pruning import DiffPruningCallback
+from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback
 from lightning_pet.layers.sparse_difference import SparseDifference
 
 STEPS = 10

@@ -17,8 +17,8 @@ from diff_runs import CLIPPED, diff  # noqa: E402
 from engines import make  # noqa: E402
 from models import every_step, trainer  # noqa: E402
 
-from lightning_pet.engine.delta import save_delta  # noqa: E402
 from lightning_pet.errors import PETError  # noqa: E402
+from lightning_pet.operations.delta import save_delta  # noqa: E402
 
 
 def run(folder: Path, engine: str, *, path: Path | None = None, seed: int = 5, method: str = "fit", **options: Any):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.core.structure import Structure, Target
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.side_loss import Penalty, with_penalty
+from lightning_pet.model.structure import Structure, Target
 
 WEIGHT = 0.3
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_pet.engine.resume import ExactResume
+from lightning_pet.training.resume import ExactResume
 
 KEY = "exact_resume"
 

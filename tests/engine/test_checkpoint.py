@@ -10,8 +10,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from models import Data, Module, Net, ckpt, cosine, digest, every_step, fit, full_run, lora, names_in, trainer
 from torch import nn
 
-from lightning_pet.engine.durable_io import DurableCheckpointIO
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.training.durable_io import DurableCheckpointIO
 
 DELTA = {f"net.fc{i}.pet.lora_default.{p}" for i in (1, 2) for p in "ab"}
 HEAD = {"net.head.weight", "net.head.bias"}

@@ -8,8 +8,8 @@ import torch
 from models import Data, Module, Net, ckpt, cosine, digest, every_step, fit, full_run, is_pristine, lora, sgd, trainer
 from torch import nn
 
-from lightning_pet.engine.delta import read
 from lightning_pet.errors import BaseMismatchError, DeltaFileError, OptimizerMismatchError, PETError
+from lightning_pet.operations.delta import read
 from lightning_pet.store.tensors import digest as tensor_digest
 
 

@@ -8,7 +8,7 @@ from hf_models import bert, gpt2, hf_fit, vit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Data, Module, Net, cosine, digest, fit, lora, names_in, trainer
 
-from lightning_pet.engine.delta import load_delta, save_delta
+from lightning_pet.operations.delta import load_delta, save_delta
 
 KEPT = {*(f"net.fc{i}.pet.lora_default.{p}" for i in (1, 2) for p in "ab"), "net.head.weight", "net.head.bias"}
 

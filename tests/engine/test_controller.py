@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningCLI
 from models import Data, Module, Net, adamw, classes, cosine, digest, fit, is_pristine, lora, names_in, sgd, trainer
 
-from lightning_pet.core.adapted import Adapted
 from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.operations.adapted import Adapted
 
 DELTA = [f"net.fc{i}.pet.lora_default.{p}" for i in (1, 2) for p in "ab"]
 BASE = [f"net.fc{i}.{p}" for i in (1, 2) for p in ("weight", "bias")]

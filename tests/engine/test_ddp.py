@@ -13,7 +13,7 @@ from models import Data, Module, Net, digest, fit, lora, names_in, trainer
 sys.path.append(str(Path(__file__).parents[1]))
 from launch import launch
 
-from lightning_pet.engine.delta import load_delta
+from lightning_pet.operations.delta import load_delta
 
 SPAWNING = ["ddp_spawn", "ddp_notebook"]
 SCRIPT = str(Path(__file__).with_name("ddp_runs.py"))

@@ -16,10 +16,10 @@ from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, t
 from torch import nn
 
 from lightning_pet.callbacks.lora import LoRACallback
-from lightning_pet.core.adapted import Adapted
-from lightning_pet.engine.adapt import apply
-from lightning_pet.engine.delta import inspect_delta, load_delta, load_from_checkpoint, read, save_delta
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.apply import apply
+from lightning_pet.operations.delta import inspect_delta, load_delta, load_from_checkpoint, read, save_delta
 from lightning_pet.report.summary import print_summary, summarize
 from lightning_pet.store.delta_file import read_delta, write_delta
 from lightning_pet.store.extraction import extract_delta

@@ -8,10 +8,10 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from models import Module, Net, ckpt, every_step, fit, lora
 
 from lightning_pet.callbacks.bitfit import BitFitCallback
-from lightning_pet.engine.delta import inspect_delta, load_delta
-from lightning_pet.engine.durable_io import DurableCheckpointIO
 from lightning_pet.errors import ArgumentError, DeltaFileError
+from lightning_pet.operations.delta import inspect_delta, load_delta
 from lightning_pet.store.tensors import digest
+from lightning_pet.training.durable_io import DurableCheckpointIO
 
 
 def stems(folder, suffix):
@@ -61,7 +61,7 @@ def test_an_interrupted_save_leaves_no_outdated_file(tmp_path, monkeypatch):
 
     writer = DurableCheckpointIO(delta_files=True)
     content = torch.load(ckpt(tmp_path, 2), weights_only=True)
-    monkeypatch.setattr("lightning_pet.engine.durable_io.atomic_write", full)
+    monkeypatch.setattr("lightning_pet.training.durable_io.atomic_write", full)
     with pytest.raises(OSError, match="No space"):
         writer.save_checkpoint(content, ckpt(tmp_path, 1))
     assert "step=1" not in stems(tmp_path, ".pet.safetensors")

@@ -16,12 +16,12 @@ from models import Data, Module, Net, adamw, ckpt, digest, fit, sgd, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_pet.callbacks.diff_pruning import DiffPruningCallback
-from lightning_pet.core.adapted import Adapted
-from lightning_pet.engine import figures
-from lightning_pet.engine.delta import load_delta, save_delta
+from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback
+from lightning_pet.callbacks.diff_pruning.callback import density as figures
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
 from lightning_pet.layers.gated_weight import expected_open
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.delta import load_delta, save_delta
 
 SIZE = 6 * 8 + 8 + 8 + 8 + 8 * 8 + 8  # two linears and a batch norm; the head is dense
 

@@ -9,7 +9,7 @@ from diff_runs import CLIPPED, STEPS, diff, flat
 from models import Data, Module, Net, cosine, every_step, fit
 from two_processes import on_engine
 
-from lightning_pet.engine.delta import load_delta
+from lightning_pet.operations.delta import load_delta
 
 SCRIPT = str(Path(__file__).with_name("diff_sharded_runs.py"))
 ENGINES = ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero1", "zero2", "zero3"))]

@@ -16,9 +16,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_pet.callbacks.lora import LoRACallback
-from lightning_pet.engine import durable_io, private
-from lightning_pet.engine.durable_io import DurableCheckpointIO, install
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.strategies import private
+from lightning_pet.training import durable_io
+from lightning_pet.training.durable_io import DurableCheckpointIO, install
 
 
 def files(folder: Path) -> list[str]:

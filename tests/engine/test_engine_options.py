@@ -9,7 +9,7 @@ import torch
 from deepspeed_operator import can_build, require_deepspeed
 from launch import launch
 
-from lightning_pet.engine.delta import load_delta
+from lightning_pet.operations.delta import load_delta
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))

@@ -13,9 +13,9 @@ import torch
 from method_runs import METHODS
 
 import lightning_pet as pet
-from lightning_pet.core.unbuilt import without_memory
-from lightning_pet.engine.delta import insert
 from lightning_pet.layers.prefix import Prefix
+from lightning_pet.model.unbuilt import without_memory
+from lightning_pet.operations.delta import insert
 from lightning_pet.store.reader import read
 from tests.methods import zoo
 from tests.methods.battery import perturb

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from models import Data, Module, Net, digest, fit, trainer
 
 from lightning_pet import AdapterCallback, AutoPromptCallback, LayerFreezingCallback, UnsupportedStrategyError
-from lightning_pet.engine.ddp import DDPAdapter
+from lightning_pet.strategies.ddp import DDPAdapter
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 

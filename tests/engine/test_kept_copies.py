@@ -7,9 +7,9 @@ from torch import nn
 
 from lightning_pet.callbacks.bitfit import BitFitCallback
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
-from lightning_pet.core.adapted import Adapted
-from lightning_pet.engine.adapt import apply
-from lightning_pet.engine.delta import load_delta, load_from_checkpoint, save_delta
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.apply import apply
+from lightning_pet.operations.delta import load_delta, load_from_checkpoint, save_delta
 
 
 def through_data(slow, fast):

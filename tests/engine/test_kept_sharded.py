@@ -9,7 +9,7 @@ from kept_runs import Averaged, Zipped
 from models import Data, Net, cosine, fit, lora
 from two_processes import on_engine
 
-from lightning_pet.engine.delta import load_delta
+from lightning_pet.operations.delta import load_delta
 
 SCRIPT = str(Path(__file__).with_name("kept_runs.py"))
 ENGINES = ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"]

@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_pet.callbacks.adalora import AdaLoRACallback
 from lightning_pet.callbacks.bitfit import BitFitCallback
-from lightning_pet.engine.adapt import apply
-from lightning_pet.engine.delta import load_delta, save_delta
 from lightning_pet.errors import PETError, UnsupportedStrategyError
+from lightning_pet.operations.apply import apply
+from lightning_pet.operations.delta import load_delta, save_delta
 
 # --- without a callback -----------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_pet as lp
-from lightning_pet.core.bases import bases_of
-from lightning_pet.core.insertion import CHILD
+from lightning_pet.model.naming import CHILD
+from lightning_pet.targets.bases import bases_of
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(2))
 VECTORS = DataLoader(TensorDataset(X, (X.sum(-1) > 0).long()), batch_size=8)

@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import strategies  # noqa: E402
 from strategies import ENGINES, FEATURES, METHODS  # noqa: E402
 
-from lightning_pet.core.method import METHODS as CLASSES  # noqa: E402
+from lightning_pet.insertion.method import METHODS as CLASSES  # noqa: E402
 
 RECORD = json.loads(strategies.RESULTS.read_text(encoding="utf-8"))
 SHARDING = [engine for engine in ENGINES if engine not in ("one", "ddp")]

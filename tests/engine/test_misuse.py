@@ -12,15 +12,11 @@ from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, t
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from lightning_pet.arguments import NOT_NEEDED, OTHER_NAMES
 from lightning_pet.callbacks.adalora import AdaLoRACallback
 from lightning_pet.callbacks.bitfit import BitFitCallback
 from lightning_pet.callbacks.lora import LoRACallback
 from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback
-from lightning_pet.core.method import METHODS
-from lightning_pet.core.spelling import NOT_NEEDED, OTHER_NAMES
-from lightning_pet.engine.adapt import apply
-from lightning_pet.engine.fsdp import FSDPAdapter
-from lightning_pet.engine.model_parallel import ModelParallelAdapter
 from lightning_pet.errors import (
     ArgumentError,
     DeadSiteError,
@@ -29,6 +25,10 @@ from lightning_pet.errors import (
     TargetError,
     UnsupportedStrategyError,
 )
+from lightning_pet.insertion.method import METHODS
+from lightning_pet.operations.apply import apply
+from lightning_pet.strategies.fsdp import FSDPAdapter
+from lightning_pet.strategies.model_parallel import ModelParallelAdapter
 
 
 def lbfgs(module):

@@ -16,9 +16,9 @@ from models import Data, Module, Net, ckpt, digest, every_step, fit, lora, train
 from torch import nn
 
 from lightning_pet import ArgumentError, last_good, load_delta, load_from_checkpoint, save_delta
-from lightning_pet.engine.hyper_parameters import NotPlainError, plain
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.entry import KEY
+from lightning_pet.strategies.hyper_parameters import NotPlainError, plain
 
 
 class Kind(enum.Enum):

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
-from lightning_pet.engine.delta import load_delta, save_delta
 from lightning_pet.errors import OptimizerMismatchError, PETError, UnsupportedStrategyError
+from lightning_pet.operations.delta import load_delta, save_delta
 
 # --- the base stays as it is ----------------------------------------------------------------------------------
 

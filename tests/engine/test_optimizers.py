@@ -11,9 +11,9 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from lightning_pet.engine import parameter_groups, private
-from lightning_pet.engine.optimizers import check, hold_delta, parameter_names, reorder_state
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError
+from lightning_pet.strategies import parameter_groups, private
+from lightning_pet.strategies.optimizers import check, hold_delta, parameter_names, reorder_state
 
 
 class Pet(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lightning_pet.engine.optimizers import hold_delta
-from lightning_pet.engine.parameter_groups import Exchange, Wish, exchange, set_option
+from lightning_pet.strategies.optimizers import hold_delta
+from lightning_pet.strategies.parameter_groups import Exchange, Wish, exchange, set_option
 
 
 class Model(nn.Module):

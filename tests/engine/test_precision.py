@@ -10,10 +10,10 @@ from models import Data, Module, Net, cosine, digest, every_step, fit, lora, tra
 
 from lightning_pet.callbacks.bitfit import BitFitCallback
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
-from lightning_pet.core.adapted import Adapted
-from lightning_pet.engine.adapt import apply
-from lightning_pet.engine.delta import load_delta, save_delta
 from lightning_pet.layers.delta import Delta
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.apply import apply
+from lightning_pet.operations.delta import load_delta, save_delta
 
 
 def deltas(module):

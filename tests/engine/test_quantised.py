@@ -20,10 +20,10 @@ from launch import launch
 from quantised_models import FORMATS, int8_activations
 
 from lightning_pet import BitFitCallback, PETError, TargetError, UnsupportedStrategyError, apply, load_from_checkpoint
-from lightning_pet.core.adapted import Adapted
-from lightning_pet.core.insertion import base_class
-from lightning_pet.core.quantised import dense_values, format_of, is_quantised
-from lightning_pet.engine.layer_formats import replaces_layers
+from lightning_pet.model.layer_kinds import base_class
+from lightning_pet.model.quantised import dense_values, format_of, is_quantised
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.layer_formats import replaces_layers
 from lightning_pet.store.entry import MARK
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

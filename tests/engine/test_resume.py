@@ -16,9 +16,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from launch import launch
 from resume_runs import KEY, Module, Resume, Run, double_interruptions, quiet, same, single_interruptions
 
-from lightning_pet.engine import private
-from lightning_pet.engine.resume import ExactResume
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.strategies import private
+from lightning_pet.training.resume import ExactResume
 
 BATCHES = 15  # 3 epochs of 5
 EVERY_2 = {"val_check_interval": 2}
@@ -316,11 +316,11 @@ def test_nothing_runs_per_batch(tmp_path, monkeypatch):
             count += 1
             return original(devices)
 
-        monkeypatch.setattr("lightning_pet.engine.resume.random_state", count_states)
+        monkeypatch.setattr("lightning_pet.training.resume.random_state", count_states)
         Run(batches=batches, at="none").fit(tmp_path / f"{batches}")
         return count
 
-    from lightning_pet.engine.random_state import random_state as private_state
+    from lightning_pet.training.resume import random_state as private_state
 
     assert calls(3) == calls(12) == 6
 

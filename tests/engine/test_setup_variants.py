@@ -8,11 +8,11 @@ import torch
 from models import CLASSES, Data, Module, Net, digest, fit, is_pristine, lora, trainer
 from torch import nn
 
-from lightning_pet.core.adapted import Adapted
-from lightning_pet.engine.adapt import apply
-from lightning_pet.engine.delta import save_delta
-from lightning_pet.engine.roots import root_of
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.apply import apply
+from lightning_pet.operations.delta import save_delta
+from lightning_pet.operations.roots import root_of
 
 DELTA = [f"net.fc{i}.pet.lora_default.{p}" for i in (1, 2) for p in "ab"]
 HEAD = ["net.head.bias", "net.head.weight"]

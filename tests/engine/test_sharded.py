@@ -8,7 +8,7 @@ from engines import PLUS
 from models import Data, Module, Net, cosine, every_step, fit, lora, names_in, trainer
 from two_processes import on_engine
 
-from lightning_pet.engine.delta import inspect_delta, load_delta
+from lightning_pet.operations.delta import inspect_delta, load_delta
 
 SCRIPT = str(Path(__file__).with_name("sharded_runs.py"))
 PADDING = 5  # numbers, one in each unit of FSDP1 at most

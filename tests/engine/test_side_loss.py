@@ -8,8 +8,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from models import Data, fit, lora
 from penalised import WEIGHT, Adding, Gradients, PenalisedCallback, by_hand, train
 
-from lightning_pet.engine.adapt import apply
 from lightning_pet.layers import side_loss
+from lightning_pet.operations.apply import apply
 
 
 def fp16() -> MixedPrecision:

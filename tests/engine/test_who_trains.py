@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_pet as lp
-from lightning_pet.core.bases import bases_of, is_pretrained
-from lightning_pet.core.insertion import CHILD
+from lightning_pet.model.naming import CHILD
+from lightning_pet.targets.bases import bases_of, is_pretrained
 
 IDS = torch.randint(1, 17, (16, 5), generator=torch.Generator().manual_seed(1))
 TEXT = DataLoader(TensorDataset(IDS, IDS[:, 0] % 3), batch_size=8)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pet.layers.low_rank import LowRankLinear
+from lightning_pet.layers.low_rank_product import drawn_mask
+from lightning_pet.layers.svd_low_rank import SvdLowRankLinear
 
 D = torch.float64
 TOKENS, IN, OUT = 48, 12, 10
@@ -63,6 +65,20 @@ def plain(delta: LowRankLinear, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
     norm = (w + change)[rows].norm(dim=1).detach()
     factor = torch.ones(OUT, dtype=w.dtype).index_copy(0, torch.tensor(rows), delta.magnitude / norm)
     return y + (factor - 1) * (dropped @ w.t() + low)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (70_000,), (0, 4)])
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_masks_are_those_of_torch(probability: float, shape: tuple[int, ...]) -> None:
+    for x in (torch.ones(shape), torch.ones(*shape[::-1]).t() if len(shape) == 2 else torch.ones(2, 3, 4).mT):
+        torch.manual_seed(7)
+        expected = F.dropout(x, probability) != 0
+        state = torch.get_rng_state()
+        torch.manual_seed(7)
+        mask = drawn_mask(x, probability)
+        assert mask.element_size() == 1
+        assert torch.equal(mask != 0, expected)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def gradients(y: Tensor, delta: nn.Module, x: Tensor, weights: Tensor) -> list[Tensor]:
@@ -199,14 +215,25 @@ def test_checkpointing_repeats_what_was_drawn(name: str, reentrant: bool) -> Non
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIONS if "dropout" in n])
-def test_with_and_without_gradients_the_same_numbers(name: str) -> None:
-    delta, weight, bias, x = case(name, torch.float32)
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_with_and_without_gradients_the_same_numbers(name: str, tokens: int) -> None:
+    delta, weight, bias, _ = case(name, torch.float32)
+    x = torch.randn(tokens, IN)
     torch.manual_seed(5)
     expected = delta(x, None, weight, bias)
     torch.manual_seed(5)
     with torch.no_grad():
         assert torch.equal(delta(x, None, weight, bias), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_triplets_count_without_gradients(tokens: int) -> None:
+    delta, weight, x = SvdLowRankLinear(IN, OUT, 2, scale=0.7), torch.randn(OUT, IN), torch.randn(tokens, IN)
+    nn.init.normal_(delta.e)
+    expected = delta(x, None, weight, None)
+    with torch.no_grad():
+        assert torch.equal(delta(x, None, weight, None), expected)
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if "dropout" in n or "dora" in n])

@@ -22,10 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pet import Adapted, LoRACallback, PETCallback, PETError, apply, load_delta, save_delta
-from lightning_pet.core.adaptation import commit
-from lightning_pet.core.naming import canonical
-from lightning_pet.core.preparation import prepare
+from lightning_pet.insertion.commit import commit
+from lightning_pet.insertion.prepare import prepare
 from lightning_pet.layers.delta import Delta
+from lightning_pet.model.naming import canonical
 
 from . import zoo
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet import AdapterCallback, ArgumentError, TargetError, apply, save_delta
-from lightning_pet.core.naming import named_modules
 from lightning_pet.layers.bottleneck import BehindNorm, Bottleneck, ParallelBottleneck
 from lightning_pet.layers.low_rank import LowRankLinear
+from lightning_pet.model.naming import named_modules
 
 from . import zoo
 from .battery import Battery, Case, output_in_a_new_process, perturb

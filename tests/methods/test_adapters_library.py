@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import AdapterCallback, CompacterCallback, PrefixTuningCallback, apply
-from lightning_pet.core.naming import named_modules
 from lightning_pet.layers.prefix import Prefix
+from lightning_pet.model.naming import named_modules
 
 from .adapters_files import ARCHITECTURES, Reference, read
 

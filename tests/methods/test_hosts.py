@@ -26,7 +26,7 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
-from lightning_pet.core.hosts import acts_by_call, host_kind, matrix_of, transposed
+from lightning_pet.model.layer_kinds import acts_by_call, host_kind, matrix_of, transposed
 
 from . import zoo
 from .battery import base_digest, equal_states, perturb

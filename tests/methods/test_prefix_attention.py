@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import PrefixTuningCallback, TargetError, apply
-from lightning_pet.core.attention import AttentionPrefix
+from lightning_pet.attention.prefix import AttentionPrefix
 
 P = 4
 SMALL: dict[str, Any] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import PrefixTuningCallback, apply
-from lightning_pet.core.attention import AttentionPrefix
+from lightning_pet.attention.prefix import AttentionPrefix
 from lightning_pet.layers.prefix import PrefixNetwork
 
 TOLERANCE = 1e-5

@@ -19,7 +19,7 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
-from lightning_pet.core.attention import AttentionPrefix
+from lightning_pet.attention.prefix import AttentionPrefix
 from lightning_pet.layers.prefix import PrefixNetwork
 
 from . import zoo

@@ -27,8 +27,8 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
-from lightning_pet.core.adaptation import refresh
-from lightning_pet.core.quantised import format_of, is_quantised, numbers_in
+from lightning_pet.insertion.commit import refresh
+from lightning_pet.model.quantised import format_of, is_quantised, numbers_in
 from tests.quantised_models import FORMATS, dense_twin, int8_activations
 
 from . import zoo

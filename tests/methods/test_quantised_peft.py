@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_pet import LoRACallback, apply
-from lightning_pet.core.quantised import format_of
+from lightning_pet.model.quantised import format_of
 
 from . import zoo
 

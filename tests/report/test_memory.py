@@ -20,16 +20,16 @@ from torch import nn
 
 from lightning_pet.callbacks.adapter import AdapterCallback
 from lightning_pet.callbacks.bitfit import BitFitCallback
-from lightning_pet.callbacks.diff_pruning import DiffPruningCallback
+from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.lora import LoRACallback
-from lightning_pet.engine.adapt import apply
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.report.activations import activations_of_decoder
-from lightning_pet.report.memory import plan_memory
-from lightning_pet.report.memory_engines import ENGINES, Engine, Inventory, Part, bytes_under
-from lightning_pet.report.memory_setup import bytes_of, engine_of, precision_of, resized, without_weights
-from lightning_pet.report.rehearsal import Step
+from lightning_pet.operations.apply import apply
+from lightning_pet.report.memory.activations import activations_of_decoder
+from lightning_pet.report.memory.engines import ENGINES, Engine, Inventory, Part, bytes_under
+from lightning_pet.report.memory.planner import plan_memory
+from lightning_pet.report.memory.rehearsal import Step
+from lightning_pet.report.memory.setup import bytes_of, engine_of, precision_of, resized, without_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_pet.core.structure import Target
+from lightning_pet.model.structure import Target
 from lightning_pet.store.delta_file import read_delta, write_delta
 from lightning_pet.store.fingerprint import fingerprint
 from lightning_pet.store.manifest import Manifest, MethodRecord

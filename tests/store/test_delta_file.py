@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from store_samples import base_of, generation_in, join, manifest_of, resign, same, save, split, tensors_of
 
-from lightning_pet.core.structure import Target
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.model.structure import Target
 from lightning_pet.store.container import Limits
 from lightning_pet.store.delta_file import read_delta, read_manifest, write_delta
 from lightning_pet.store.fingerprint import fingerprint

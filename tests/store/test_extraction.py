@@ -10,8 +10,8 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 from models import Module, Net, ckpt, every_step, fit, lora
 
 import lightning_pet as pet
-from lightning_pet.engine.base_check import base_fingerprint
 from lightning_pet.errors import ArgumentError, DeltaFileError
+from lightning_pet.operations.base_check import base_fingerprint
 from lightning_pet.store.delta_file import read_manifest
 from lightning_pet.store.entry import KEY, make_entry
 from tests.methods import zoo

@@ -1,0 +1,1 @@
+"""How a prefix gets into an attention."""

@@ -1,0 +1,130 @@
+"""A prefix as a delta around the module that computes softmax attention.
+
+Two routes lead into an attention, and the probe of the model's structure has seen which one a module takes:
+*interface* (:mod:`lightning_pet.attention.interface`), transformers' table of attention functions, and
+*functional* (:mod:`lightning_pet.attention.functions`), torch's own functions, intercepted while the host runs.
+What must be known of a place to build its delta is in the place's ``sizes``, so that a file needs no probe.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from lightning_pet.attention.functions import FunctionalRoute
+from lightning_pet.attention.interface import LivePrefix, install
+from lightning_pet.errors import DeadSiteError
+from lightning_pet.layers.prefix import Prefix
+from lightning_pet.model.call import HERE
+from lightning_pet.model.structure import AttentionCore, Route, Target
+
+_ROUTES: tuple[Route, ...] = ("interface", "functional")
+
+
+@dataclass(frozen=True)
+class PrefixSite:
+    """What a prefix must know of its attention.
+
+    Attributes:
+        heads: key/value heads.
+        key_dim: features of one key head.
+        value_dim: features of one value head.
+        width: features of the model around it, the input width of a re-parametrisation.
+        route: how the prefix gets there.
+        scale: factor of the scores on the functional route; ``None`` where none was seen.
+        axis: dimension of the heads in scores that have one of windows, too.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    width: int
+    route: Route
+    scale: float | None = None
+    axis: int = 1
+
+    @classmethod
+    def of(cls, core: AttentionCore, width: int) -> Self:
+        """The site of a probed attention."""
+        return cls(core.kv_heads, core.key_dim, core.value_dim, width, core.route, core.scale, core.axis)
+
+    @classmethod
+    def read(cls, sizes: Sequence[int]) -> Self:
+        """The inverse of :meth:`sizes`.
+
+        Raises:
+            DeadSiteError: if these are not the sizes of a prefix.
+        """
+        if len(sizes) != 8 or min(sizes) < 0 or not all((*sizes[:4], *sizes[6:])) or sizes[4] >= len(_ROUTES):
+            raise DeadSiteError(f"sizes {tuple(sizes)} do not describe an attention. Apply the method anew.")
+        heads, key_dim, value_dim, width, route, numerator, denominator, axis = sizes
+        scale = numerator / denominator if numerator else None
+        return cls(heads, key_dim, value_dim, width, _ROUTES[route], scale, axis)
+
+    def sizes(self) -> tuple[int, ...]:
+        """All of it in integers: the scale as an exact fraction, 0/1 for ``None``."""
+        fraction = (0, 1) if self.scale is None else self.scale.as_integer_ratio()
+        return (self.heads, self.key_dim, self.value_dim, self.width, _ROUTES.index(self.route), *fraction, self.axis)
+
+
+def site_target(core: AttentionCore, width: int) -> Target:
+    """The place of a prefix."""
+    sizes = PrefixSite.of(core, width).sizes()
+    return Target(core.owner, "", role="attention.core", cross=core.cross, sizes=sizes)
+
+
+class AttentionPrefix(Prefix):
+    """A :class:`~lightning_pet.layers.prefix.Prefix` that its host's attention sees.
+
+    Args:
+        site: the attention.
+        length: positions.
+        **kwargs: further arguments of the prefix.
+    """
+
+    def __init__(self, site: PrefixSite, length: int, **kwargs: Any) -> None:
+        super().__init__(length, site.heads, site.key_dim, site.value_dim, **kwargs)
+        self.site = site
+        self._install()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A new process that unpickles a model must wrap the table, too."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._install()
+
+    def _install(self) -> None:
+        if self.site.route == "interface":
+            install()
+
+    @property
+    def live(self) -> LivePrefix | None:
+        """Keys and values for the attention of the host, while it runs in this thread."""
+        live: LivePrefix | None = HERE.call.held_by(self)
+        return live
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the host's call, with the prefix visible to its attention.
+
+        Raises:
+            DeadSiteError: if the call ended without any attention that the prefix could join.
+        """
+        live = LivePrefix(*self.key_value())
+        if self.site.route == "interface":
+            here = HERE.call
+            before = here.around
+            here.around = (*before, (self, live))
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                here.around = before
+        else:
+            route = FunctionalRoute(live, self.site.scale, self.site.axis)
+            with route:
+                output = call(*args, **kwargs)
+            route.finish()
+        if not live.used:
+            raise DeadSiteError(
+                "a prefix was not seen by the attention that it belongs to: this attention runs in another way than "
+                "when its structure was probed. Load the model with the attn_implementation that the prefix was made "
+                "with, or exclude this site."
+            )
+        return output

@@ -1,0 +1,1 @@
+"""Diff pruning: the callback, the cut, and the curve of its density."""

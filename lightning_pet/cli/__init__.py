@@ -1,0 +1,1 @@
+"""The command: one file per group of verbs."""

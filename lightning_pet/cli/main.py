@@ -1,0 +1,226 @@
+"""The ``lightning-pet`` command: Trainer verbs by LightningCLI, file verbs without Lightning.
+
+Imports of this package are local to the functions on purpose: ``--help`` and the file verbs must
+answer at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TRAINER_VERBS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; see ``lightning-pet --help``."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TRAINER_VERBS:
+        from lightning_pet.cli.lightning_cli import run
+
+        run(argv)
+        return
+    if argv and argv[0] == "intrinsic-dimension":
+        intrinsic_dimension(argv[1:])
+        return
+    if argv and argv[0] == "plan":
+        plan(argv[1:])
+        return
+    import jsonargparse
+
+    verbs: dict[str, Any] = {
+        "inspect": inspect,
+        "extract": extract,
+        "merge": merge,
+        "list": list_configurations,
+        "init": init,
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview(verbs))
+        return
+    if argv[0] not in verbs:
+        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "plan", "intrinsic-dimension"])
+    try:
+        jsonargparse.auto_cli(verbs, args=argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lightning-pet {argv[0]}: {error}")
+
+
+def _overview(verbs: dict[str, Any]) -> str:
+    lines = ["usage: lightning-pet VERB [OPTIONS]", "", "verbs (each with its own --help):"]
+    summaries = {
+        "fit": "train a delta; without options, the built-in example",
+        "validate": "evaluate a checkpoint on validation data",
+        "test": "evaluate a checkpoint on test data",
+        "predict": "predict with a checkpoint",
+    } | {name: (function.__doc__ or "").partition("\n")[0] for name, function in verbs.items()}
+    summaries["plan"] = "print the memory that a run would need, and train nothing"
+    summaries["intrinsic-dimension"] = "measure how many trained numbers a task needs"
+    return "\n".join([*lines, *(f"  {name:<21}{text}" for name, text in summaries.items())])
+
+
+def _refuse_verb(verb: str, known: list[str]) -> None:
+    import difflib
+
+    near = difflib.get_close_matches(verb, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    sys.exit(f"lightning-pet: there is no verb {verb!r}.{hint} Verbs: {', '.join(known)}.")
+
+
+def inspect(path: str, json_output: bool = False) -> None:
+    """Show what a delta file or checkpoint holds, without building the model.
+
+    Args:
+        path: delta file (.safetensors) or training checkpoint (.ckpt).
+        json_output: print JSON instead of a table.
+    """
+    from lightning_pet.report.summary import print_summary, summarize
+
+    summary = summarize(path)
+    if json_output:
+        print(json.dumps(summary, indent=2, sort_keys=True))
+    else:
+        print_summary(summary)
+
+
+def extract(path: str, output: str) -> None:
+    """Write the delta of a training checkpoint into a delta file, without building the model.
+
+    Args:
+        path: training checkpoint (.ckpt).
+        output: delta file to write, usually .pet.safetensors; replaced if it exists.
+    """
+    from lightning_pet.store.extraction import extract_delta
+
+    size = extract_delta(path, output)
+    print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
+
+
+def merge(path: str, base: str, output: str, model_class: str = "auto", base_check: str = "error") -> None:
+    """Add a delta into its base model, and save the result as an ordinary transformers folder.
+
+    Args:
+        path: delta file (.safetensors) or training checkpoint (.ckpt).
+        base: folder of the base model that the delta was trained on.
+        output: folder to write; must not exist.
+        model_class: class of transformers to load the base with; auto: the first that its config.json names.
+        base_check: what to do about another base model: error, warn or off.
+    """
+    from lightning_pet.operations.merged_folder import merge_into_folder
+
+    written = merge_into_folder(Path(path), Path(base), Path(output), model_class, base_check)
+    print(f"merged model: {written}")
+
+
+def list_configurations() -> None:
+    """Name the shipped configurations, for -c of fit and the other verbs.
+
+    They are found from every folder.
+    """
+    from lightning_pet.recipes import GROUPS, names, summary
+
+    for group, title in GROUPS.items():
+        print(f"{title}:")
+        for name in names(group):
+            print(f"  {name:<28}{summary(name)}")
+        print()
+    print("lightning-pet fit -c docstring_topics -c method/lora -c trainer/cpu")
+
+
+def init(
+    task: str,
+    method: str | None = None,
+    data: str | None = None,
+    columns: dict[str, str] | None = None,
+    output: str = "run.yaml",
+) -> None:
+    """Write a complete configuration for a task, a method and your data.
+
+    Args:
+        task: one of the tasks of lightning-pet list, such as text_classification.
+        method: one of the methods, such as lora; default: the task's own.
+        data: file with your data (CSV, TSV, JSON, JSON lines, Parquet, text), folder with train.* and validation.*, or
+            data set of the hub; relative to the folder in which fit will run.
+        columns: what your columns are called, such as --columns.text=review.
+        output: file to write; must not exist.
+    """
+    from lightning_pet.data.tables import read_splits
+    from lightning_pet.recipes import compose, mapped_columns
+
+    columns = columns or {}
+    text = compose(task, method, data, columns)
+    if data is not None and (Path(data).suffix or Path(data).exists()):
+        table = read_splits(data)["train"]
+        for key, name in {**mapped_columns(task), **columns}.items():
+            if name not in table.columns:
+                raise ValueError(
+                    f"{data} has no column {name!r}; it has {', '.join(table.columns)}. "
+                    f"Say which one is the {key} with --columns.{key}=NAME."
+                )
+    if Path(output).exists():
+        raise ValueError(f"{output} exists already: give another --output, or remove it.")
+    parts = [task, *([method.removeprefix("method/")] if method else []), *([data] if data else [])]
+    head = f"# Made of {', '.join(parts)} by lightning-pet init; every line may be changed.\n"
+    Path(output).write_text(f"{head}#   lightning-pet fit -c {output}\n{text}", encoding="utf-8")
+    print(f"{output}: {', '.join(parts)}\nlightning-pet fit -c {output}")
+
+
+def intrinsic_dimension(argv: list[str]) -> None:
+    """Measure how many trained numbers a task needs.
+
+    Args:
+        argv: options of the search, and those of ``fit`` that say what is trained.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-pet intrinsic-dimension",
+        description="The smallest dimension of a random subspace in which a model reaches a share of what full "
+        "fine-tuning reaches (d90). All other options are those of fit: what is trained, on what data, how long. "
+        "Methods in the configuration are left out.",
+        epilog="lightning-pet intrinsic-dimension -c configs/dates.yaml --full=--model.optimizer.init_args.lr=0.001 "
+        "--runs=d90.json --plot=d90.png",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--runs", type=Path, default=Path("intrinsic_dimension.json"), help="record of finished runs")
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0], help="e.g. 0,1,2")
+    parser.add_argument("--smallest", type=int, default=100, help="first dimension to try")
+    parser.add_argument("--largest", type=int, default=100_000, help="last dimension to try")
+    parser.add_argument("--share", type=float, default=0.9, help="of the metric of full fine-tuning")
+    parser.add_argument("--resolution", type=float, default=1.25, help="factor that encloses the answer")
+    parser.add_argument("--metric", help="logged metric, larger is better; default: the data's, or what is monitored")
+    parser.add_argument("--did", action="store_true", help="no factor per tensor (DID instead of SAID)")
+    parser.add_argument("--full", action="append", default=[], help="option of fit for full fine-tuning only; repeat")
+    parser.add_argument("--plot", type=Path, help="picture to write (needs matplotlib)")
+    options, rest = parser.parse_known_args(argv)
+    from lightning_pet.cli.lightning_cli import measure_dimension
+
+    measure_dimension(options, rest)
+
+
+def plan(argv: list[str]) -> None:
+    """Print the memory that a run would need.
+
+    Args:
+        argv: options of the plan, and those of ``fit``.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-pet plan",
+        description="The memory that each process of a run needs, by component, and that of the same run under every "
+        "other strategy. All other options are those of fit. One training step runs on tensors that have shapes and "
+        "no values, so that neither GPUs nor the memory itself are needed.",
+        epilog="lightning-pet plan -c configs/docstring_topics.yaml --trainer.strategy=ddp --trainer.devices=8 "
+        "--device_memory=24GiB",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--meta", action="store_true", help="build the model without reading its weights")
+    parser.add_argument("--batch_size", type=int, help="rows per process; default: those of the data's first batch")
+    parser.add_argument("--tokens", type=int, help="tokens per row; default: those of the data's first batch")
+    parser.add_argument("--device_memory", metavar="SIZE", help="of one device, such as 24GiB: marks what fits")
+    parser.add_argument("--json_output", action="store_true", help="print JSON instead of tables")
+    options, rest = parser.parse_known_args(argv)
+    from lightning_pet.cli.plan import plan_run
+
+    plan_run(options, rest)

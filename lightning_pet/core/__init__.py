@@ -1,1 +1,0 @@
-"""Plain torch: finding the places in a model, and putting deltas there."""

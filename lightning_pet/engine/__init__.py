@@ -1,1 +1,0 @@
-"""Lightning glue: controller, optimizer groups, checkpoints, strategies."""

@@ -1,0 +1,325 @@
+"""Mutate: what was planned and built goes into the model, and out again.
+
+What may fail has failed before (:mod:`lightning_pet.insertion.prepare`); if anything does here, the model is
+put back as it was.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
+from lightning_pet.insertion.host import attach, conceal, detach
+from lightning_pet.insertion.intact import guard, resized, unguard
+from lightning_pet.insertion.prepare import Prepared, delta_key
+from lightning_pet.insertion.widening import narrow, read_precisions
+from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import is_partition, placed, without_values
+from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, record_of
+from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
+from lightning_pet.model.naming import (
+    CHILD,
+    by_delta,
+    canonical,
+    delta_prefix,
+    has_module,
+    join,
+    named_modules,
+    named_tensors,
+)
+from lightning_pet.model.outside import mark_outside
+from lightning_pet.model.quantised import check_hosts, initialize
+
+
+def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
+    """Insert what was built, and freeze the rest. The model is as before if anything fails."""
+    created = record_of(root) is None
+    before = {canonical(name): parameter.requires_grad for name, parameter in root.named_parameters()}
+    record = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
+    forbid_repacking(root)
+    done: list[tuple[str, str]] = []
+    try:
+        for item in prepared:
+            applied = Applied(item.method.method, item.method.name, item.method.config_at(item.targets), item.targets)
+            applied.trained, applied.readings = item.trained, dict(item.readings)
+            applied.readers = list(item.readers)
+            for insertion, reader in zip(item.insertions, item.readers, strict=True):
+                key = delta_key(item.method, insertion)
+                attach(root, insertion.target, key, insertion.delta, reader, record.switch)
+                done.append((insertion.target.module, key))
+            applied.hosts = done[len(done) - len(item.insertions) :]
+            record.applied.append(applied)
+        _register(root, record, prepared)
+    except BaseException:
+        detach(root, done)
+        restore_flags(root, before)
+        record.applied[:] = [a for a in record.applied if not any(a.key == item.key for item in prepared)]
+        if created:
+            del root.__dict__[RECORD]
+            restore_repacking(root)
+        raise
+    watch_saves(root)
+    if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
+        take_out(root, replaced)
+    guard(root, record)
+    return record  # type: ignore[no-any-return]
+
+
+def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
+    modules = named_modules(root)
+    names, trainable = dict.fromkeys(record.delta_names), dict.fromkeys(record.trainable_names)
+    for applied in record.applied:
+        for path, key in applied.hosts:
+            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
+                full = join(path, CHILD, key, name)
+                if full not in names and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                    trainable[full] = None
+                names[full] = None
+        trainable |= dict.fromkeys(applied.trained)
+    record.delta_names, record.trainable_names = tuple(names), tuple(trainable)
+    record.scopes = tuple(sorted({*record.scopes, *(scope for item in prepared for scope in item.scopes)}))
+    record.apart = tuple(sorted({*record.apart, *(path for item in prepared for path in item.apart)}))
+    freeze(root)
+
+
+def renew(root: nn.Module) -> None:
+    """Note the tensors of the deltas again, after some have exchanged theirs for others."""
+    record, modules = record_of(root), named_modules(root)
+    if record is None:
+        return
+    before, trained = set(record.delta_names), record.trained_names
+    kept = before & set(record.trainable_names)
+    names: dict[str, None] = {}
+    trainable: dict[str, None] = {}
+    for applied in record.applied:
+        for path, key in applied.hosts:
+            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
+                full = join(path, CHILD, key, name)
+                names[full] = None
+                if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
+                    trainable[full] = None
+    record.delta_names, record.trainable_names = tuple(names), (*trainable, *trained)
+    freeze(root)
+
+
+def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = False) -> Callable[[], None]:
+    """Let the deltas get ready for these tensors (by name from the root); returns what undoes it.
+
+    Args:
+        root: the adapted root.
+        tensors: of a file.
+        held: an engine holds the parameters of the deltas.
+    """
+    record, modules, found = record_of(root), named_modules(root), by_delta(tensors)
+    changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
+    for _, _, path, key in record.hosts() if record else ():
+        prefix = join(path, CHILD, key)
+        delta = cast(Delta, modules[prefix])
+        own = found.get(prefix, {})
+        before = delta, dict(delta._parameters), dict(delta._buffers)
+        if delta.take_form(own, held=held):
+            changed.append(before)
+    if changed:
+        renew(root)
+
+    def back() -> None:
+        for delta, parameters, buffers in changed:
+            for own, tensors in ((delta._parameters, parameters), (delta._buffers, buffers)):
+                own.clear()
+                own.update(tensors)
+        renew(root)
+
+    return back if changed else lambda: None
+
+
+def _keep_originals(root: nn.Module, record: Adaptation) -> None:
+    trained, own = set(record.trained_names), set(record.delta_names)
+    precisions = read_precisions(root)
+    for name, tensor in named_tensors(root):
+        mutable = name in trained or not isinstance(tensor, nn.Parameter)
+        if mutable and name not in own and name not in record.originals:
+            # In host memory: a method may train the whole model.
+            here = not (tensor.is_meta or is_partition(tensor))
+            dtype = precisions.get(id(tensor), tensor.dtype)
+            original = tensor.detach().to("cpu", dtype, copy=True) if here else without_values(tensor)
+            record.originals[name] = original
+
+
+def freeze(root: nn.Module) -> None:
+    """Set ``requires_grad`` of every parameter in scope to what the record says.
+
+    It never looks at the flags as they are: a ``LightningModule.setup`` may have reset them all. Outside
+    of the base it is the other way round: what the user lets train is noted, to be saved with the delta.
+    """
+    record = record_of(root)
+    if record is None:
+        return
+    own, planned = set(record.delta_names), set(record.planned_names)
+    # By identity: a tied tensor has several names, of which the record holds one.
+    named = [(canonical(name), p) for name, p in root.named_parameters(remove_duplicate=False)]
+    inside = {id(p) for name, p in named if name in own or record.in_base(name)}
+    inside |= {id(p) for name, p in named if name in planned}
+    outside = {id(p): name for name, p in reversed(named) if p.requires_grad and id(p) not in inside}
+    kept = [name for name in record.trainable_names if name in planned or not record.in_base(name)]
+    record.trainable_names = tuple(dict.fromkeys((*kept, *reversed(outside.values()))))
+    _keep_originals(root, record)
+    mark_outside(root)
+    trainable = set(record.trainable_names)
+    wanted = {id(p) for name, p in named if name in trainable}
+    for _, parameter in named:
+        if id(parameter) in inside and (parameter.is_floating_point() or parameter.is_complex()):
+            parameter.requires_grad_(id(parameter) in wanted)
+
+
+def leave_out(root: nn.Module, names: Collection[str]) -> None:
+    """Deltas of these names do not train, those that were left out before do again; what else is named is noted."""
+    record = record_of(root)
+    if record is None or (not names and not record.left):
+        return
+    deltas = set(record.delta_names)
+    again = [name for name in record.left if name in deltas and name not in names]
+    own = [name for name in record.trainable_names if name in deltas and name not in names]
+    record.trainable_names = (*dict.fromkeys((*own, *again)), *record.trained_names)
+    record.left = tuple(names)
+    freeze(root)
+
+
+def required_gradients(root: nn.Module) -> set[str]:
+    """Delta parameters without which no step may be taken."""
+    record, modules = record_of(root), named_modules(root)
+    exempt = [
+        f"{join(path, CHILD, key)}."
+        for _, _, path, key in (record.hosts() if record else ())
+        if getattr(modules[join(path, CHILD, key)], "optional_gradient", False)
+    ]
+    names = record.delta_names if record else ()
+    return {name for name in names if not any(name.startswith(prefix) for prefix in exempt)}
+
+
+def outgrown(root: nn.Module) -> bool:
+    """Whether the model is no longer the one that was planned for: parameters came, or hosts were replaced."""
+    record = record_of(root)
+    if record is None:
+        return False
+    tensors, own = dict(named_tensors(root)), set(record.delta_names)
+    parameters = {canonical(name) for name, _ in root.named_parameters()} - own
+    return not own <= tensors.keys() or not parameters <= record.flags.keys() or bool(resized(root, record))
+
+
+def refresh(root: nn.Module) -> None:
+    """Look at the base again, after code that ran since the insertion may have loaded other weights into it."""
+    record = record_of(root)
+    if record is None:
+        return
+    planned = set(record.planned_names)
+    narrow(root)  # what the base holds now is widened as before, once the model is complete
+    forbid_repacking(root)  # layers may have been made anew
+    record.trainable_names = tuple(n for n in record.trainable_names if n in planned)
+    record.originals.clear()
+    record.marks.clear()
+    freeze(root)
+    modules = named_modules(root)
+    for _, target, path, key in record.hosts():
+        delta = cast(Delta, modules[join(path, CHILD, key)])
+        check_hosts(delta, modules[path], target.path, target.parameter)
+        initialize(delta, modules[path], target.parameter)
+
+
+def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
+    """Detach methods and forget them; base tensors that they trained keep their values.
+
+    Hosts that user code has replaced meanwhile are passed over.
+
+    Args:
+        root: the adapted root.
+        keys: :attr:`Applied.key` of the methods; default: all.
+    """
+    record = record_of(root)
+    if record is None:
+        return
+    leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
+    places = [host for applied in leaving for host in applied.hosts]
+    prefixes = {join(path, CHILD, key) for path, key in places}
+    gone = {name for name in record.delta_names if delta_prefix(name) in prefixes}
+    detach(root, [(path, key) for path, key in places if has_module(root, join(path, CHILD, key))])
+    record.applied[:] = [applied for applied in record.applied if applied not in leaving]
+    still = {name for applied in record.applied for name in applied.trained}
+    gone |= {name for applied in leaving for name in applied.trained if name not in still}
+    record.delta_names = tuple(name for name in record.delta_names if name not in gone)
+    record.trainable_names = tuple(name for name in record.trainable_names if name not in gone)
+    narrow(root, still)
+    if record.applied:
+        freeze(root)
+        return
+    for module, names in record.switch.exposed.items():
+        conceal(module, names)
+    record.switch.exposed.clear()
+    restore_flags(root, record.flags)
+    restore_repacking(root)
+    unguard(root)
+    leave_saves(root)
+    del root.__dict__[RECORD]
+
+
+def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:
+    """Take methods out and put back what they trained besides, as far as its original was in memory."""
+    record = record_of(root)
+    if record is None:
+        return
+    before = {*record.trained_names, *changed_buffers(root)}
+    take_out(root, keys)
+    after = record_of(root)
+    copy_in(root, {n: record.originals[n] for n in before - set(after.trained_names if after else ())})
+
+
+def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the tensors of these names; what is on the meta device is passed over."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(root):
+            if name in values and not values[name].is_meta:
+                tensor.copy_(placed(values[name], tensor))
+
+
+def restore_flags(root: nn.Module, flags: dict[str, bool]) -> None:
+    """Set ``requires_grad`` back to what it was."""
+    for name, parameter in root.named_parameters():
+        if canonical(name) in flags and (parameter.is_floating_point() or parameter.is_complex()):
+            parameter.requires_grad_(flags[canonical(name)])
+
+
+def show_users_flags(root: nn.Module) -> None:
+    """Let user code see which parameters require a gradient as it left them; :func:`freeze` puts the plan back."""
+    if (record := record_of(root)) is not None:
+        restore_flags(root, record.flags)
+
+
+def note_users_flags(root: nn.Module) -> bool:
+    """Remember which base parameters the user lets train now; whether that is something else than before."""
+    record = record_of(root)
+    if record is None:
+        return False
+    now = {canonical(name): p.requires_grad for name, p in root.named_parameters()}
+    changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
+    record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
+    return changed
+
+
+def changed_buffers(root: nn.Module) -> dict[str, Tensor]:
+    """Persistent base buffers that differ from what they were when the first delta was inserted."""
+    record = record_of(root)
+    if record is None:
+        return {}
+    trained = set(record.trained_names)
+    return {
+        name: tensor
+        for name, tensor in named_tensors(root)
+        if name in record.originals and name not in trained and not _same(tensor, record.originals[name])
+    }
+
+
+def _same(tensor: Tensor, original: Tensor) -> bool:
+    if tensor.is_meta or original.is_meta:
+        return True
+    return torch.equal(tensor.detach(), original.to(tensor.device))

@@ -1,0 +1,130 @@
+"""Which low-rank delta fits a place: on what its layer returns where that is the plain product, else on the weight."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lightning_pet.errors import TargetError
+from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
+from lightning_pet.layers.low_rank_base import Init, LowRank
+from lightning_pet.layers.low_rank_hosts import ConvWeight, EmbeddingWeight, LowRankConv, LowRankEmbedding
+from lightning_pet.model.layer_kinds import (
+    acts_by_call,
+    embed_scale,
+    host_kind,
+    matrix_of,
+    reader_of,
+    transposed,
+    weight_of,
+)
+from lightning_pet.model.naming import module_at
+from lightning_pet.model.structure import Target
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The classes of one low-rank method, by what they sit on."""
+
+    linear: type[LowRankLinear] = LowRankLinear
+    parameter: type[LowRankParameter] = LowRankParameter
+    conv: type[LowRankConv] = LowRankConv
+    conv_weight: type[ConvWeight] = ConvWeight
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method asks of a low-rank delta, whatever it sits on."""
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    init: Init = "kaiming"
+    use_dora: bool = False
+    bias: bool = False
+
+
+def is_called(root: nn.Module, target: Target) -> bool:
+    """Whether a delta may add to what the host's call returns."""
+    host = module_at(root, target.module)
+    return target.reads is None and reader_of(root, target, None) is None and acts_by_call(host)
+
+
+def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | None = None) -> LowRank:
+    """Build the low-rank delta for one place.
+
+    Raises:
+        TargetError: if the place has no room for one of the options.
+    """
+    forms = forms or Forms()
+    host = module_at(root, target.module)
+    weight = weight_of(host, target.parameter)
+    assert weight is not None  # resolve_targets returned it
+    kind, called = host_kind(host, target.parameter), is_called(root, target)
+    outputs, inputs = matrix_of(host, target.parameter)
+    common: dict[str, Any] = {
+        "scale": options.scale,
+        "dropout": options.dropout,
+        "device": weight.device,
+        # Full precision even on a half-precision base: updates are far smaller than the values.
+        "dtype": weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
+    }
+    if options.init != "kaiming":
+        common["init"] = options.init
+    if options.use_dora:
+        common["use_dora"] = True
+    if options.bias and not (called and kind in ("linear", "conv1d_hf", "conv")):
+        raise TargetError(
+            f"{target.path}: a bias of B (lora_bias=True) needs the call of a linear layer or convolution, and this "
+            "weight is read or looked up. Exclude it with exclude_modules, or set lora_bias=False."
+        )
+    if kind == "conv":
+        return _convolution(cast(nn.Conv2d, host), target, options, forms, common, called)
+    if kind == "embedding":
+        table = cast(nn.Embedding, host)
+        common |= {"padding_idx": table.padding_idx, "embed_scale": embed_scale(host)}
+        cls = LowRankEmbedding if called and not options.use_dora else EmbeddingWeight
+        return cls(table.num_embeddings, table.embedding_dim, options.rank, **common)
+    if called:
+        common |= {"bias": True} if options.bias else {}
+        return forms.linear(inputs, outputs, options.rank, transposed=kind == "conv1d_hf", rows=target.rows, **common)
+    turned = transposed(host, target.parameter)
+    unasked = weight.is_meta and any(True for _ in host.buffers())  # what it computes with has no values yet
+    if turned is None and (options.use_dora or unasked):
+        raise TargetError(
+            f"{target.path} is {'×'.join(map(str, weight.shape))} in a {type(host).__name__}, whose forward is no "
+            "plain product: whether its rows or its columns are the outputs cannot be told, and "
+            + ("DoRA rescales the outputs." if options.use_dora else "on the meta device there is nothing to ask.")
+            + " Exclude it with exclude_modules, or "
+            + ("set use_dora=False." if options.use_dora else "load the weights first.")
+        )
+    return forms.parameter(tuple(weight.shape), options.rank, transposed=bool(turned), rows=target.rows, **common)
+
+
+def _convolution(
+    conv: nn.Conv2d, target: Target, options: Options, forms: Forms, common: dict[str, Any], called: bool
+) -> LowRank:
+    if options.init not in ("kaiming", "gaussian"):
+        raise TargetError(
+            f"{target.path} is a convolution, which starts with init='kaiming' or 'gaussian', not {options.init!r}. "
+            "Exclude it with exclude_modules, or choose one of the two."
+        )
+    common |= {"bias": True} if options.bias else {}
+    return (forms.conv if called and not options.use_dora else forms.conv_weight)(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        options.rank,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        **common,
+    )
+
+
+def largest_rank(host: nn.Module, parameter: str) -> int:
+    """The largest rank that a change of this weight can have."""
+    return min(matrix_of(host, parameter))

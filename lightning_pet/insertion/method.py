@@ -1,0 +1,78 @@
+"""What the machinery asks of a method, and the table of known methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import nn
+
+from lightning_pet.layers.delta import Delta
+from lightning_pet.model.structure import Structure, Target
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One delta and its place.
+
+    Attributes:
+        target: the host's parameter.
+        delta: the module to insert.
+        suffix: tells several deltas of one method on one host apart (``"q"`` and ``"v"`` of a fused projection).
+        replaces: methods that leave when this delta comes (``"adapter_sst2"``: short name and user's name).
+    """
+
+    target: Target
+    delta: Delta
+    suffix: str = ""
+    replaces: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A parameter-efficient tuning method, as data and three questions. No Trainer is involved."""
+
+    method: ClassVar[str]
+    """Short name that is unique among methods: part of parameter names and files."""
+
+    name: str
+    """The user's name for this instance; tells two instances of one method apart."""
+
+    module: str | None
+    """Submodule that the method is confined to, relative to what it was applied to."""
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this instance; JSON types only."""
+        ...
+
+    def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
+        """The same for these places, in a form that files can hold."""
+        ...
+
+    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
+        """Find the places in this model.
+
+        Raises:
+            TargetError: if a requested place does not exist.
+        """
+        ...
+
+    def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
+        """Size the method for these places, if it was given a budget; asked once for newly found places."""
+        ...
+
+    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
+        """Build the deltas for these places, without touching the model."""
+        ...
+
+    def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Names of base parameters that train as they are (heads, biases)."""
+        ...
+
+
+def key_of(method: Method) -> str:
+    """Name of a method's deltas among those of a host."""
+    return f"{method.method}_{method.name}"
+
+
+METHODS: dict[str, type[Any]] = {}
+"""Known methods by short name: a file names its method, and nothing in a file is ever imported."""

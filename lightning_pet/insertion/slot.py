@@ -1,0 +1,144 @@
+"""What lies in a host: its deltas, which of them act in a call, and how the input of another module reaches one."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.errors import DeadSiteError
+from lightning_pet.insertion.effective import REPLICA, of_host
+from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.model.call import HERE, Chosen, Switch
+
+_KNOWN = 256  # selections of which a host remembers what acts in them
+
+
+class Acting(NamedTuple):
+    """What a host runs in one call: the keys of its deltas that act, by their path.
+
+    Keys and not deltas: a sharding engine may wrap a delta at any time, and what it wraps stays under its key.
+
+    Attributes:
+        activation: those that change what a call returns, in the order in which they apply.
+        around: those that run in the place of a call.
+        weight: those that change what is read from a parameter.
+        generate: those around the host's ``generate``.
+        fusing: the one that may compute the host's product itself: it alone acts on what the call returns.
+    """
+
+    activation: tuple[str, ...]
+    around: tuple[str, ...]
+    weight: tuple[str, ...]
+    generate: tuple[str, ...]
+    fusing: str | None
+
+
+class Deltas(nn.ModuleDict):
+    """The deltas of one host, in the order in which they apply.
+
+    What acts is looked up once for every selection that threads use, and kept until a delta comes or goes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switches: dict[str, Switch] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._roots = tuple(dict.fromkeys(self.switches.values()))
+        self._known: dict[tuple[frozenset[str] | None, ...], Acting] = {}
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a delta; see :class:`torch.nn.Module`."""
+        super().add_module(name, module)
+        self.switches.setdefault(name, Switch())
+        self._forget()
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        del self.switches[key]
+        self._forget()
+
+    def belong(self, key: str, switch: Switch) -> None:
+        """A delta acts where this switch says so: that of the adapted root that it belongs to."""
+        if self.switches.get(key) is not switch:
+            self.switches[key] = switch
+            self._forget()
+
+    def acting(self) -> Acting:
+        """What acts in this call."""
+        chosen = of_host(self)
+        if torch.compiler.is_dynamo_compiling():
+            return self._look(chosen)  # a compiler guards what is read, and would have to repeat what is written
+        chosen_keys: tuple[frozenset[str] | None, ...] = ()
+        if chosen:
+            selections = [chosen.get(root.number) for root in self._roots]
+            chosen_keys = tuple(None if selection is None else selection.keys for selection in selections)
+        acting = self._known.get(chosen_keys)
+        if acting is None:
+            acting = self._look(chosen)
+            if len(self._known) >= _KNOWN:
+                self._known = {}
+            self._known[chosen_keys] = acting
+        return acting
+
+    def active(self, path: Path) -> list[Delta]:
+        """The deltas of one path that act in this call."""
+        own = cast(dict[str, Delta], self._modules)
+        return [own[key] for key in getattr(self.acting(), path)]
+
+    def acts(self, key: str) -> bool:
+        """Whether a delta acts in this call."""
+        return self._acts(key, of_host(self))
+
+    def _look(self, chosen: Chosen) -> Acting:
+        # Not isinstance: a sharding engine passes the attributes of what it has wrapped through.
+        own = cast(dict[str, Delta], self._modules)
+        keys = [key for key in own if not chosen or self._acts(key, chosen)]
+        activation, around, weight, generate = (
+            tuple([key for key in keys if own[key].path == path])
+            for path in ("activation", "around", "weight", "generate")
+        )
+        fuses = len(activation) == 1 and own[activation[0]].fuses_linear
+        return Acting(activation, around, weight, generate, activation[0] if fuses else None)
+
+    def _acts(self, key: str, chosen: Chosen) -> bool:
+        selection = chosen.get(self.switches[key].number)
+        return selection is None or key in selection.keys
+
+    def _replicate_for_data_parallel(self) -> Any:
+        return replica_of(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+
+
+def replica_of(module: nn.Module, replica: Any) -> Any:
+    """A copy that ``nn.DataParallel`` has made: it runs in a thread of its own, in which nothing is chosen."""
+    if chosen := of_host(module):
+        replica.__dict__[REPLICA] = chosen
+    return replica
+
+
+class Slot:
+    """Carries the input of one module to a delta on another, within one forward of one thread."""
+
+    def __init__(self, pet: Deltas, key: str) -> None:
+        self.pet = pet
+        self.key = key
+
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the first tensor of a call, unless the delta that wants it is switched off."""
+        if not self.pet.acts(self.key):
+            return
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor):
+                HERE.call.handed[self] = x
+                return
+
+    def take(self) -> Tensor:
+        """Give the tensor away: a slot keeps no activation alive."""
+        value = HERE.call.handed.pop(self, None)
+        if value is None:
+            raise DeadSiteError(
+                f"the delta {self.key!r} reads the input of another module, which was not called before it in this "
+                "forward. Exclude this place."
+            )
+        return value

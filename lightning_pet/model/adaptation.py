@@ -1,0 +1,146 @@
+"""The record of what was applied to a model.
+
+It lives on the adapted root, so it is copied, pickled and sent to other processes with the model. All
+names in it are canonical and relative to the root, and are fixed when the deltas are inserted: under
+sharding engines and compilers they could not be recovered later.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_pet.model.call import Switch
+from lightning_pet.model.marks import Mark
+from lightning_pet.model.naming import canonical, named_tensors
+from lightning_pet.model.structure import Target
+
+RECORD = "_pet"  # attribute of the adapted root
+
+
+@dataclass
+class Applied:
+    """One method as it was applied.
+
+    Attributes:
+        method: short name of the method.
+        name: the user's name for the instance.
+        config: constructor arguments.
+        targets: the resolved places: those of the deltas, in the order of ``hosts``, then those without one.
+        hosts: (host path, key) of every inserted delta.
+        readers: reader path of every inserted delta, or ``None``.
+        trained: base parameters that it trains as they are.
+        readings: those of them of which it is known who reads them, with the path of the module in whose call they
+            are read if it is not their own: they may be kept in a wider precision than they are read in.
+    """
+
+    method: str
+    name: str
+    config: dict[str, Any]
+    targets: tuple[Target, ...]
+    hosts: list[tuple[str, str]] = field(default_factory=list)
+    readers: list[str | None] = field(default_factory=list)
+    trained: tuple[str, ...] = ()
+    readings: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Name of this method's deltas among those of a host."""
+        return f"{self.method}_{self.name}"
+
+    @property
+    def label(self) -> str:
+        """What people call it: its short name, with the user's name if there is one."""
+        return self.method if self.name == "default" else f"{self.method}:{self.name}"
+
+
+@dataclass
+class Adaptation:
+    """Everything that was done to one adapted root.
+
+    Attributes:
+        applied: methods in the order in which they were applied.
+        delta_names: parameters and persistent buffers of all deltas.
+        trainable_names: delta parameters that train, then base parameters that do.
+        scopes: submodules whose other parameters are frozen (``""``: everything).
+        apart: parts of them that are left to the user, as all outside of them is.
+        left: what was planned, and is in a part that the user gave to no optimizer.
+        originals: copies of the base tensors that training may change (trained parameters,
+            persistent buffers), to restore them exactly.
+        flags: ``requires_grad`` of every base parameter before the first delta came.
+        marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
+        sizes: declared sizes of modules that host a delta or train, when that was decided.
+        resizable: they may change at the moment, because the deltas are inserted anew afterwards.
+        switch: stands for this root where a thread chooses what acts.
+    """
+
+    applied: list[Applied] = field(default_factory=list)
+    delta_names: tuple[str, ...] = ()
+    trainable_names: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    marks: dict[str, Mark | None] = field(default_factory=dict)
+    sizes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    resizable: bool = False
+    switch: Switch = field(default_factory=Switch)
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """Base parameters that train as they are."""
+        own = set(self.delta_names)
+        return tuple(name for name in self.trainable_names if name not in own)
+
+    @property
+    def planned_names(self) -> tuple[str, ...]:
+        """What the methods train: deltas, heads and other base parameters; not what the user trains beside them."""
+        trained = {name for applied in self.applied for name in applied.trained}
+        own = set(self.delta_names)
+        return tuple(name for name in self.trainable_names if name in own or name in trained)
+
+    def in_base(self, name: str) -> bool:
+        """Whether a base parameter belongs to what is adapted, and is frozen unless a method trains it."""
+        if any(f"{name}.".startswith(f"{path}.") for path in self.apart):
+            return False
+        return any(not scope or name.startswith(f"{scope}.") for scope in self.scopes)
+
+    def hosts(self) -> Iterable[tuple[Applied, Target, str, str]]:
+        """Every inserted delta as (method, target, host path, key)."""
+        for applied in self.applied:
+            for target, (path, key) in zip(applied.targets, applied.hosts, strict=False):
+                yield applied, target, path, key
+
+
+def record_of(root: nn.Module) -> Adaptation | None:
+    """The record on this very module, or ``None``."""
+    return root.__dict__.get(RECORD)
+
+
+def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of the adapted root inside a model, or ``None`` if nothing was applied."""
+    for path, module in model.named_modules():
+        if RECORD in module.__dict__:
+            return canonical(path), module
+    return None
+
+
+def adapted_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Every adapted root inside a model, by path."""
+    return {canonical(path): module for path, module in model.named_modules() if RECORD in module.__dict__}
+
+
+def described(root: nn.Module) -> list[str]:
+    """What was applied to a root: options, places and tensors, one text each, in a fixed order."""
+    record = record_of(root)
+    if record is None:
+        return []
+    own = set(record.delta_names)
+    return [
+        *(f"{a.key}: {option}={value!r}" for a in record.applied for option, value in sorted(a.config.items())),
+        *(f"{a.key} on {target.path} ({target.role})" for a in record.applied for target in a.targets),
+        *(f"{name} of shape {tuple(tensor.shape)}" for name, tensor in named_tensors(root) if name in own),
+        *(f"{name}, trained" for name in record.trained_names),
+    ]

@@ -1,0 +1,1 @@
+"""One small forward, read as a graph: roles, residual sites, attention."""

@@ -1,0 +1,211 @@
+"""Roles of projections, read from the autograd graph."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lightning_pet.model.structure import Role, Rows
+from lightning_pet.probe.columns import count, mixes_positions, ranges, rows_feeding, without
+from lightning_pet.probe.graph import Edge, Graph
+from lightning_pet.probe.residual import Addition
+from lightning_pet.probe.softmaxes import Core
+
+_NONLINEAR = re.compile(
+    r"^(?:_?Silu|Gelu|Relu|LeakyRelu|Rrelu|Sigmoid|Tanh|Softplus|Elu|Selu|Celu|Hard|Mish|Erf|Threshold|Prelu|Pow|Exp"
+    r"|Glu|LogSigmoid|Softsign)",
+    re.I,
+)
+_JOINS = re.compile(r"^(?:Cat|Stack)")
+_CLAMP = re.compile(r"^Clamp|^Minimum|^Maximum")
+
+
+@dataclass
+class Use:
+    """What one weight does.
+
+    Attributes:
+        roles: for every role the gemm and the tensor that it feeds.
+        cross: the weight serves cross-attention.
+        rows: features of the roles that were worked out without a tensor to look at (gated feed-forwards).
+    """
+
+    roles: dict[Role, tuple[int, Edge | None]] = field(default_factory=dict)
+    cross: bool = False
+    rows: dict[Role, Rows | None] = field(default_factory=dict)
+
+
+Uses = dict[int | str, Use]
+
+
+def attention_uses(graph: Graph, cores: Sequence[Core], additions: Sequence[Addition]) -> Uses:
+    """q, k, v: the nearest gemms above each operand of an attention; o: the first below it."""
+    uses: Uses = defaultdict(Use)
+    sums = frozenset(addition.add for addition in additions)
+    stop = sums | frozenset(i for core in cores for i in core.inner)
+    inputs: set[int] = set()
+    for core in cores:
+        operands: tuple[tuple[Role, Edge], ...] = (
+            ("attention.q", core.q),
+            ("attention.k", core.k),
+            ("attention.v", core.v),
+        )
+        for role, edge in operands:
+            for i in graph.gemms_above([edge.node], stop):
+                inputs.add(i)
+                _note(uses[graph.gemms[i].weight], role, i, edge, core.cross)
+    for core in cores:
+        around = next((a.region for a in additions if core.node in a.region), None)
+        for i in graph.gemms_below(core.last, sums):
+            if i not in inputs and (around is None or i in around):
+                _note(uses[graph.gemms[i].weight], "attention.o", i, None, core.cross)
+    return dict(uses)
+
+
+def _note(use: Use, role: Role, gemm: int, edge: Edge | None, cross: bool) -> None:
+    use.roles.setdefault(role, (gemm, edge))
+    use.cross = use.cross or cross
+
+
+def ffn_uses(
+    graph: Graph, cores: Sequence[Core], additions: Sequence[Addition], taken: Iterable[int | str]
+) -> tuple[Uses, list[int]]:
+    """Up, gate and down projections, and the nodes of the latter.
+
+    *down* is a gemm on a residual branch that other gemms reach through a non-linearity, position by
+    position, and whose output is as wide as the stream (a router's is not).
+    """
+    uses: Uses = defaultdict(Use)
+    downs: list[int] = []
+    attention = frozenset(taken)
+    stop = frozenset(a.add for a in additions) | frozenset(i for core in cores for i in core.inner)
+    for i, gemm in graph.gemms.items():
+        around = next((a for a in additions if i in a.region), None)
+        if gemm.weight in attention or around is None or not gemm.pointwise:
+            continue
+        if graph.features(i) not in graph.shape(Edge(around.add, 0)):
+            continue
+        pair = _gates(graph, i, around.region, stop)
+        if pair is None:
+            continue
+        gates, ups = pair
+        if any(not graph.gemms[j].pointwise or mixes_positions(graph, Edge(i, 0), j) for j in (*gates, *ups)):
+            continue
+        _note(uses[gemm.weight], "ffn.down", i, None, False)
+        downs.append(i)
+        _note_ups(graph, uses, i, gates, ups)
+    # A chain of gates (squeeze-and-excite) makes one weight both; that is no feed-forward.
+    plain = {w: use for w, use in uses.items() if "ffn.down" not in use.roles or len(use.roles) == 1}
+    return {weight: use for weight, use in plain.items() if weight not in attention}, downs
+
+
+def _note_ups(graph: Graph, uses: Uses, down: int, gates: list[int], ups: list[int]) -> None:
+    if ups:
+        for i in gates:
+            _note(uses[graph.gemms[i].weight], "ffn.gate", i, None, False)
+        for i in ups:
+            _note(uses[graph.gemms[i].weight], "ffn.up", i, None, False)
+        return
+    for i in gates:
+        use = uses[graph.gemms[i].weight]
+        _note(use, "ffn.up", i, None, False)
+        if graph.features(i) > _input_features(graph, down) and "ffn.gate" not in use.roles:
+            _note(use, "ffn.gate", i, None, False)
+            use.rows.update(_gated_rows(graph, down, i))
+
+
+def _input_edge(graph: Graph, i: int) -> Edge:
+    """The data operand of a gemm (the operand of an opaque one lies further up)."""
+    (before,) = graph.gemms[i].data
+    return next((edge for edge in graph.operands[i] if edge.node == before), Edge(before, 0))
+
+
+def _input_features(graph: Graph, i: int) -> int:
+    return graph.shape(_input_edge(graph, i))[1 if "Convolution" in graph.names[i] else -1]
+
+
+def _gates(graph: Graph, down: int, region: frozenset[int], stop: frozenset[int]) -> tuple[list[int], list[int]] | None:
+    """Gemms that reach ``down`` through a non-linearity, and those that do not; ``None`` without the former."""
+    for pattern in (_NONLINEAR, _CLAMP):
+        reached = _reached(graph, down, region, stop, pattern)
+        gates = [i for i, ways in reached.items() if True in ways]
+        if gates:
+            return sorted(gates), sorted(i for i, ways in reached.items() if True not in ways)
+    return None
+
+
+def _reached(
+    graph: Graph, down: int, region: frozenset[int], stop: frozenset[int], pattern: re.Pattern[str]
+) -> dict[int, set[bool]]:
+    """The nearest gemms above ``down`` with the ways to them: through a match of ``pattern`` or not."""
+    reached: dict[int, set[bool]] = defaultdict(set)
+    seen: set[tuple[int, bool]] = set()
+    todo = [(i, False) for i in graph.gemms[down].data]
+    while todo:
+        i, through = todo.pop()
+        if (i, through) in seen or i in stop or i not in region:
+            continue
+        seen.add((i, through))
+        if i in graph.gemms and not graph.depthwise(i):
+            reached[i].add(through)
+            continue
+        through = through or _bends(graph, i, pattern)
+        todo.extend((j, through) for j in graph.data[i])
+    return reached
+
+
+def weighing(graph: Graph) -> list[int]:
+    """Gemms with one output that other features are multiplied by: routers, gates of shared experts."""
+    found = []
+    for i in graph.gemms:
+        if "Convolution" not in graph.names[i] and graph.shape(Edge(i, 0))[-1:] == (1,) and _weighs(graph, i):
+            found.append(i)
+    return found
+
+
+def _weighs(graph: Graph, gemm: int) -> bool:
+    """Whether the number, through a non-linearity or as it is, multiplies more features than it has itself."""
+    seen: set[tuple[int, bool]] = set()
+    todo = [(gemm, False)]
+    while todo:
+        i, bent = todo.pop()
+        for j in graph.successors[i]:
+            bent_here = bent or bool(_NONLINEAR.match(graph.names[j]) or "Softmax" in graph.names[j])
+            if (j, bent_here) in seen or j in graph.gemms:
+                continue
+            seen.add((j, bent_here))
+            if len(graph.data[j]) == 1 or _JOINS.match(graph.names[j]):
+                todo.append((j, bent_here))
+            elif graph.names[j].startswith("Mul"):
+                own = [graph.shape(edge)[-1:] for edge in graph.operands[j] if edge.node == i]
+                if (1,) in own and graph.shape(Edge(j, 0))[-1:] != (1,):
+                    return True
+            elif bent and graph.is_product(j):
+                return True  # a weighted sum over positions
+    return False
+
+
+def _bends(graph: Graph, i: int, pattern: re.Pattern[str]) -> bool:
+    name = graph.names[i]
+    if name.startswith("Pow"):  # the square inside a norm is not an activation
+        return bool(pattern.match(name)) and not any(graph.names[j].startswith("Mean") for j in graph.successors[i])
+    return bool(pattern.match(name))
+
+
+def _gated_rows(graph: Graph, down: int, fused: int) -> dict[Role, Rows | None]:
+    """Rows of the gate (what enters the non-linearity) and of the linear half of a fused up-projection.
+
+    The input of the non-linearity is looked at, not its output: behind a ReLU some features may be silent
+    for a whole batch. Both halves must be as wide as the input of ``down``, else the rows count as unknown.
+    """
+    between = graph.ancestors(graph.gemms[down].data, fused, stop=frozenset((fused,)))
+    gate: set[int] = set()
+    for i in between:
+        for edge in graph.operands[i] if _bends(graph, i, _NONLINEAR) else ():
+            rows = None if graph.constant[edge.node] else rows_feeding(graph, edge, fused)
+            gate.update(j for start, stop in rows or () for j in range(start, stop))
+    gate_rows = ranges([j in gate for j in range(graph.features(fused))])
+    up_rows = without(((0, graph.features(fused)),), gate_rows)
+    if not count(gate_rows) == count(up_rows) == _input_features(graph, down):
+        return {"ffn.gate": None, "ffn.up": None}
+    return {"ffn.gate": gate_rows, "ffn.up": up_rows}

@@ -1,0 +1,1 @@
+"""The memory planner: what a run needs, by rank, batch and method."""

@@ -1,0 +1,1 @@
+"""One file per engine of Lightning, and what they share."""

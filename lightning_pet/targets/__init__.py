@@ -1,0 +1,1 @@
+"""From patterns and roles to the places that are meant."""

@@ -1,0 +1,1 @@
+"""What happens around a model in a Trainer: controller, checkpoints, resume."""

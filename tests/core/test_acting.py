@@ -1,0 +1,154 @@
+"""What acts in a call is looked up once, and again when something changes; values without gradients."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_pet import IA3Callback, LoRACallback, apply
+from lightning_pet.insertion.host import deltas_of
+from lightning_pet.insertion.slot import Deltas
+from lightning_pet.layers.low_rank import LowRankLinear
+from lightning_pet.layers.low_rank_product import low_rank_linear, low_rank_values
+
+
+def two_on_one_host() -> tuple[nn.Module, list[object]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6))
+    handles: list[object] = [
+        apply(model, [LoRACallback(r=2, target_modules=["0"], modules_to_save=[], name=name)])
+        for name in ("one", "two")
+    ]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return model, handles
+
+
+def plain(model: nn.Module, x: Tensor) -> Tensor:
+    host = model[0]  # type: ignore[index]
+    y = nn.functional.linear(x, host.weight, host.bias)
+    for delta in deltas_of(host).values():
+        y = y + delta.scale * (x @ delta.a.t() @ delta.b.t())
+    return y
+
+
+def looks(pet: Deltas, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    found: list[object] = []
+    look = Deltas._look
+    monkeypatch.setattr(Deltas, "_look", lambda self, chosen: (found.append(chosen), look(self, chosen))[1])
+    return found
+
+
+def test_a_host_looks_once_for_every_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handles = two_on_one_host()
+    found = looks(deltas_of(model[0]), monkeypatch)  # type: ignore[index]
+    x = torch.randn(3, 6)
+    for _ in range(3):
+        assert torch.allclose(model(x), plain(model, x), atol=1e-5)
+        with handles[0].disabled():  # type: ignore[attr-defined]
+            off = model(x)
+    assert torch.equal(off, nn.functional.linear(x, model[0].weight, model[0].bias))  # type: ignore[index]
+    assert len(found) == 2
+
+
+def test_what_is_known_is_forgotten_when_a_delta_comes_or_goes() -> None:
+    model, _ = two_on_one_host()
+    x = torch.randn(3, 6)
+    model(x)
+    third = apply(model, [LoRACallback(r=1, target_modules=["0"], modules_to_save=[], name="three")])
+    with torch.no_grad():
+        deltas_of(model[0])["lora_three"].b.fill_(1)  # type: ignore[index]
+    assert torch.allclose(model(x), plain(model, x), atol=1e-5)
+    third.remove()
+    assert type(model[0]) is nn.Linear  # type: ignore[index]
+    assert torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))  # type: ignore[index]
+
+
+def test_copies_know_for_themselves() -> None:
+    model, _ = two_on_one_host()
+    x = torch.randn(3, 6)
+    y = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), y)
+        pet = deltas_of(other[0])
+        del pet["lora_two"]
+        assert torch.allclose(other(x), plain(other, x), atol=1e-5)
+        assert torch.equal(model(x), y)
+
+
+def test_a_delta_that_an_engine_wraps_runs_wrapped() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def __getattr__(self, name: str) -> object:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+        def forward(self, *args: object) -> object:
+            self.calls += 1
+            return self.inner(*args)
+
+    model = nn.Sequential(nn.Linear(6, 6))
+    apply(model, [LoRACallback(r=2, target_modules=["0"], modules_to_save=[])])
+    x = torch.randn(3, 6)
+    y = model(x)
+    pet = deltas_of(model[0])
+    wrapped = Wrapped(pet["lora_default"])
+    setattr(pet, "lora_default", wrapped)  # noqa: B010 - as engines do
+    assert torch.equal(model(x), y)
+    assert wrapped.calls == 1
+
+
+def test_another_kind_on_the_host_ends_the_fused_product() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    apply(model, [LoRACallback(r=2, target_modules=["0"], modules_to_save=[])])
+    pet = deltas_of(model[0])
+    assert pet.acting().fusing == "lora_default"
+    handle = apply(model, [IA3Callback(target_modules=["0"], feedforward_modules=[], modules_to_save=[])])
+    assert pet.acting().fusing is None
+    handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 6), (3, 6), (2, 5, 6), (40, 6)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "Conv1D"])
+def test_values_without_gradients_are_those_with_them(
+    dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
+) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(8, 6, dtype=dtype), torch.randn(8, dtype=dtype)
+    delta = LowRankLinear(6, 8, 2, scale=2.0, transposed=transposed, dtype=dtype)
+    nn.init.normal_(delta.b)
+    x = torch.randn(shape, dtype=dtype)
+    own = weight.t().contiguous() if transposed else weight
+    with torch.no_grad():
+        without = delta(x, None, own, bias)
+    assert torch.equal(without, delta(x, None, own, bias))
+    if dtype == torch.float64:
+        assert torch.allclose(without, x @ weight.t() + bias + 2 * (x @ delta.a.t() @ delta.b.t()), atol=1e-12)
+
+
+def test_what_is_not_as_simple_takes_the_other_way() -> None:
+    x, weight = torch.randn(3, 6), torch.randn(8, 6)
+    a, b = torch.randn(2, 6), torch.randn(8, 2)
+    with torch.no_grad():
+        assert low_rank_values(x, weight, None, a, b, 1.0) is not None
+        assert low_rank_values(x, weight, None, a.double(), b, 1.0) is None
+        assert low_rank_values(x, weight, torch.randn(8).double(), a, b, 1.0) is None
+        assert low_rank_values(x, weight, None, None, b, 1.0) is None
+        assert low_rank_values(torch.randn(1000, 6), weight, None, a, b, 1.0) is None  # the merged form is cheaper
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert low_rank_values(x, weight, None, a, b, 1.0) is None
+        rows = torch.func.vmap(lambda row: low_rank_linear(row, weight, None, a, b, 1.0, merged=False))(x)
+        assert torch.allclose(rows, low_rank_linear(x, weight, None, a, b, 1.0, merged=False), atol=1e-5)
+        assert torch.func.vmap(lambda row: torch.ones(()) * (low_rank_values(row, weight, None, a, b, 1.0) is None))(
+            x
+        ).all()
