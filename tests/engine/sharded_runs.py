@@ -20,6 +20,7 @@ from models import Data, backwards, cosine, every_step, lora, trainer  # noqa: E
 
 from lightning_pet.errors import PETError  # noqa: E402
 from lightning_pet.operations.delta import save_delta  # noqa: E402
+from lightning_pet.strategies import agreement  # noqa: E402
 
 
 class Gradients(L.Callback):
