@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from lightning_pet.layers.delta import Delta
+from lightning_pet.model.naming import delta_path
 from lightning_pet.model.structure import Structure, Target
 
 
@@ -25,6 +26,14 @@ class Insertion:
     delta: Delta
     suffix: str = ""
     replaces: tuple[str, ...] = ()
+
+    def key(self, method: "Method") -> str:
+        """Name of the delta among those of its host."""
+        return "_".join(part for part in (method.method, method.name, self.suffix) if part)
+
+    def path(self, method: "Method") -> str:
+        """Path that the delta gets, from the root."""
+        return delta_path(self.target.module, self.key(method))
 
 
 @runtime_checkable

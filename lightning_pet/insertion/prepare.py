@@ -229,7 +229,7 @@ def _build(
     insertions = tuple(method.insertions(root, [target for target in places if target not in copied]))
     insertions += _mirrored(root, method, insertions, bases, twins, None if stored is None else copied)
     for insertion in insertions:
-        target, key = insertion.target, delta_key(method, insertion)
+        target, key = insertion.target, insertion.key(method)
         host = module_at(root, target.module)
         check_attachable(host, target, key)
         if target.reads is not None:
@@ -396,8 +396,3 @@ def _once(root: nn.Module, trained: Sequence[str], before: Sequence[Prepared]) -
 
 def _trains(trained: Sequence[str], target: Target) -> bool:
     return any(f"{name}.".startswith(f"{target.path}.") for name in trained)
-
-
-def delta_key(method: Method, insertion: Insertion) -> str:
-    """Name of a delta among those of its host."""
-    return "_".join(part for part in (method.method, method.name, insertion.suffix) if part)
