@@ -180,7 +180,7 @@ class LowRank(Delta):
         pairs = [(self._flat_a(), self._flat_b())]
         if self.a0 is not None and self.b0 is not None:
             pairs.append((self.a0.view_as(pairs[0][0]), self.b0.view_as(pairs[0][1])))
-        sizes = [(_largest(a, -1).double() * _largest(b, -2).double()).sum(-1).max() for a, b in pairs]
+        sizes = [(_largest(a, -1) * _largest(b, -2)).sum(-1).max() for a, b in pairs]
         return largest + abs(self.scale) * float(sum(sizes))
 
     def _matrix(self, weight: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ def _checked_rows(rows: Rows | None, out_features: int) -> tuple[tuple[int, int]
 
 def _largest(factor: Tensor, dim: int) -> Tensor:
     """Size of the largest number along a dimension."""
-    return factor.abs().amax(dim)
+    return factor.abs().amax(dim).to(precise(factor))
 
 
 def precise(weight: Tensor) -> torch.dtype:
