@@ -156,7 +156,7 @@ def freeze(root: nn.Module) -> None:
     own, planned = set(record.delta_names), set(record.planned_names)
     # By identity: a tied tensor has several names, of which the record holds one.
     named = named_parameters(root, every_name=True)
-    inside_names = {*own, *planned, *record.of_base(name for name, _ in named)}
+    inside_names = {*own, *planned, *record.of_base(dict(named))}
     inside = {id(p) for name, p in named if name in inside_names}
     outside = {id(p): name for name, p in reversed(named) if p.requires_grad and id(p) not in inside}
     base = record.of_base(record.trainable_names)
