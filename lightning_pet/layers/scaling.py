@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_pet.layers import rows as ranges
 from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.low_rank_source import source_of
+from lightning_pet.layers.transforms import is_ordinary, is_transformed
 
 
 class _Scaling(Delta):
@@ -30,6 +32,25 @@ class _Scaling(Delta):
     def extra_repr(self) -> str:
         """Shape of l."""
         return f"scale={tuple(self.scale.shape)}"
+
+
+class _ScaledParameter(_Scaling):
+    """A parameter times l, for hosts that read it; the product is taken in the wider dtype."""
+
+    path: ClassVar[Path] = "weight"
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """What l is to this weight: it broadcasts against it."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the shape and dtype of ``weight``."""
+        return (weight * self.factor(weight)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective weight as a new tensor."""
+        return _ScaledParameter.forward(self, weight)
 
 
 class OutputScaling(_Scaling):
@@ -113,7 +134,7 @@ class InputScaling(_Scaling):
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the host on ``l ⊙ x``; the dtype of x, [..., features, *spatial], stays."""
-        return call((x * _before(self.scale, self.spatial)).to(x.dtype), *args, **kwargs)
+        return call(scaled(x, _before(self.scale, self.spatial)), *args, **kwargs)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
@@ -122,7 +143,7 @@ class InputScaling(_Scaling):
         return (weight * scale).to(weight.dtype)
 
 
-class ScaledWeight(_Scaling):
+class ScaledWeight(_ScaledParameter):
     """diag(l) W or W diag(l), for hosts whose weight is read without a call.
 
     Args:
@@ -132,8 +153,6 @@ class ScaledWeight(_Scaling):
         device: where l lives.
         dtype: dtype of l; the product is taken in the wider one of it and the weight's.
     """
-
-    path: ClassVar[Path] = "weight"
 
     def __init__(
         self,
@@ -149,19 +168,13 @@ class ScaledWeight(_Scaling):
         self.rows = ranges.whole(rows, self.features)
         super().__init__([*shape[:-2], ranges.size(self.rows)], device=device, dtype=dtype)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The effective weight, in the shape and dtype of ``weight``."""
+    def factor(self, weight: Tensor) -> Tensor:
+        """One number for every row, or for every column."""
         scale = ranges.spread(self.scale, self.rows, self.features, 1.0)
-        return (weight * scale.unsqueeze(-2 if self.axis == -1 else -1)).to(weight.dtype)
-
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight as a new tensor."""
-        effective: Tensor = self(weight)
-        return effective
+        return scale.unsqueeze(-2 if self.axis == -1 else -1)
 
 
-class ScaledKernel(_Scaling):
+class ScaledKernel(_ScaledParameter):
     """The weight of a convolution, [out, in / groups, *kernel], rescaled per output or per input channel.
 
     Args:
@@ -171,8 +184,6 @@ class ScaledKernel(_Scaling):
         device: where l lives.
         dtype: dtype of l; the product is taken in the wider one of it and the weight's.
     """
-
-    path: ClassVar[Path] = "weight"
 
     def __init__(
         self,
@@ -187,16 +198,48 @@ class ScaledKernel(_Scaling):
         self.groups = groups
         super().__init__([channels], device=device, dtype=dtype)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The effective weight, in the shape and dtype of ``weight``."""
-        scale = _per_input(self.scale, weight, self.groups) if self.inner else _before(self.scale, weight.dim() - 1)
-        return (weight * scale).to(weight.dtype)
+    def factor(self, weight: Tensor) -> Tensor:
+        """One number for every input, or for every output."""
+        return _per_input(self.scale, weight, self.groups) if self.inner else _before(self.scale, weight.dim() - 1)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight as a new tensor."""
-        effective: Tensor = self(weight)
-        return effective
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``x ⊙ factor`` in the dtype of x, without keeping x where what it was made from is kept anyway.
+
+    Args:
+        x: of any shape; behind an activation function it is made again in the backward pass.
+        factor: broadcasts against x.
+    """
+    if is_transformed() or not is_ordinary(x) or (source := source_of(x)) is None:
+        return (x * factor).to(x.dtype)
+    rebuild, sources = source
+    return _scale(x, factor, rebuild, *sources)
+
+
+class _Scaled(torch.autograd.Function):
+    """The product in a node that keeps the ingredients of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, rebuild: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+        ctx.rebuild = rebuild
+        ctx.save_for_backward(factor, *sources)
+        return (x * factor).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *sources = ctx.saved_tensors
+        to_x, to_factor, _, *others = ctx.needs_input_grad
+        of_x = (gradient * factor).to(gradient.dtype) if to_x else None
+        of_factor = None
+        if to_factor:
+            x = ctx.rebuild(*sources)
+            wide = torch.promote_types(x.dtype, factor.dtype)
+            of_factor = (gradient.to(wide) * x).sum_to_size(factor.shape).to(factor.dtype)
+        return (of_x, of_factor, None, *(None for _ in others))
+
+
+# Past what ``Function.apply`` does for torch.func, which does not come here.
+_scale: Callable[..., Tensor] = super(torch.autograd.Function, _Scaled).apply
 
 
 def _before(scale: Tensor, dimensions: int) -> Tensor:
