@@ -4,8 +4,8 @@ What may fail has failed before (:mod:`lightning_pet.insertion.prepare`); if any
 put back as it was.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,13 @@ from torch import Tensor, nn
 from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
 from lightning_pet.insertion.host import attach, conceal, detach
 from lightning_pet.insertion.intact import guard, resized, unguard
-from lightning_pet.insertion.prepare import Prepared, delta_key
+from lightning_pet.insertion.prepare import Prepared
 from lightning_pet.insertion.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
-from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, record_of
+from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, record_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
-from lightning_pet.model.naming import (
-    CHILD,
-    by_delta,
-    canonical,
-    delta_prefix,
-    has_module,
-    join,
-    named_modules,
-    named_tensors,
-)
+from lightning_pet.model.naming import by_delta, canonical, delta_prefix, has_module, join, named_tensors
 from lightning_pet.model.outside import mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
 
@@ -46,7 +37,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
             applied.trained, applied.readings = item.trained, dict(item.readings)
             applied.readers = list(item.readers)
             for insertion, reader in zip(item.insertions, item.readers, strict=True):
-                key = delta_key(item.method, insertion)
+                key = insertion.key(item.method)
                 attach(root, insertion.target, key, insertion.delta, reader, record.switch)
                 done.append((insertion.target.module, key))
             applied.hosts = done[len(done) - len(item.insertions) :]
@@ -68,38 +59,38 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
 
 
 def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
-    modules = named_modules(root)
     names, trainable = dict.fromkeys(record.delta_names), dict.fromkeys(record.trainable_names)
-    for applied in record.applied:
-        for path, key in applied.hosts:
-            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
-                full = join(path, CHILD, key, name)
-                if full not in names and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                    trainable[full] = None
-                names[full] = None
-        trainable |= dict.fromkeys(applied.trained)
+    for full, tensor in _tensors(root, record):
+        if full not in names and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            trainable[full] = None
+        names[full] = None
+    trainable |= dict.fromkeys(name for applied in record.applied for name in applied.trained)
     record.delta_names, record.trainable_names = tuple(names), tuple(trainable)
     record.scopes = tuple(sorted({*record.scopes, *(scope for item in prepared for scope in item.scopes)}))
     record.apart = tuple(sorted({*record.apart, *(path for item in prepared for path in item.apart)}))
     freeze(root)
 
 
+def _tensors(root: nn.Module, record: Adaptation) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the deltas by their names from the root."""
+    for inserted in record.deltas(root):
+        for name, tensor in named_tensors(inserted.delta):
+            yield join(inserted.path, name), tensor
+
+
 def renew(root: nn.Module) -> None:
     """Note the tensors of the deltas again, after some have exchanged theirs for others."""
-    record, modules = record_of(root), named_modules(root)
+    record = record_of(root)
     if record is None:
         return
     before, trained = set(record.delta_names), record.trained_names
     kept = before & set(record.trainable_names)
     names: dict[str, None] = {}
     trainable: dict[str, None] = {}
-    for applied in record.applied:
-        for path, key in applied.hosts:
-            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
-                full = join(path, CHILD, key, name)
-                names[full] = None
-                if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-                    trainable[full] = None
+    for full, tensor in _tensors(root, record):
+        names[full] = None
+        if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
+            trainable[full] = None
     record.delta_names, record.trainable_names = tuple(names), (*trainable, *trained)
     freeze(root)
 
@@ -112,12 +103,10 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = F
         tensors: of a file.
         held: an engine holds the parameters of the deltas.
     """
-    record, modules, found = record_of(root), named_modules(root), by_delta(tensors)
+    found = by_delta(tensors)
     changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
-    for _, _, path, key in record.hosts() if record else ():
-        prefix = join(path, CHILD, key)
-        delta = cast(Delta, modules[prefix])
-        own = found.get(prefix, {})
+    for _, _, _, delta, path in deltas_in(root):
+        own = found.get(path, {})
         before = delta, dict(delta._parameters), dict(delta._buffers)
         if delta.take_form(own, held=held):
             changed.append(before)
@@ -188,14 +177,9 @@ def leave_out(root: nn.Module, names: Collection[str]) -> None:
 
 def required_gradients(root: nn.Module) -> set[str]:
     """Delta parameters without which no step may be taken."""
-    record, modules = record_of(root), named_modules(root)
-    exempt = [
-        f"{join(path, CHILD, key)}."
-        for _, _, path, key in (record.hosts() if record else ())
-        if getattr(modules[join(path, CHILD, key)], "optional_gradient", False)
-    ]
-    names = record.delta_names if record else ()
-    return {name for name in names if not any(name.startswith(prefix) for prefix in exempt)}
+    record = record_of(root)
+    exempt = {path for _, _, _, delta, path in deltas_in(root) if getattr(delta, "optional_gradient", False)}
+    return {name for name in (record.delta_names if record else ()) if delta_prefix(name) not in exempt}
 
 
 def outgrown(root: nn.Module) -> bool:
@@ -220,11 +204,9 @@ def refresh(root: nn.Module) -> None:
     record.originals.clear()
     record.marks.clear()
     freeze(root)
-    modules = named_modules(root)
-    for _, target, path, key in record.hosts():
-        delta = cast(Delta, modules[join(path, CHILD, key)])
-        check_hosts(delta, modules[path], target.path, target.parameter)
-        initialize(delta, modules[path], target.parameter)
+    for _, target, host, delta, _ in record.deltas(root):
+        check_hosts(delta, host, target.path, target.parameter)
+        initialize(delta, host, target.parameter)
 
 
 def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
@@ -240,10 +222,9 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     if record is None:
         return
     leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
-    places = [host for applied in leaving for host in applied.hosts]
-    prefixes = {join(path, CHILD, key) for path, key in places}
-    gone = {name for name in record.delta_names if delta_prefix(name) in prefixes}
-    detach(root, [(path, key) for path, key in places if has_module(root, join(path, CHILD, key))])
+    places = {path: host for applied in leaving for path, host in zip(applied.paths, applied.hosts, strict=True)}
+    gone = {name for name in record.delta_names if delta_prefix(name) in places}
+    detach(root, [host for path, host in places.items() if has_module(root, path)])
     record.applied[:] = [applied for applied in record.applied if applied not in leaving]
     still = {name for applied in record.applied for name in applied.trained}
     gone |= {name for applied in leaving for name in applied.trained if name not in still}

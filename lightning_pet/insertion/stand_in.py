@@ -27,8 +27,8 @@ def switched_off(root: nn.Module, record: Adaptation) -> Iterator[None]:
     parameters are the values exchanged, for all threads: there every process runs one forward at a time.
     """
     modules = named_modules(root)
-    for _, _, path, key in record.hosts():  # user code may have put a copy of a host in its place
-        deltas_of(modules[path]).belong(key, record.switch)
+    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
+        deltas_of(inserted.host).belong(inserted.key, record.switch)
     changed = {*record.trained_names, *changed_buffers(root)}
     places, values = _places(modules, changed)
     with ExitStack() as stack:

@@ -244,7 +244,7 @@ _scale: Callable[..., Tensor] = super(torch.autograd.Function, _Scaled).apply
 
 def _before(scale: Tensor, dimensions: int) -> Tensor:
     """The vector with this many dimensions behind it."""
-    return scale.view(-1, *(1,) * dimensions)
+    return scale.view(-1, *(1,) * dimensions) if dimensions else scale
 
 
 def _per_input(scale: Tensor, weight: Tensor, groups: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +16,7 @@ from lightning_pet.insertion.widening import widen
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.model.adaptation import Adaptation, adapted_root, record_of
-from lightning_pet.model.naming import CHILD, by_delta, join, named_modules, named_tensors
+from lightning_pet.model.naming import by_delta, join, named_tensors
 from lightning_pet.model.outside import note_changed
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.base_check import Named, Whole, base_fingerprint, check_base
@@ -92,11 +92,10 @@ def _packed(adapted: Adapted) -> dict[str, Tensor]:
 
 def _deltas(root: nn.Module, record: Adaptation, method: Method | None = None) -> dict[str, Delta]:
     """Inserted deltas (of one method) by their path from the root."""
-    modules = named_modules(root)
     return {
-        join(path, CHILD, key): cast(Delta, modules[join(path, CHILD, key)])
-        for applied, _, path, key in record.hosts()
-        if method is None or applied.key == key_of(method)
+        inserted.path: inserted.delta
+        for inserted in record.deltas(root)
+        if method is None or inserted.method.key == key_of(method)
     }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import CHILD, canonical, join, named_modules
+from lightning_pet.model.naming import CHILD, canonical, is_below, join, named_modules
 from lightning_pet.model.quantised import is_quantised
 from lightning_pet.model.structure import Target
 
@@ -91,11 +91,6 @@ def bases_of(root: nn.Module) -> tuple[str, ...]:
     return tuple(awake or found) or ("",)
 
 
-def is_below(place: str, path: str) -> bool:
-    """Whether a dotted name is a path itself or lies below it; ``""`` is the root."""
-    return not path or f"{place}.".startswith(f"{path}.")
-
-
 def frozen_by_user(root: nn.Module) -> frozenset[str]:
     """Base parameters that could train, but did not before anything was applied."""
     record = record_of(root)
@@ -110,8 +105,9 @@ def frozen_by_user(root: nn.Module) -> frozenset[str]:
 def base_parameters_of(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters without those of deltas, each under each of its canonical names."""
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        if CHILD not in canonical(name).split("."):
-            yield canonical(name), parameter
+        own = canonical(name)
+        if CHILD not in own or CHILD not in own.split("."):
+            yield own, parameter
 
 
 def can_train(parameter: nn.Parameter) -> bool:

@@ -36,7 +36,7 @@ from lightning_pet.model.named_roles import (
     layer_index,
     named_places,
 )
-from lightning_pet.model.naming import canonical, join
+from lightning_pet.model.naming import canonical, is_below, join
 from lightning_pet.model.structure import Structure, Target, overlap
 from lightning_pet.targets.patterns import GROUPS, KINDS, has_role, is_role, name_matcher, names_from_above
 
@@ -183,7 +183,8 @@ class _Scope:
                 self.names[self.first[module]] += dict.fromkeys(
                     (canonical(name), join(structure.prefix, canonical(name)))
                 )
-        places = [(path, name) for module, path in self.first.items() for name in _parameters(module)]
+        self.parameters = {path: _parameters(module) for module, path in self.first.items()}
+        places = [(path, name) for path, names in self.parameters.items() for name in names]
         self.place = {place: i for i, place in enumerate(places)}
         self.unresolved: Sequence[Target] = structure.unresolved
         self.roles: dict[tuple[str, str], list[Target]] = {}
@@ -255,7 +256,7 @@ class _Scope:
         without: list[str] = []
         for module, path in self.first.items():
             wanted = self._is_projection(module, path) if kind == "all-linear" else isinstance(module, _CONVOLUTION)
-            if not wanted or any(_inside(name, heads) for name in self.names[path]):
+            if not wanted or any(is_below(name, head) for name in self.names[path] for head in heads):
                 continue
             weights = [name for name in _weights(module) if self._hosts(path, name)]
             targets.extend(self._target(path, name) for name in weights)
@@ -281,11 +282,10 @@ class _Scope:
         matches = name_matcher(pattern)
         targets: list[Target] = []
         for module, path in self.first.items():
-            own = _weights(module)
             if any(matches(name) for name in self.names[path]):
-                targets.extend(self._target(path, name) for name in own if self._hosts(path, name))
+                targets.extend(self._target(path, name) for name in _weights(module) if self._hosts(path, name))
                 continue
-            for name in _parameters(module):
+            for name in self.parameters[path]:
                 full = [f"{alias}.{name}".lstrip(".") for alias in self.names[path]]
                 if any(matches(alias) for alias in full) and self._hosts(path, name):
                     targets.append(self._target(path, name))
@@ -427,10 +427,6 @@ def _weights(module: nn.Module) -> list[str]:
         # A vector may be stored with dimensions of size 1, and those of all experts together.
         if not is_bias(name) and sum(size > 1 for size in shape) > 1 and not (len(shape) == 2 and shape[0] in experts)
     ]
-
-
-def _inside(path: str, heads: Collection[str]) -> bool:
-    return any(path == head or path.startswith(f"{head}.") for head in heads)
 
 
 def _same_place(target: Target, other: Target) -> bool:

@@ -13,10 +13,9 @@ from torch import nn
 from lightning_pet.insertion.method import key_of
 from lightning_pet.insertion.prepare import target_patterns
 from lightning_pet.model.adaptation import Adaptation, Applied, record_of
-from lightning_pet.model.naming import CHILD, canonical, delta_prefix, join
+from lightning_pet.model.naming import CHILD, canonical, delta_prefix, is_below, join
 from lightning_pet.model.structure import Target
 from lightning_pet.strategies.parameter_groups import shown
-from lightning_pet.targets.bases import is_below
 from lightning_pet.targets.heads import HEAD, is_small, parameters_below
 
 
@@ -62,9 +61,9 @@ def _own(root: nn.Module, record: Adaptation, applied: Applied, method: Any) -> 
     heads = {target.module for target in applied.targets if target.role == HEAD}
     named = target_patterns(method)
     prefixes = {
-        join(path, CHILD, key)
-        for target, (path, key) in zip(applied.targets, applied.hosts, strict=False)
-        if path and not any(_is_path_of(pattern, target) for pattern in named)
+        path
+        for target, path in zip(applied.targets, applied.paths, strict=False)
+        if target.module and not any(_is_path_of(pattern, target) for pattern in named)
     }
     names = [*applied.trained, *(name for name in record.delta_names if delta_prefix(name) in prefixes)]
     trains = set(record.trainable_names)

@@ -2,30 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.layers.sharding import whole
 from lightning_pet.model.adaptation import Applied
-from lightning_pet.model.naming import canonical, join
+from lightning_pet.model.naming import canonical, delta_prefix
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.plan import Plan
 from lightning_pet.strategies import private
 from lightning_pet.strategies.strategy import StrategyAdapter
 
 
-class LoggedMethod(Method, Protocol):
-    """What is asked of a method to log it."""
-
-    @property
-    def start_from(self) -> str | None:
-        """Delta file or checkpoint whose values the method starts from."""
-        ...
-
-
-def log_options(trainer: pl.Trainer, adapted: Adapted, plan: Plan, methods: Sequence[LoggedMethod]) -> None:
+def log_options(trainer: pl.Trainer, adapted: Adapted, plan: Plan, methods: Sequence[Method]) -> None:
     """Tell every logger what the run trains: options, numbers and shares, as hyper-parameters.
 
     The module's own hyper-parameters go with them: TensorBoard shows only what came first.
@@ -42,7 +33,7 @@ def log_options(trainer: pl.Trainer, adapted: Adapted, plan: Plan, methods: Sequ
             logger.log_hyperparams(facts)
 
 
-def facts_of(adapted: Adapted, plan: Plan, methods: Sequence[LoggedMethod]) -> dict[str, Any]:
+def facts_of(adapted: Adapted, plan: Plan, methods: Sequence[Method]) -> dict[str, Any]:
     """Options, numbers and shares of the base by a name with slashes, such as ``pet/lora_default/r``."""
     start = {key_of(method): method.start_from for method in methods}
     facts: dict[str, Any] = {"pet/methods": ", ".join(applied.key for applied in adapted.record.applied)}
@@ -68,10 +59,11 @@ def norm_of(adapted: Adapted, method: Method, adapter: StrategyAdapter[Any]) -> 
     Every process calls this.
     """
     record = adapted.record
-    places = [f"{join(path, 'pet', key)}." for a, _, path, key in record.hosts() if a.key == key_of(method)]
-    heads = {name for a in record.applied if a.key == key_of(method) for name in a.trained}
+    applied = [a for a in record.applied if a.key == key_of(method)]
+    places = {path for a in applied for path in a.paths}
+    heads = {name for a in applied for name in a.trained}
     own = {canonical(n): p for n, p in adapted.root.named_parameters() if canonical(n) in set(record.trainable_names)}
-    named = [(n, p) for n, p in own.items() if n in heads or any(n.startswith(place) for place in places)]
+    named = [(n, p) for n, p in own.items() if n in heads or delta_prefix(n) in places]
     squares = 0.0
     for name, tensor in adapter.whole(named):
         value = tensor.detach().float()
