@@ -29,28 +29,28 @@ class _Scaling(Delta):
         """Set l to one: the delta does nothing."""
         nn.init.ones_(self.scale)
 
-    def extra_repr(self) -> str:
-        """Shape of l."""
-        return f"scale={tuple(self.scale.shape)}"
-
-
-class _ScaledParameter(_Scaling):
-    """A parameter times l, for hosts that read it; the product is taken in the wider dtype."""
-
-    path: ClassVar[Path] = "weight"
-
-    def factor(self, weight: Tensor) -> Tensor:
-        """What l is to this weight: it broadcasts against it."""
+    def _factor(self, weight: Tensor) -> Tensor:
+        """What merging multiplies a weight with, in a shape that fits it."""
         raise NotImplementedError
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The effective weight, in the shape and dtype of ``weight``."""
-        return (weight * self.factor(weight)).to(weight.dtype)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight as a new tensor."""
-        return _ScaledParameter.forward(self, weight)
+        """The weight rescaled, as a new tensor."""
+        return (weight * self._factor(weight)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merge_(self, weight: Tensor) -> None:
+        """Rescale a weight, in place; see :meth:`Delta.merge_`."""
+        weight.mul_(self._factor(weight))
+
+    @torch.no_grad()
+    def reach(self, largest: float) -> float:
+        """The largest number times the largest factor; see :meth:`Delta.reach`."""
+        return largest * (1.0 + float(self.scale.abs().max()))  # beside the ranges of l the factor is one
+
+    def extra_repr(self) -> str:
+        """Shape of l."""
+        return f"scale={tuple(self.scale.shape)}"
 
 
 class OutputScaling(_Scaling):
@@ -88,11 +88,9 @@ class OutputScaling(_Scaling):
         """Rescale ``output``, [..., features, *spatial]; its dtype stays."""
         return (output * _before(self._spread(), self.spatial)).to(output.dtype)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """diag(l) W."""
+    def _factor(self, weight: Tensor) -> Tensor:
         scale = self._spread()
-        return (weight * (scale if self.transposed else _before(scale, weight.dim() - 1))).to(weight.dtype)
+        return scale if self.transposed else _before(scale, weight.dim() - 1)
 
     @torch.no_grad()
     def merged_bias(self, bias: Tensor) -> Tensor:
@@ -136,14 +134,11 @@ class InputScaling(_Scaling):
         """Run the host on ``l ⊙ x``; the dtype of x, [..., features, *spatial], stays."""
         return call(scaled(x, _before(self.scale, self.spatial)), *args, **kwargs)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """W diag(l)."""
-        scale = self.scale.unsqueeze(-1) if self.transposed else _per_input(self.scale, weight, self.groups)
-        return (weight * scale).to(weight.dtype)
+    def _factor(self, weight: Tensor) -> Tensor:
+        return self.scale.unsqueeze(-1) if self.transposed else _per_input(self.scale, weight, self.groups)
 
 
-class ScaledWeight(_ScaledParameter):
+class ScaledWeight(_Scaling):
     """diag(l) W or W diag(l), for hosts whose weight is read without a call.
 
     Args:
@@ -153,6 +148,8 @@ class ScaledWeight(_ScaledParameter):
         device: where l lives.
         dtype: dtype of l; the product is taken in the wider one of it and the weight's.
     """
+
+    path: ClassVar[Path] = "weight"
 
     def __init__(
         self,
@@ -168,13 +165,16 @@ class ScaledWeight(_ScaledParameter):
         self.rows = ranges.whole(rows, self.features)
         super().__init__([*shape[:-2], ranges.size(self.rows)], device=device, dtype=dtype)
 
-    def factor(self, weight: Tensor) -> Tensor:
-        """One number for every row, or for every column."""
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the shape and dtype of ``weight``."""
+        return (weight * self._factor(weight)).to(weight.dtype)
+
+    def _factor(self, weight: Tensor) -> Tensor:
         scale = ranges.spread(self.scale, self.rows, self.features, 1.0)
         return scale.unsqueeze(-2 if self.axis == -1 else -1)
 
 
-class ScaledKernel(_ScaledParameter):
+class ScaledKernel(_Scaling):
     """The weight of a convolution, [out, in / groups, *kernel], rescaled per output or per input channel.
 
     Args:
@@ -184,6 +184,8 @@ class ScaledKernel(_ScaledParameter):
         device: where l lives.
         dtype: dtype of l; the product is taken in the wider one of it and the weight's.
     """
+
+    path: ClassVar[Path] = "weight"
 
     def __init__(
         self,
@@ -198,8 +200,11 @@ class ScaledKernel(_ScaledParameter):
         self.groups = groups
         super().__init__([channels], device=device, dtype=dtype)
 
-    def factor(self, weight: Tensor) -> Tensor:
-        """One number for every input, or for every output."""
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the shape and dtype of ``weight``."""
+        return (weight * self._factor(weight)).to(weight.dtype)
+
+    def _factor(self, weight: Tensor) -> Tensor:
         return _per_input(self.scale, weight, self.groups) if self.inner else _before(self.scale, weight.dim() - 1)
 
 
