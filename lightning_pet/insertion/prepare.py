@@ -9,10 +9,11 @@ from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.host import check_attachable
-from lightning_pet.insertion.method import Insertion, Method, key_of
+from lightning_pet.insertion.method import Insertion, Method, delta_name, key_of
 from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
+from lightning_pet.model.delta_names import host_key
 from lightning_pet.model.layer_kinds import is_made, reader_of
 from lightning_pet.model.naming import canonical, join, module_at, named_modules
 from lightning_pet.model.quantised import check_hosts, check_trains
@@ -400,4 +401,5 @@ def _trains(trained: Sequence[str], target: Target) -> bool:
 
 def delta_key(method: Method, insertion: Insertion) -> str:
     """Name of a delta among those of its host."""
-    return "_".join(part for part in (method.method, method.name, insertion.suffix) if part)
+    own = "_".join(part for part in (method.method, method.name, insertion.suffix) if part)
+    return host_key(own, delta_name(method))
