@@ -14,8 +14,8 @@ from lightning_pet.layers.low_rank_product import (
     add_low_rank,
     compute_dtype,
     is_plain,
+    low_rank_directly,
     low_rank_linear,
-    low_rank_values,
     prefers_merged,
 )
 
@@ -126,11 +126,11 @@ class LowRankLinear(LowRank):
             ArgumentError: if neither output nor weight is given, or DoRA does not get the weight.
         """
         bare = self._bare and not (self.training and self.dropout)
-        if bare and output is None and weight is not None and not torch.is_grad_enabled():
+        if bare and output is None and weight is not None:
             own, matrix = self._parameters, weight.t() if self.transposed else weight
-            values = low_rank_values(x, matrix, bias, own.get("a"), own.get("b"), self.scale)
-            if values is not None:
-                return values
+            direct = low_rank_directly(x, matrix, bias, own.get("a"), own.get("b"), self.scale)
+            if direct is not None:
+                return direct
         if weight is None and (output is None or self.use_dora):
             raise ArgumentError(
                 "DoRA needs the weight of a plain linear layer and must be the only delta on it. "

@@ -1,12 +1,24 @@
 """Training a model inside a random subspace of all its weights (intrinsic dimension)."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.fastfood import define, fastfood, padded_length
+from lightning_pet.layers.fastfood import (
+    define,
+    fastfood,
+    fastfood_transposed,
+    hold,
+    is_ordinary,
+    padded_length,
+    projected_values,
+    transposed_values,
+)
+from lightning_pet.layers.transforms import is_transformed
 
 
 class Subspace(Delta):
@@ -67,13 +79,22 @@ class Projected(Delta):
         self.authors_gradient = authors_gradient
         self.ran = False
         define()
+        hold(self, seed)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         define()
+        hold(self, self.seed)
 
     def reset_parameters(self) -> None:
         """Nothing of its own."""
+
+    @property
+    def divisor(self) -> int:
+        """What θ's gradient is divided by."""
+        if not self.authors_gradient:
+            return 1
+        return padded_length(len(self.__dict__["subspace"].vector), self.numel)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Effective weight, in the dtype of the base; the sum is made in at least float32.
@@ -81,13 +102,16 @@ class Projected(Delta):
         Args:
             weight: [...], ``numel`` numbers.
         """
-        if not torch.compiler.is_compiling():
+        if not (self.ran or torch.compiler.is_compiling()):
             self.ran = True
         subspace = cast(Subspace, self.__dict__["subspace"])
         vector: Tensor = subspace.vector
+        ordinary = not is_transformed() and is_ordinary(vector) and is_ordinary(weight)
+        if ordinary and vector.device == weight.device:
+            return _move(weight, vector, subspace.factors, self)
         if self.authors_gradient:
             constant = vector.detach()
-            vector = constant + (vector - constant) / padded_length(len(vector), self.numel)
+            vector = constant + (vector - constant) / self.divisor
         if subspace.factors is not None:
             vector = vector * subspace.factors[self.index]
         change: Tensor = fastfood(vector.to(weight.device), self.numel, self.seed)
@@ -101,3 +125,35 @@ class Projected(Delta):
     def extra_repr(self) -> str:
         """What P is."""
         return f"numel={self.numel}, seed={self.seed}"
+
+
+class _Move(torch.autograd.Function):
+    """``W + λ P θ`` in one node; it keeps θ and λ alone."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, vector: Tensor, factors: Tensor | None, delta: Projected) -> Tensor:
+        ctx.index, ctx.seed, ctx.divisor = delta.index, delta.seed, delta.divisor
+        ctx.save_for_backward(vector, factors)
+        scaled = vector if factors is None else vector * factors[delta.index]
+        change = projected_values(scaled, delta.numel, delta.seed)
+        return (weight + change.view(weight.shape)).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        vector, factors = ctx.saved_tensors
+        to_weight, to_vector, to_factors, _ = ctx.needs_input_grad
+        own = gradient if to_weight else None
+        if not (to_vector or to_factors):
+            return own, None, None, None
+        transposed = fastfood_transposed if torch.is_grad_enabled() else transposed_values
+        back = transposed(gradient.to(vector.dtype).reshape(-1), vector.numel(), ctx.seed)
+        of_factors = None
+        if to_factors:
+            of_factors = F.pad(torch.dot(back, vector).view(1), (ctx.index, factors.numel() - ctx.index - 1))
+        if factors is not None:
+            back = back * factors[ctx.index]
+        return own, back / ctx.divisor if ctx.divisor > 1 else back, of_factors, None
+
+
+# Past what ``Function.apply`` does for torch.func, which does not come here.
+_move: Callable[..., Tensor] = super(torch.autograd.Function, _Move).apply

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from lightning_pet import IA3Callback, LoRACallback, apply
 from lightning_pet.insertion.host import deltas_of
 from lightning_pet.insertion.slot import Deltas
+from lightning_pet.layers import low_rank_product
 from lightning_pet.layers.low_rank import LowRankLinear
-from lightning_pet.layers.low_rank_product import low_rank_linear, low_rank_values
+from lightning_pet.layers.low_rank_product import low_rank_directly, low_rank_linear
 
 
 def two_on_one_host() -> tuple[nn.Module, list[object]]:
@@ -136,19 +138,63 @@ def test_values_without_gradients_are_those_with_them(
         assert torch.allclose(without, x @ weight.t() + bias + 2 * (x @ delta.a.t() @ delta.b.t()), atol=1e-12)
 
 
+class Kept:
+    """Bytes that a forward keeps for its backward, each memory once, parameters apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.sizes: dict[int, int] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def of(self, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
+            out = forward()
+        return out, sum(self.sizes.values())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_small_layer_trains_as_with_a_node_of_its_own(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal values, gradients and second derivatives, and no more memory, on both sides of the limit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=bias)).double()
+    apply(model, [LoRACallback(r=2, target_modules=["0"], modules_to_save=[])])
+    delta = deltas_of(model[0])["lora_default"].double()
+    nn.init.normal_(delta.b)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for limit in (2**15, 0):
+        monkeypatch.setattr(low_rank_product, "_SMALL", limit)
+        out, kept = Kept(model).of(lambda: model(x))
+        first = torch.autograd.grad(out.pow(3).sum(), (x, delta.a, delta.b), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, delta.a, delta.b))
+        found.append(([out, *first, *second], kept))
+    (small, kept_small), (large, kept_large) = found
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(small, large, strict=True))
+    assert kept_small <= kept_large
+    assert small[0].grad_fn.name() != large[0].grad_fn.name()  # type: ignore[union-attr]
+
+
 def test_what_is_not_as_simple_takes_the_other_way() -> None:
     x, weight = torch.randn(3, 6), torch.randn(8, 6)
     a, b = torch.randn(2, 6), torch.randn(8, 2)
     with torch.no_grad():
-        assert low_rank_values(x, weight, None, a, b, 1.0) is not None
-        assert low_rank_values(x, weight, None, a.double(), b, 1.0) is None
-        assert low_rank_values(x, weight, torch.randn(8).double(), a, b, 1.0) is None
-        assert low_rank_values(x, weight, None, None, b, 1.0) is None
-        assert low_rank_values(torch.randn(1000, 6), weight, None, a, b, 1.0) is None  # the merged form is cheaper
+        assert low_rank_directly(x, weight, None, a, b, 1.0) is not None
+        assert low_rank_directly(x, weight, None, a.double(), b, 1.0) is None
+        assert low_rank_directly(x, weight, torch.randn(8).double(), a, b, 1.0) is None
+        assert low_rank_directly(x, weight, None, None, b, 1.0) is None
+        wide, narrow = torch.randn(64, 64), torch.randn(64, 2)
+        assert (
+            low_rank_directly(torch.randn(2000, 64), wide, None, narrow.t(), narrow, 1.0) is None
+        )  # merged is cheaper
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert low_rank_values(x, weight, None, a, b, 1.0) is None
+            assert low_rank_directly(x, weight, None, a, b, 1.0) is None
         rows = torch.func.vmap(lambda row: low_rank_linear(row, weight, None, a, b, 1.0, merged=False))(x)
         assert torch.allclose(rows, low_rank_linear(x, weight, None, a, b, 1.0, merged=False), atol=1e-5)
-        assert torch.func.vmap(lambda row: torch.ones(()) * (low_rank_values(row, weight, None, a, b, 1.0) is None))(
+        assert torch.func.vmap(lambda row: torch.ones(()) * (low_rank_directly(row, weight, None, a, b, 1.0) is None))(
             x
         ).all()

@@ -1,15 +1,19 @@
 """The Fastfood projection against its formula, and the properties that make it a good projection."""
 
+import copy
+import gc
 import math
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from lightning_pet.layers import fastfood as layer
 from lightning_pet.layers.fastfood import fastfood, fastfood_transposed, hadamard_
+from lightning_pet.layers.subspace import Projected, Subspace
 
 SIZES = [(64, 64), (100, 128), (20, 100), (60, 1000), (300, 100), (5, 1), (1, 7), (2, 2), (1, 1)]
 
@@ -165,3 +169,144 @@ def test_every_derivative_is_the_projection(d: int, numel: int, compiled: bool) 
         assert torch.allclose(wrap(torch.func.vmap(project))(rows), rows @ own.T)
         assert torch.allclose(torch.func.hessian(lambda v, f=project: f(v).square().sum())(at), 2 * own.T @ own)
         assert torch.allclose(torch.func.vjp(project, at)[1](value)[0], back(value))
+
+
+# --- numbers that are kept --------------------------------------------------------------------------
+
+
+class Owner:
+    """Something that uses a seed again and again."""
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> layer._Kept:
+    """Nothing is kept yet."""
+    fresh = layer._Kept()
+    monkeypatch.setattr(layer, "_kept", fresh)
+    return fresh
+
+
+@pytest.mark.parametrize(("d", "numel"), [*SIZES, (962, 70_000), (40_000, 64), (40_000, 50_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kept_numbers_are_the_drawn_ones(d: int, numel: int, dtype: torch.dtype, kept: layer._Kept) -> None:
+    vector, values = torch.randn(d, dtype=dtype), torch.randn(numel, dtype=dtype)
+    drawn = fastfood(vector, numel, 3), fastfood_transposed(values, d, 3)
+    assert not kept.drawn
+    owner = Owner()
+    layer.hold(owner, 3)
+    for _ in range(2):
+        assert torch.equal(fastfood(vector, numel, 3), drawn[0])
+        assert torch.equal(fastfood_transposed(values, d, 3), drawn[1])
+    assert len(kept.drawn) == 1
+
+
+def test_no_more_is_kept_than_the_bound(kept: layer._Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "KEPT_BYTES", 20_000)
+    owner = Owner()
+    for seed in range(5):
+        layer.hold(owner, seed)
+        fastfood(torch.randn(50), 1000, seed)
+    held = [tensor for drawn in kept.drawn.values() for tensor in (drawn.signs, *drawn._kept[0][1:])]
+    assert len(kept.drawn) == 2
+    assert sum(tensor.nbytes for tensor in held) == kept.bytes <= 20_000
+    fastfood(torch.randn(50), 10_000, 0)  # too long for the room that is left
+    assert len(kept.drawn) == 2
+
+
+def test_kept_numbers_go_with_the_last_that_uses_them(kept: layer._Kept) -> None:
+    delta = Projected(Subspace(20, 1), 0, 100, 5)
+    twin = copy.deepcopy(delta)
+    delta(torch.zeros(100))
+    del delta
+    assert len(kept.drawn) == 1
+    del twin
+    gc.collect()
+    assert (dict(kept.drawn), kept.bytes, dict(kept.users)) == ({}, 0, {})
+
+
+def test_stand_ins_for_tensors_are_not_kept(kept: layer._Kept) -> None:
+    owner = Owner()
+    layer.hold(owner, 3)
+    with FakeTensorMode():
+        fastfood(torch.randn(20), 100, 3)
+    fastfood(torch.randn(20, device="meta"), 100, 3)
+    assert not kept.drawn
+    with torch.inference_mode():
+        fastfood(torch.randn(20), 100, 3)
+    vector = torch.randn(20, requires_grad=True)
+    fastfood(vector, 100, 3).sum().backward()
+    assert len(kept.drawn) == 1
+
+
+# --- products in the place of additions -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(1, 19))
+def test_products_are_the_transform(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1 << bits, dtype=torch.float64)
+    by_products = hadamard_(x.clone())
+    monkeypatch.setattr(layer, "multiplies_exactly", lambda x: False)
+    assert (by_products - hadamard_(x.clone())).abs().max() < 1e-12 * 2**bits
+
+
+def test_no_setting_makes_the_products_less_exact() -> None:
+    vector = torch.randn(100)
+    expected = fastfood(vector, 5000, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fastfood(vector, 5000, 9), expected)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert (fastfood(vector, 5000, 9) - expected).abs().max() < 1e-6 * expected.abs().max()
+        assert not layer.multiplies_exactly(vector)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+# --- a weight that is moved -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("authors_gradient", [False, True])
+@pytest.mark.parametrize("factors", [0, 3])
+def test_the_node_of_a_moved_weight_is_its_formula(factors: int, authors_gradient: bool) -> None:
+    subspace = Subspace(20, factors, dtype=torch.float64)
+    nn.init.normal_(subspace.vector)
+    delta = Projected(subspace, 1, 30, 7, authors_gradient=authors_gradient)
+    weight = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    matrix = projection(20, 30, 7)
+
+    def formula(weight: Tensor) -> Tensor:
+        factor = subspace.factors[1] if factors else 1.0
+        return weight + (matrix @ (subspace.vector * factor)).view(5, 6)
+
+    inputs = [weight, *subspace.parameters()]
+    found, expected = (torch.autograd.grad(f(weight).tanh().sum(), inputs) for f in (delta, formula))
+    divisor = 32 if authors_gradient else 1
+    torch.testing.assert_close(found[1] * divisor, expected[1])
+    torch.testing.assert_close([found[0], *found[2:]], [expected[0], *expected[2:]])
+    if not authors_gradient:
+        assert torch.autograd.gradcheck(lambda weight, *_: delta(weight), inputs)
+        assert torch.autograd.gradgradcheck(lambda weight, *_: delta(weight).tanh(), inputs)
+
+
+def test_a_moved_weight_keeps_the_trained_numbers_alone() -> None:
+    subspace = Subspace(20, 3)
+    delta = Projected(subspace, 1, 3000, 7)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        delta(torch.randn(50, 60))
+    assert {x.data_ptr() for x in kept} <= {p.data_ptr() for p in subspace.parameters()}
+
+
+def test_a_moved_weight_in_half_precision() -> None:
+    subspace = Subspace(20, 3)
+    nn.init.normal_(subspace.vector)
+    delta = Projected(subspace, 1, 300, 7)
+    weight = torch.randn(15, 20).bfloat16()
+    moved = delta(weight)
+    assert moved.dtype == torch.bfloat16
+    change = fastfood(subspace.vector * subspace.factors[1], 300, 7).view(15, 20)
+    assert torch.equal(moved, (weight + change).bfloat16())
+    moved.sum().backward()
+    ones = torch.ones(300)
+    torch.testing.assert_close(subspace.vector.grad, fastfood_transposed(ones, 20, 7))

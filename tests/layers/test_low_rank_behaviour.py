@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.layers import low_rank_product
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
 from lightning_pet.layers.low_rank_hosts import ConvWeight, EmbeddingWeight, LowRankConv, LowRankEmbedding
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["small", "large"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for small layers, which run on autograd's own nodes, and for large ones, which do not."""
+    if not request.param:
+        monkeypatch.setattr(low_rank_product, "_SMALL", 0)
+
 
 D = torch.float64
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_pet.layers import low_rank_product
 from lightning_pet.layers.low_rank import LowRankLinear
 from lightning_pet.layers.low_rank_hosts import ConvWeight, EmbeddingWeight
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["small", "large"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for small layers, which run on autograd's own nodes, and for large ones, which do not."""
+    if not request.param:
+        monkeypatch.setattr(low_rank_product, "_SMALL", 0)
 
 
 def peft_layer(host: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
