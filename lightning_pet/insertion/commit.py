@@ -21,6 +21,7 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
 from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, record_of
 from lightning_pet.model.call import Switch
+from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
 from lightning_pet.model.naming import (
     CHILD,
@@ -115,7 +116,8 @@ def check_sum(record: Adaptation, deltas: Sequence[str]) -> None:
 def _forget(record: Adaptation) -> None:
     """Let go of what was noted of deltas that are gone."""
     names = record.names
-    for noted in (record.waiting, record.values, record.claims):
+    noted: dict[str, Any]
+    for noted in (record.waiting, record.values, record.claims, record.beside):
         for name in [name for name in noted if name not in names]:
             del noted[name]
     record.active = tuple(name for name in record.active if name in names)
@@ -144,17 +146,20 @@ def renew(root: nn.Module) -> None:
     if record is None:
         return
     before, trained = set(record.delta_names), record.trained_names
-    kept = before & set(record.trainable_names)
+    kept = before & {*record.trainable_names, *(name for own in record.waiting.values() for name in own)}
     names: dict[str, None] = {}
-    trainable: dict[str, None] = {}
+    trainable: dict[str, dict[str, None]] = {delta: {} for delta in record.names}
     for applied in record.applied:
         for path, key in applied.hosts:
             for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
                 full = join(path, CHILD, key, name)
                 names[full] = None
                 if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-                    trainable[full] = None
-    record.delta_names, record.trainable_names = tuple(names), (*trainable, *trained)
+                    trainable[applied.delta][full] = None
+    record.delta_names = tuple(names)
+    for delta, own in record.waiting.items():
+        record.waiting[delta] = (*trainable.pop(delta), *(name for name in own if delta_of(name) is None))
+    record.trainable_names = (*(name for own in trainable.values() for name in own), *trained)
     freeze(root)
 
 

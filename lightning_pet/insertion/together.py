@@ -1,6 +1,6 @@
 """Whether what was planned can act: side by side on one layer, and at all. Said before anything is inserted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 from torch import nn
@@ -13,18 +13,32 @@ from lightning_pet.model.naming import CHILD, join, named_modules
 from lightning_pet.model.structure import Structure, Target, overlap
 
 
-def check_together(root: nn.Module, insertions: Sequence[Insertion]) -> None:
+def check_together(root: nn.Module, insertions: Sequence[Insertion], beside: Collection[str] = ()) -> None:
     """Refuse a delta that rescales the base product of a layer beside others that change what it returns.
 
     Args:
         root: the adapted root.
         insertions: what is to come beside what is there.
+        beside: names of the deltas that it is to act with.
 
     Raises:
         TargetError: naming the layer.
     """
     coming = [(insertion.target, insertion.delta) for insertion in insertions]
-    places = [*_present(root, {key for insertion in insertions for key in insertion.replaces}), *coming]
+    leaving = {key for insertion in insertions for key in insertion.replaces}
+    _check([*_present(root, leaving, beside), *coming])
+
+
+def check_acting(root: nn.Module, deltas: Collection[str]) -> None:
+    """Refuse to let deltas act together that cannot.
+
+    Raises:
+        TargetError: naming the layer.
+    """
+    _check(_present(root, (), deltas))
+
+
+def _check(places: Sequence[tuple[Target, Delta]]) -> None:
     if not any(delta.reads_weight for _, delta in places):
         return
     by_host: dict[str, list[tuple[Target, Delta]]] = {}
@@ -71,10 +85,10 @@ def _meet(target: Target, other: Target) -> bool:
     return target.rows is None or other.rows is None or overlap(target.rows, other.rows)
 
 
-def _present(root: nn.Module, leaving: Iterable[str]) -> list[tuple[Target, Delta]]:
+def _present(root: nn.Module, leaving: Collection[str], deltas: Collection[str]) -> list[tuple[Target, Delta]]:
     record, modules = record_of(root), named_modules(root)
     return [
         (target, cast(Delta, modules[join(path, CHILD, key)]))
         for applied, target, path, key in (record.hosts() if record else ())
-        if applied.key not in leaving
+        if applied.key not in leaving and applied.delta in deltas
     ]

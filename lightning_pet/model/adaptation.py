@@ -81,6 +81,7 @@ class Adaptation:
         waiting: names that would train, by delta, of those that do not train at present.
         values: of every delta that is not active, what it has in place of tensors of the base, by name.
         claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
+        beside: of each delta, the others that acted when it was trained, with digests of their values.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Adaptation:
     waiting: dict[str, tuple[str, ...]] = field(default_factory=dict)
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     claims: dict[str, frozenset[str]] = field(default_factory=dict)
+    beside: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,10 +162,10 @@ class Adaptation:
     def wake(self, delta: str) -> None:
         """It does again."""
         own = self.waiting.pop(delta, ())
-        deltas = set(self.delta_names)
-        present = dict.fromkeys((*self.trainable_names, *own))
-        order = sorted(present, key=lambda name: name not in deltas)
-        self.trainable_names = tuple(order)
+        if own:
+            place = {name: index for index, name in enumerate(self.delta_names)}
+            present = dict.fromkeys((*self.trainable_names, *own))
+            self.trainable_names = tuple(sorted(present, key=lambda name: place.get(name, len(place))))
 
     def act(self, deltas: tuple[str, ...]) -> None:
         """These deltas act where a thread has chosen nothing, in this order."""

@@ -6,7 +6,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_pet.operations.adapted import Adapted
+from lightning_pet.errors import ArgumentError
+from lightning_pet.model.adaptation import Adaptation
+from lightning_pet.model.delta_names import delta_of, in_file
 from lightning_pet.operations.base_check import base_fingerprint
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.manifest import Manifest
@@ -28,13 +30,19 @@ def gathering_adapter(model: nn.Module) -> StrategyAdapter[Any] | None:
 
 
 def save_gathered(
-    adapter: StrategyAdapter[Any], adapted: Adapted, path: PathLike, manifest: Manifest, exact: bool
+    adapter: StrategyAdapter[Any],
+    root: nn.Module,
+    record: Adaptation,
+    path: PathLike,
+    manifest: Manifest,
+    exact: bool,
 ) -> int:
     """Gather the delta tensor by tensor, and write it in one process; every process calls this.
 
     Args:
         adapter: of the engine.
-        adapted: the sharded model.
+        root: the sharded model.
+        record: of the delta, which trains.
         path: the first process's counts.
         manifest: without the base.
         exact: digest every byte of the base, which is gathered tensor by tensor as well.
@@ -47,10 +55,16 @@ def save_gathered(
     strategy = adapter.strategy
     path = strategy.broadcast(path)
     prefix = f"{manifest.root}." if manifest.root else ""
+    if any(delta in record.waiting for delta in record.names):
+        raise ArgumentError(
+            f"the delta {record.names[0]!r} does not train in this run, and the engine gathers those that do. Save it "
+            "in a process that holds the model as a whole."
+        )
     # As for a checkpoint: outside of the writing process nothing but shapes is kept.
     state = strategy.lightning_module_state_dict()
     tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    manifest = replace(manifest, base=base_fingerprint(adapted.root, adapted.record, tensors, exact, adapter.whole))
+    tensors = in_file({n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)})
+    manifest = replace(manifest, base=base_fingerprint(root, record, tensors, exact, adapter.whole))
     write = strategy.is_global_zero
     size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)
     return int(strategy.broadcast(size))

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from lightning_pet.store.strict_json import (
     check_digest,
     check_fields,
     check_int,
+    check_label,
     check_text,
     check_type,
     decode64,
@@ -39,6 +40,7 @@ SKETCHED: Final = 12
 _LEAF: Final = 4  # bytes kept of each tensor's sample digest: they only name the tensor that differs
 _SHOWN: Final = 5
 _MAX_DIMS: Final = 16
+_MAX_BESIDE: Final = 64
 _OPAQUE: Final = "opaque:"  # kind of a tensor without readable values
 _PACKED: Final = "packed:"  # kind of a tensor subclass that names the ordinary tensors it is made of
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
@@ -60,6 +62,7 @@ class Fingerprint:
         leaves: four bytes of each tensor's sample digest, base64.
         sketch: the first 12 sampled values of each floating tensor in bfloat16, packed.
         exact: SHA-256 over every byte, if it was asked for.
+        beside: other deltas that acted when this one was trained, with a digest of their values.
     """
 
     structure: str
@@ -69,6 +72,7 @@ class Fingerprint:
     leaves: str
     sketch: str
     exact: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 class Verdict(enum.Enum):
@@ -285,7 +289,8 @@ def _unpack_sketch(text: str, where: str) -> Tensor:
 
 def to_plain(found: Fingerprint) -> dict[str, Any]:
     """A fingerprint as a plain JSON object; :func:`from_plain` reverses it."""
-    return {**vars(found), "dtypes": dict(found.dtypes)}
+    plain = {**vars(found), "dtypes": dict(found.dtypes), "beside": dict(found.beside)}
+    return {key: value for key, value in plain.items() if key != "beside" or value}  # as it was before there were any
 
 
 def from_plain(value: object, where: str) -> Fingerprint:
@@ -296,10 +301,15 @@ def from_plain(value: object, where: str) -> Fingerprint:
     """
     text = (str,)
     kinds = {"structure": text, "sample": text, "dtypes": (dict,), "layout": text, "leaves": text, "sketch": text}
-    fields = check_fields(value, where, {**kinds, "exact": (str, type(None))})
+    several = {"beside": (dict,)} if isinstance(value, dict) and "beside" in value else {}
+    fields = check_fields(value, where, {**kinds, "exact": (str, type(None)), **several})
     for key in ("structure", "sample", "exact"):
         if fields[key] is not None:
             check_digest(fields[key], f"{where}.{key}")
+    if len(fields.get("beside", {})) > _MAX_BESIDE:
+        raise fault(f"{where}.beside", f"found {len(fields['beside'])} deltas, expected at most {_MAX_BESIDE}.", "limit")
+    for name, digest in fields.get("beside", {}).items():
+        check_digest(digest, f"{where}.beside.{check_label(name, f'{where}.beside: a name')}")
     for kind, count in fields["dtypes"].items():
         check_int(count, f"{where}.dtypes.{check_text(kind, f'{where}.dtypes: a key', 64)!r}", 1)
     found = Fingerprint(**fields)
