@@ -24,9 +24,6 @@ import argparse
 import copy
 import gc
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,8 +31,9 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from measuring import Step, answered, in_new_process, peak_above, resident, take_turns
 from torch import Tensor, nn
-from train_step import Step, build, resident, take_turns
+from trained_models import build
 
 VARIANTS: dict[str, dict[str, object]] = {
     "full": {},
@@ -45,6 +43,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "group gates": {"gates": "group"},
     "after the cut": {},
 }
+MODEL = "BERT 6×384"
 Batches = list[tuple[Tensor, Tensor]]
 TIME_BOUND, MEMORY_BOUND = 1.6, 2.6  # of full fine-tuning, for the default
 
@@ -96,7 +95,7 @@ def measure_times(turns: int) -> dict[str, list[float]]:
     """CPU seconds per step of every variant, the variants taking turns."""
     steps = {}
     for variant in VARIANTS:
-        model, batch = build("bert")
+        model, batch = build(MODEL)
         steps[variant] = build_step(model, batch, variant)[0]
     return take_turns(steps, turns)
 
@@ -106,25 +105,19 @@ def measure_memory_here(variant: str) -> tuple[float, int]:
     small = nn.Sequential(nn.Linear(64, 64))
     build_step(small, {}, "both gates")  # imports
     small(torch.randn(64, 64)).sum().backward()
-    build("bert")
+    build(MODEL)
     gc.collect()
     before = resident("VmRSS")
-    model, batch = build("bert")
+    model, batch = build(MODEL)
     step, trained = build_step(model, batch, variant)
     gc.collect()
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-    for _ in range(2):
-        step()
-    return resident("VmHWM") - before, trained
+    return peak_above(before, lambda: [step() for _ in range(2)]), trained
 
 
 def measure_memory(variant: str) -> tuple[float, int]:
-    """:func:`measure_memory_here` in a process of its own, whose freed tensors go back to the system at once."""
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--memory-of", variant]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    peak, trained = json.loads(done.stdout.splitlines()[-1])
+    """:func:`measure_memory_here` in a process of its own."""
+    peak, trained = in_new_process(__file__, variant)
     return peak, trained
 
 
@@ -370,12 +363,8 @@ def main() -> None:
     parser.add_argument("--recall", action="store_true", help="the task with a known answer, over learning rates")
     parser.add_argument("--texts", type=Path, metavar="FOLDER", help="accuracy on texts before and after the cut")
     parser.add_argument("--steps", type=int, default=300, help="of --recall and --texts")
-    parser.add_argument("--memory-of", metavar="VARIANT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.memory_of:
-        print(json.dumps(measure_memory_here(args.memory_of)))
-        return
     if args.recall:
         show_recall(args.steps)
         return
@@ -389,5 +378,5 @@ def main() -> None:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not answered(measure_memory_here):
     main()

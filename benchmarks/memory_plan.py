@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine"), str(ROOT / "benchmarks")]
 
-from train_step import resident  # noqa: E402
+from measuring import GIVES_BACK, resident  # noqa: E402
 
 from lightning_pet import (  # noqa: E402
     AdapterCallback,
@@ -198,12 +198,11 @@ def measure_here(name: str, method: str, engine: str, accelerator: str = "cpu") 
 def measure(name: str, method: str, engine: str) -> float:
     """The same in a process of its own, or in two: the mean of both."""
     argv = [__file__, "--measure", name, method, engine]
-    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     if engine == "single":
-        done = subprocess.run([sys.executable, *argv], env=os.environ | env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *argv], env=os.environ | GIVES_BACK, capture_output=True, text=True)
         codes, outputs = [done.returncode], [done.stdout + done.stderr]
     else:
-        codes, outputs = launch(argv, timeout=900, env=env)
+        codes, outputs = launch(argv, timeout=900, env=GIVES_BACK)
     if any(codes):
         raise RuntimeError(outputs[0][-2000:])
     peaks = [float(line.split()[1]) for out in outputs for line in out.splitlines() if line.startswith("PEAK ")]

@@ -23,6 +23,7 @@ other versions or on another machine.
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import sys
@@ -188,6 +189,7 @@ def run(doc: str | None, tables: Mapping[Table, Mapping[str, Measure]], argv: Se
     if args.short and args.write:
         parser.error("--short measures nothing that belongs on a page")
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     options = Options(args.short, 2 if args.short else args.turns)
     found: dict[str, list[dict[str, object]]] = {}
     for table, cases in tables.items():

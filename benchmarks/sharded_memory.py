@@ -43,9 +43,9 @@ def member(engine: str, method: str) -> float:
     import torch
     from ddp_runs import trainer
     from engines import strategy_of
+    from measuring import resident
     from torch import nn
     from torch.utils.data import DataLoader
-    from train_step import resident
     from transformers import BertConfig, BertForSequenceClassification
     from transformers.models.bert.modeling_bert import BertLayer
 

@@ -1,5 +1,7 @@
 """The benchmarks run, and what they write on the page of figures is whole, repeatable and marked."""
 
+import importlib
+import logging
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -13,6 +15,21 @@ from page import Row, Table, facts, run, written  # noqa: E402
 
 TABLE = Table("steps", "step / floor", command="python benchmarks/steps.py --write")
 PAGE = "before\n<!-- begin steps -->\n<!-- end steps -->\nafter\n"
+
+
+# One case of every kind; the figures of tiny models say nothing.
+SHORT = {
+    "train_step": ["BERT 2×128, 8×16: LoRA", "Llama 6×512, checkpointing: LoRA, all linear", "width 64: AdaLoRA"],
+    "method_step": ["prompt 20"],
+    "growth": ["plan", "attach by role", "last_good"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.delenv("ADAPTERS_PYTHON", raising=False)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
 
 
 def lines(page: str) -> list[list[str]]:
@@ -62,7 +79,6 @@ def test_a_page_without_the_place_is_refused() -> None:
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     cases = {"one": lambda options: Row("one", float(options.turns)), "two": lambda options: Row("two", 1.0)}
     run("words", {TABLE: cases}, ["--short", "--only", "one", "--json", str(tmp_path / "rows.json")])
     assert lines(capsys.readouterr().out)[2:] == [["one", "**2.00**", ""]]
@@ -71,3 +87,25 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
         with pytest.raises(SystemExit):
             run("words", {TABLE: cases}, wrong)
         assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_short_mode_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = importlib.import_module(name).TABLES
+    run("words", tables, ["--short", *(word for case in SHORT[name] for word in ("--only", case))])
+    assert len(lines(capsys.readouterr().out)) >= 3 + len(SHORT[name])
+
+
+def test_the_short_mode_of_memory_runs() -> None:
+    memory = importlib.import_module("peak_memory")
+    peak, whole = memory.step_peak(memory.MODEL, "LoRA", "lightning_pet", "short")
+    assert 0 <= peak <= whole + 50
+    assert memory.in_new_process(memory.__file__, "merge", memory.MODEL, "LoRA", "PEFT", "short") >= 0
+
+
+@pytest.mark.parametrize("name", [*SHORT, "peak_memory"])
+def test_every_table_has_its_place_on_the_page(name: str) -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for table in importlib.import_module(name).TABLES:
+        assert f"<!-- begin {table.name} -->" in page
+        assert f"<!-- end {table.name} -->" in page
