@@ -38,12 +38,20 @@ def record_at(root: nn.Module) -> Adaptation:
 
 
 def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
-    """Let these deltas act in this order, and no others, wherever no thread has chosen. The model is as it was before
-    if that cannot be.
+    """Let these deltas act in this order, and no others, wherever no thread has chosen; they train, where any does.
+
+    The model is as it was before if that cannot be.
 
     Raises:
         ArgumentError: if there is no such delta, or two have their own values for one tensor.
+        TargetError: if two cannot act on one layer.
     """
+    place(root, deltas)
+    let_train(root, deltas)
+
+
+def place(root: nn.Module, deltas: tuple[str, ...]) -> None:
+    """The same, but what rests goes on to rest."""
     record = record_at(root)
     check_known(deltas, record.names)
     check_sum(record, deltas)
@@ -64,7 +72,7 @@ def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
         for name in coming:
             del record.values[name]
         record.act(deltas)
-    let_train(root, deltas)
+    let_train(root, [name for name in deltas if name not in record.waiting])
 
 
 def let_train(root: nn.Module, deltas: Iterable[str]) -> None:
@@ -89,9 +97,7 @@ def remove(root: nn.Module, delta: str) -> None:
     check_known((delta,), record.names)
     refuse_in_use(record, delta, "removed")
     if delta in record.active and len(record.names) > 1:
-        training = [name for name in record.names if name not in record.waiting and name != delta]
-        activate(root, tuple(name for name in record.active if name != delta))
-        let_train(root, training)
+        place(root, tuple(name for name in record.active if name != delta))
     take_out(root, {applied.key for applied in record.applied if applied.delta == delta})
 
 
@@ -125,9 +131,7 @@ def owned(root: nn.Module, record: Adaptation, delta: str) -> tuple[str, ...]:
 
 
 def tensors_at(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and buffers by their canonical names, which are followed part by part; those that are not there are
-    left out.
-    """
+    """Parameters and buffers of these canonical names, each followed part by part; what is not there is left out."""
     found: dict[str, Tensor] = {}
     for name in names:
         path, _, own = name.rpartition(".")
@@ -176,7 +180,7 @@ def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) 
 
 def _is_held(tensor: Tensor) -> bool:
     """Whether others may hold the memory of a tensor, or it is of a kind whose memory is not to be exchanged."""
-    return type(tensor.data) is not Tensor or (tensor.device.type == "cpu" and tensor.is_shared())
+    return type(tensor.data) is not Tensor or (tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -225,4 +229,3 @@ def _fits(tensor: Tensor, value: Tensor, holders: Mapping[int, list[nn.Module]])
     modules = holders.get(id(tensor), [])
     sizes = [[module.__dict__.get(size) for size in _SIZES] for module in modules]
     return bool(modules) and all(tensor.shape[0] in size for size in sizes)
-

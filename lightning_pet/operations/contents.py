@@ -109,4 +109,3 @@ def check_fit(
             "arguments that the delta was trained with, to the same kind of model.",
             "mismatch",
         )
-

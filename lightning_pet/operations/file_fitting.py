@@ -181,9 +181,7 @@ def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
     return not target.parameter or weight_of(module, target.parameter) is not None
 
 
-def _check(
-    root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str], other_sizes: bool
-) -> None:
+def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str], other_sizes: bool) -> None:
     """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
     own = dict(named_tensors(root))
     trained = {name for item in prepared for name in item.trained}

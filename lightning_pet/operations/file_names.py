@@ -53,7 +53,9 @@ def check_rename(rename: Rename | None, stored: Stored) -> None:
     if rename is None:
         return
     if not isinstance(rename, Mapping) or not all(isinstance(p, str) for pair in rename.items() for p in pair):
-        raise ArgumentError(f"rename={rename!r}: give prefixes of the file and of the model, {{'model.': 'net.model.'}}.")
+        raise ArgumentError(
+            f"rename={rename!r}: give prefixes of the file and of the model, {{'model.': 'net.model.'}}."
+        )
     paths = [*stored.tensors, *(target.module for record in stored.methods for target in record.targets)]
     for old in rename:
         if not any(_dotted(path).startswith(old) for path in paths):

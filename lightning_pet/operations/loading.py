@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.choice import exchange, tensors_at
@@ -163,4 +163,3 @@ def _copy_beside(model: nn.Module, root_path: str, stored: Stored) -> None:
     inside = f"{root_path}."
     fitting = {n: t for n, t in stored.beside.items() if n in own and own[n].shape == t.shape}
     copy_in(model, {name: tensor for name, tensor in fitting.items() if not name.startswith(inside)})
-

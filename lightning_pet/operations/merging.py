@@ -28,18 +28,21 @@ class _Place(NamedTuple):
     delta: Delta
 
 
-def merged_weights(root: nn.Module, dequantize: bool = False) -> list[tuple[nn.Parameter, Tensor]]:
+def merged_weights(
+    root: nn.Module, dequantize: bool = False, deltas: Container[str] | None = None
+) -> list[tuple[nn.Parameter, Tensor]]:
     """The base parameters of an adapted root that deltas would change, and their values with the deltas added.
 
     Args:
         root: the adapted root.
         dequantize: quantised layers may become ordinary ones.
+        deltas: names of those to add; ``None``: all.
 
     Raises:
         NotMergeableError: naming the first delta that no weight expresses.
     """
     holders = _Holders(root)
-    places = _places(root)
+    places = _places(root, deltas)
     served: dict[tuple[str, int], set[int]] = {}
     for place in places:
         base = place.host._parameters.get(place.target.parameter)
@@ -124,11 +127,12 @@ def _made_from(made: _Made, holders: "_Holders", merged: Container[int]) -> list
     return [(parameter, values[name].detach()) for name, parameter in own._parameters.items()]
 
 
-def _places(root: nn.Module) -> list[_Place]:
+def _places(root: nn.Module, deltas: Container[str] | None) -> list[_Place]:
     record, modules = record_of(root), named_modules(root)
     found = [
         _Place(applied.key, target, modules[path], cast(Delta, modules[join(path, CHILD, key)]))
         for applied, target, path, key in (record.hosts() if record else ())
+        if deltas is None or applied.delta in deltas
     ]
     return sorted(found, key=lambda place: _ORDER.index(place.delta.path))
 

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
-from lightning_pet.insertion.choice import activate, record_at, refuse_in_use, remove
+from lightning_pet.insertion.choice import place, record_at, refuse_in_use, remove, tensors_at
 from lightning_pet.insertion.commit import take_out, undo
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.model.adaptation import Adaptation
@@ -113,10 +114,13 @@ def refuse_lost(record: Adaptation, verb: str) -> None:
 def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) -> None:
     """Add deltas into the base weights and take them out; what they have trained in place becomes the base's."""
     record = record_at(root)
-    staying = [name for name in record.names if name not in deltas]
-    merged = merged_weights(root, dequantize, deltas)
-    if staying:
-        _become_base(root, record, deltas)
+    before, staying = record.active, [name for name in record.names if name not in deltas]
+    place(root, deltas)  # what others have in place of the base's values is no part of the sum
+    try:
+        merged = merged_weights(root, dequantize, deltas)
+    except BaseException:
+        place(root, before)
+        raise
     with torch.no_grad():
         for parameter, weight in merged:
             if not is_quantised(parameter):
@@ -125,13 +129,11 @@ def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) ->
     for parameter, weight in merged:
         if is_quantised(parameter):
             replace_by_dense(root, parameter, weight)
-
-
-def _become_base(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> None:
-    """What deltas have trained in place is the base's from now on, also for those that stay."""
-    others = tuple(name for name in record.active if name not in deltas)
-    for delta in deltas:
-        for name, value in tensors_of(root, record, delta).items():
-            if name in record.originals:
-                record.originals[name] = value.detach().to("cpu", copy=True)
-    activate(root, others)
+    if staying:
+        rank_zero_warn(
+            f"{', '.join(map(repr, deltas))} is a part of the base now. {', '.join(map(repr, staying))} stayed in the "
+            "model: trained on the base without it, and, when saved from now on, saved as deltas of this one."
+        )
+        now = tensors_at(root, record.originals)
+        record.originals.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in now.items()})
+        place(root, tuple(name for name in before if name not in deltas))

@@ -307,7 +307,9 @@ def from_plain(value: object, where: str) -> Fingerprint:
         if fields[key] is not None:
             check_digest(fields[key], f"{where}.{key}")
     if len(fields.get("beside", {})) > _MAX_BESIDE:
-        raise fault(f"{where}.beside", f"found {len(fields['beside'])} deltas, expected at most {_MAX_BESIDE}.", "limit")
+        raise fault(
+            f"{where}.beside", f"found {len(fields['beside'])} deltas, expected at most {_MAX_BESIDE}.", "limit"
+        )
     for name, digest in fields.get("beside", {}).items():
         check_digest(digest, f"{where}.beside.{check_label(name, f'{where}.beside: a name')}")
     for kind, count in fields["dtypes"].items():
