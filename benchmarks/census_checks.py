@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lightning_pet
 from lightning_pet import Adapted, PETCallback, PETError
 from lightning_pet.model.named_roles import is_linear
-from lightning_pet.model.naming import CHILD, canonical, join
+from lightning_pet.model.naming import canonical
 from lightning_pet.model.structure import Structure
 from lightning_pet.operations.adapted import adapt
 from lightning_pet.probe.probe import analyse
@@ -185,7 +185,7 @@ def close(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
 
 def excused(subject: Subject, adapted: Adapted, name: str) -> bool:
     """No output depends on the host of this delta parameter, not even without the delta."""
-    places = {join(path, CHILD, key): target for _, target, path, key in adapted.record.hosts()}
+    places = {path: target for _, target, path in adapted.record.places()}
     target = next(target for path, target in places.items() if name.startswith(f"{path}."))
     return host_parameter(adapted.root, target) in subject.idle
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.insertion.method import Insertion, Method
-from lightning_pet.insertion.prepare import delta_key, is_shared
+from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.fusion import Fusable, Mixture, MixtureAround
-from lightning_pet.model.adaptation import Adaptation, record_of
+from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
 from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.unbuilt import without_memory
@@ -266,11 +266,11 @@ def _find(root: nn.Module, source: str) -> list[_Trained]:
             f"{known}. Give the path of a delta file or checkpoint, or one name with its method."
         )
     one = named[0]
-    modules, tensors = named_modules(root), dict(root.named_parameters(remove_duplicate=False))
+    tensors = dict(root.named_parameters(remove_duplicate=False))
     values: dict[str, Tensor] = {name: tensors[name] for name in one.trained}
-    for path, key in one.hosts:
-        packed = cast(Delta, modules[join(path, CHILD, key)]).packed()
-        values |= {join(path, CHILD, key, name): tensor for name, tensor in packed.items()}
+    for inserted in deltas_in(root):
+        if inserted.method is one:
+            values |= {join(inserted.path, name): tensor for name, tensor in inserted.delta.packed().items()}
     return [_Trained(source, one.method, one.config, _own(one.targets), values, key=one.key)]
 
 
@@ -335,14 +335,13 @@ def _method_of(description: Mapping[str, Any], source: str) -> Method:
 
 
 def _below(method: Method, insertion: Insertion, found: _Trained) -> dict[str, Tensor]:
-    return by_delta(found.tensors).get(join(insertion.target.module, CHILD, delta_key(method, insertion)), {})
+    return by_delta(found.tensors).get(insertion.path(method), {})
 
 
 def _require_fit(method: Method, built: Sequence[Insertion], found: _Trained) -> None:
     for insertion in built:
         if problems := insertion.delta.misfits(_below(method, insertion, found)):
-            place = join(insertion.target.module, CHILD, delta_key(method, insertion))
-            raise DeltaFileError(f"{found.source}: {place}.{problems[0]}.", "mismatch")
+            raise DeltaFileError(f"{found.source}: {insertion.path(method)}.{problems[0]}.", "mismatch")
 
 
 def _fill(method: Method, built: Sequence[Insertion], found: _Trained) -> None:

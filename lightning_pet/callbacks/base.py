@@ -17,8 +17,8 @@ from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
 from lightning_pet.insertion.method import METHODS, Insertion, key_of
 from lightning_pet.layers.delta import Delta
-from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import CHILD, canonical, delta_prefix, join, named_modules
+from lightning_pet.model.adaptation import deltas_in, record_of
+from lightning_pet.model.naming import canonical, delta_prefix, join, named_modules
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.strategies.private import logs_this_step
@@ -174,18 +174,13 @@ class PETCallback(Callback):
 
     def deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
         """This method's deltas in an adapted root, with their places; empty if it was not applied."""
-        record, modules = record_of(root), named_modules(root)
-        return [
-            (target, cast(Delta, modules[join(path, CHILD, key)]))
-            for applied, target, path, key in (record.hosts() if record else ())
-            if applied.key == key_of(self)
-        ]
+        return [(target, delta) for applied, target, _, delta, _ in deltas_in(root) if applied.key == key_of(self)]
 
     def training_deltas(self, root: nn.Module) -> list[tuple[Target, Delta]]:
         """Those of them that train: not the copies in twins, nor those in a part that is in no optimizer."""
         record = record_of(root)
         trains = {delta_prefix(name) for name in record.trainable_names} if record else set()
-        ids = {id(module) for path, module in named_modules(root).items() if path in trains}
+        ids = {id(inserted.delta) for inserted in deltas_in(root) if inserted.path in trains}
         return [(target, delta) for target, delta in self.deltas(root) if id(delta) in ids]
 
     def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:

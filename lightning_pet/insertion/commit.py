@@ -4,8 +4,8 @@ What may fail has failed before (:mod:`lightning_pet.insertion.prepare`); if any
 put back as it was.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,15 @@ from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
 from lightning_pet.insertion.host import attach, conceal, detach
 from lightning_pet.insertion.intact import guard, resized, unguard
 from lightning_pet.insertion.method import delta_name
-from lightning_pet.insertion.prepare import Prepared, delta_key
+from lightning_pet.insertion.prepare import Prepared
 from lightning_pet.insertion.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
-from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, record_of
+from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, record_of
 from lightning_pet.model.call import Switch
 from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
-from lightning_pet.model.naming import (
-    CHILD,
-    by_delta,
-    canonical,
-    delta_prefix,
-    has_module,
-    join,
-    named_modules,
-    named_tensors,
-)
+from lightning_pet.model.naming import by_delta, canonical, delta_prefix, has_module, join, named_tensors
 from lightning_pet.model.outside import mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
 
@@ -88,7 +79,7 @@ def _inserted(root: nn.Module, item: Prepared, switch: Switch, done: list[tuple[
     applied.trained, applied.readings = item.trained, dict(item.readings)
     applied.readers, applied.delta = list(item.readers), delta_name(method)
     for insertion, reader in zip(item.insertions, item.readers, strict=True):
-        key = delta_key(method, insertion)
+        key = insertion.key(method)
         attach(root, insertion.target, key, insertion.delta, reader, switch)
         done.append((insertion.target.module, key))
     applied.hosts = done[len(done) - len(item.insertions) :]
@@ -124,38 +115,38 @@ def _forget(record: Adaptation) -> None:
 
 
 def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
-    modules = named_modules(root)
     names, trainable = dict.fromkeys(record.delta_names), dict.fromkeys(record.trainable_names)
-    for applied in record.applied:
-        for path, key in applied.hosts:
-            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
-                full = join(path, CHILD, key, name)
-                if full not in names and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                    trainable[full] = None
-                names[full] = None
-        if applied.delta not in record.waiting:
-            trainable |= dict.fromkeys(applied.trained)
+    for full, tensor in _tensors(root, record):
+        if full not in names and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            trainable[full] = None
+        names[full] = None
+    awake = [applied for applied in record.applied if applied.delta not in record.waiting]
+    trainable |= dict.fromkeys(name for applied in awake for name in applied.trained)
     record.delta_names, record.trainable_names = tuple(names), tuple(trainable)
     record.scopes = tuple(sorted({*record.scopes, *(scope for item in prepared for scope in item.scopes)}))
     record.apart = tuple(sorted({*record.apart, *(path for item in prepared for path in item.apart)}))
 
 
+def _tensors(root: nn.Module, record: Adaptation) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the deltas by their names from the root."""
+    for inserted in record.deltas(root):
+        for name, tensor in named_tensors(inserted.delta):
+            yield join(inserted.path, name), tensor
+
+
 def renew(root: nn.Module) -> None:
     """Note the tensors of the deltas again, after some have exchanged theirs for others."""
-    record, modules = record_of(root), named_modules(root)
+    record = record_of(root)
     if record is None:
         return
     before, trained = set(record.delta_names), record.trained_names
     kept = before & {*record.trainable_names, *(name for own in record.waiting.values() for name in own)}
     names: dict[str, None] = {}
     trainable: dict[str, dict[str, None]] = {delta: {} for delta in record.names}
-    for applied in record.applied:
-        for path, key in applied.hosts:
-            for name, tensor in named_tensors(modules[join(path, CHILD, key)]):
-                full = join(path, CHILD, key, name)
-                names[full] = None
-                if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-                    trainable[applied.delta][full] = None
+    for full, tensor in _tensors(root, record):
+        names[full] = None
+        if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
+            trainable[str(delta_of(full))][full] = None
     record.delta_names = tuple(names)
     for delta, own in record.waiting.items():
         record.waiting[delta] = (*trainable.pop(delta), *(name for name in own if delta_of(name) is None))
@@ -171,12 +162,10 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = F
         tensors: of a file.
         held: an engine holds the parameters of the deltas.
     """
-    record, modules, found = record_of(root), named_modules(root), by_delta(tensors)
+    found = by_delta(tensors)
     changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
-    for _, _, path, key in record.hosts() if record else ():
-        prefix = join(path, CHILD, key)
-        delta = cast(Delta, modules[prefix])
-        own = found.get(prefix, {})
+    for _, _, _, delta, path in deltas_in(root):
+        own = found.get(path, {})
         before = delta, dict(delta._parameters), dict(delta._buffers)
         if delta.take_form(own, held=held):
             changed.append(before)
@@ -247,14 +236,9 @@ def leave_out(root: nn.Module, names: Collection[str]) -> None:
 
 def required_gradients(root: nn.Module) -> set[str]:
     """Delta parameters without which no step may be taken."""
-    record, modules = record_of(root), named_modules(root)
-    exempt = [
-        f"{join(path, CHILD, key)}."
-        for _, _, path, key in (record.hosts() if record else ())
-        if getattr(modules[join(path, CHILD, key)], "optional_gradient", False)
-    ]
-    names = record.delta_names if record else ()
-    return {name for name in names if not any(name.startswith(prefix) for prefix in exempt)}
+    record = record_of(root)
+    exempt = {path for _, _, _, delta, path in deltas_in(root) if getattr(delta, "optional_gradient", False)}
+    return {name for name in (record.delta_names if record else ()) if delta_prefix(name) not in exempt}
 
 
 def outgrown(root: nn.Module) -> bool:
@@ -279,11 +263,9 @@ def refresh(root: nn.Module) -> None:
     record.originals.clear()
     record.marks.clear()
     freeze(root)
-    modules = named_modules(root)
-    for _, target, path, key in record.hosts():
-        delta = cast(Delta, modules[join(path, CHILD, key)])
-        check_hosts(delta, modules[path], target.path, target.parameter)
-        initialize(delta, modules[path], target.parameter)
+    for _, target, host, delta, _ in record.deltas(root):
+        check_hosts(delta, host, target.path, target.parameter)
+        initialize(delta, host, target.parameter)
 
 
 def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
@@ -299,10 +281,9 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     if record is None:
         return
     leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
-    places = [host for applied in leaving for host in applied.hosts]
-    prefixes = {join(path, CHILD, key) for path, key in places}
-    gone = {name for name in record.delta_names if delta_prefix(name) in prefixes}
-    detach(root, [(path, key) for path, key in places if has_module(root, join(path, CHILD, key))])
+    places = {path: host for applied in leaving for path, host in zip(applied.paths, applied.hosts, strict=True)}
+    gone = {name for name in record.delta_names if delta_prefix(name) in places}
+    detach(root, [host for path, host in places.items() if has_module(root, path)])
     record.applied[:] = [applied for applied in record.applied if applied not in leaving]
     still = record.trained_in_place
     gone |= {name for applied in leaving for name in applied.trained if name not in still}

@@ -6,13 +6,12 @@ if the parameters had been exchanged.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
 
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta, Excerpt
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
+from lightning_pet.model.naming import by_delta, join
 
 
 def excerpts_of(root: nn.Module, prefix: str = "") -> dict[str, Excerpt | None]:
@@ -51,8 +50,6 @@ def as_held(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _deltas(root: nn.Module) -> Iterator[tuple[str, Delta]]:
-    record, modules = record_of(root), named_modules(root)
-    for _, _, path, key in record.hosts() if record else ():
-        place = join(path, CHILD, key)
-        if place in modules:
-            yield place, cast(Delta, modules[place])
+    record = record_of(root)
+    for inserted in record.deltas(root, pass_over_gone=True) if record else ():
+        yield inserted.path, inserted.delta

@@ -23,8 +23,7 @@ _ADVICE = "Resize or replace layers before the deltas are inserted (call remove(
 
 def sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]:
     """Declared sizes of the modules that host a delta or train as they are, by path."""
-    paths = {path for _, _, path, _ in record.hosts()} | {name.rpartition(".")[0] for name in record.trained_names}
-    return sizes_of(root, paths)
+    return sizes_of(root, record.host_paths() | {name.rpartition(".")[0] for name in record.trained_names})
 
 
 def sizes_of(root: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Any, ...]]:
@@ -110,7 +109,7 @@ def _resize(root: nn.Module, module: Any, new_num_tokens: int | None = None, *ar
         tables = [_table(module, name) for name in ("get_input_embeddings", "get_output_embeddings")]
         weights = {id(p) for table in tables if table is not None for p in table.parameters(recurse=False)}
         modules = named_modules(root)
-        used = {path for _, _, path, _ in record.hosts()} | {name.rpartition(".")[0] for name in record.trained_names}
+        used = record.host_paths() | {name.rpartition(".")[0] for name in record.trained_names}
         touched = sorted(
             path
             for path in used & modules.keys()

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.delta_names import DEFAULT, host_key
+from lightning_pet.model.naming import delta_path
 from lightning_pet.model.structure import Structure, Target
 
 
@@ -26,6 +27,15 @@ class Insertion:
     delta: Delta
     suffix: str = ""
     replaces: tuple[str, ...] = ()
+
+    def key(self, method: "Method") -> str:
+        """Name of the delta among those of its host."""
+        own = "_".join(part for part in (method.method, method.name, self.suffix) if part)
+        return host_key(own, delta_name(method))
+
+    def path(self, method: "Method") -> str:
+        """Path that the delta gets, from the root."""
+        return delta_path(self.target.module, self.key(method))
 
 
 @runtime_checkable

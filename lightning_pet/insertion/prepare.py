@@ -13,7 +13,6 @@ from lightning_pet.insertion.method import Insertion, Method, delta_name, key_of
 from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.delta_names import host_key
 from lightning_pet.model.layer_kinds import is_made, reader_of
 from lightning_pet.model.naming import canonical, join, module_at, named_modules
 from lightning_pet.model.quantised import check_hosts, check_trains
@@ -233,7 +232,7 @@ def _build(
     insertions = tuple(method.insertions(root, [target for target in places if target not in copied]))
     insertions += _mirrored(root, method, insertions, bases, twins, None if stored is None else copied)
     for insertion in insertions:
-        target, key = insertion.target, delta_key(method, insertion)
+        target, key = insertion.target, insertion.key(method)
         host = module_at(root, target.module)
         check_attachable(host, target, key)
         if target.reads is not None:
@@ -400,9 +399,3 @@ def _once(root: nn.Module, trained: Sequence[str], before: Sequence[Prepared]) -
 
 def _trains(trained: Sequence[str], target: Target) -> bool:
     return any(f"{name}.".startswith(f"{target.path}.") for name in trained)
-
-
-def delta_key(method: Method, insertion: Insertion) -> str:
-    """Name of a delta among those of its host."""
-    own = "_".join(part for part in (method.method, method.name, insertion.suffix) if part)
-    return host_key(own, delta_name(method))

@@ -15,7 +15,7 @@ from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import Switch
 from lightning_pet.model.fast_paths import set_aside
-from lightning_pet.model.naming import join, module_at, named_modules, named_tensors
+from lightning_pet.model.naming import join, named_modules, named_tensors
 
 _Places = list[tuple[nn.Module, dict[str, str]]]
 
@@ -27,8 +27,8 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
     What is trained in place keeps its values: this thread reads others. Only where an engine holds parts of the
     parameters are the values exchanged, for all threads: there every process runs one forward at a time.
     """
-    for _, _, path, key in record.hosts():  # user code may have put a copy of a host in its place
-        deltas_of(module_at(root, path)).belong(key, record.switch)
+    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
+        deltas_of(inserted.host).belong(inserted.key, record.switch)
     selection = record.selection(deltas)
     with ExitStack() as stack, ExitStack() as exposed:
         with LOCK:

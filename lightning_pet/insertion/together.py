@@ -1,15 +1,13 @@
 """Whether what was planned can act: side by side on one layer, and at all. Said before anything is inserted."""
 
 from collections.abc import Collection, Sequence
-from typing import cast
 
 from torch import nn
 
 from lightning_pet.errors import DeadSiteError, TargetError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
-from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import CHILD, join, named_modules
+from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.structure import Structure, Target, overlap
 
 
@@ -86,9 +84,8 @@ def _meet(target: Target, other: Target) -> bool:
 
 
 def _present(root: nn.Module, leaving: Collection[str], deltas: Collection[str]) -> list[tuple[Target, Delta]]:
-    record, modules = record_of(root), named_modules(root)
     return [
-        (target, cast(Delta, modules[join(path, CHILD, key)]))
-        for applied, target, path, key in (record.hosts() if record else ())
+        (target, delta)
+        for applied, target, _, delta, _ in deltas_in(root)
         if applied.key not in leaving and applied.delta in deltas
     ]

@@ -5,16 +5,17 @@ names in it are canonical and relative to the root, and are fixed when the delta
 sharding engines and compilers they could not be recovered later.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import Selection, Switch
 from lightning_pet.model.delta_names import DEFAULT, delta_of, host_key
 from lightning_pet.model.marks import Mark
-from lightning_pet.model.naming import canonical, named_tensors
+from lightning_pet.model.naming import canonical, delta_path, modules_on_the_way, named_tensors
 from lightning_pet.model.structure import Target
 
 RECORD = "_pet"  # attribute of the adapted root
@@ -53,10 +54,38 @@ class Applied:
         return host_key(f"{self.method}_{self.name}", self.delta)
 
     @property
+    def paths(self) -> list[str]:
+        """Paths of its deltas from the root, in the order of ``hosts``: what the names of their tensors begin with."""
+        return [delta_path(host, key) for host, key in self.hosts]
+
+    @property
     def label(self) -> str:
         """What people call it: its short name, with the user's name and the delta's if there are such."""
         own = self.method if self.name == "default" else f"{self.method}:{self.name}"
         return own if self.delta == DEFAULT else f"{own}@{self.delta}"
+
+
+class Inserted(NamedTuple):
+    """One delta where it sits.
+
+    Attributes:
+        method: what it belongs to, as it was applied.
+        target: its place, as it was resolved.
+        host: the module that holds it.
+        delta: the delta.
+        path: what the names of its tensors begin with, seen from the root.
+    """
+
+    method: Applied
+    target: Target
+    host: nn.Module
+    delta: Delta
+    path: str
+
+    @property
+    def key(self) -> str:
+        """Name of the delta among those of its host."""
+        return self.path.rpartition(".")[2]
 
 
 @dataclass
@@ -201,11 +230,40 @@ class Adaptation:
             return False
         return any(not scope or name.startswith(f"{scope}.") for scope in self.scopes)
 
-    def hosts(self) -> Iterable[tuple[Applied, Target, str, str]]:
-        """Every inserted delta as (method, target, host path, key)."""
+    def deltas(self, root: nn.Module, *, pass_over_gone: bool = False) -> Iterator[Inserted]:
+        """Every inserted delta with the module that holds it, in the order in which they came.
+
+        The one place where names become modules: what follows passes the modules on.
+
+        Args:
+            root: the adapted root.
+            pass_over_gone: leave out deltas whose hosts user code has replaced meanwhile.
+
+        Raises:
+            KeyError: with the path of a delta that is gone.
+        """
+        for applied, target, path in self.places():
+            way = list(modules_on_the_way(root, path))
+            if len(way) == path.count(".") + 2:
+                yield Inserted(applied, target, way[-3], cast(Delta, way[-1]), path)
+            elif not pass_over_gone:
+                raise KeyError(path)
+
+    def places(self) -> Iterator[tuple[Applied, Target, str]]:
+        """The same by name: (method, target, path of the delta), whether the modules are there or not."""
         for applied in self.applied:
-            for target, (path, key) in zip(applied.targets, applied.hosts, strict=False):
-                yield applied, target, path, key
+            for target, path in zip(applied.targets, applied.paths, strict=False):
+                yield applied, target, path
+
+    def host_paths(self) -> set[str]:
+        """Paths of the modules that hold deltas."""
+        return {path for applied in self.applied for path, _ in applied.hosts}
+
+
+def deltas_in(root: nn.Module) -> Iterator[Inserted]:
+    """Every delta of an adapted root; none if nothing was applied to it."""
+    record = record_of(root)
+    yield from record.deltas(root) if record is not None else ()
 
 
 def record_of(root: nn.Module) -> Adaptation | None:

@@ -82,7 +82,7 @@ def named_places(model: nn.Module) -> dict[str, nn.Module]:
     places: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         path = canonical(name)
-        if "pet" not in path.split("."):
+        if "pet" not in path or "pet" not in path.split("."):
             places.setdefault(path, module)
     return places
 

@@ -20,6 +20,8 @@ def canonical(name: str) -> str:
     >>> canonical("net._orig_mod.layer.0._checkpoint_wrapped_module.weight")
     'net.layer.0.weight'
     """
+    if not name.startswith("_") and "._" not in name:  # as almost all are, and this is asked for every tensor
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -70,11 +72,21 @@ def has_module(root: nn.Module, path: str) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while True:
+    while not _WRAPPERS.isdisjoint(module._modules):
         inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
         if inner is None:
             return module
         module = inner
+    return module
+
+
+def delta_path(host: str, key: str) -> str:
+    """Path of a delta: what the names of its tensors begin with.
+
+    >>> delta_path("layer.0", "lora_default")
+    'layer.0.pet.lora_default'
+    """
+    return join(host, CHILD, key)
 
 
 def delta_prefix(name: str) -> str:

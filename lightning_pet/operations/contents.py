@@ -1,17 +1,15 @@
 """What belongs to one delta of a model: its tensors as the model holds them, and as files do."""
 
 from collections.abc import Mapping
-from typing import cast
 
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.insertion.choice import tensors_at
 from lightning_pet.insertion.commit import changed_buffers
-from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_known, delta_of, in_file
-from lightning_pet.model.naming import CHILD, join, named_modules, named_tensors
+from lightning_pet.model.naming import join, named_tensors
 from lightning_pet.model.outside import changed_outside, outside_parameters
 
 
@@ -61,13 +59,9 @@ def changed_besides(root: nn.Module, record: Adaptation, delta: str) -> dict[str
 
 def packed(root: nn.Module, record: Adaptation, delta: str) -> dict[str, Tensor]:
     """A delta as files hold it: each part in its own form and under its own name, and what trains of the base."""
-    modules = named_modules(root)
     tensors = {name: t for name, t in tensors_of(root, record, delta).items() if delta_of(name) is None}
-    for applied, _, path, key in record.hosts():
-        if applied.delta == delta:
-            prefix = join(path, CHILD, key)
-            inserted = cast(Delta, modules[prefix]).packed()
-            tensors |= {join(prefix, name): tensor for name, tensor in inserted.items()}
+    for inserted in record.of(delta).deltas(root):
+        tensors |= {join(inserted.path, name): tensor for name, tensor in inserted.delta.packed().items()}
     return in_file(tensors)
 
 

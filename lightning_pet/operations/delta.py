@@ -17,7 +17,7 @@ from lightning_pet.model.naming import by_delta, join, named_tensors
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.base_check import Named, Whole, check_base
 from lightning_pet.operations.file_names import for_model
-from lightning_pet.operations.loading import deltas_in, insert
+from lightning_pet.operations.loading import deltas_of, insert
 from lightning_pet.operations.module_from_file import beside, build
 from lightning_pet.operations.saving import save
 from lightning_pet.store.archive import load_checkpoint
@@ -204,7 +204,7 @@ def start_from(
     if stored.base is not None:
         trained_then = [name for name in stored.tensors if name not in record.delta_names]
         check_base(stored.base, adapted.root, record, path, base_check, trained_then, whole)
-    deltas = deltas_in(adapted.root, record, method)
+    deltas = deltas_of(adapted.root, record, method)
     found = by_delta(stored.tensors)
     problems = [join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(found.get(prefix, {}))]
     if problems:

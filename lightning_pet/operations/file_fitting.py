@@ -11,11 +11,11 @@ from torch import nn
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.insertion.choice import misshapen
 from lightning_pet.insertion.method import Method, key_of
-from lightning_pet.insertion.prepare import Prepared, delta_key, is_shared, prepare
+from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
 from lightning_pet.layers.delta import kind_of
 from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.layer_kinds import weight_of
-from lightning_pet.model.naming import CHILD, by_delta, join, named_modules, named_tensors
+from lightning_pet.model.naming import by_delta, join, named_modules, named_tensors
 from lightning_pet.model.outside import outside_parameters
 from lightning_pet.model.structure import Target
 from lightning_pet.model.unbuilt import filled_later, without_memory
@@ -192,7 +192,7 @@ def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outsid
     found, unheld = by_delta(stored.tensors), 0
     for item in prepared:
         for insertion in item.insertions:
-            prefix = join(insertion.target.module, CHILD, delta_key(item.method, insertion))
+            prefix = insertion.path(item.method)
             tensors = found.pop(prefix, {})
             problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
             unheld += insertion.delta.unheld(tensors)

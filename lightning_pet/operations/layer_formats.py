@@ -48,7 +48,7 @@ def convert(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def _refuse_early_deltas(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     root = root_of(module)[1]
     record, modules = record_of(root), named_modules(root)
-    hosts = {path for _, _, path, _ in record.hosts()} if record else set()
+    hosts = record.host_paths() if record else set()
     plain = sorted(path for path in hosts if base_class(modules[path]) is nn.Linear)
     converted = any(is_quantised(p) for p in root.parameters()) or any(_of_engine(m) for m in root.modules())
     if plain and not converted:

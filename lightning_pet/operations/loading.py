@@ -1,8 +1,8 @@
 """A stored delta into a model: checked completely before the model changes, and taken out again if anything fails."""
 
 from collections.abc import Iterable
-from typing import cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError
@@ -14,7 +14,7 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import without_values
 from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.delta_names import check_delta_name, delta_of
-from lightning_pet.model.naming import CHILD, by_delta, join, named_modules, named_tensors
+from lightning_pet.model.naming import by_delta, named_tensors
 from lightning_pet.model.outside import note_changed
 from lightning_pet.operations.base_check import check_base, check_beside
 from lightning_pet.operations.file_fitting import Fit, faults_of, fitted, methods_of
@@ -61,11 +61,11 @@ def insert(
         methods = methods_of(stored, delta)
     acts = not present.applied or delta in present.active
     fit = fitted(root, stored, methods, acts=acts, other_sizes=name is not None or bool(present.applied))
-    _refuse_overwriting(present, delta, fit.trained)
     if stored.base is not None:
         trained = {*fit.trained, *left}
         check_base(stored.base, root, present, stored.path, base_check, trained, back=back(rename) if rename else None)
         check_beside(stored.base, root, present, stored.path, base_check)
+    _warn_overwritten(present, delta, fit.trained, stored.path)
     with faults_of(stored.path, f"does not fit this {type(root).__name__}"):
         prepared = fit.build()
         accompany_runs()
@@ -98,15 +98,13 @@ def _name_of(record: Adaptation, stored: Stored, name: str | None) -> str:
     return name
 
 
-def _refuse_overwriting(record: Adaptation, delta: str, trained: Iterable[str]) -> None:
-    """A file that joins a delta without a name of its own must not overwrite what is there."""
-    there = record.trained_by(delta).keys() | record.claims.get(delta, frozenset())
-    if both := sorted(there & set(trained)):
-        raise ArgumentError(
-            f"the delta {delta!r} in this model has its own values for {both[0]}"
-            + (f" and {len(both) - 1} more tensors" if len(both) > 1 else "")
-            + ", which the file would overwrite. Load the file as a delta of its own: load_delta(model, path, "
-            "name='second'); adapted.activate('second') lets it act. Or load it with heads=False."
+def _warn_overwritten(record: Adaptation, delta: str, trained: Iterable[str], path: object) -> None:
+    """A file that joins a delta, as it was given no name of its own, brings its own values of what that has trained."""
+    if both := sorted(record.trained_by(delta).keys() & set(trained)):
+        rank_zero_warn(
+            f"{path}: {', '.join(both[:4])}{' …' * (len(both) > 4)} had values of the delta {delta!r}, which this file "
+            "joins, and has those of the file from now on. To keep both, and choose, load the file as a delta of its "
+            "own: load_delta(model, path, name='second'); or leave its heads out: heads=False."
         )
 
 
@@ -114,7 +112,7 @@ def _fill(model: nn.Module, root: nn.Module, record: Adaptation, stored: Stored,
     """Copy the values in: where they act now into the model, else into the record."""
     found = by_delta(stored.tensors)
     for method in fit.methods:
-        for prefix, inserted in deltas_in(root, record, method).items():
+        for prefix, inserted in deltas_of(root, record, method).items():
             if prefix in found:
                 inserted.unpack(found[prefix])
     renew(root)
@@ -138,14 +136,10 @@ def _fill(model: nn.Module, root: nn.Module, record: Adaptation, stored: Stored,
         record.beside[delta] = dict(stored.base.beside)
 
 
-def deltas_in(root: nn.Module, record: Adaptation, method: Method | None = None) -> dict[str, Delta]:
-    """Inserted deltas (of one method) by their path from the root."""
-    modules = named_modules(root)
-    return {
-        join(path, CHILD, key): cast(Delta, modules[join(path, CHILD, key)])
-        for applied, _, path, key in record.hosts()
-        if method is None or applied.key == key_of(method)
-    }
+def deltas_of(root: nn.Module, record: Adaptation, method: Method) -> dict[str, Delta]:
+    """Inserted deltas of one method by their path from the root."""
+    key = key_of(method)
+    return {inserted.path: inserted.delta for inserted in record.deltas(root) if inserted.method.key == key}
 
 
 def _held_wider(stored: Stored) -> set[str]:

@@ -10,9 +10,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pet.errors import NotMergeableError
 from lightning_pet.layers.delta import Delta, Tied
-from lightning_pet.model.adaptation import record_of
+from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.layer_kinds import is_made
-from lightning_pet.model.naming import CHILD, canonical, join, named_modules
+from lightning_pet.model.naming import canonical, join, named_modules
 from lightning_pet.model.quantised import check_replaceable, dense_values, is_quantised
 from lightning_pet.model.structure import Target
 
@@ -128,10 +128,9 @@ def _made_from(made: _Made, holders: "_Holders", merged: Container[int]) -> list
 
 
 def _places(root: nn.Module, deltas: Container[str] | None) -> list[_Place]:
-    record, modules = record_of(root), named_modules(root)
     found = [
-        _Place(applied.key, target, modules[path], cast(Delta, modules[join(path, CHILD, key)]))
-        for applied, target, path, key in (record.hosts() if record else ())
+        _Place(applied.key, target, host, delta)
+        for applied, target, host, delta, _ in deltas_in(root)
         if deltas is None or applied.delta in deltas
     ]
     return sorted(found, key=lambda place: _ORDER.index(place.delta.path))

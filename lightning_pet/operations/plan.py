@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.model.adaptation import Adaptation
-from lightning_pet.model.naming import CHILD, by_delta, canonical, join, module_at
+from lightning_pet.model.naming import by_delta, canonical, join
 from lightning_pet.model.quantised import numbers_in
 from lightning_pet.targets.heads import frozen_outputs
 
@@ -82,14 +82,13 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     parameters = {canonical(n): p for n, p in root.named_parameters(remove_duplicate=False)}
     rows, users, trainable = [], _users(record), set(record.trainable_names)
     found = by_delta(parameters)
-    for applied, target, path, key in record.hosts():
-        prefix = join(path, CHILD, key)
+    for applied, target, _, delta, prefix in record.deltas(root):
         own = found.get(prefix, {})
         if not own and applied.key in users:
             continue  # it has nothing but what is shared
         trained = [p for n, p in own.items() if join(prefix, n) in trainable]
         place = f"shared by {users[applied.key]} places" if is_shared(target) else target.path
-        note = getattr(module_at(root, prefix), "note", "")
+        note = getattr(delta, "note", "")
         numbers = sum(p.numel() for p in trained)
         frozen = sum(p.numel() for p in own.values()) - numbers
         notes = [note] * bool(note) + [f"{frozen:,} frozen"] * bool(frozen)
@@ -98,8 +97,8 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     for name in record.trained_names:
         parameter = parameters[name]
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
-    delta = set(record.delta_names)
-    base = sum(numbers_in(p) for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in delta)
+    inserted = set(record.delta_names)
+    base = sum(numbers_in(p) for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in inserted)
     # Twins that the user keeps are not new.
     asleep = [path for path in frozen_outputs(root, record.scopes, record.trained_names) if record.in_base(path)]
     return Plan(tuple(rows), base, tuple(asleep))

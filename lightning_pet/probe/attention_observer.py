@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,7 @@ from lightning_pet.attention import functions
 from lightning_pet.attention.interface import observed
 from lightning_pet.model.structure import AttentionCore, Route
 from lightning_pet.probe.graph import is_view_name
+from lightning_pet.probe.thinned import thinned
 from lightning_pet.probe.trace import Call, Recorder
 
 _HIDDEN = -1e3
@@ -70,12 +72,14 @@ class Observer(TorchFunctionMode):
     Args:
         recorder: knows which modules are running.
         keep: also keep the keys and values.
+        thin: only the graph is read: large products take part of their columns (:mod:`.thinned`).
     """
 
-    def __init__(self, recorder: Recorder, keep: bool = False) -> None:
+    def __init__(self, recorder: Recorder, keep: bool = False, thin: bool = False) -> None:
         super().__init__()
         self.recorder = recorder
         self.keep = keep
+        self.thin = thin
         self.seen: list[Seen] = []
         self._inside = 0  # within a function that was noted already
         self._products: list[_Product] = []
@@ -124,6 +128,8 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """See :class:`torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
+        if self.thin and func is F.linear and (result := thinned(args, kwargs)) is not None:
+            return result
         result = func(*args, **kwargs)
         kind = None if self._inside else functions.FUNCTIONS.get(func)
         if kind == functions.PRODUCT:

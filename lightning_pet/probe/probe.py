@@ -34,7 +34,7 @@ class UnreadableGraphError(TargetError):
     """The forward ran, but its graph has a form that is not understood: no fault of who gave it."""
 
 
-def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
+def probe(model: nn.Module, forward: Callable[[], Any], *, thin: bool = False) -> Structure:
     """Find out the structure of ``model`` by running ``forward`` once.
 
     The model is left exactly as it was (parameters, gradients, buffers, modes, hooks, random states),
@@ -43,6 +43,7 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
     Args:
         model: the model; paths in the result are relative to it.
         forward: runs ``model`` on a small batch and returns any nest of tensors (outputs or a loss).
+        thin: nobody looks at the numbers of this forward, so large products need not be computed whole.
 
     Returns:
         The structure as this one forward shows it.
@@ -53,7 +54,7 @@ def probe(model: nn.Module, forward: Callable[[], Any]) -> Structure:
     """
     with undisturbed(model):
         recorder = Recorder(model)
-        observer = Observer(recorder)
+        observer = Observer(recorder, thin=thin)
         with recorder.attached() as record:
             try:
                 with observer:
@@ -129,7 +130,7 @@ def _first_success(
             failure = str(error)
     for candidate in candidate_forwards(model):
         try:
-            return probe(model, candidate), failure, None
+            return probe(model, candidate, thin=True), failure, None
         except TargetError as error:
             own = own or str(error)
     return None, failure, own

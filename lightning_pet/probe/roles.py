@@ -89,7 +89,9 @@ def ffn_uses(
         if pair is None:
             continue
         gates, ups = pair
-        if any(not graph.gemms[j].pointwise or mixes_positions(graph, Edge(i, 0), j) for j in (*gates, *ups)):
+        # Pointwise, so it mixes nothing itself: what it reads tells the same without its product.
+        mixed = Edge(i, 0) if "Convolution" in graph.names[i] else _input_edge(graph, i)
+        if any(not graph.gemms[j].pointwise or mixes_positions(graph, mixed, j) for j in (*gates, *ups)):
             continue
         _note(uses[gemm.weight], "ffn.down", i, None, False)
         downs.append(i)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import is_partition, without_values
-from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import CHILD, join, named_modules, named_tensors
+from lightning_pet.model.adaptation import deltas_in
+from lightning_pet.model.naming import named_tensors
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
-from lightning_pet.strategies.sharded import ShardedAdapter, deltas_of
+from lightning_pet.strategies.sharded import ShardedAdapter
 from lightning_pet.strategies.strategy import CheckpointRules, Named, flat_names, trainable
 
 _KEY = "deepspeed"
@@ -88,16 +88,15 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         names = {"bf16": torch.bfloat16, "fp16": torch.float16}
         enabled = [dtype for name, dtype in names.items() if config.get(name, {}).get("enabled")]
         if enabled and any(is_partition(parameter) for parameter in root.parameters()):
-            for _, _, delta in deltas_of(root):
+            for _, _, _, delta, _ in deltas_in(root):
                 for parameter in delta.parameters():
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.to(enabled[0])
 
     def _materialize(self, root: nn.Module) -> None:
-        modules, record = named_modules(root), record_of(root)
-        for _, target, path, key in record.hosts() if record else ():
-            delta: Any = modules[join(path, CHILD, key)]
-            weight = modules[path]._parameters.get(target.parameter)
+        for _, target, host, found, _ in deltas_in(root):
+            delta: Any = found
+            weight = host._parameters.get(target.parameter)
             if not any(p.is_meta for p in delta.parameters()) or (weight is not None and weight.is_meta):
                 continue
             delta.to_empty(device=self.strategy.root_device)

@@ -25,10 +25,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.insertion.slot import Deltas
 from lightning_pet.layers.delta import Delta, Part
+from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.naming import canonical, named_tensors
 from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import scaled_norm
-from lightning_pet.strategies.sharded import ShardedAdapter, deltas_of, own_units
+from lightning_pet.strategies.sharded import ShardedAdapter, own_units
 from lightning_pet.strategies.strategy import CheckpointRules, Named, flat_names
 
 
@@ -123,11 +124,11 @@ class FSDPAdapter(ShardedAdapter[FSDPStrategy]):
 
     def _refuse_mixed_units(self, root: nn.Module) -> None:
         """A delta that others use is no unit of its own, and a unit has one precision."""
-        deltas = deltas_of(root)
-        own = {id(p) for _, _, delta in deltas for p in delta.parameters()}
+        deltas = [(delta, path) for _, _, _, delta, path in deltas_in(root)]
+        own = {id(p) for delta, _ in deltas for p in delta.parameters()}
         cast = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(self.strategy.precision_plugin.precision)
         base = next((cast or p.dtype for p in root.parameters() if id(p) not in own and p.is_floating_point()), None)
-        for path, _, delta in deltas:
+        for delta, path in deltas:
             if id(delta) not in self._units and base and any(p.dtype != base for p in delta.parameters()):
                 raise UnsupportedStrategyError(
                     f"{path} is used by several modules, so that on FSDP1 it has a unit together with base weights. "

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import is_sharded
+from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.naming import canonical, join, named_modules
 from lightning_pet.strategies import private
-from lightning_pet.strategies.sharded import ShardedAdapter, deltas_of, own_units
+from lightning_pet.strategies.sharded import ShardedAdapter, own_units
 from lightning_pet.strategies.strategy import CheckpointRules, trainable
 
 
@@ -39,8 +40,8 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
         self.settle()
         modules = named_modules(root)
         alone = {path for path, _ in own_units(root)}
-        for path, host_path, delta in deltas_of(root):
-            mesh = _mesh_around(modules, host_path)
+        for _, target, _, delta, path in deltas_in(root):
+            mesh = _mesh_around(modules, target.module)
             if mesh is None or not any(not is_sharded(p) for p in delta.parameters()):
                 continue
             if path not in alone:

@@ -6,7 +6,7 @@ process that writes keeps them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded, placed, whole
-from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import CHILD, canonical, join, named_modules
+from lightning_pet.model.adaptation import deltas_in
+from lightning_pet.model.naming import canonical
 from lightning_pet.model.quantised import format_of, is_quantised
 from lightning_pet.strategies.strategy import CheckpointRules, Named, StrategyAdapter
 
@@ -59,10 +59,10 @@ class ShardedAdapter(StrategyAdapter[P]):
             UnsupportedStrategyError: if a weight is quantised.
         """
         self._refuse_quantised(root)
-        deltas = deltas_of(root)
-        on_meta = {path for path, _, delta in deltas if any(p.is_meta for p in delta.parameters())}
+        deltas = list(deltas_in(root))
+        on_meta = {path for _, _, _, delta, path in deltas if any(p.is_meta for p in delta.parameters())}
         if complete:
-            for path, _, delta in deltas:
+            for _, _, _, delta, path in deltas:
                 if path in self._on_meta - on_meta:
                     delta.reset_parameters()
         self._on_meta, self.materialized_late = on_meta, complete and bool(on_meta)
@@ -162,18 +162,11 @@ class ShardedAdapter(StrategyAdapter[P]):
         }
 
 
-def deltas_of(root: nn.Module) -> list[tuple[str, str, Delta]]:
-    """Path of every delta, path of its host, and the delta; an engine may have wrapped it."""
-    record, modules = record_of(root), named_modules(root)
-    places = [(join(path, CHILD, key), path) for _, _, path, key in (record.hosts() if record else ())]
-    return [(path, host, cast(Delta, modules[path])) for path, host in places]
-
-
 def own_units(root: nn.Module) -> list[tuple[str, Delta]]:
     """Path and delta of those that only their hosts call, so that they may be units of their own."""
-    deltas = deltas_of(root)
-    used = {id(value) for _, _, delta in deltas for value in vars(delta).values() if isinstance(value, Delta)}
-    return [(path, delta) for path, _, delta in deltas if delta.path != "shared" and id(delta) not in used]
+    deltas = [(delta, path) for _, _, _, delta, path in deltas_in(root)]
+    used = {id(value) for delta, _ in deltas for value in vars(delta).values() if isinstance(value, Delta)}
+    return [(path, delta) for delta, path in deltas if delta.path != "shared" and id(delta) not in used]
 
 
 def _wholes(named: Named) -> Named:

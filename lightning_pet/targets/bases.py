@@ -110,8 +110,9 @@ def frozen_by_user(root: nn.Module) -> frozenset[str]:
 def base_parameters_of(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters without those of deltas, each under each of its canonical names."""
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        if CHILD not in canonical(name).split("."):
-            yield canonical(name), parameter
+        own = canonical(name)
+        if CHILD not in own or CHILD not in own.split("."):
+            yield own, parameter
 
 
 def can_train(parameter: nn.Parameter) -> bool:

@@ -183,7 +183,8 @@ class _Scope:
                 self.names[self.first[module]] += dict.fromkeys(
                     (canonical(name), join(structure.prefix, canonical(name)))
                 )
-        places = [(path, name) for module, path in self.first.items() for name in _parameters(module)]
+        self.parameters = {path: _parameters(module) for module, path in self.first.items()}
+        places = [(path, name) for path, names in self.parameters.items() for name in names]
         self.place = {place: i for i, place in enumerate(places)}
         self.unresolved: Sequence[Target] = structure.unresolved
         self.roles: dict[tuple[str, str], list[Target]] = {}
@@ -281,11 +282,10 @@ class _Scope:
         matches = name_matcher(pattern)
         targets: list[Target] = []
         for module, path in self.first.items():
-            own = _weights(module)
             if any(matches(name) for name in self.names[path]):
-                targets.extend(self._target(path, name) for name in own if self._hosts(path, name))
+                targets.extend(self._target(path, name) for name in _weights(module) if self._hosts(path, name))
                 continue
-            for name in _parameters(module):
+            for name in self.parameters[path]:
                 full = [f"{alias}.{name}".lstrip(".") for alias in self.names[path]]
                 if any(matches(alias) for alias in full) and self._hosts(path, name):
                     targets.append(self._target(path, name))

@@ -27,7 +27,7 @@ from lightning_pet.insertion.method import key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import described, record_of
-from lightning_pet.model.naming import CHILD, by_delta, canonical, delta_prefix, join
+from lightning_pet.model.naming import by_delta, canonical, delta_prefix, join
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import StartingMethod, insert_methods, is_applied, start
@@ -341,7 +341,7 @@ class Controller:
             return None
         parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
         delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.planned_names}
-        places = {join(path, CHILD, key): (applied, target) for applied, target, path, key in record.hosts()}
+        places = {path: (applied, target) for applied, target, path in record.places()}
         hosts = {
             join(prefix, place, name): join(prefix, host_parameter(self.adapted.root, target))
             for place, names in by_delta(dict.fromkeys(record.delta_names)).items()

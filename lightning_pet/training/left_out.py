@@ -62,9 +62,9 @@ def _own(root: nn.Module, record: Adaptation, applied: Applied, method: Any) -> 
     heads = {target.module for target in applied.targets if target.role == HEAD}
     named = target_patterns(method)
     prefixes = {
-        join(path, CHILD, key)
-        for target, (path, key) in zip(applied.targets, applied.hosts, strict=False)
-        if path and not any(_is_path_of(pattern, target) for pattern in named)
+        path
+        for target, path in zip(applied.targets, applied.paths, strict=False)
+        if target.module and not any(_is_path_of(pattern, target) for pattern in named)
     }
     names = [*applied.trained, *(name for name in record.delta_names if delta_prefix(name) in prefixes)]
     trains = set(record.trainable_names)

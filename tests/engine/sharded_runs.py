@@ -15,11 +15,11 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from ddp_runs import Dealt, Mean, on_a_full_disk  # noqa: E402  # it silences warnings and logs, too
 from engines import PLUS, make, trained_parameters  # noqa: E402
-from lightning_pet.engine import agreement  # noqa: E402
 from models import Data, backwards, cosine, every_step, lora, trainer  # noqa: E402
 
 from lightning_pet.errors import PETError  # noqa: E402
 from lightning_pet.operations.delta import save_delta  # noqa: E402
+from lightning_pet.strategies import agreement  # noqa: E402
 
 
 class Gradients(L.Callback):

@@ -245,7 +245,7 @@ def test_one_method_or_name_or_layer_need_not_be_a_list():
     )
     chosen.layers_to_transform = None
     adapted = apply(Net(), chosen)
-    assert [target.module for _, target, _, _ in adapted.record.hosts()] == ["fc1"]
+    assert [target.module for _, target, _ in adapted.record.places()] == ["fc1"]
     assert all(name.startswith("head.") for name in adapted.record.trained_names)
 
 

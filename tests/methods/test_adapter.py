@@ -76,7 +76,7 @@ def adapted(build: str, **options: Any) -> tuple[nn.Module, Callable[[nn.Module]
 def places(model: nn.Module, **options: Any) -> list[str]:
     """Hosts, without touching the model."""
     handle = apply(model, [AdapterCallback(bottleneck_size=SIZE, **options)])
-    found = [path for _, _, path, _ in handle.record.hosts()]
+    found = [target.module for _, target, _ in handle.record.places()]
     handle.remove()
     return found
 
@@ -246,7 +246,7 @@ def test_a_dropout_that_both_branches_share_hosts_nothing() -> None:
     model = SharedDropout()
     x = torch.randn(2, 3, 16)
     handle = apply(model, [AdapterCallback(bottleneck_size=SIZE)], forward=lambda: model(x))
-    assert [path for _, _, path, _ in handle.record.hosts()] == ["project", "down"]
+    assert [target.module for _, target, _ in handle.record.places()] == ["project", "down"]
 
 
 def test_a_layer_that_runs_several_times_has_one_adapter() -> None:
@@ -266,7 +266,7 @@ def test_a_layer_that_runs_several_times_has_one_adapter() -> None:
     for placement, count in (("houlsby", 2), ("pfeiffer", 1), ("parallel", 1)):
         handle = apply(model, [AdapterCallback(placement, bottleneck_size=SIZE)])
         perturb(handle)
-        assert len(list(handle.record.hosts())) == count
+        assert len(list(handle.record.places())) == count
         assert (model(ids).last_hidden_state - base).abs().max() > 0.1
         handle.remove()
 
@@ -415,4 +415,4 @@ def test_a_sub_layer_without_a_sum_is_named() -> None:
     ):
         apply(model, [AdapterCallback(bottleneck_size=SIZE)])
     handle = apply(model, [AdapterCallback(bottleneck_size=SIZE, exclude_modules=["layer.1.intermediate"])])
-    assert len(list(handle.record.hosts())) == 3
+    assert len(list(handle.record.places())) == 3

@@ -105,14 +105,14 @@ def test_layers_without_an_activation_that_can_be_read() -> None:
         adapted = apply(experts, AdapterBiasCallback(), forward=lambda: run(experts))
     survey, run = zoo.mixtral()
     same = apply(survey, AdapterBiasCallback(form="survey"), forward=lambda: run(survey))
-    assert [t.module for _, t, _, _ in adapted.record.hosts()] == [t.module for _, t, _, _ in same.record.hosts()]
+    assert [t.module for _, t, _ in adapted.record.places()] == [t.module for _, t, _ in same.record.places()]
     assert adapted.plan().trainable == same.plan().trainable
 
     mixed, run = zoo.llama()
     mixed.model.layers[1].mlp = zoo.mixtral()[0].model.layers[0].mlp
     with pytest.warns(UserWarning, match="in 1 layers"):
         adapted = apply(mixed, AdapterBiasCallback(), forward=lambda: run(mixed))
-    places = [target for _, target, _, _ in adapted.record.hosts()]
+    places = [target for _, target, _ in adapted.record.places()]
     assert [(bool(t.parameter), t.module.split(".")[2]) for t in places] == [(True, "0"), (False, "1")]
 
 

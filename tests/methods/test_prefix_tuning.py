@@ -101,7 +101,7 @@ def test_count_is_two_l_d_per_attention(attention: str) -> None:
         model, run = zoo.t5()
         adapted = apply(model, [PrefixTuningCallback(**DIRECT, where=where)], forward=lambda m=model, r=run: r(m))
         assert len(prefixes(model)) == count
-        assert {path.split(".")[0] for _, _, path, _ in adapted.record.hosts()} == {where}
+        assert {target.module.split(".")[0] for _, target, _ in adapted.record.places()} == {where}
 
 
 def test_a_budget_picks_the_length() -> None:
