@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
-from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, take_out
+from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, take_out, undo
 from lightning_pet.insertion.intact import sizes_of
 from lightning_pet.insertion.together import check_acting
 from lightning_pet.layers.sharding import holds_parts, whole_shape
@@ -99,6 +99,15 @@ def remove(root: nn.Module, delta: str) -> None:
     if delta in record.active and len(record.names) > 1:
         place(root, tuple(name for name in record.active if name != delta))
     take_out(root, {applied.key for applied in record.applied if applied.delta == delta})
+
+
+def remove_all(root: nn.Module) -> None:
+    """Take every delta out: the model is what it was before the first came."""
+    record = record_at(root)
+    own = tensors_at(root, record.originals)
+    if len(record.names) > 1 or any(whole_shape(t) != record.originals[name].shape for name, t in own.items()):
+        place(root, ())
+    undo(root)
 
 
 def refuse_in_use(record: Adaptation, delta: str, what: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, PETError
-from lightning_pet.insertion.choice import activate, refuse_in_use
-from lightning_pet.insertion.commit import check_sum, commit, copy_in, undo
+from lightning_pet.insertion.choice import activate, refuse_in_use, remove_all
+from lightning_pet.insertion.commit import check_sum, commit, copy_in
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
@@ -220,7 +220,8 @@ class Adapted(Mapping[str, OneDelta]):
             raise ArgumentError(f"the delta {delta!r} does not act: call activate({delta!r}) first.")
         self.check_fit(tensors)
         record.claims.pop(delta, None)
-        copy_in(self.root, {name: record.originals[name] for name in changed_besides(self.root, record, delta)})
+        changed = changed_besides(self.root, record, delta).keys() & record.originals.keys()
+        copy_in(self.root, {name: record.originals[name] for name in changed})
         copy_in(self.root, tensors)
         note_changed(self.root, tensors)
 
@@ -242,7 +243,7 @@ class Adapted(Mapping[str, OneDelta]):
         for name in record.names:
             refuse_in_use(record, name, "removed")
         check_restorable(self.root, record)
-        undo(self.root)
+        remove_all(self.root)
 
     def merge_(self, *, dequantize: bool = False) -> None:
         """Add the delta into its base weights and take it out; trained heads keep their trained values.

@@ -7,8 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
-from lightning_pet.insertion.choice import place, record_at, refuse_in_use, remove, tensors_at
-from lightning_pet.insertion.commit import take_out, undo
+from lightning_pet.insertion.choice import place, record_at, refuse_in_use, remove, remove_all, tensors_at
+from lightning_pet.insertion.commit import take_out
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_known
@@ -81,7 +81,7 @@ class OneDelta:
         refuse_lost(self.record, "removed")
         if len(record.names) == 1:
             check_restorable(self.root, record)
-            undo(self.root)
+            remove_all(self.root)
         else:
             remove(self.root, self.name)
 
