@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.naming import canonical, named_tensors
+from lightning_pet.model.naming import canonical, named_tensors, split_below
 from lightning_pet.model.outside import renormalised
 from lightning_pet.operations.contents import packed
 from lightning_pet.store.entry import describe
@@ -141,7 +141,7 @@ def check_base(
         return
     named = base_parameters(root, record, trained)
     if within:
-        named = [(n.removeprefix(f"{within}."), tensor) for n, tensor in named if n.startswith(f"{within}.")]
+        named = list(split_below(dict(named), within)[0].items())
     if back is not None:
         named = [(then, tensor) for name, tensor in named if (then := back(name)) is not None]
     result = compare(saved, whole(named), exact=policy == "exact")

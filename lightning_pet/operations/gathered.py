@@ -9,6 +9,7 @@ from torch import nn
 from lightning_pet.errors import ArgumentError
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import delta_of, in_file
+from lightning_pet.model.naming import split_below
 from lightning_pet.operations.base_check import base_fingerprint
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.manifest import Manifest
@@ -54,15 +55,13 @@ def save_gathered(
         together("save_delta")
     strategy = adapter.strategy
     path = strategy.broadcast(path)
-    prefix = f"{manifest.root}." if manifest.root else ""
     if any(delta in record.waiting for delta in record.names):
         raise ArgumentError(
             f"the delta {record.names[0]!r} does not train in this run, and the engine gathers those that do. Save it "
             "in a process that holds the model as a whole."
         )
     # As for a checkpoint: outside of the writing process nothing but shapes is kept.
-    state = strategy.lightning_module_state_dict()
-    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    tensors, _ = split_below(strategy.lightning_module_state_dict(), manifest.root)
     tensors = in_file({n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)})
     manifest = replace(manifest, base=base_fingerprint(root, record, tensors, exact, adapter.whole))
     write = strategy.is_global_zero
