@@ -9,11 +9,10 @@ from torch import nn
 from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.method import Method
 from lightning_pet.model.delta_names import DEFAULT, in_model, is_delta_name
-from lightning_pet.model.naming import CHILD
+from lightning_pet.model.naming import CHILD, is_below
 from lightning_pet.model.structure import Target
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored
-from lightning_pet.targets.bases import is_below
 from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 
 Rename = Mapping[str, str]
