@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
-from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, take_out, undo
+from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, keys_of, take_out, undo
 from lightning_pet.insertion.intact import sizes_of
 from lightning_pet.insertion.together import check_acting
 from lightning_pet.layers.sharding import holds_parts, whole_shape
@@ -98,7 +98,7 @@ def remove(root: nn.Module, delta: str) -> None:
     refuse_in_use(record, delta, "removed")
     if delta in record.active and len(record.names) > 1:
         place(root, tuple(name for name in record.active if name != delta))
-    take_out(root, {applied.key for applied in record.applied if applied.delta == delta})
+    take_out(root, keys_of(root, (delta,)))
 
 
 def remove_all(root: nn.Module) -> None:

@@ -4,7 +4,7 @@ What may fail has failed before (:mod:`lightning_pet.insertion.prepare`); if any
 put back as it was.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,15 @@ from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_i
 from lightning_pet.model.call import Switch
 from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
-from lightning_pet.model.naming import by_delta, canonical, delta_prefix, has_module, join, named_tensors
+from lightning_pet.model.naming import (
+    by_delta,
+    canonical,
+    delta_prefix,
+    has_module,
+    join,
+    named_parameters,
+    named_tensors,
+)
 from lightning_pet.model.outside import mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
 
@@ -37,7 +45,7 @@ def commit(root: nn.Module, prepared: Sequence[Prepared], *, acts: bool = True) 
         acts: a delta that is new to the model acts, beside those that do.
     """
     created = record_of(root) is None
-    before = {canonical(name): parameter.requires_grad for name, parameter in root.named_parameters()}
+    before = {name: parameter.requires_grad for name, parameter in named_parameters(root)}
     record: Adaptation = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
     forbid_repacking(root)
     known, state = record.names, (record.active, record.switch.selection, dict(record.waiting), record.trainable_names)
@@ -206,11 +214,12 @@ def freeze(root: nn.Module) -> None:
         return
     own, planned = set(record.delta_names), {*record.planned_names, *record.trained_in_place}
     # By identity: a tied tensor has several names, of which the record holds one.
-    named = [(canonical(name), p) for name, p in root.named_parameters(remove_duplicate=False)]
-    inside = {id(p) for name, p in named if name in own or record.in_base(name)}
-    inside |= {id(p) for name, p in named if name in planned}
+    named = named_parameters(root, every_name=True)
+    inside_names = {*own, *planned, *record.of_base(dict(named))}
+    inside = {id(p) for name, p in named if name in inside_names}
     outside = {id(p): name for name, p in reversed(named) if p.requires_grad and id(p) not in inside}
-    kept = [name for name in record.trainable_names if name in planned or not record.in_base(name)]
+    base = record.of_base(record.trainable_names)
+    kept = [name for name in record.trainable_names if name in planned or name not in base]
     record.trainable_names = tuple(dict.fromkeys((*kept, *reversed(outside.values()))))
     _keep_originals(root, record)
     mark_outside(root)
@@ -247,7 +256,7 @@ def outgrown(root: nn.Module) -> bool:
     if record is None:
         return False
     tensors, own = dict(named_tensors(root)), set(record.delta_names)
-    parameters = {canonical(name) for name, _ in root.named_parameters()} - own
+    parameters = {name for name, _ in named_parameters(root)} - own
     return not own <= tensors.keys() or not parameters <= record.flags.keys() or bool(resized(root, record))
 
 
@@ -306,6 +315,27 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     del root.__dict__[RECORD]
 
 
+def keys_of(root: nn.Module, deltas: Container[str]) -> set[str]:
+    """:attr:`Applied.key` of the methods of these deltas."""
+    record = record_of(root)
+    return {applied.key for applied in (record.applied if record else ()) if applied.delta in deltas}
+
+
+def forget(root: nn.Module, paths: Collection[str]) -> None:
+    """Detach some deltas, by their paths, of methods that stay."""
+    record, gone = record_of(root), set(paths)
+    if record is None or not gone:
+        return
+    detach(root, [host for a in record.applied for path, host in zip(a.paths, a.hosts, strict=True) if path in gone])
+    for applied in record.applied:
+        kept = [i for i, path in enumerate(applied.paths) if path not in gone]
+        without = applied.targets[len(applied.hosts) :]
+        applied.targets = (*(applied.targets[i] for i in kept), *without)
+        applied.readers = [applied.readers[i] for i in kept]
+        applied.hosts = [applied.hosts[i] for i in kept]
+    renew(root)
+
+
 def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:
     """Take methods out and put back what they trained besides, as far as its original was in memory."""
     record = record_of(root)
@@ -344,7 +374,7 @@ def note_users_flags(root: nn.Module) -> bool:
     record = record_of(root)
     if record is None:
         return False
-    now = {canonical(name): p.requires_grad for name, p in root.named_parameters()}
+    now = {name: p.requires_grad for name, p in named_parameters(root)}
     changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
     record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
     return changed

@@ -250,6 +250,9 @@ class Adapted(Mapping[str, OneDelta]):
 
         Of several, ``adapted[name].merge_()`` merges one.
 
+        Weights are changed in place, one after the other, after all of them were checked: no second copy is made.
+        An interruption (Ctrl-C) waits until the last one is done.
+
         Args:
             dequantize: a layer whose weight is quantised becomes an ordinary linear layer with the dequantised
                 weight plus its delta. Without this such a merge is refused: a quantised format cannot hold the sum.

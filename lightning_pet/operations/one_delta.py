@@ -2,19 +2,16 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
 from lightning_pet.insertion.choice import place, record_at, refuse_in_use, remove, remove_all, tensors_at
-from lightning_pet.insertion.commit import take_out
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_known
-from lightning_pet.model.quantised import is_quantised, replace_by_dense
 from lightning_pet.operations.contents import tensors_of
-from lightning_pet.operations.merging import merged_weights
+from lightning_pet.operations.merging import merge_deltas
 from lightning_pet.operations.plan import Plan, plan_of
 from lightning_pet.operations.saving import save
 from lightning_pet.store.reader import PathLike
@@ -117,18 +114,10 @@ def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) ->
     before, staying = record.active, [name for name in record.names if name not in deltas]
     place(root, deltas)  # what others have in place of the base's values is no part of the sum
     try:
-        merged = merged_weights(root, dequantize, deltas)
+        merge_deltas(root, dequantize, deltas if staying else None)
     except BaseException:
         place(root, before)
         raise
-    with torch.no_grad():
-        for parameter, weight in merged:
-            if not is_quantised(parameter):
-                parameter.copy_(weight)
-    take_out(root, {applied.key for applied in record.applied if applied.delta in deltas})
-    for parameter, weight in merged:
-        if is_quantised(parameter):
-            replace_by_dense(root, parameter, weight)
     if staying:
         rank_zero_warn(
             f"{', '.join(map(repr, deltas))} is a part of the base now. {', '.join(map(repr, staying))} stayed in the "
