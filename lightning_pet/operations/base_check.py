@@ -12,7 +12,8 @@ from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.naming import canonical, named_tensors
 from lightning_pet.model.outside import renormalised
 from lightning_pet.store.entry import describe
-from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
+from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
+from lightning_pet.store.remembered import Fingerprint
 
 POLICIES: Final = ("error", "exact", "warn", "off")
 Named = Iterable[tuple[str, Tensor]]

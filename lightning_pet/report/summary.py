@@ -1,15 +1,20 @@
 """What a delta file or checkpoint holds, for people and for programs."""
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.model.naming import CHILD
-from lightning_pet.store.reader import Stored, read
+from lightning_pet.model.structure import is_shared
+from lightning_pet.store.container import TYPES, TensorRecord
+from lightning_pet.store.manifest import Manifest
+from lightning_pet.store.paths import is_delta_file
+from lightning_pet.store.values import norm, verified_norms
 from lightning_pet.training.titled import show_table
 
 
@@ -23,47 +28,51 @@ def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DeltaFileError: if the file is damaged or not ours.
     """
-    stored = read(path)
+    manifest, norms = verified_norms(path) if is_delta_file(path) else _of_checkpoint(path)
+    sizes = {record.name: math.prod(record.shape) for record in manifest.tensors}
+    base = manifest.base
     return {
         "path": str(path),
         "bytes": Path(path).stat().st_size,
-        "parameters": sum(tensor.numel() for tensor in stored.tensors.values()),
-        "methods": [_method(stored, index) for index in range(len(stored.methods))],
-        "tensors": {
-            name: {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "norm": _norm(tensor),
-            }
-            for name, tensor in sorted(stored.tensors.items())
-        },
-        "base": None if stored.base is None else {"structure": stored.base.structure, "sample": stored.base.sample},
+        "parameters": sum(sizes.values()),
+        "methods": [_method(manifest, index, sizes) for index in range(len(manifest.methods))],
+        "tensors": {record.name: _tensor(record, norms) for record in sorted(manifest.tensors)},
+        "base": None if base is None else {"structure": base.structure, "sample": base.sample},
     }
 
 
-def _norm(tensor: Any) -> float:
-    return float(tensor.double().norm())
+def _of_checkpoint(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, float]]:
+    from lightning_pet.store.reader import read  # of torch, as the file is
+    from lightning_pet.store.tensors import describe
+
+    stored = read(path)
+    norms = {name: norm(tensor.detach().double().numpy()) for name, tensor in stored.tensors.items()}
+    return Manifest(stored.methods, describe(stored.tensors), stored.base, stored.root), norms
 
 
-def _method(stored: Stored, index: int) -> dict[str, Any]:
-    record = stored.methods[index]
-    own = [tensor for name, tensor in stored.tensors.items() if _owner(stored, name) == index]
+def _tensor(record: TensorRecord, norms: Mapping[str, float]) -> dict[str, Any]:
+    kind = TYPES[record.dtype][0] if record.dtype in TYPES else record.dtype
+    return {"shape": list(record.shape), "dtype": kind, "norm": norms[record.name]}
+
+
+def _method(manifest: Manifest, index: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    record = manifest.methods[index]
     return {
         "method": record.method,
         "name": record.name,
         "config": dict(record.config),
         "places": [target.path for target in record.targets if not is_shared(target) and target.role != "head"],
-        "parameters": sum(tensor.numel() for tensor in own),
+        "parameters": sum(size for name, size in sizes.items() if _owner(manifest, name) == index),
     }
 
 
-def _owner(stored: Stored, name: str) -> int | None:
+def _owner(manifest: Manifest, name: str) -> int | None:
     """Index of the method that a tensor belongs to; ``None`` for trained base tensors."""
     host, _, rest = f".{name}".rpartition(f".{CHILD}.")
     key = rest.partition(".")[0]
     fits = {
         len(f"{record.method}_{record.name}"): index
-        for index, record in enumerate(stored.methods)
+        for index, record in enumerate(manifest.methods)
         if f"{key}_".startswith(f"{record.method}_{record.name}_")  # a suffix tells parts of one projection apart
         and host.removeprefix(".") in {target.module for target in record.targets}
     }
