@@ -171,7 +171,7 @@ def layer(turns: int) -> dict[str, float]:
         return out.addmm_(x @ a.t(), b.t(), alpha=delta.scale)
 
     def node() -> Any:
-        arguments = (x, w, bias, a, b, None, None, delta.scale, False, None)
+        arguments = (x, w, bias, a, b, None, None, delta.scale, False, None, None, None, 1.0)
         return low_rank_product._LowRankLinear.apply(*arguments)
 
     def best(function: Callable[[], Any]) -> float:

@@ -53,7 +53,8 @@ def _joined(prefix: Tensor, real: Tensor) -> Tensor:
             f"prefix tuning: this attention was called with keys or values of shape {tuple(real.shape)}; its prefix "
             f"is for {heads} heads of {features} features. Exclude this site."
         )
-    return torch.cat([prefix.to(real.dtype).expand(*real.shape[:-3], -1, -1, -1), real], dim=-2)
+    prefix = prefix if prefix.dtype == real.dtype else prefix.to(real.dtype)
+    return torch.cat([prefix.expand(*real.shape[:-3], -1, -1, -1), real], dim=-2)
 
 
 class InterfaceObserver(Protocol):
@@ -118,7 +119,8 @@ def live_prefixes(module: nn.Module) -> list[LivePrefix]:
     pet = module._modules.get("pet")
     if pet is None:
         return []
-    found = [getattr(delta, "live", None) for delta in pet.active("around")]  # type: ignore[operator]
+    around = HERE.call.around  # nothing runs around anything almost always: no need to ask what acts
+    found = [getattr(delta, "live", None) for delta in pet.active("around")] if around else []  # type: ignore[operator]
     return [live for live in found if live is not None]
 
 

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Path
-from lightning_pet.layers.low_rank_base import Init, LowRank, Rows, check_rank, precise
+from lightning_pet.layers.low_rank_base import Init, LowRank, OwnBias, Rows, check_rank
+from lightning_pet.layers.low_rank_dora import Dora, dora_linear
 from lightning_pet.layers.low_rank_product import (
     add_low_rank,
     compute_dtype,
@@ -20,7 +21,7 @@ from lightning_pet.layers.low_rank_product import (
 )
 
 
-class LowRankLinear(LowRank):
+class LowRankLinear(OwnBias):
     """LoRA or DoRA on a linear layer: ``y = x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ``.
 
     Args:
@@ -77,36 +78,11 @@ class LowRankLinear(LowRank):
             rows=rows,
             device=device,
             dtype=dtype,
+            bias=bias,
         )
-        self.bias = nn.Parameter(self.b.new_zeros(self.b.shape[0])) if bias else None
         # A and B as they are, and nothing else: decided once, because generation asks in every layer for every token.
-        self._bare = self.rows is None and self.a0 is None and not bias and not use_dora
-
-    def reset_parameters(self) -> None:
-        """Draw A, set B (and the bias) to zero; see :meth:`LowRank.reset_parameters`."""
-        super().reset_parameters()
-        bias = getattr(self, "bias", None)  # the first call comes from the constructor, before there is one
-        if bias is not None:
-            nn.init.zeros_(bias)
-
-    @property
-    def changes_bias(self) -> bool:  # type: ignore[override]
-        """With a bias of its own."""
-        return self.bias is not None
-
-    @property
-    def needs_bias(self) -> bool:  # type: ignore[override]
-        """With a bias of its own."""
-        return self.bias is not None
-
-    @torch.no_grad()
-    def merged_bias(self, bias: Tensor) -> Tensor:
-        """``bias + s · own``."""
-        return (bias.to(precise(bias)) + self._own_bias(precise(bias))).to(bias.dtype)
-
-    def _own_bias(self, dtype: torch.dtype) -> Tensor:
-        assert self.bias is not None
-        return self._spread(self.bias.to(dtype).unsqueeze(-1)).squeeze(-1) * self.scale
+        own = type(self)._flat_a is LowRank._flat_a
+        self._bare = own and self.rows is None and self.a0 is None and not bias and not use_dora
 
     def forward(
         self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
@@ -142,17 +118,20 @@ class LowRankLinear(LowRank):
         x = x.to(dtype)
         a, b = self._flat_a().to(dtype), self._spread(self.b).to(dtype)
         if weight is None:
-            return self._add(output, x, self._drop(x), a, b)  # type: ignore[arg-type]
+            return self._add(output, x, a, b)  # type: ignore[arg-type]
         matrix = self._matrix(weight)
         if self.use_dora:
-            return self._dora(x, F.linear(x, matrix, bias) if output is None else output, matrix, bias, a, b)
-        if self._drops() or self.bias is not None or not is_plain(weight):
-            return self._add(F.linear(x, matrix, bias), x, self._drop(x), a, b)
-        origin, merged = self._origin(dtype), prefers_merged(x, weight)
-        if origin is not None and not merged:
-            return self._add(F.linear(x, matrix, bias), x, x, a, b)
+            return self._dora(x, output, matrix, bias, a, b)
+        if not is_plain(weight):
+            return self._add(F.linear(x, matrix, bias), x, a, b)
+        drops = self._drops()
+        merged = not drops and prefers_merged(x, weight)
+        if self.bias is not None:
+            offset = self._own_bias(self.bias.dtype)
+            bias = offset if bias is None else bias + offset
         matrix, bias = matrix.to(dtype), None if bias is None else bias.to(dtype)
-        return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin)
+        origin, dropout = self._origin(dtype), self.dropout if drops else 0.0
+        return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin, dropout=dropout)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -160,48 +139,41 @@ class LowRankLinear(LowRank):
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self._drops() else x
-
     def _origin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.a0 is None or self.b0 is None:
             return None
         return self.a0.to(dtype), self._spread(self.b0).to(dtype)
 
-    def _add(self, output: Tensor, x: Tensor, dropped: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        origin = self._origin(x.dtype)
-        if origin is None:
-            output = add_low_rank(output, dropped, a, b, self.scale)
+    def _add(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        origin, drops = self._origin(x.dtype), self._drops()
+        if origin is None and not drops:
+            output = add_low_rank(output, x, a, b, self.scale)
         else:
-            # Both terms first: their difference is exactly zero at the start, their sums with the output are not.
-            change = F.linear(F.linear(dropped, a), b) - F.linear(F.linear(x, origin[0]), origin[1])
-            output = torch.add(output, change.to(output.dtype), alpha=self.scale)
-        if self.bias is not None:
-            output = output + self._own_bias(output.dtype)
-        return output
+            dropout = self.dropout if drops else 0.0
+            output = low_rank_linear(
+                x, None, None, a, b, self.scale, merged=False, origin=origin, product=output, dropout=dropout
+            )
+        return output if self.bias is None else output + self._own_bias(output.dtype)
 
     @property
     def reads_weight(self) -> bool:  # type: ignore[override]
         """DoRA does, for its norms."""
         return self.use_dora
 
-    def _dora(self, x: Tensor, output: Tensor, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def _dora(
+        self, x: Tensor, output: Tensor | None, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    ) -> Tensor:
         """Base output plus what rescaling and the low-rank term add: exactly the base output at the start."""
         assert self.magnitude is not None
-        dropped, origin = self._drop(x), self._origin(x.dtype)
-        if dropped is not x:
-            product = F.linear(dropped, matrix.to(x.dtype))
-        else:
-            product = output if bias is None else output - bias.to(output.dtype)
-        change = F.linear(F.linear(dropped, a), b)
-        if origin is not None:
-            change = change - F.linear(F.linear(dropped, origin[0]), origin[1])
-        change = change * self.scale
-        own = self._take(matrix)
         with torch.autocast(x.device.type, enabled=False):
-            factor = self.magnitude / self._norm(own.to(precise(own))).to(self.magnitude.dtype)
-        excess = self._spread((factor - 1).unsqueeze(-1)).squeeze(-1).to(output.dtype)
-        return output + change + excess * (product + change)
+            with torch.no_grad():
+                changed = self._changed(self._take(matrix))
+                norm = torch.linalg.vector_norm(changed, dim=-1).to(self.magnitude.dtype)
+                changed = self._put(matrix, changed)
+            excess = self._spread((self.magnitude / norm - 1).unsqueeze(-1)).squeeze(-1)
+        matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        layer = Dora(matrix, bias, a, b, excess, self.scale, self._origin(x.dtype), changed)
+        return dora_linear(x, layer, product=output, dropout=self.dropout if self._drops() else 0.0)
 
 
 class LowRankParameter(LowRank):

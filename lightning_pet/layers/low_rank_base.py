@@ -8,7 +8,7 @@ untouched, so the delta can be taken off exactly.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -163,11 +163,16 @@ class LowRank(Delta):
             change = change - self.b0.view_as(b).to(dtype) @ self.a0.view_as(a).to(dtype)
         return change * self.scale
 
+    def _changed(self, matrix: Tensor) -> Tensor:
+        """These rows with the low-rank change added, in at least float32; a constant to autograd."""
+        with torch.no_grad():
+            matrix = matrix.to(precise(matrix))
+            return matrix + self._change(matrix.dtype)
+
     def _norm(self, matrix: Tensor) -> Tensor:
         """Norm of each output feature's effective weight, before DoRA rescales it; a constant to autograd."""
-        with torch.no_grad():
-            norm: Tensor = torch.linalg.vector_norm(matrix + self._change(matrix.dtype), dim=-1)
-            return norm
+        norm: Tensor = torch.linalg.vector_norm(self._changed(matrix), dim=-1)
+        return norm
 
     def _effective(self, weight: Tensor, *, drop: bool = False) -> Tensor:
         """The weight as the host reads it; ``drop``: where it is training, with dropout."""
@@ -212,6 +217,47 @@ class LowRank(Delta):
         parts += [f"dropout={self.dropout:g}"] * bool(self.dropout) + [f"init={self.init!r}"] * (self.init != "kaiming")
         parts += ["use_dora=True"] * self.use_dora + [f"rows={self.rows}"] * (self.rows is not None)
         return ", ".join(parts)
+
+
+class OwnBias(LowRank):
+    """A low-rank delta whose B may have a bias of its own, which merges into the host's.
+
+    Attributes:
+        bias: one number per row of B, trained; ``None`` without.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias = nn.Parameter(self.b.new_zeros(self.b.shape[0])) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Draw A, set B (and the bias) to zero; see :meth:`LowRank.reset_parameters`."""
+        super().reset_parameters()
+        bias = getattr(self, "bias", None)  # the first call comes from the constructor, before there is one
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    @property
+    def changes_bias(self) -> bool:  # type: ignore[override]
+        """With a bias of its own."""
+        return self.bias is not None
+
+    @property
+    def needs_bias(self) -> bool:  # type: ignore[override]
+        """With a bias of its own."""
+        return self.bias is not None
+
+    @torch.no_grad()
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """``bias + s · own``."""
+        return (bias.to(precise(bias)) + self._own_bias(precise(bias))).to(bias.dtype)
+
+    def _own_bias(self, dtype: torch.dtype) -> Tensor:
+        """``s · own`` for all output features."""
+        assert self.bias is not None
+        return self._spread(self.bias.to(dtype).unsqueeze(-1)).squeeze(-1) * self.scale
 
 
 def check_rank(r: int) -> None:

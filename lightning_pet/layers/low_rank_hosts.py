@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Path
-from lightning_pet.layers.low_rank_base import Init, LowRank, check_rank, precise
+from lightning_pet.layers.low_rank_base import Init, LowRank, OwnBias, check_rank
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -122,7 +122,7 @@ class EmbeddingWeight(LowRankEmbedding):
         return self._effective(weight, drop=True)
 
 
-class LowRankConv(LowRank):
+class LowRankConv(OwnBias):
     """LoRA on a convolution of one to three dimensions: a convolution to r channels, then one of size 1.
 
     A is [r, in / groups, *kernel] and B [out, r, 1, ...]. With ``groups > 1`` every group of inputs
@@ -199,31 +199,8 @@ class LowRankConv(LowRank):
             use_dora=use_dora,
             device=device,
             dtype=dtype,
+            bias=bias,
         )
-        self.bias = nn.Parameter(self.b.new_zeros(out_channels)) if bias else None
-
-    def reset_parameters(self) -> None:
-        """Draw A, set B (and the bias) to zero; see :meth:`LowRank.reset_parameters`."""
-        super().reset_parameters()
-        bias = getattr(self, "bias", None)  # the first call comes from the constructor, before there is one
-        if bias is not None:
-            nn.init.zeros_(bias)
-
-    @property
-    def changes_bias(self) -> bool:  # type: ignore[override]
-        """With a bias of its own."""
-        return self.bias is not None
-
-    @property
-    def needs_bias(self) -> bool:  # type: ignore[override]
-        """With a bias of its own."""
-        return self.bias is not None
-
-    @torch.no_grad()
-    def merged_bias(self, bias: Tensor) -> Tensor:
-        """``bias + s · own``."""
-        assert self.bias is not None
-        return (bias.to(precise(bias)) + self.bias.to(precise(bias)) * self.scale).to(bias.dtype)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Apply the delta.
@@ -244,7 +221,7 @@ class LowRankConv(LowRank):
         b = self._flat_b().to(x.dtype).reshape(self.out_features, -1, *ones)
         inner = conv(x, a, None, self.stride, padding, self.dilation, self.groups)
         output = torch.add(output, conv(inner, b, groups=self.groups).to(output.dtype), alpha=self.scale)
-        return output if self.bias is None else output + (self.bias * self.scale).to(output.dtype).view(-1, *ones)
+        return output if self.bias is None else output + self._own_bias(output.dtype).view(-1, *ones)
 
     def _pads(self) -> list[int]:
         """Elements to add before and after each dimension, last dimension first, as F.pad wants them."""

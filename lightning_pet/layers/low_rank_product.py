@@ -8,6 +8,7 @@ products, and the input gradient is the base's, added to the low-rank one in the
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from lightning_pet.layers.transforms import apply_node, is_transformed
 
 _PLAIN = (Tensor, nn.Parameter)
 _SMALL = 2**15
+_BITS = 53
+_CHUNK = 1 << 16  # numbers that stay in a cache
 
 Origin = tuple[Tensor, Tensor]
 """(A0, B0), whose product is subtracted from B A."""
@@ -54,7 +57,7 @@ def prefers_merged(x: Tensor, weight: Tensor) -> bool:
 def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: Origin | None) -> Tensor:
     """``W + s (B A - B0 A0)`` for ``weight`` [out, in].
 
-    The difference is taken before anything else, so that it is exactly zero while A = A0 and B = B0.
+    It is exactly W while A = A0 and B = B0.
     The result has the layout of ``weight``: with another one the product would round differently.
     """
     if not weight.is_contiguous() and weight.t().is_contiguous():
@@ -62,15 +65,16 @@ def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: Origin |
         return shifted(weight.t(), b.t(), a.t(), scale, swapped).t()
     if origin is None:
         return torch.addmm(weight, b, a, alpha=scale)
-    return torch.add(weight, b @ a - origin[1] @ origin[0], alpha=scale)
+    # B A - B0 A0 = (B - B0) A + B0 (A - A0): no product has the size of the weight.
+    return torch.addmm(torch.addmm(weight, b - origin[1], a, alpha=scale), origin[1], a - origin[0], alpha=scale)
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Base product and low-rank term in one node, in either form.
+    """Base product (or one that is there already) and low-rank term in one node, in either form.
 
-    Beside its parameters it keeps x (or what gives x) and, in the activation form, x Aᵀ, its second
-    output. Skinny products are taken as [r, tokens]: with a short first side they run two to four
-    times as fast as with a short last one.
+    Beside its parameters it keeps x (or what gives x), one byte per number of x where it drops some, and, in the
+    activation form, x Aᵀ, its second output. Skinny products are taken as [r, tokens]: with a short first side they
+    run two to four times as fast as with a short last one.
     """
 
     generate_vmap_rule = True
@@ -78,7 +82,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -87,61 +91,103 @@ class _LowRankLinear(torch.autograd.Function):
         scale: float,
         merged: bool,
         rebuild: Callable[..., Tensor] | None,
+        product: Tensor | None,
+        mask: Tensor | None,
+        kept: float,
         *sources: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         if merged:
-            return _own(F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias)), None
-        inner = _reduced(x.reshape(-1, x.shape[-1]), a).t()
-        output = F.linear(x, weight, bias).contiguous()
-        flat = output.view(-1, output.shape[-1])
-        if torch.compiler.is_compiling():  # torch 2.11 loses the node's gradients when it traces the form below
-            return _own(torch.addmm(flat, inner.t(), b.t(), alpha=scale).view(output.shape)), inner
-        flat.addmm_(inner.t(), b.t(), alpha=scale)
-        return _own(output), inner
+            assert weight is not None
+            return owned(F.linear(x, shifted(weight, a, b, scale, _pair(a0, b0)), bias)), None
+        output, inner = _activation_form(x, weight, bias, a, b, _pair(a0, b0), scale, product, mask, kept)
+        return owned(output), inner
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        x, weight, _, a, b, a0, b0, ctx.scale, _, ctx.rebuild, *sources = inputs
+        x, weight, _, a, b, a0, b0, ctx.scale, _, ctx.rebuild, _, mask, ctx.kept, *sources = inputs
         inner = output[1]
         if inner is not None:
             ctx.mark_non_differentiable(inner)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, a, b, a0, b0, inner, *(sources or (x,)))
+        ctx.save_for_backward(weight, a, b, a0, b0, inner, mask, *(sources or (x,)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight, a, b, a0, b0, inner, *sources = ctx.saved_tensors
+        weight, a, b, a0, b0, inner, mask, *sources = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, *others = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * 5
+        grads: list[Tensor | None] = [None] * (5 + len(others))
         if grad is None:
-            return (*grads, *(None for _ in others))
+            return tuple(grads)
+        if ctx.needs_input_grad[10]:
+            grads[10] = grad
+        scale = ctx.scale * ctx.kept
         g = grad.reshape(-1, grad.shape[-1])
-        gb = (b * ctx.scale).t() @ g.t()
+        gb = (b * scale).t() @ g.t()
         if torch.is_grad_enabled():
             inner = None  # a second derivative is wanted, which a non-differentiable output would lose
+        if mask is not None:
+            mask = mask.view(-1, mask.shape[-1])
         if need_weight or need_a or (need_b and inner is None):
             x = ctx.rebuild(*sources) if ctx.rebuild is not None else sources[0]
             x = x.reshape(-1, x.shape[-1])
+            if need_weight:
+                grads[1] = g.t() @ x
+            x = x if mask is None else x * mask
+            if need_b and inner is None:
+                inner = a @ x.t()
+            if need_a:
+                grads[3] = gb @ x
+            del x  # before the gradient of its size is made
         if need_b:
-            inner = a @ x.t() if inner is None else inner
-            grads[4] = ((inner @ g) * ctx.scale).t()
-        if need_a:
-            grads[3] = gb @ x
-        if need_weight:
-            grads[1] = g.t() @ x
+            grads[4] = ((inner @ g) * scale).t()
         if need_bias:
             grads[2] = g.sum(0)
         if need_x:
             flat = gb.t() @ a
+            if mask is not None:
+                flat.mul_(mask)
             if a0 is not None:
                 flat = flat - (g @ (b0 * ctx.scale)) @ a0
-            # The large product adds to the small one, not the reverse: one pass less over the result.
-            flat.addmm_(g, weight)
+            if weight is not None:  # the large product adds to the small one, not the reverse: one pass less
+                flat.addmm_(g, weight)
             grads[0] = flat.view(*grad.shape[:-1], flat.shape[-1])
-        return (*grads, *(None for _ in others))
+        return tuple(grads)
 
 
-def _own(output: Tensor) -> Tensor:
+def _activation_form(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    origin: Origin | None,
+    scale: float,
+    product: Tensor | None,
+    mask: Tensor | None,
+    kept: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, and x Aᵀ as [r, tokens]."""
+    flat_x = x.reshape(-1, x.shape[-1])
+    inner = _reduced(flat_x if mask is None else flat_x * mask.view(flat_x.shape), a).t()
+    if weight is None:
+        assert product is not None
+        output = product.clone(memory_format=torch.contiguous_format)
+    else:
+        output = F.linear(x, weight, bias).contiguous()
+    flat = output.view(-1, output.shape[-1])
+    if torch.compiler.is_compiling():  # torch 2.11 loses the node's gradients when it traces the form below
+        return torch.addmm(flat, inner.t(), b.t(), alpha=scale).view(output.shape), inner
+    if origin is None or mask is not None:
+        flat.addmm_(inner.t(), b.t(), alpha=scale * kept)
+    else:  # B A - B0 A0 = (B - B0) A + B0 (A - A0): both exactly zero at the start
+        flat.addmm_(inner.t(), (b - origin[1]).t(), alpha=scale)
+    if origin is not None:
+        other = (a - origin[0]) if mask is None else -origin[0]
+        flat.addmm_(_reduced(flat_x, other), origin[1].t(), alpha=scale)
+    return output, inner
+
+
+def owned(output: Tensor) -> Tensor:
     """The same memory as no view of anything: what follows the layer may write into its output."""
     owned: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
     return owned
@@ -155,9 +201,23 @@ def _pair(a0: Tensor | None, b0: Tensor | None) -> Origin | None:
     return None if a0 is None or b0 is None else (a0, b0)
 
 
+def drawn_mask(x: Tensor, probability: float) -> Tensor:
+    """Zeros and ones in one byte each, by the numbers that ``F.dropout(x, probability)`` would draw."""
+    if x.device.type in ("cuda", "xpu"):  # its kernel there draws in another order than ``bernoulli_``
+        return torch.native_dropout(x.detach(), probability, True)[1]
+    if x.device.type != "cpu" or type(x) is not Tensor or not x.is_contiguous():
+        return torch.empty_like(x, dtype=torch.uint8, requires_grad=False).bernoulli_(1 - probability)
+    # ``bernoulli_`` compares 53 random bits with the probability, number by number: half of the time goes into that.
+    mask, numbers = torch.empty(x.numel(), dtype=torch.bool), torch.empty(min(x.numel(), _CHUNK), dtype=torch.int64)
+    limit = math.ceil((1 - probability) * 2**_BITS)
+    for part in mask.split(_CHUNK):  # type: ignore[no-untyped-call]
+        torch.lt(numbers[: len(part)].random_().bitwise_and_(2**_BITS - 1), limit, out=part)
+    return mask.view(torch.uint8).view(x.shape)
+
+
 def low_rank_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -165,38 +225,71 @@ def low_rank_linear(
     *,
     merged: bool,
     origin: Origin | None = None,
+    product: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Base product and low-rank term together. All tensors have the dtype of ``x``.
 
     Args:
         x: [..., in].
-        weight: [out, in], any layout.
+        weight: [out, in], any layout; ``None`` if there is a product already.
         bias: [out] or ``None``.
         a: [r, in].
         b: [out, r].
         scale: factor s of the low-rank term.
-        merged: use the merged form.
-        origin: what is subtracted from B A; only in the merged form.
+        merged: use the merged form; not with dropout.
+        origin: what is subtracted from B A; it sees x without dropout.
+        product: the base product with the bias, [..., out], where it is there already; not written to.
+        dropout: probability of zeroing a number of x on the way to A.
 
     Returns:
         [..., out], differentiable in all tensors but ``origin``.
     """
-    if is_transformed():  # the node below knows the backward pass only, and writes in place
-        if merged:
-            return F.linear(x, shifted(weight, a, b, scale, origin), bias)
-        return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
-    output: Tensor
+    # The node below knows the backward pass only, and writes in place; a compiler makes a better one of the rest.
+    special = bool(dropout) or product is not None or (origin is not None and not merged)
+    if is_transformed() or (special and torch.compiler.is_compiling()) or not _fits(product, x):
+        return _written_out(x, weight, bias, a, b, scale, merged, origin, product, dropout)
+    mask, kept = drawn_mask(x, dropout) if dropout else None, 1 / (1 - dropout)
     if not torch.is_grad_enabled():  # a node would cost as much as the products, and end a compiler's graph
-        if merged:
+        if merged and weight is not None:
             return F.linear(x, shifted(weight, a, b, scale, origin), bias)
-        output = F.linear(x, weight, bias).contiguous()
-        inner = _reduced(x.reshape(-1, x.shape[-1]), a)  # as in the node, to the bit
-        output.view(-1, output.shape[-1]).addmm_(inner, b.t(), alpha=scale)
-        return output
+        return _activation_form(x, weight, bias, a, b, origin, scale, product, mask, kept)[0]
     a0, b0 = (None, None) if origin is None else origin
     rebuild, sources = source_of(x) or (None, ())
-    output, _ = apply_node(_LowRankLinear, x, weight, bias, a, b, a0, b0, scale, merged, rebuild, *sources)
+    output: Tensor
+    output, _ = apply_node(
+        _LowRankLinear, x, weight, bias, a, b, a0, b0, scale, merged, rebuild, product, mask, kept, *sources
+    )
     return output
+
+
+def _fits(product: Tensor | None, x: Tensor) -> bool:
+    return product is None or (is_plain(product) and product.dtype == x.dtype)
+
+
+def _written_out(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    merged: bool,
+    origin: Origin | None,
+    product: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The same in torch's own operations."""
+    if merged and weight is not None:
+        return F.linear(x, shifted(weight, a, b, scale, origin), bias)
+    if product is None:
+        assert weight is not None
+        product = F.linear(x, weight, bias)
+    change = F.linear(F.linear(F.dropout(x, dropout) if dropout else x, a), b)
+    if origin is not None:
+        # Both terms first: their difference is exactly zero at the start, their sums with the output are not.
+        change = change - F.linear(F.linear(x, origin[0]), origin[1])
+    return torch.add(product, change.to(product.dtype), alpha=scale)
 
 
 def low_rank_directly(

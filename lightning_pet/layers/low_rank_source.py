@@ -47,6 +47,11 @@ def source_of(x: Tensor) -> Recipe | None:
     return (function, usable) if len(usable) == len(inputs) else None
 
 
+def are_packed() -> bool:
+    """Whether hooks see what is saved at present (checkpointing, offloading)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def _kept(node: Any, name: str) -> Tensor | None:
     """What a node saved, unless a hook packed it."""
     raw = getattr(node, f"_raw_saved_{name}")

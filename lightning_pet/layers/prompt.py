@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import whole
+from lightning_pet.layers.transforms import is_transformed
 
 _MLP = ("hidden", "hidden_bias", "out", "out_bias")
 
@@ -44,12 +45,21 @@ class VirtualTokens(Delta):
     def forward(self, call: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Look up; the rows come from here, all other ids from the table."""
         first = self.first
+        if _may_look(ids) and int(ids.max()) < first:
+            return call(ids, *args, **kwargs)  # generation goes on with real tokens only
         virtual = (ids >= first) & (ids < first + self.length)
         out = call(ids.masked_fill(virtual, 0), *args, **kwargs)
         # One row of zeros for all real tokens: its gradient is never added up.
         own = F.pad(self.rows(call).to(out.dtype), (0, 0, 0, 1))
         rows = F.embedding(torch.where(virtual, ids - first, self.length), own, padding_idx=self.length)
         return torch.where(virtual.unsqueeze(-1), rows, out)
+
+
+def _may_look(ids: Tensor) -> bool:
+    """Whether the values of ids may decide what runs: nobody traces, wants gradients of all rows, or has to wait."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        return False
+    return ids.device.type == "cpu" and type(ids) is Tensor and ids.numel() > 0
 
 
 class VirtualRows(VirtualTokens):

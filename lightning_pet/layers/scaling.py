@@ -201,7 +201,7 @@ class ScaledKernel(_Scaling):
 
 def _before(scale: Tensor, dimensions: int) -> Tensor:
     """The vector with this many dimensions behind it."""
-    return scale.view(-1, *(1,) * dimensions)
+    return scale.view(-1, *(1,) * dimensions) if dimensions else scale
 
 
 def _per_input(scale: Tensor, weight: Tensor, groups: int) -> Tensor:

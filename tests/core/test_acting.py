@@ -14,6 +14,7 @@ from lightning_pet.insertion.slot import Deltas
 from lightning_pet.layers import low_rank_product
 from lightning_pet.layers.low_rank import LowRankLinear
 from lightning_pet.layers.low_rank_product import low_rank_directly, low_rank_linear
+from lightning_pet.layers.prompt import VirtualRows
 
 
 def two_on_one_host() -> tuple[nn.Module, list[object]]:
@@ -198,3 +199,26 @@ def test_what_is_not_as_simple_takes_the_other_way() -> None:
         assert torch.func.vmap(lambda row: torch.ones(()) * (low_rank_directly(row, weight, None, a, b, 1.0) is None))(
             x
         ).all()
+
+
+def test_a_lookup_of_real_tokens_alone_asks_the_table_alone() -> None:
+    """Without gradients, where the values of ids can be seen; with them all rows stay in the graph."""
+    table = nn.Embedding(9, 4)
+    rows = VirtualRows(2, 4, 9)
+    asked: list[Tensor] = []
+
+    def call(ids: Tensor) -> Tensor:
+        asked.append(ids)
+        return table(ids)
+
+    ids = torch.tensor([[3, 0, 8]])
+    with torch.no_grad():
+        assert torch.equal(rows(call, ids), table(ids))
+        assert asked[-1] is ids
+        both = rows(call, torch.tensor([[9, 3, 10]]))
+    assert asked[-1] is not ids
+    assert torch.equal(both[0, 1], table.weight[3])
+    assert not torch.equal(both[0, 0], both[0, 2])
+    out = rows(call, ids)
+    assert torch.equal(out, table(ids))
+    assert asked[-1] is not ids

@@ -317,8 +317,11 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 def test_encoder_fast_path_with_padding() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
-    x, padding = torch.randn(3, 5, 16), torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    model = nn.TransformerEncoder(layer, 2).eval().double()  # the two ways round differently
+    x, padding = (
+        torch.randn(3, 5, 16).double(),
+        torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool(),
+    )
     with torch.no_grad():
         base = model(x, src_key_padding_mask=padding)
     adapted = apply(model, [LoRACallback(r=2, target_modules="all-linear")])
@@ -326,7 +329,7 @@ def test_encoder_fast_path_with_padding() -> None:
     with torch.no_grad():
         fast = model(x, src_key_padding_mask=padding)
     slow = model.train()(x, src_key_padding_mask=padding)
-    assert (fast - slow)[~padding].abs().max() < 1e-5
+    assert (fast - slow)[~padding].abs().max() < 1e-10
     assert (fast - base)[~padding].abs().max() > 1e-3
     adapted.remove()
     with torch.no_grad():

@@ -3,15 +3,14 @@
 import hashlib
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from lightning_pet.store.container import DEFAULT, DIGEST_BYTES, TYPES, Entry, fill, open_regular, read_header
 from lightning_pet.store.manifest import Manifest, manifest_in
 from lightning_pet.store.paths import expanded
 from lightning_pet.store.strict_json import damaged_tensor, not_finite
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def verified_norms(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, float]]:
@@ -38,10 +37,8 @@ def verified_norms(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, fl
     return manifest, norms
 
 
-def norm(values: "np.ndarray[Any, Any]") -> float:
+def norm(values: np.ndarray[Any, Any]) -> float:
     """The Euclidean norm, summed in double precision."""
-    import numpy as np
-
     return math.sqrt(float(np.square(values.reshape(-1).astype(np.float64)).sum()))
 
 
@@ -52,15 +49,11 @@ def _digest(entry: Entry, data: bytearray) -> str:
     return found.hexdigest()[: 2 * DIGEST_BYTES]
 
 
-def _numbers(code: str, data: bytearray) -> "np.ndarray[Any, Any]":
-    import numpy as np
-
+def _numbers(code: str, data: bytearray) -> np.ndarray[Any, Any]:
     if code == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, dtype=np.dtype(TYPES[code][0]).newbyteorder("<"))
 
 
-def _not_finite(values: "np.ndarray[Any, Any]") -> int:
-    import numpy as np
-
+def _not_finite(values: np.ndarray[Any, Any]) -> int:
     return int(np.logical_not(np.isfinite(values)).sum())
