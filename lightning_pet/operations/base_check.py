@@ -34,8 +34,8 @@ def base_parameters(
         trained: leave out these trained parameters (default: all that the record has); others that it has
             count with their original values.
     """
-    names = set(record.trained_names if trained is None else trained)
-    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
+    names = {*(record.trained_names if trained is None else trained), *record.delta_names}
+    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names}
     skip |= renormalised(root)
     return [
         (canonical(name), record.originals.get(canonical(name), parameter))
