@@ -17,6 +17,7 @@ from lightning_pet.model.layer_kinds import is_made, reader_of
 from lightning_pet.model.naming import is_below, join, module_at, named_modules, named_parameters
 from lightning_pet.model.quantised import check_hosts, check_trains
 from lightning_pet.model.structure import Structure, Target
+from lightning_pet.model.structure import is_shared as is_shared
 from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
 from lightning_pet.targets.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.targets.parameters import seen_reader
@@ -163,11 +164,6 @@ def _within(root: nn.Module, method: Method, structure: Structure, scope: str) -
         )
         for target in found
     ]
-
-
-def is_shared(target: Target) -> bool:
-    """The place of a shared delta: the root, without a role of its own."""
-    return not target.path and target.role is None
 
 
 # --- heads -----------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from lightning_pet.model.naming import canonical, named_tensors, split_below
 from lightning_pet.model.outside import renormalised
 from lightning_pet.operations.contents import packed
 from lightning_pet.store.entry import describe
-from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
+from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
+from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.store.tensors import digest
 
 POLICIES: Final = ("error", "exact", "warn", "off")
@@ -37,9 +38,9 @@ def base_parameters(
         trained: leave out these trained parameters (default: all that the record has); others that it has
             count with their original values.
     """
-    names = set(record.trained_names if trained is None else trained)
-    deltas = {*record.delta_names, *(record_of(root) or record).delta_names}  # of others, that are no base of this one
-    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in deltas}
+    names = {*(record.trained_names if trained is None else trained), *record.delta_names}
+    names |= {*(record_of(root) or record).delta_names}  # of others, that are no base of this one
+    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names}
     skip |= renormalised(root)
     return [
         (canonical(name), record.originals.get(canonical(name), parameter))
