@@ -12,7 +12,8 @@ from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.naming import canonical, named_tensors, split_below
 from lightning_pet.model.outside import renormalised
 from lightning_pet.store.entry import describe
-from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
+from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
+from lightning_pet.store.remembered import Fingerprint
 
 POLICIES: Final = ("error", "exact", "warn", "off")
 Named = Iterable[tuple[str, Tensor]]
@@ -33,8 +34,8 @@ def base_parameters(
         trained: leave out these trained parameters (default: all that the record has); others that it has
             count with their original values.
     """
-    names = set(record.trained_names if trained is None else trained)
-    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
+    names = {*(record.trained_names if trained is None else trained), *record.delta_names}
+    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names}
     skip |= renormalised(root)
     return [
         (canonical(name), record.originals.get(canonical(name), parameter))

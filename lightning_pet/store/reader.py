@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_pet.errors import DeltaFileError
 from lightning_pet.model.naming import split_below
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import read_delta, read_manifest
 from lightning_pet.store.entry import MARK, check_tensors, methods_of, read_entry, saved_fingerprint
-from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.paths import expanded
+from lightning_pet.store.paths import is_delta_file as is_delta_file
+from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.store.strict_json import fault
 from lightning_pet.store.tensors import describe
 
@@ -98,17 +97,3 @@ def checkpoint_manifest(
         notes=dict(notes or {}),
         written_by=read_entry(checkpoint, path)["written_by"],
     )
-
-
-def is_delta_file(path: PathLike) -> bool:
-    """Whether a path is to be read as a delta file; otherwise it is a training checkpoint."""
-    # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
-    try:
-        if not os.path.isfile(expanded(path)):
-            return True
-        with open(expanded(path), "rb") as file:
-            return file.read(2) != b"PK"
-    except ValueError:  # no path of any file, such as one with a NUL
-        return True
-    except OSError as error:
-        raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error

@@ -26,8 +26,7 @@ from typing import Any
 from torch import nn
 
 from lightning_pet.errors import TargetError
-from lightning_pet.model.biases import is_bias
-from lightning_pet.model.layer_kinds import is_made
+from lightning_pet.model.layer_kinds import is_bias, is_made
 from lightning_pet.model.named_roles import (
     gives_one_number,
     is_linear,
