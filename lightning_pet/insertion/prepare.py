@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.host import check_attachable
-from lightning_pet.insertion.method import Insertion, Method, key_of
+from lightning_pet.insertion.method import Insertion, Method, delta_name, key_of
 from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
@@ -62,6 +62,7 @@ def prepare(
     resolved: Sequence[tuple[Target, ...]] | None = None,
     scopes: Sequence[str | None] | None = None,
     stored: Collection[str] | None = None,
+    acts: bool = True,
 ) -> list[Prepared]:
     """Plan and build methods for a model, which stays untouched.
 
@@ -73,6 +74,7 @@ def prepare(
         scopes: the submodule of the root that each method is confined to; ``None``: the pretrained models in
             the root, else all of it.
         stored: names of the tensors of that file, where it is at hand.
+        acts: they are to act beside the deltas that do.
 
     Raises:
         ArgumentError: if a method of this name is applied already.
@@ -102,7 +104,8 @@ def prepare(
             targets = (*targets, *_heads(root, method, targets, bases, structure))
         item = _build(root, method, targets, bases, structure, stored, twins)
         prepared.append(replace(item, trained=_once(root, item.trained, prepared)))
-    check_together(root, [insertion for item in prepared for insertion in item.insertions])
+    beside = {*(record.active if record and acts else ()), *(delta_name(method) for method in methods)}
+    check_together(root, [insertion for item in prepared for insertion in item.insertions], beside)
     return prepared
 
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from lightning_pet.store.strict_json import (
@@ -12,6 +12,7 @@ from lightning_pet.store.strict_json import (
     check_digest,
     check_fields,
     check_int,
+    check_label,
     check_text,
     check_type,
     decode64,
@@ -25,6 +26,7 @@ LEAF: Final = 4  # bytes kept of each tensor's sample digest: they only name the
 OPAQUE: Final = "opaque:"  # kind of a tensor without readable values
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_DIMS: Final = 16
+_MAX_BESIDE: Final = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Fingerprint:
         leaves: four bytes of each tensor's sample digest, base64.
         sketch: the first 12 sampled values of each floating tensor in bfloat16, packed.
         exact: SHA-256 over every byte, if it was asked for.
+        beside: other deltas that acted when this one was trained, with a digest of their values.
     """
 
     structure: str
@@ -49,6 +52,7 @@ class Fingerprint:
     leaves: str
     sketch: str
     exact: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 class Remembered(NamedTuple):
@@ -62,7 +66,8 @@ class Remembered(NamedTuple):
 
 def to_plain(found: Fingerprint) -> dict[str, Any]:
     """A fingerprint as a plain JSON object; :func:`from_plain` reverses it."""
-    return {**vars(found), "dtypes": dict(found.dtypes)}
+    plain = {**vars(found), "dtypes": dict(found.dtypes), "beside": dict(found.beside)}
+    return {key: value for key, value in plain.items() if key != "beside" or value}  # as it was before there were any
 
 
 def from_plain(value: object, where: str) -> Fingerprint:
@@ -73,10 +78,16 @@ def from_plain(value: object, where: str) -> Fingerprint:
     """
     text = (str,)
     kinds = {"structure": text, "sample": text, "dtypes": (dict,), "layout": text, "leaves": text, "sketch": text}
-    fields = check_fields(value, where, {**kinds, "exact": (str, type(None))})
+    several = {"beside": (dict,)} if isinstance(value, dict) and "beside" in value else {}
+    fields = check_fields(value, where, {**kinds, "exact": (str, type(None)), **several})
     for key in ("structure", "sample", "exact"):
         if fields[key] is not None:
             check_digest(fields[key], f"{where}.{key}")
+    beside = fields.get("beside", {})
+    if len(beside) > _MAX_BESIDE:
+        raise fault(f"{where}.beside", f"found {len(beside)} deltas, expected at most {_MAX_BESIDE}.", "limit")
+    for name, digest in beside.items():
+        check_digest(digest, f"{where}.beside.{check_label(name, f'{where}.beside: a name')}")
     for kind, count in fields["dtypes"].items():
         check_int(count, f"{where}.dtypes.{check_text(kind, f'{where}.dtypes: a key', 64)!r}", 1)
     found = Fingerprint(**fields)
