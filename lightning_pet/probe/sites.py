@@ -1,14 +1,13 @@
 """From residual additions to the modules at which a method can sit."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_pet.model.named_roles import named_places
-from lightning_pet.model.naming import is_inside
 from lightning_pet.model.structure import Site, SiteKind
 from lightning_pet.probe.columns import mixes_positions
 from lightning_pet.probe.graph import Edge, Graph
@@ -173,19 +172,21 @@ def _kind(
 
 def _outermost(pairs: list[tuple[Addition, Site]]) -> list[tuple[Addition, Site]]:
     """Without the sums inside another site's sub-layer (a shared expert), and without wrappers of whole blocks."""
-    wrappers = set()
-    for i, (addition, site) in enumerate(pairs):
-        inner = [s for other, s in pairs if other.add in addition.region and s is not site and _within(s, site)]
-        if len(inner) > 1:
-            wrappers.add(i)
-    kept = []
-    for i, (_, site) in enumerate(pairs):
-        inside = any(j != i and j not in wrappers and _within(site, outer) for j, (_, outer) in enumerate(pairs))
-        if i not in wrappers and not inside:
-            kept.append(pairs[i])
-    return kept
+    around = _around([site.branch for _, site in pairs])
+    inner = Counter(j for i, found in enumerate(around) for j in found if pairs[i][0].add in pairs[j][0].region)
+    wrappers = {j for j, count in inner.items() if count > 1}
+    return [pair for i, pair in enumerate(pairs) if i not in wrappers and around[i] <= wrappers]
 
 
-def _within(inner: Site, outer: Site) -> bool:
-    """All branch modules of ``inner`` lie strictly inside a branch module of ``outer``."""
-    return any(all(whole and is_inside(path, whole) for path in inner.branch) for whole in outer.branch)
+def _around(branches: Sequence[Sequence[str]]) -> list[set[int]]:
+    """For each branch, which others have a module that holds all modules of this one strictly inside."""
+    holders: dict[str, set[int]] = {}
+    for i, branch in enumerate(branches):
+        for path in branch:
+            holders.setdefault(path, set()).add(i)
+    found = []
+    for i, branch in enumerate(branches):
+        above = [{path[:at] for at, letter in enumerate(path) if letter == "."} for path in branch]
+        common = set.intersection(*above) if above else set(holders)
+        found.append(set[int]().union(*[holders[path] for path in common if path in holders]) - {i})
+    return found
