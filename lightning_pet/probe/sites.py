@@ -57,7 +57,7 @@ class Taps:
 
 
 def build_sites(
-    graph: Graph, taps: Taps, additions: Sequence[Addition], cores: Sequence[Softmax], ffn: Iterable[int]
+    graph: Graph, taps: Taps, additions: Sequence[Addition], softmaxes: Sequence[Softmax], ffn: Iterable[int]
 ) -> list[tuple[Addition, Site]]:
     """A :class:`Site` for every addition that has a branch module.
 
@@ -65,7 +65,7 @@ def build_sites(
         graph: the graph.
         taps: calls by node.
         additions: what :func:`find_additions` returned.
-        cores: all attentions.
+        softmaxes: all attentions.
         ffn: nodes of gemms known to be a feed-forward's down-projection.
     """
     down = frozenset(ffn)
@@ -76,7 +76,7 @@ def build_sites(
     for addition, branch in found:
         # A dropout that acts inside f as well (on its hidden features, say) does not stand for f(x).
         own = [tap for tap in branch if tap.call.path not in strays] or branch
-        pairs.append((addition, _site(graph, taps, addition, own, cores, down)))
+        pairs.append((addition, _site(graph, taps, addition, own, softmaxes, down)))
     return _outermost(pairs)
 
 
@@ -85,7 +85,7 @@ def _site(
     taps: Taps,
     addition: Addition,
     branch: Sequence[Tap],
-    cores: Sequence[Softmax],
+    softmaxes: Sequence[Softmax],
     ffn: frozenset[int],
 ) -> Site:
     start, end = graph.sequence[addition.x], graph.sequence[addition.add]
@@ -100,7 +100,7 @@ def _site(
     norms = [p for p in readers if taps.transparent(p) and any(True for _ in taps.module(p).parameters())]
     blocks = sorted(taps.outputs[total], key=lambda tap: (-tap.call.depth, tap.order))
     return Site(
-        kind=_kind(graph, taps, addition, branch, cores, ffn),
+        kind=_kind(graph, taps, addition, branch, softmaxes, ffn),
         branch=_unique(tap.call.path for tap in kept or branch),
         inputs=_unique(inputs),
         after_norm=_unique(norms),
@@ -155,11 +155,16 @@ def _branch(graph: Graph, taps: Taps, addition: Addition) -> list[Tap]:
 
 
 def _kind(
-    graph: Graph, taps: Taps, addition: Addition, branch: Sequence[Tap], cores: Sequence[Softmax], ffn: frozenset[int]
+    graph: Graph,
+    taps: Taps,
+    addition: Addition,
+    branch: Sequence[Tap],
+    softmaxes: Sequence[Softmax],
+    ffn: frozenset[int],
 ) -> SiteKind:
-    core = addition.core(cores)
-    if core is not None:
-        return "cross" if core.cross else "attention"
+    softmax = addition.softmax(softmaxes)
+    if softmax is not None:
+        return "cross" if softmax.cross else "attention"
     if addition.region & ffn:
         return "ffn"
     classes = [type(taps.module(tap.call.path)).__name__ for tap in branch]
@@ -179,7 +184,11 @@ def _outermost(pairs: list[tuple[Addition, Site]]) -> list[tuple[Addition, Site]
 
 
 def _around(branches: Sequence[Sequence[str]]) -> list[set[int]]:
-    """For each branch, which others have a module that holds all modules of this one strictly inside."""
+    """For each branch, which others have a module that holds all modules of this one strictly inside.
+
+    >>> _around([["0.ffn"], ["0.ffn.expert.down", "0.ffn.expert"], ["1.ffn"]])
+    [set(), {0}, set()]
+    """
     holders: dict[str, set[int]] = {}
     for i, branch in enumerate(branches):
         for path in branch:

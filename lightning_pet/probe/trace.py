@@ -58,7 +58,7 @@ class Trace:
     outputs: list[Node] = field(default_factory=list)
 
 
-class Recorder:
+class Tracer:
     """Hooks on every module of ``model`` that fill a :class:`Trace`."""
 
     def __init__(self, model: nn.Module) -> None:
