@@ -182,7 +182,8 @@ def run(doc: str | None, tables: Mapping[Table, Mapping[str, Measure]], argv: Se
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="tiny models and few turns: does the script still run?")
     parser.add_argument("--turns", type=int, default=Options.turns, help="of which the best counts")
-    parser.add_argument("--only", action="append", metavar="WORD", help="cases or tables whose name contains it")
+    parser.add_argument("--table", choices=[table.name for table in tables], help="one table")
+    parser.add_argument("--only", action="append", metavar="WORD", help="cases whose name contains it")
     parser.add_argument("--write", action="store_true", help=f"write the tables into docs/{PAGE.name}")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows to this file")
     args = parser.parse_args(argv)
@@ -194,17 +195,19 @@ def run(doc: str | None, tables: Mapping[Table, Mapping[str, Measure]], argv: Se
     found: dict[str, list[dict[str, object]]] = {}
     for table, cases in tables.items():
         words = args.only or [""]
-        chosen = [case for case in cases if any(word in case or word == table.name for word in words)]
+        chosen = [case for case in cases if any(word in case for word in words) and args.table in (None, table.name)]
         if not chosen:
             continue
         rows = []
         for case in chosen:
             rows.append(cases[case](options))
             print(f"# {rows[-1]}", file=sys.stderr, flush=True)
+            if args.write and len(chosen) < len(cases):  # at once: a run that is cut short leaves what it measured
+                write(table, rows[-1:], whole=False)
         found[table.name] = [asdict(row) | {"marks": marks(row, table.digits)} for row in rows]
         print(f"{markdown([cells(table, row) for row in rows])}\n", flush=True)
-        if args.write:
-            write(table, rows, whole=len(rows) == len(cases))
+        if args.write and len(rows) == len(cases):
+            write(table, rows)
     if not found:
         parser.error(f"no case matches {args.only}: {[case for cases in tables.values() for case in cases]}")
     print(facts())

@@ -12,12 +12,16 @@ Merging: above the model with its delta. It needs one layer's product at a time.
 import gc
 from functools import cache, partial
 
+import peft  # noqa: F401  # before the processes part
 import torch
 from libraries import ADAPTERS, OURS, PEFT, attach, libraries, training_step
-from measuring import answered, in_new_process, peak_above, resident
+from measuring import gives_back, in_a_copy, peak_above, resident
 from page import Options, Row, Table, run
 from torch import nn
 from trained_models import build
+from transformers import BertModel, LlamaModel  # noqa: F401  # before the processes part
+
+import lightning_pet
 
 COMMAND = "python benchmarks/peak_memory.py --write"
 STEP = Table("peak_memory", "Llama 6×512, 2×128 tokens: MiB above the start of a step", COMMAND, digits=1)
@@ -50,8 +54,6 @@ def step_peak(model: str, method: str, library: str, short: str) -> tuple[float,
 
 def merge_peak(model: str, method: str, library: str, short: str) -> float:
     """MiB above the model with its delta."""
-    import lightning_pet
-
     warm_up(method, library)
     with torch.no_grad():
         base, batch = build(model, bool(short))
@@ -66,15 +68,10 @@ def merge_peak(model: str, method: str, library: str, short: str) -> float:
         return peak_above(start, lambda: lightning_pet.Adapted(adapted).merge_())
 
 
-def child(kind: str, *words: str) -> object:
-    """In a process of its own."""
-    return {"step": step_peak, "merge": merge_peak}[kind](*words)
-
-
 @cache
 def one_step(method: str, library: str, short: bool) -> tuple[float, float]:
     """:func:`step_peak` in a process of its own."""
-    peak, whole = in_new_process(__file__, "step", MODEL, method, library, "short" * short)
+    peak, whole = in_a_copy(step_peak, MODEL, method, library, "short" * short)
     return peak, whole
 
 
@@ -93,7 +90,7 @@ def measure_step(method: str, share: float | None, options: Options) -> Row:
 def measure_merge(method: str, options: Options) -> Row:
     """One method beside its peer."""
     names = [name for name in libraries(method) if name != ADAPTERS]
-    peak = {name: in_new_process(__file__, "merge", MODEL, method, name, "short" * options.short) for name in names}
+    peak = {name: in_a_copy(merge_peak, MODEL, method, name, "short" * options.short) for name in names}
     return Row(f"Llama 6×512: {method}", peak.pop(OURS), peak, 2.7)  # one layer's weight: 512 × 1376 in float32
 
 
@@ -113,5 +110,6 @@ TABLES = {
     MERGE: {f"Llama 6×512: {method}": partial(measure_merge, method) for method in ("LoRA", "DoRA", "(IA)³")},
 }
 
-if __name__ == "__main__" and not answered(child):
+if __name__ == "__main__":
+    gives_back()
     run(__doc__, TABLES)

@@ -100,7 +100,16 @@ def test_the_short_mode_of_memory_runs() -> None:
     memory = importlib.import_module("peak_memory")
     peak, whole = memory.step_peak(memory.MODEL, "LoRA", "lightning_pet", "short")
     assert 0 <= peak <= whole + 50
-    assert memory.in_new_process(memory.__file__, "merge", memory.MODEL, "LoRA", "PEFT", "short") >= 0
+    assert memory.in_a_copy(memory.merge_peak, memory.MODEL, "LoRA", "PEFT", "short") >= 0
+
+
+def test_the_tables_of_a_gpu_run_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = importlib.import_module("gpu")
+    gpu.main(["--short", "--device", "cpu", "--steps", "2", "--only", "generation"])
+    found = capsys.readouterr().out
+    assert "left out" not in found
+    assert "failed" not in found
+    assert len(lines(found)) == 2 * (2 + 2)
 
 
 @pytest.mark.parametrize("name", [*SHORT, "peak_memory"])

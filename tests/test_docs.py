@@ -70,6 +70,23 @@ def test_every_option_of_a_method_is_on_its_page() -> None:
             assert not [name for name in own if f"`{name}`" not in text]
 
 
+def test_every_method_is_in_every_list() -> None:
+    """The table of the README, the page of names, and the page that helps to choose."""
+    import lightning_pet
+
+    readme, api, choosing = (
+        path.read_text(encoding="utf-8") for path in (PAGES[0], DOCS / "api.md", DOCS / "choosing.md")
+    )
+    for name in lightning_pet.__all__:
+        if name.endswith("Callback") and name != "PETCallback":
+            method = getattr(lightning_pet, name).method
+            page = (DOCS / "methods" / f"{method}.md").read_text(encoding="utf-8")
+            title = page.splitlines()[0].removeprefix("# ").partition(" (")[0]
+            assert f"| `{name}` |" in readme, name
+            assert f".. autoclass:: lightning_pet.{name}\n" in api, name
+            assert f"methods/{method}.md" in choosing or title.lower() in choosing.lower(), name
+
+
 def test_every_error_is_in_troubleshooting() -> None:
     import lightning_pet
 

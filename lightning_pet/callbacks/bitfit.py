@@ -12,8 +12,7 @@ from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
 from lightning_pet.layers.delta import Delta
-from lightning_pet.model.biases import bias_of
-from lightning_pet.model.layer_kinds import base_class, host_kind, reader_of
+from lightning_pet.model.layer_kinds import base_class, bias_of, host_kind, reader_of
 from lightning_pet.model.named_roles import features, is_linear, is_norm, named_places
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.quantised import is_quantised

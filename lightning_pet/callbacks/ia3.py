@@ -13,8 +13,7 @@ from lightning_pet.insertion.low_rank_places import is_called
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.scaling import InputScaling, OutputScaling, ScaledBias, ScaledKernel, ScaledWeight
-from lightning_pet.model.biases import bias_of
-from lightning_pet.model.layer_kinds import host_kind, transposed, weight_of
+from lightning_pet.model.layer_kinds import bias_of, host_kind, transposed, weight_of
 from lightning_pet.model.named_roles import features
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Structure, Target

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.effective import KEPT, READ_AS, Kept, effective, held, repeats_itself
-from lightning_pet.insertion.sequences import SEQUENCES, WithoutDeltas
-from lightning_pet.insertion.slot import Deltas, Slot, replica_of
+from lightning_pet.insertion.slot import SEQUENCES, Deltas, Slot, WithoutDeltas, replica_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Switch
 from lightning_pet.model.fast_paths import forbid, restore

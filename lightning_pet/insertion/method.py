@@ -1,6 +1,6 @@
 """What the machinery asks of a method, and the table of known methods."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -49,6 +49,25 @@ class Method(Protocol):
     module: str | None
     """Submodule that the method is confined to, relative to what it was applied to."""
 
+    shards: bool
+    """It trains under strategies that shard parameters over processes."""
+
+    verbose: bool
+    """Print the table of trained parameters once at the start of a fit."""
+
+    delta_files: bool
+    """Write a delta file beside each checkpoint."""
+
+    @property
+    def start_from(self) -> str | None:
+        """Delta file or checkpoint whose values the method starts from."""
+        ...
+
+    @property
+    def base_check(self) -> str:
+        """What to do about another base model: ``"error"``, ``"exact"``, ``"warn"`` or ``"off"``."""
+        ...
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
         ...
@@ -75,6 +94,18 @@ class Method(Protocol):
 
     def trained(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of base parameters that train as they are (heads, biases)."""
+        ...
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over the width that an equal budget has picked before."""
+        ...
+
+    def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
+        """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
+        ...
+
+    def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Optimizer options of those of its own parameters that do not train with their group's."""
         ...
 
 

@@ -14,10 +14,10 @@ from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import is_made, reader_of
-from lightning_pet.model.naming import canonical, join, module_at, named_modules
+from lightning_pet.model.naming import canonical, is_below, join, module_at, named_modules
 from lightning_pet.model.quantised import check_hosts, check_trains
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, is_below, twins_of
+from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
 from lightning_pet.targets.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.targets.parameters import seen_reader
 from lightning_pet.targets.patterns import KINDS, is_role, name_matcher
@@ -395,4 +395,4 @@ def _once(root: nn.Module, trained: Sequence[str], before: Sequence[Prepared]) -
 
 
 def _trains(trained: Sequence[str], target: Target) -> bool:
-    return any(f"{name}.".startswith(f"{target.path}.") for name in trained)
+    return any(is_below(name, target.path) for name in trained)

@@ -22,7 +22,7 @@ from lightning_pet.insertion.prompt import IDS, PromptCall, PromptGenerate, Prom
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.prompt import IdGuard, VirtualTokens
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import join, named_modules, named_tensors
+from lightning_pet.model.naming import is_inside, join, named_modules, named_tensors
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.probe.trace import accepts_mask
 
@@ -90,7 +90,7 @@ def find_stacks(root: nn.Module, structure: Structure) -> list[Stack]:
                 found.setdefault(consumer, path)
     if structure.consumer is not None and structure.consumer not in found:
         found[structure.consumer] = table
-    innermost = {c: t for c, t in found.items() if not any(_inside(o, c) for o in found if o != c)}
+    innermost = {c: t for c, t in found.items() if not any(is_inside(o, c) for o in found if o != c)}
     if _has_decoder(root):
         stacks = [Stack(c, t, _is_decoder(modules[c], c)) for c, t in innermost.items()]
         return sorted(stacks, key=lambda stack: stack.decoder)
@@ -128,10 +128,6 @@ def _is_decoder(module: nn.Module, path: str) -> bool:
     return bool(getattr(module, "is_decoder", False)) or "decoder" in path.lower().split(".")
 
 
-def _inside(path: str, other: str) -> bool:
-    return path != other and (not other or path.startswith(f"{other}."))
-
-
 def _consumer(modules: dict[str, nn.Module], table: str) -> str | None:
     """Innermost module around a table that takes ids, with a mask if any module there does."""
     above = [table.rsplit(".", i)[0] for i in range(1, table.count(".") + 1)] + [""]
@@ -147,7 +143,7 @@ def _other_tables(modules: dict[str, nn.Module], stack: Stack) -> list[str]:
     table = modules[stack.table]
     others: dict[nn.Module, str] = {}
     for path, module in modules.items():
-        inside = isinstance(module, nn.Embedding) and module is not table and _inside(path, stack.consumer)
+        inside = isinstance(module, nn.Embedding) and module is not table and is_inside(path, stack.consumer)
         if inside and module.num_embeddings == table.num_embeddings:
             others.setdefault(module, path)
     return list(others.values())

@@ -1,5 +1,7 @@
 """What lies in a host: its deltas, which of them act in a call, and how the input of another module reaches one."""
 
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -9,6 +11,7 @@ from lightning_pet.errors import DeadSiteError
 from lightning_pet.insertion.effective import REPLICA, of_host
 from lightning_pet.layers.delta import Delta, Path
 from lightning_pet.model.call import HERE, Chosen, Switch
+from lightning_pet.model.naming import CHILD
 
 _KNOWN = 256  # selections of which a host remembers what acts in them
 
@@ -142,3 +145,23 @@ class Slot:
                 "forward. Exclude this place."
             )
         return value
+
+
+SEQUENCES = (nn.Sequential, nn.ModuleList)
+
+
+class WithoutDeltas(nn.Module):
+    """Mixed into such a host: its deltas are none of the children that it goes through."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([module for name, module in self._modules.items() if name != CHILD and module is not None])
+
+    def __len__(self) -> int:
+        return len(self._modules) - (CHILD in self._modules)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return list(self)[index]
+        own = [(name, module) for name, module in self._modules.items() if name != CHILD][index]
+        cls: Any = type(self).__pet_base__  # type: ignore[attr-defined]  # every host has it
+        return cls(OrderedDict(own)) if isinstance(self, nn.Sequential) else cls(module for _, module in own)

@@ -22,8 +22,7 @@ from lightning_pet.insertion.host import (
     let_read_no_more,
     swap,
 )
-from lightning_pet.insertion.sequences import SEQUENCES
-from lightning_pet.insertion.slot import Deltas
+from lightning_pet.insertion.slot import SEQUENCES, Deltas
 from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.fast_paths import forbid

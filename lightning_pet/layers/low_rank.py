@@ -101,10 +101,10 @@ class LowRankLinear(OwnBias):
         Raises:
             ArgumentError: if neither output nor weight is given, or DoRA does not get the weight.
         """
-        bare = self._bare and not (self.training and self.dropout)
-        if bare and output is None and weight is not None:
+        if self._bare and output is None and weight is not None:
             own, matrix = self._parameters, weight.t() if self.transposed else weight
-            direct = low_rank_directly(x, matrix, bias, own.get("a"), own.get("b"), self.scale)
+            dropout = self.dropout if self.training else 0.0
+            direct = low_rank_directly(x, matrix, bias, own.get("a"), own.get("b"), self.scale, dropout)
             if direct is not None:
                 return direct
         if weight is None and (output is None or self.use_dora):

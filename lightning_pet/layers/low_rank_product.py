@@ -293,7 +293,13 @@ def _written_out(
 
 
 def low_rank_directly(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor | None:
     """:func:`low_rank_linear`, to the bit, where a node of ours does not pay, and nothing must be converted.
 
@@ -314,10 +320,10 @@ def low_rank_directly(
     ):
         return None
     grows = torch.is_grad_enabled()
-    if not is_small(x, weight) and (grows or prefers_merged(x, weight)):
+    if not is_small(x, weight) and (grows or dropout or prefers_merged(x, weight)):
         return None
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    output, inner = F.linear(flat, weight, bias), _reduced(flat, a)
+    output, inner = F.linear(flat, weight, bias), _reduced(F.dropout(flat, dropout) if dropout else flat, a)
     if grows:
         output = torch.addmm(output, inner, b.t(), alpha=scale)
     else:

@@ -80,6 +80,30 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_below(place: str, path: str) -> bool:
+    """Whether a dotted name is a path itself or lies below it; ``""`` is the root.
+
+    >>> is_below("layer.0", "layer"), is_below("layer", "layer"), is_below("layers", "layer"), is_below("layer", "")
+    (True, True, False, True)
+    """
+    return not path or f"{place}.".startswith(f"{path}.")
+
+
+def is_inside(place: str, path: str) -> bool:
+    """Whether a dotted name lies below a path and is not the path itself."""
+    return place != path and is_below(place, path)
+
+
+def split_below(named: Mapping[str, T], path: str) -> tuple[dict[str, T], dict[str, T]]:
+    """What lies below a path, under its names from there, and the rest.
+
+    >>> split_below({"net.fc.weight": 1, "scale": 2}, "net")
+    ({'fc.weight': 1}, {'scale': 2})
+    """
+    inside = {name[len(path) + 1 if path else 0 :]: value for name, value in named.items() if is_inside(name, path)}
+    return inside, {name: value for name, value in named.items() if not is_inside(name, path)}
+
+
 def delta_path(host: str, key: str) -> str:
     """Path of a delta: what the names of its tensors begin with.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_pet.model.named_roles import is_norm
-from lightning_pet.model.naming import CHILD, canonical, join, named_modules
+from lightning_pet.model.naming import CHILD, canonical, is_below, join, named_modules
 from lightning_pet.model.structure import Structure
 
 
@@ -54,7 +54,7 @@ def layer_stacks(model: nn.Module, structure: Structure) -> tuple[Stack, ...]:
             stacks.append(Stack(path, tuple(layers)))
     sites = [branch for site in structure.sites for branch in site.branch]
     for places in (sites, [target.module for target in structure.targets]):
-        holding = [s for s in stacks if any(_below(place, layer) for place in places for layer in s.layers)]
+        holding = [s for s in stacks if any(is_below(place, layer) for place in places for layer in s.layers)]
         if holding:
             return tuple(holding)
     return tuple(stacks)
@@ -67,7 +67,7 @@ def outside(model: nn.Module, stacks: Sequence[Stack], heads: Sequence[str]) -> 
     found: dict[str, list[str]] = {"embeddings": [], "norms": []}
     for name in names_of_base(model):
         owner = name.rpartition(".")[0]
-        if name in heads or any(_below(name, layer) for layer in layers):
+        if name in heads or any(is_below(name, layer) for layer in layers):
             continue
         if isinstance(modules[owner], nn.Embedding) or re.search("embed|token", name, re.I):
             found["embeddings"].append(name)
@@ -82,7 +82,7 @@ def norms_inside(model: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         name
         for name in names_of_base(model)
-        if is_norm(modules[name.rpartition(".")[0]]) and any(_below(name, layer) for layer in layers)
+        if is_norm(modules[name.rpartition(".")[0]]) and any(is_below(name, layer) for layer in layers)
     )
 
 
@@ -91,9 +91,5 @@ def names_of_base(model: nn.Module, path: str = "") -> tuple[str, ...]:
     return tuple(
         canonical(name)
         for name, _ in model.named_parameters()
-        if _below(canonical(name), path) and CHILD not in canonical(name).split(".")
+        if is_below(canonical(name), path) and CHILD not in canonical(name).split(".")
     )
-
-
-def _below(place: str, path: str) -> bool:
-    return not path or f"{place}.".startswith(f"{path}.")

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,30 +31,12 @@ _OTHER_LOOK = (
     "that its forward is looked at instead, or call lightning_pet.apply(module, callbacks, forward=…) before the run."
 )
 
-M = TypeVar("M", bound="StartingMethod")
-
-
-class StartingMethod(Method, Protocol):
-    """A method that may start from a file."""
-
-    @property
-    def start_from(self) -> str | None:
-        """Delta file or checkpoint whose values the method starts from."""
-        ...
-
-    @property
-    def base_check(self) -> str:
-        """What to do about another base model: ``"error"``, ``"warn"`` or ``"off"``."""
-        ...
-
-    def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take over the width that an equal budget has picked before."""
-        ...
+M = TypeVar("M", bound="Method")
 
 
 def apply(
     model: nn.Module,
-    callbacks: StartingMethod | Sequence[StartingMethod],
+    callbacks: Method | Sequence[Method],
     *,
     forward: Callable[[], Any] | None = None,
 ) -> Adapted:
@@ -92,7 +74,7 @@ def apply(
     return Adapted(root)
 
 
-def methods_in(callbacks: StartingMethod | Sequence[StartingMethod]) -> list[StartingMethod]:
+def methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
     """One method or several as a list.
 
     Raises:
@@ -154,7 +136,7 @@ def insert_methods(
 
 def start(
     model: nn.Module,
-    methods: Sequence[StartingMethod],
+    methods: Sequence[Method],
     files: Mapping[str, Stored] | None = None,
     whole: Whole = iter,
     fill: Fill | None = None,
@@ -174,7 +156,7 @@ def start(
             start_from(adapted, method, files[path] if files else read(path), method.base_check, whole, fill)
 
 
-def is_applied(root: nn.Module, method: StartingMethod) -> bool:
+def is_applied(root: nn.Module, method: Method) -> bool:
     """Whether this very method was applied already (eagerly, or in an earlier run).
 
     Raises:

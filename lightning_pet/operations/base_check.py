@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.adaptation import Adaptation
-from lightning_pet.model.naming import canonical, named_tensors
+from lightning_pet.model.naming import canonical, named_tensors, split_below
 from lightning_pet.model.outside import renormalised
 from lightning_pet.store.entry import describe
 from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
@@ -132,7 +132,7 @@ def check_base(
         return
     named = base_parameters(root, record, trained)
     if within:
-        named = [(n.removeprefix(f"{within}."), tensor) for n, tensor in named if n.startswith(f"{within}.")]
+        named = list(split_below(dict(named), within)[0].items())
     result = compare(saved, whole(named), exact=policy == "exact")
     if policy == "exact" and result.verdict not in (Verdict.EXACT, Verdict.DIFFERENT):
         raise BaseMismatchError(

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_pet.model.naming import split_below
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.base_check import base_fingerprint
 from lightning_pet.store.delta_file import write_delta
@@ -46,10 +47,8 @@ def save_gathered(
         together("save_delta")
     strategy = adapter.strategy
     path = strategy.broadcast(path)
-    prefix = f"{manifest.root}." if manifest.root else ""
     # As for a checkpoint: outside of the writing process nothing but shapes is kept.
-    state = strategy.lightning_module_state_dict()
-    tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    tensors, _ = split_below(strategy.lightning_module_state_dict(), manifest.root)
     manifest = replace(manifest, base=base_fingerprint(adapted.root, adapted.record, tensors, exact, adapter.whole))
     write = strategy.is_global_zero
     size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)

@@ -22,8 +22,8 @@ from lightning_pet.probe.inputs import candidate_forwards, is_self_describing
 from lightning_pet.probe.residual import Addition, find_additions
 from lightning_pet.probe.roles import Use, Uses, attention_uses, ffn_uses, weighing
 from lightning_pet.probe.sites import Taps, build_sites
-from lightning_pet.probe.softmaxes import Core, find_cores
-from lightning_pet.probe.trace import Record, Recorder, accepts_mask
+from lightning_pet.probe.softmaxes import Softmax, find_softmaxes
+from lightning_pet.probe.trace import Recorder, Trace, accepts_mask
 
 _ORDER: tuple[Role, ...] = (
     "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down", "embedding"
@@ -55,7 +55,7 @@ def probe(model: nn.Module, forward: Callable[[], Any], *, thin: bool = False) -
     with undisturbed(model):
         recorder = Recorder(model)
         observer = Observer(recorder, thin=thin)
-        with recorder.attached() as record:
+        with recorder.attached() as trace:
             try:
                 with observer:
                     result = forward()
@@ -64,15 +64,15 @@ def probe(model: nn.Module, forward: Callable[[], Any], *, thin: bool = False) -
                     f"the probing forward of {type(model).__name__} failed: {type(error).__name__}: {error}. It runs "
                     "in evaluation mode with gradients enabled; pass a batch that the model accepts in that mode."
                 ) from error
-        record.outputs = [x.grad_fn for x in tensors(result) if x.grad_fn is not None]
+        trace.outputs = [x.grad_fn for x in tensors(result) if x.grad_fn is not None]
         del result
-        if not record.outputs:
+        if not trace.outputs:
             raise TargetError(
                 f"the probing forward of {type(model).__name__} returned no tensor that depends on its parameters. "
                 "Return the outputs or the loss, and do not run the model under torch.no_grad()."
             )
         try:
-            return _Reading(model, record, observer.seen).structure()
+            return _Reading(model, trace, observer.seen).structure()
         except Exception as error:
             raise UnreadableGraphError(
                 f"the autograd graph of {type(model).__name__} could not be read: {type(error).__name__}: {error}. "
@@ -139,34 +139,34 @@ def _first_success(
 class _Reading:
     """The graph of one recorded forward, and what follows from it."""
 
-    def __init__(self, model: nn.Module, record: Record, seen: Sequence[Seen]) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, seen: Sequence[Seen]) -> None:
         self.model = model
-        self.record = record
+        self.trace = trace
         self.seen = seen
         self.owners = _owners(model)
         parameters = {id(p): p.dim() for p in model.parameters()}
-        self.graph = Graph(record.outputs, parameters)
+        self.graph = Graph(trace.outputs, parameters)
         self._add_opaque()
-        self.taps = Taps(model, self.graph, record)
+        self.taps = Taps(model, self.graph, trace)
         self.additions: list[Addition] = find_additions(self.graph, frozenset(self.taps.outputs))
-        self.cores: list[Core] = find_cores(self.graph)
+        self.cores: list[Softmax] = find_softmaxes(self.graph)
         self.uses: Uses = attention_uses(self.graph, self.cores, self.additions)
         ffn, self.downs = ffn_uses(self.graph, self.cores, self.additions, self.uses)
         self.uses.update(ffn)
 
     def structure(self) -> Structure:
         targets, unresolved = self._targets()
-        embedding = input_embedding(self.model) or self.record.embedding
+        embedding = input_embedding(self.model) or self.trace.embedding
         if embedding is not None:
             targets.append(Target(embedding, role="embedding"))
-        consumer = self.record.consumer  # the root is "", which is false
+        consumer = self.trace.consumer  # the root is "", which is false
         return Structure(
             targets=in_module_order(self.model, targets),
             sites=self._sites(),
             attention=self._attention(),
             embedding=embedding,
             consumer=consumer if consumer is not None else static_consumer(self.model, embedding),
-            called=frozenset(call.path for call in self.record.calls),
+            called=frozenset(call.path for call in self.trace.calls),
             read_by=self._read_by(),
             source="probe",
             unresolved=in_module_order(self.model, unresolved),
@@ -194,10 +194,10 @@ class _Reading:
         return tuple(found)
 
     def _add_opaque(self) -> None:
-        """Quantised linears hide their weight: take their outputs from the record instead."""
+        """Quantised linears hide their weight: take their outputs from the trace instead."""
         seen = {path for gemm in self.graph.gemms.values() for path, _ in self.owners.get(gemm.weight, ())}
         modules = named_places(self.model)
-        for call in self.record.calls:
+        for call in self.trace.calls:
             module = modules[call.path]
             if call.path in seen or not hasattr(module, "in_features") or any(True for _ in module.children()):
                 continue
@@ -208,7 +208,7 @@ class _Reading:
     def _read_by(self) -> tuple[tuple[str, str, str], ...]:
         """Parameters that entered the graph outside of any call of the modules that hold them."""
         spans: dict[str, list[tuple[int, int]]] = {}
-        for call in self.record.calls:
+        for call in self.trace.calls:
             spans.setdefault(call.path, []).append((call.start, call.end))
         found: dict[tuple[str, str, str], None] = {}
         for number, weight in self.graph.reads():
@@ -229,7 +229,7 @@ class _Reading:
         owners = self.owners.get(weight, [])
         if len(owners) > 1:
             number = self.graph.sequence[gemm]
-            running = {call.path for call in self.record.calls if call.start <= number < call.end}
+            running = {call.path for call in self.trace.calls if call.start <= number < call.end}
             owners = [owner for owner in owners if owner[0] in running] or owners
         return owners[0] if owners else None
 
@@ -274,7 +274,7 @@ class _Reading:
             found.append(self._core(owner, core))
         return with_routes(found, self.seen)
 
-    def _core(self, owner: str, core: Core) -> AttentionCore:
+    def _core(self, owner: str, core: Softmax) -> AttentionCore:
         key_dim = self.graph.shape(core.q)[-1]
         value_dim = self.graph.shape(core.v)[-1]
         fed, shape = self._fed(core.k), self.graph.shape(core.k)

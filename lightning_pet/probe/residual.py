@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lightning_pet.probe.graph import Graph
-from lightning_pet.probe.softmaxes import Core
+from lightning_pet.probe.softmaxes import Softmax
 
 _MAX_PEEL = 8
 
@@ -27,7 +27,7 @@ class Addition:
     region: frozenset[int]
     stream: int
 
-    def core(self, cores: Iterable[Core]) -> Core | None:
+    def core(self, cores: Iterable[Softmax]) -> Softmax | None:
         """The first attention inside f."""
         return next((core for core in cores if core.node in self.region), None)
 

@@ -9,7 +9,7 @@ from lightning_pet.model.structure import Role, Rows
 from lightning_pet.probe.columns import count, mixes_positions, ranges, rows_feeding, without
 from lightning_pet.probe.graph import Edge, Graph
 from lightning_pet.probe.residual import Addition
-from lightning_pet.probe.softmaxes import Core
+from lightning_pet.probe.softmaxes import Softmax
 
 _NONLINEAR = re.compile(
     r"^(?:_?Silu|Gelu|Relu|LeakyRelu|Rrelu|Sigmoid|Tanh|Softplus|Elu|Selu|Celu|Hard|Mish|Erf|Threshold|Prelu|Pow|Exp"
@@ -38,7 +38,7 @@ class Use:
 Uses = dict[int | str, Use]
 
 
-def attention_uses(graph: Graph, cores: Sequence[Core], additions: Sequence[Addition]) -> Uses:
+def attention_uses(graph: Graph, cores: Sequence[Softmax], additions: Sequence[Addition]) -> Uses:
     """q, k, v: the nearest gemms above each operand of an attention; o: the first below it."""
     uses: Uses = defaultdict(Use)
     sums = frozenset(addition.add for addition in additions)
@@ -68,7 +68,7 @@ def _note(use: Use, role: Role, gemm: int, edge: Edge | None, cross: bool) -> No
 
 
 def ffn_uses(
-    graph: Graph, cores: Sequence[Core], additions: Sequence[Addition], taken: Iterable[int | str]
+    graph: Graph, cores: Sequence[Softmax], additions: Sequence[Addition], taken: Iterable[int | str]
 ) -> tuple[Uses, list[int]]:
     """Up, gate and down projections, and the nodes of the latter.
 

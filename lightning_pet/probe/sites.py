@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_pet.model.named_roles import named_places
+from lightning_pet.model.naming import is_inside
 from lightning_pet.model.structure import Site, SiteKind
 from lightning_pet.probe.columns import mixes_positions
 from lightning_pet.probe.graph import Edge, Graph
 from lightning_pet.probe.residual import Addition
-from lightning_pet.probe.softmaxes import Core
-from lightning_pet.probe.trace import Call, Record
+from lightning_pet.probe.softmaxes import Softmax
+from lightning_pet.probe.trace import Call, Trace
 
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.I)
 _FFN_CLASS = re.compile(r"ffn|mlp|feed_?forward", re.I)
@@ -31,12 +32,12 @@ class Tap:
 class Taps:
     """Which calls take or return the tensor behind a node."""
 
-    def __init__(self, model: nn.Module, graph: Graph, record: Record) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, trace: Trace) -> None:
         self._modules = named_places(model)
         self.inputs: dict[int, list[Tap]] = defaultdict(list)
         self.outputs: dict[int, list[Tap]] = defaultdict(list)
-        self.calls = record.calls
-        for order, call in enumerate(record.calls):
+        self.calls = trace.calls
+        for order, call in enumerate(trace.calls):
             for node, table in ((graph.of(call.input), self.inputs), (graph.of(call.output), self.outputs)):
                 if node is not None:
                     table[node].append(Tap(order, call))
@@ -57,7 +58,7 @@ class Taps:
 
 
 def build_sites(
-    graph: Graph, taps: Taps, additions: Sequence[Addition], cores: Sequence[Core], ffn: Iterable[int]
+    graph: Graph, taps: Taps, additions: Sequence[Addition], cores: Sequence[Softmax], ffn: Iterable[int]
 ) -> list[tuple[Addition, Site]]:
     """A :class:`Site` for every addition that has a branch module.
 
@@ -85,7 +86,7 @@ def _site(
     taps: Taps,
     addition: Addition,
     branch: Sequence[Tap],
-    cores: Sequence[Core],
+    cores: Sequence[Softmax],
     ffn: frozenset[int],
 ) -> Site:
     start, end = graph.sequence[addition.x], graph.sequence[addition.add]
@@ -155,7 +156,7 @@ def _branch(graph: Graph, taps: Taps, addition: Addition) -> list[Tap]:
 
 
 def _kind(
-    graph: Graph, taps: Taps, addition: Addition, branch: Sequence[Tap], cores: Sequence[Core], ffn: frozenset[int]
+    graph: Graph, taps: Taps, addition: Addition, branch: Sequence[Tap], cores: Sequence[Softmax], ffn: frozenset[int]
 ) -> SiteKind:
     core = addition.core(cores)
     if core is not None:
@@ -187,4 +188,4 @@ def _outermost(pairs: list[tuple[Addition, Site]]) -> list[tuple[Addition, Site]
 
 def _within(inner: Site, outer: Site) -> bool:
     """All branch modules of ``inner`` lie strictly inside a branch module of ``outer``."""
-    return any(all(path.startswith(f"{whole}.") for path in inner.branch) for whole in outer.branch)
+    return any(all(whole and is_inside(path, whole) for path in inner.branch) for whole in outer.branch)

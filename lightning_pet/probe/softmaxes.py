@@ -11,7 +11,7 @@ _MAX_STEPS = 400  # nodes looked at between softmax and a product; real models n
 
 
 @dataclass(frozen=True)
-class Core:
+class Softmax:
     """One softmax(q kᵀ) v.
 
     Attributes:
@@ -36,14 +36,14 @@ class Core:
         return frozenset((self.node, self.first, self.last))
 
 
-def find_cores(graph: Graph) -> list[Core]:
+def find_softmaxes(graph: Graph) -> list[Softmax]:
     """All softmax attentions, in execution order."""
     cores = []
     for i, name in enumerate(graph.names):
         core = None
         if _FUSED.search(name) and len(graph.operands[i]) >= 3:
             q, k, v = graph.operands[i][:3]
-            core = Core(i, i, i, q, k, v)
+            core = Softmax(i, i, i, q, k, v)
         elif "Softmax" in name and "LogSoftmax" not in name:
             core = _from_softmax(graph, i)
         if core is not None:
@@ -76,7 +76,7 @@ def _nearest(start: Iterable[int], step: Callable[[int], Iterable[int]], graph: 
     return sorted(found)
 
 
-def _from_softmax(graph: Graph, softmax: int) -> Core | None:
+def _from_softmax(graph: Graph, softmax: int) -> Softmax | None:
     scores = _nearest(graph.data[softmax], lambda i: graph.data[i], graph)
     values = _nearest(graph.successors[softmax], lambda i: graph.successors[i], graph)
     if not scores or not values:
@@ -91,7 +91,7 @@ def _from_softmax(graph: Graph, softmax: int) -> Core | None:
     if below[0] == below[1]:
         return None
     v = operands[1] if below[0] else operands[0]
-    return Core(softmax, score, value, score_operands[0], score_operands[1], v)
+    return Softmax(softmax, score, value, score_operands[0], score_operands[1], v)
 
 
 def _content(graph: Graph, scores: list[int]) -> int:
@@ -122,7 +122,7 @@ def _sources(graph: Graph, stop: frozenset[int]) -> list[int]:
     return bits
 
 
-def _with_cross(graph: Graph, cores: list[Core]) -> list[Core]:
+def _with_cross(graph: Graph, cores: list[Softmax]) -> list[Softmax]:
     """Mark cross-attention: without going through an attention, queries and keys have no input in common."""
     stop = frozenset(i for core in cores for i in core.inner)
     sources = _sources(graph, stop)
@@ -131,7 +131,7 @@ def _with_cross(graph: Graph, cores: list[Core]) -> list[Core]:
         q, k = sources[core.q.node], sources[core.k.node]
         same_input = _gemm_input(graph, core.q.node, stop) & _gemm_input(graph, core.k.node, stop)
         cross = not (q & k) and not same_input
-        marked.append(Core(core.node, core.first, core.last, core.q, core.k, core.v, cross))
+        marked.append(Softmax(core.node, core.first, core.last, core.q, core.k, core.v, cross))
     return marked
 
 

@@ -42,7 +42,7 @@ class Call:
 
 
 @dataclass
-class Record:
+class Trace:
     """What one forward did.
 
     Attributes:
@@ -59,10 +59,10 @@ class Record:
 
 
 class Recorder:
-    """Hooks on every module of ``model`` that fill a :class:`Record`."""
+    """Hooks on every module of ``model`` that fill a :class:`Trace`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.record = Record()
+        self.trace = Trace()
         self._stack: list[Call] = []
         self._paths = {module: path for path, module in named_places(model).items()}
 
@@ -75,7 +75,7 @@ class Recorder:
         return self._paths.get(module)
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[Record]:
+    def attached(self) -> Iterator[Trace]:
         """Record every call until the block is left; the hooks are gone afterwards, whatever happens."""
         handles = []
         try:
@@ -83,7 +83,7 @@ class Recorder:
                 if not isinstance(module, torch.jit.ScriptModule):
                     handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                     handles.append(module.register_forward_hook(self._leave))
-            yield self.record
+            yield self.trace
         finally:
             for handle in handles:
                 handle.remove()
@@ -98,12 +98,12 @@ class Recorder:
         call.input = next((x.grad_fn for x in tensors((args, kwargs)) if x.grad_fn is not None), None)
         given = [x for x in (*args, *(kwargs.get(name) for name in _IDS)) if isinstance(x, Tensor)]
         ids = any(not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool) for x in given)
-        if ids and self.record.embedding is None and isinstance(module, nn.Embedding):
-            self.record.embedding = call.path
-            self.record.consumer = next((outer.path for outer in reversed(self._stack) if outer.takes_ids), None)
+        if ids and self.trace.embedding is None and isinstance(module, nn.Embedding):
+            self.trace.embedding = call.path
+            self.trace.consumer = next((outer.path for outer in reversed(self._stack) if outer.takes_ids), None)
         call.takes_ids = ids and accepts_mask(module)
         self._stack.append(call)
-        self.record.calls.append(call)
+        self.trace.calls.append(call)
         return changed
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.model.naming import split_below
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import read_delta, read_manifest
 from lightning_pet.store.entry import MARK, check_tensors, methods_of, read_entry, saved_fingerprint
@@ -63,17 +64,11 @@ def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
     """
     entry = read_entry(checkpoint, path)
     check_tensors(checkpoint, entry, path)
-    prefix = f"{entry['root']}." if entry["root"] else ""
-    state = checkpoint["state_dict"]
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    tensors, rest = split_below(checkpoint["state_dict"], entry["root"])
     tensors.pop(MARK, None)  # of a checkpoint that was not read but is about to be written
     if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise fault(f"{path}: {odd[0]}", f"found {type(tensors[odd[0]]).__name__}, expected a tensor.")
-    beside = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(prefix) and name != MARK and isinstance(tensor, Tensor)
-    }
+    beside = {name: tensor for name, tensor in rest.items() if name != MARK and isinstance(tensor, Tensor)}
     base = saved_fingerprint(entry, path)
     return Stored(Path(path), methods_of(entry, path), tensors, base, entry["root"], beside)
 

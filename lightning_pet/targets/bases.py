@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import CHILD, canonical, join, named_modules
+from lightning_pet.model.naming import CHILD, canonical, is_below, join, named_modules
 from lightning_pet.model.quantised import is_quantised
 from lightning_pet.model.structure import Target
 
@@ -89,11 +89,6 @@ def bases_of(root: nn.Module) -> tuple[str, ...]:
     frozen = frozen_by_user(root)
     awake = [path for path in found if not _is_frozen(root, path, frozen)]
     return tuple(awake or found) or ("",)
-
-
-def is_below(place: str, path: str) -> bool:
-    """Whether a dotted name is a path itself or lies below it; ``""`` is the root."""
-    return not path or f"{place}.".startswith(f"{path}.")
 
 
 def frozen_by_user(root: nn.Module) -> frozenset[str]:

@@ -8,10 +8,10 @@ from torch import nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import CHILD, canonical, join, module_at, named_modules
+from lightning_pet.model.naming import CHILD, canonical, is_below, join, module_at, named_modules
 from lightning_pet.model.quantised import is_quantised
 from lightning_pet.model.structure import Output, Role, Structure, Target
-from lightning_pet.targets.bases import base_parameters_of, can_train, frozen_by_user, is_below, is_pretrained
+from lightning_pet.targets.bases import base_parameters_of, can_train, frozen_by_user, is_pretrained
 from lightning_pet.targets.targets import suggest
 
 # transformers builds these heads from scratch for every task, so a frozen one would stay random.

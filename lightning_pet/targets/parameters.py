@@ -9,7 +9,7 @@ from torch import nn
 from lightning_pet.errors import TargetError
 from lightning_pet.model.layer_kinds import is_raw, reader_of
 from lightning_pet.model.named_roles import is_norm, named_places
-from lightning_pet.model.naming import join, named_modules
+from lightning_pet.model.naming import is_below, join, named_modules
 from lightning_pet.model.quantised import format_of, is_quantised
 from lightning_pet.model.structure import Role, Structure, Target
 from lightning_pet.targets.heads import find_heads
@@ -60,7 +60,7 @@ def every_parameter(
     modules = named_modules(root)
     for path, name in places:
         module = modules[path]
-        head = any(f"{path}.".startswith(f"{above}.") for above in unwanted)
+        head = any(is_below(path, above) for above in unwanted)
         table = isinstance(module, nn.Embedding | nn.EmbeddingBag)
         if head or (table and not embeddings) or (is_norm(module) and not norms):
             dropped.add((path, name))
@@ -198,7 +198,7 @@ def norm_parameters(root: nn.Module, scope: str | None = None) -> tuple[str, ...
     names = [
         join(path, name)
         for path, module in places.items()
-        if is_norm(module) and (not below or f"{path}.".startswith(f"{below}."))
+        if is_norm(module) and is_below(path, below)
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]

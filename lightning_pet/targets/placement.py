@@ -26,7 +26,7 @@ from torch import nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.model.named_roles import layer_index, named_places, without_numbers
-from lightning_pet.model.naming import canonical, delta_prefix, join, module_at
+from lightning_pet.model.naming import canonical, delta_prefix, is_below, join, module_at
 from lightning_pet.model.structure import Role, Site, SiteKind, Structure, Target
 from lightning_pet.targets.patterns import name_matcher, names_from_above
 
@@ -176,7 +176,7 @@ class _Finder:
     def is_served(self, site: Site, places: Sequence[Target]) -> bool:
         """Whether one of these places lies in the layer of a site, or in its sub-layer where it is in no layer."""
         around = (self.layers[site],) if self.layers[site] is not None else site.branch
-        return any(_inside(place.module, str(path)) for place in places for path in around)
+        return any(is_below(place.module, str(path)) for place in places for path in around)
 
     def check_covered(self, kinds: Sequence[SiteKind], keep: _Selection, covered: Sequence[Target] = ()) -> None:
         """Every layer with projections of a wanted kind must have a sum of it: nothing is passed over in silence."""
@@ -191,9 +191,9 @@ class _Finder:
                 continue
             around = _numbered(target.module)
             layer = _first((path for path in reversed(around) if without_numbers(path) in patterns), around)
-            if (layer, kind) in summed or any(_inside(target.module, branch) for branch in branches):
+            if (layer, kind) in summed or any(is_below(target.module, branch) for branch in branches):
                 continue
-            if any(place.module == target.module or (layer and _inside(place.module, layer)) for place in covered):
+            if any(place.module == target.module or (layer and is_below(place.module, layer)) for place in covered):
                 continue
             ran = called is None or bool(called.intersection((target.module, target.module.rpartition(".")[0])))
             if layer is not None and ran:
@@ -245,7 +245,7 @@ class _Finder:
         prenorm = reader is not None and _is_norm_like(reader)
         norms = [path for path in site.after_norm if len(self.uses[path]) == 1]
         # Around the whole sub-layer it returns this very sum; a dropout behind several sums would not tell them apart.
-        outs = [path for path in site.after_out if _inside(site.branch[0], path) or len(self.uses[path]) == 1]
+        outs = [path for path in site.after_out if is_below(site.branch[0], path) or len(self.uses[path]) == 1]
         if norms and not prenorm and not site.after_out:
             return self._at(site, norms[0], "norm")
         if not outs:
@@ -345,10 +345,6 @@ def _numbered(path: str) -> list[str]:
 
 def _first(preferred: Iterable[str], otherwise: Sequence[str]) -> str | None:
     return next(chain(preferred, otherwise), None)
-
-
-def _inside(path: str, whole: str) -> bool:
-    return not whole or f"{path}.".startswith(f"{whole}.")
 
 
 def _is_norm_like(module: nn.Module) -> bool:

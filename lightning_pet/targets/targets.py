@@ -26,8 +26,7 @@ from typing import Any
 from torch import nn
 
 from lightning_pet.errors import TargetError
-from lightning_pet.model.biases import is_bias
-from lightning_pet.model.layer_kinds import is_made
+from lightning_pet.model.layer_kinds import is_bias, is_made
 from lightning_pet.model.named_roles import (
     gives_one_number,
     is_linear,
@@ -36,7 +35,7 @@ from lightning_pet.model.named_roles import (
     layer_index,
     named_places,
 )
-from lightning_pet.model.naming import canonical, join
+from lightning_pet.model.naming import canonical, is_below, join
 from lightning_pet.model.structure import Structure, Target, overlap
 from lightning_pet.targets.patterns import GROUPS, KINDS, has_role, is_role, name_matcher, names_from_above
 
@@ -256,7 +255,7 @@ class _Scope:
         without: list[str] = []
         for module, path in self.first.items():
             wanted = self._is_projection(module, path) if kind == "all-linear" else isinstance(module, _CONVOLUTION)
-            if not wanted or any(_inside(name, heads) for name in self.names[path]):
+            if not wanted or any(is_below(name, head) for name in self.names[path] for head in heads):
                 continue
             weights = [name for name in _weights(module) if self._hosts(path, name)]
             targets.extend(self._target(path, name) for name in weights)
@@ -427,10 +426,6 @@ def _weights(module: nn.Module) -> list[str]:
         # A vector may be stored with dimensions of size 1, and those of all experts together.
         if not is_bias(name) and sum(size > 1 for size in shape) > 1 and not (len(shape) == 2 and shape[0] in experts)
     ]
-
-
-def _inside(path: str, heads: Collection[str]) -> bool:
-    return any(path == head or path.startswith(f"{head}.") for head in heads)
 
 
 def _same_place(target: Target, other: Target) -> bool:

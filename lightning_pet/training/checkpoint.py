@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -12,17 +11,17 @@ from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETErro
 from lightning_pet.insertion.commit import changed_buffers, take_forms
 from lightning_pet.insertion.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.layers.delta import Excerpt
-from lightning_pet.model.naming import canonical, join, named_tensors
+from lightning_pet.model.naming import canonical, join, named_tensors, split_below
 from lightning_pet.model.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.operations import base_check
-from lightning_pet.operations.adapted import Adapted
 from lightning_pet.store.entry import KEY, MARK, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies.hyper_parameters import make_plain
 from lightning_pet.strategies.sealed import seal
-from lightning_pet.strategies.strategy import Named, StrategyAdapter
+from lightning_pet.strategies.strategy import Named
 from lightning_pet.training.resume import ExactResume
+from lightning_pet.training.run import Run
 from lightning_pet.training.state_excerpts import (
     held_schedule,
     held_states,
@@ -35,24 +34,11 @@ from lightning_pet.training.watch import Watch
 _STATES = ("state_dict", "current_model_state")  # the second is of averaging callbacks
 
 
-class Run(Protocol):
-    """What the rules need to know of a run."""
+class SavedRun(Run, Protocol):
+    """A run that checkpoints are written of."""
 
-    trainer: pl.Trainer
-    module: pl.LightningModule
     resume: ExactResume
-    adapter: StrategyAdapter[Any]
     watch: Watch
-
-    @property
-    def adapted(self) -> Adapted:
-        """Handle on the adapted root."""
-        ...
-
-    @property
-    def root_path(self) -> str:
-        """Path of the adapted root in the LightningModule."""
-        ...
 
     @property
     def base_check(self) -> str:
@@ -63,7 +49,7 @@ class Run(Protocol):
 class Checkpoints:
     """Delta-only checkpoints of one run; see :class:`~lightning_pet.strategies.strategy.CheckpointRules`."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: SavedRun) -> None:
         self._run = run
         self._base: tuple[frozenset[str], Fingerprint] | None = None
         self._optimizer_names: Any = None
@@ -211,10 +197,7 @@ class Checkpoints:
 
     def _split(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The part of the adapted root under its own names, and the rest."""
-        prefix = f"{self._run.root_path}." if self._run.root_path else ""
-        named = {canonical(name): value for name, value in state.items()}
-        inside = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-        return inside, {name: value for name, value in named.items() if not name.startswith(prefix)}
+        return split_below({canonical(name): value for name, value in state.items()}, self._run.root_path)
 
     def _check_fit(self, state: Mapping[str, Any], path: object) -> None:
         inside, outside = self._split(state)

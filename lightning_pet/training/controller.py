@@ -1,7 +1,7 @@
 """What happens around a model during a Trainer's run, for all PET callbacks of that Trainer together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -23,14 +23,14 @@ from lightning_pet.insertion.commit import (
     undo,
 )
 from lightning_pet.insertion.intact import resizable
-from lightning_pet.insertion.method import key_of
+from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import described, record_of
 from lightning_pet.model.naming import by_delta, canonical, delta_prefix, join
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.apply import StartingMethod, insert_methods, is_applied, start
+from lightning_pet.operations.apply import insert_methods, is_applied, start
 from lightning_pet.operations.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.operations.plan import Plan
 from lightning_pet.operations.roots import batch_forward, default_root, root_of
@@ -62,22 +62,6 @@ from lightning_pet.training.watch import Watch, refuse_meddlers
 _ATTRIBUTE = "_pet_controller"
 
 
-class TrainerMethod(StartingMethod, Protocol):
-    """What the controller asks of a callback, besides what every method answers."""
-
-    verbose: bool
-    shards: bool
-    delta_files: bool
-
-    def lr_ratios(self, delta_names: Sequence[str]) -> dict[str, float]:
-        """Learning-rate factor of those of its own parameters that do not train at their group's rate."""
-        ...
-
-    def group_options(self, delta_names: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Optimizer options of those of its own parameters that do not train with their group's."""
-        ...
-
-
 class Controller:
     """One per Trainer and LightningModule. The first PET callback of the list drives it.
 
@@ -86,7 +70,7 @@ class Controller:
     gradient, and makes every checkpoint a delta checkpoint.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, methods: Sequence[TrainerMethod]) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, methods: Sequence[Method]) -> None:
         self.trainer = trainer
         self.module = module
         self.methods = list(methods)
@@ -97,7 +81,7 @@ class Controller:
         self._configure: Callable[[], Any] | None = None  # the user's own, while ours is in its place
         self._converts = False  # the precision plug-in replaces layers
         self._undo: list[Callable[[], None]] = []
-        self._new: list[TrainerMethod] = []  # inserted in this run
+        self._new: list[Method] = []  # inserted in this run
         self._trained = False  # an optimizer has stepped in this run
         self.watch = Watch(self)
         self.firing = Firing(self)
@@ -106,7 +90,7 @@ class Controller:
     # --- finding the controller -----------------------------------------------------------------
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, module: pl.LightningModule, methods: Sequence[TrainerMethod]) -> "Controller":
+    def of(cls, trainer: pl.Trainer, module: pl.LightningModule, methods: Sequence[Method]) -> "Controller":
         """The controller of this Trainer and module, made if there is none."""
         found = cls.find(trainer)
         if found is None or found.module is not module:

@@ -1,40 +1,22 @@
 """Every delta that is in the model should get a gradient: which did not, at the first step and over the first epoch."""
 
-from typing import Any, Protocol
+from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import DeadSiteError
 from lightning_pet.insertion.commit import required_gradients
-from lightning_pet.model.naming import CHILD, canonical, join
-from lightning_pet.operations.adapted import Adapted
+from lightning_pet.model.naming import CHILD, canonical, is_inside, join
 from lightning_pet.strategies.parameter_groups import shown
-from lightning_pet.strategies.strategy import StrategyAdapter, trainable
+from lightning_pet.strategies.strategy import trainable
 from lightning_pet.targets.heads import HEAD
+from lightning_pet.training.run import Run
 
 _REASONS = (
     "Their hosts did not run, or the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing "
     "without an input that requires grad: use use_reentrant=False)"
 )
-
-
-class Run(Protocol):
-    """What is asked of a run."""
-
-    module: pl.LightningModule
-    adapter: StrategyAdapter[Any]
-
-    @property
-    def adapted(self) -> Adapted:
-        """Handle on the adapted root."""
-        ...
-
-    @property
-    def root_path(self) -> str:
-        """Path of the adapted root in the LightningModule."""
-        ...
 
 
 class Firing:
@@ -95,7 +77,7 @@ class Firing:
             target.module for a in self._run.adapted.record.applied for target in a.targets if target.role == HEAD
         }
         for path in sorted(join(self._run.root_path, place) for place in places):
-            own = {name: p for name, p in trainable(self._run.module).items() if name.startswith(f"{path}.")}
+            own = {name: p for name, p in trainable(self._run.module).items() if is_inside(name, path)}
             if own and len(adapter.without_gradient(own, optimizer)) == len(own):
                 rank_zero_warn(
                     f"{path} of {type(root).__name__} was taken for a head, but the loss does not reach it. If the "

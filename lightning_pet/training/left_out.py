@@ -13,10 +13,9 @@ from torch import nn
 from lightning_pet.insertion.method import key_of
 from lightning_pet.insertion.prepare import target_patterns
 from lightning_pet.model.adaptation import Adaptation, Applied, record_of
-from lightning_pet.model.naming import CHILD, canonical, delta_prefix, join
+from lightning_pet.model.naming import CHILD, canonical, delta_prefix, is_below, join
 from lightning_pet.model.structure import Target
 from lightning_pet.strategies.parameter_groups import shown
-from lightning_pet.targets.bases import is_below
 from lightning_pet.targets.heads import HEAD, is_small, parameters_below
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -16,16 +16,7 @@ from lightning_pet.strategies import private
 from lightning_pet.strategies.strategy import StrategyAdapter
 
 
-class LoggedMethod(Method, Protocol):
-    """What is asked of a method to log it."""
-
-    @property
-    def start_from(self) -> str | None:
-        """Delta file or checkpoint whose values the method starts from."""
-        ...
-
-
-def log_options(trainer: pl.Trainer, adapted: Adapted, plan: Plan, methods: Sequence[LoggedMethod]) -> None:
+def log_options(trainer: pl.Trainer, adapted: Adapted, plan: Plan, methods: Sequence[Method]) -> None:
     """Tell every logger what the run trains: options, numbers and shares, as hyper-parameters.
 
     The module's own hyper-parameters go with them: TensorBoard shows only what came first.
@@ -42,7 +33,7 @@ def log_options(trainer: pl.Trainer, adapted: Adapted, plan: Plan, methods: Sequ
             logger.log_hyperparams(facts)
 
 
-def facts_of(adapted: Adapted, plan: Plan, methods: Sequence[LoggedMethod]) -> dict[str, Any]:
+def facts_of(adapted: Adapted, plan: Plan, methods: Sequence[Method]) -> dict[str, Any]:
     """Options, numbers and shares of the base by a name with slashes, such as ``pet/lora_default/r``."""
     start = {key_of(method): method.start_from for method in methods}
     facts: dict[str, Any] = {"pet/methods": ", ".join(applied.key for applied in adapted.record.applied)}

@@ -7,7 +7,7 @@ every epoch. Their values are read once, at the speed of memory (version counter
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
@@ -19,10 +19,9 @@ from lightning_pet.errors import OptimizerMismatchError, PETError, UnsupportedSt
 from lightning_pet.model.marks import Mark, compare, mark
 from lightning_pet.model.naming import join
 from lightning_pet.model.outside import frozen_parameters
-from lightning_pet.operations.adapted import Adapted
 from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import shown
-from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.training.run import Run
 
 _HOOKS: Final = (
     "on_train_batch_start",
@@ -36,24 +35,6 @@ _HOOKS: Final = (
     "on_validation_start",
     "on_validation_end",
 )
-
-
-class Run(Protocol):
-    """What the watch needs to know of a run."""
-
-    trainer: pl.Trainer
-    module: pl.LightningModule
-    adapter: StrategyAdapter[Any]
-
-    @property
-    def adapted(self) -> Adapted:
-        """Handle on the adapted root."""
-        ...
-
-    @property
-    def root_path(self) -> str:
-        """Path of the adapted root in the LightningModule."""
-        ...
 
 
 def refuse_meddlers(callbacks: Sequence[pl.Callback]) -> None:

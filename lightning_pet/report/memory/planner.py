@@ -19,9 +19,10 @@ from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_iter
 
 from lightning_pet.errors import TargetError
+from lightning_pet.insertion.method import Method
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.naming import CHILD, canonical
-from lightning_pet.operations.apply import StartingMethod, apply
+from lightning_pet.operations.apply import apply
 from lightning_pet.operations.roots import root_of, silenced
 from lightning_pet.report.memory.activations import estimate
 from lightning_pet.report.memory.engines import Bytes, Engine, EngineName, Inventory, Part, bytes_under
@@ -88,7 +89,7 @@ class MemoryPlan:
 
 def plan_memory(
     model: nn.Module,
-    callbacks: StartingMethod | Sequence[StartingMethod] = (),
+    callbacks: Method | Sequence[Method] = (),
     batch: Any = None,
     *,
     strategy: EngineName | Engine = "single",
@@ -158,7 +159,7 @@ def plan_memory(
     return MemoryPlan(engine, bytes_under(engine, inventory), trained, inventory, tuple(notes))
 
 
-def _insert(stage: Stage, twin: nn.Module, callbacks: StartingMethod | Sequence[StartingMethod], batch: Any) -> None:
+def _insert(stage: Stage, twin: nn.Module, callbacks: Method | Sequence[Method], batch: Any) -> None:
     """Apply the methods as a Trainer does: a model that does not describe its inputs is looked at with the batch."""
     with stage.entered(kernels=False):
         try:
