@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_pet.layers import low_rank_product
 from lightning_pet.layers.low_rank import LowRankLinear
 from lightning_pet.layers.low_rank_product import drawn_mask, low_rank_linear
 from lightning_pet.layers.low_rank_source import source_of
@@ -30,6 +31,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dora-pissa-dropout": {"use_dora": True, "init": "pissa", "dropout": 0.3},
     "dora-transposed": {"use_dora": True, "transposed": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def no_layer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes here are small, and the nodes are for large ones."""
+    monkeypatch.setattr(low_rank_product, "_SMALL", 0)
 
 
 def case(name: str, dtype: torch.dtype = D) -> tuple[LowRankLinear, Tensor, Tensor, Tensor]:
