@@ -91,5 +91,5 @@ def dense_twin(model: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         weight = module._parameters.get("weight")
         if weight is not None and is_quantised(weight):
-            replace_by_dense(twin, weight, dense_values(module, "weight").clone())
+            replace_by_dense(twin, [(weight, dense_values(module, "weight").clone())])
     return twin

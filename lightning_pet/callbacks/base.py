@@ -18,7 +18,7 @@ from lightning_pet.insertion.budget import affordable, base_numbers, check_affor
 from lightning_pet.insertion.method import METHODS, Insertion, key_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import deltas_in, record_of
-from lightning_pet.model.naming import canonical, delta_prefix, join, named_modules
+from lightning_pet.model.naming import canonical, delta_prefix, join, named_modules, named_parameters
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.strategies.private import logs_this_step
@@ -158,13 +158,13 @@ class PETCallback(Callback):
             return parameters_below(root, self.modules_to_save, "modules_to_save")
         modules = named_modules(root)
         heads = [(target.module, modules[target.module]) for target in targets if target.role == HEAD]
-        return tuple(dict.fromkeys(join(p, canonical(n)) for p, m in heads for n, _ in m.named_parameters()))
+        return tuple(dict.fromkeys(join(p, n) for p, m in heads for n, _ in named_parameters(m)))
 
     def heads_within(self, scope: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""
         if self.modules_to_save is None:
             return parameters_below(scope, find_heads(scope, ()), "modules_to_save")
-        paths = [*named_modules(scope), *(canonical(name) for name, _ in scope.named_parameters())]
+        paths = [*named_modules(scope), *(name for name, _ in named_parameters(scope))]
         there = [head for head in self.modules_to_save if any(f".{path}".endswith(f".{head}") for path in paths)]
         return parameters_below(scope, there, "modules_to_save")
 

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.model.naming import canonical
+from lightning_pet.model.naming import named_parameters
 from lightning_pet.model.quantised import format_of, is_quantised
 from lightning_pet.model.stacks import names_of_base
 from lightning_pet.model.structure import Structure, Target
@@ -46,7 +46,7 @@ class FullFineTuningCallback(PETCallback):
         Raises:
             TargetError: if a weight is stored in a form that cannot train.
         """
-        fixed = [(canonical(name), p) for name, p in root.named_parameters() if is_quantised(p)]
+        fixed = [(name, p) for name, p in named_parameters(root) if is_quantised(p)]
         if fixed:
             name, parameter = fixed[0]
             raise TargetError(

@@ -15,7 +15,7 @@ from lightning_pet.insertion.commit import freeze
 from lightning_pet.insertion.method import Insertion, key_of
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.named_roles import is_norm
-from lightning_pet.model.naming import canonical, named_modules
+from lightning_pet.model.naming import canonical, named_modules, named_parameters
 from lightning_pet.model.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.strategies.choice import adapter_for
@@ -146,7 +146,7 @@ class LayerFreezingCallback(PETCallback):
     def _warn_large_share(self, root: nn.Module, targets: Sequence[Target], stacks: Sequence[Stack]) -> None:
         """The default suits deep models; a short stack would train nearly as a whole."""
         names = {name for target in targets for name in names_of_base(root, target.path)}
-        numbers = {canonical(name): p.numel() for name, p in root.named_parameters()}
+        numbers = {name: p.numel() for name, p in named_parameters(root)}
         share = sum(numbers[name] for name in names) / max(1, sum(numbers.values()))
         if self.train_layers is None and share > 0.5 and any(self.train_last >= len(s.layers) for s in stacks):
             rank_zero_warn(

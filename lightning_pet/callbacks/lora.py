@@ -14,7 +14,7 @@ from lightning_pet.insertion.low_rank_places import Options, fitted, largest_ran
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.layer_kinds import host_kind, weight_of
-from lightning_pet.model.naming import canonical, module_at, named_modules
+from lightning_pet.model.naming import module_at, named_modules, named_parameters
 from lightning_pet.model.quantised import initialize, shape_of
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.parameters import with_readers
@@ -249,7 +249,7 @@ class LoRACallback(PETCallback):
 
     def _biases(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         hosts = {target.module for target in targets}
-        names = [canonical(name) for name, _ in root.named_parameters() if ".pet." not in f".{name}"]
+        names = [name for name, _ in named_parameters(root) if ".pet." not in f".{name}"]
         biases = [name for name in names if "bias" in name.rpartition(".")[2]]
         if self.bias == "none":
             return ()

@@ -19,7 +19,15 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
 from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, record_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
-from lightning_pet.model.naming import by_delta, canonical, delta_prefix, has_module, join, named_tensors
+from lightning_pet.model.naming import (
+    by_delta,
+    canonical,
+    delta_prefix,
+    has_module,
+    join,
+    named_parameters,
+    named_tensors,
+)
 from lightning_pet.model.outside import mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
 
@@ -27,7 +35,7 @@ from lightning_pet.model.quantised import check_hosts, initialize
 def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     """Insert what was built, and freeze the rest. The model is as before if anything fails."""
     created = record_of(root) is None
-    before = {canonical(name): parameter.requires_grad for name, parameter in root.named_parameters()}
+    before = {name: parameter.requires_grad for name, parameter in named_parameters(root)}
     record = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
     forbid_repacking(root)
     done: list[tuple[str, str]] = []
@@ -147,11 +155,12 @@ def freeze(root: nn.Module) -> None:
         return
     own, planned = set(record.delta_names), set(record.planned_names)
     # By identity: a tied tensor has several names, of which the record holds one.
-    named = [(canonical(name), p) for name, p in root.named_parameters(remove_duplicate=False)]
-    inside = {id(p) for name, p in named if name in own or record.in_base(name)}
-    inside |= {id(p) for name, p in named if name in planned}
+    named = named_parameters(root, every_name=True)
+    inside_names = {*own, *planned, *record.of_base(dict(named))}
+    inside = {id(p) for name, p in named if name in inside_names}
     outside = {id(p): name for name, p in reversed(named) if p.requires_grad and id(p) not in inside}
-    kept = [name for name in record.trainable_names if name in planned or not record.in_base(name)]
+    base = record.of_base(record.trainable_names)
+    kept = [name for name in record.trainable_names if name in planned or name not in base]
     record.trainable_names = tuple(dict.fromkeys((*kept, *reversed(outside.values()))))
     _keep_originals(root, record)
     mark_outside(root)
@@ -188,7 +197,7 @@ def outgrown(root: nn.Module) -> bool:
     if record is None:
         return False
     tensors, own = dict(named_tensors(root)), set(record.delta_names)
-    parameters = {canonical(name) for name, _ in root.named_parameters()} - own
+    parameters = {name for name, _ in named_parameters(root)} - own
     return not own <= tensors.keys() or not parameters <= record.flags.keys() or bool(resized(root, record))
 
 
@@ -244,6 +253,21 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     del root.__dict__[RECORD]
 
 
+def forget(root: nn.Module, paths: Collection[str]) -> None:
+    """Detach some deltas, by their paths, of methods that stay."""
+    record, gone = record_of(root), set(paths)
+    if record is None or not gone:
+        return
+    detach(root, [host for a in record.applied for path, host in zip(a.paths, a.hosts, strict=True) if path in gone])
+    for applied in record.applied:
+        kept = [i for i, path in enumerate(applied.paths) if path not in gone]
+        without = applied.targets[len(applied.hosts) :]
+        applied.targets = (*(applied.targets[i] for i in kept), *without)
+        applied.readers = [applied.readers[i] for i in kept]
+        applied.hosts = [applied.hosts[i] for i in kept]
+    renew(root)
+
+
 def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:
     """Take methods out and put back what they trained besides, as far as its original was in memory."""
     record = record_of(root)
@@ -281,7 +305,7 @@ def note_users_flags(root: nn.Module) -> bool:
     record = record_of(root)
     if record is None:
         return False
-    now = {canonical(name): p.requires_grad for name, p in root.named_parameters()}
+    now = {name: p.requires_grad for name, p in named_parameters(root)}
     changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
     record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
     return changed

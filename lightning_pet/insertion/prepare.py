@@ -14,7 +14,7 @@ from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import is_made, reader_of
-from lightning_pet.model.naming import canonical, is_below, join, module_at, named_modules
+from lightning_pet.model.naming import is_below, join, module_at, named_modules, named_parameters
 from lightning_pet.model.quantised import check_hosts, check_trains
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
@@ -237,7 +237,7 @@ def _build(
         check_hosts(insertion.delta, host, target.path, target.parameter)
         _check_weight(insertion.delta, host, target)
     trained = _awake(root, method, method.trained(root, targets), stored)
-    parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
+    parameters = dict(named_parameters(root, every_name=True))
     for name in trained:
         check_trains(name, parameters[name])
     places = [insertion.target for insertion in insertions]
@@ -385,7 +385,7 @@ def _awake(
 
 def _once(root: nn.Module, trained: Sequence[str], before: Sequence[Prepared]) -> tuple[str, ...]:
     """One name for each tensor: the one that an earlier method has given it, or the first of this method's."""
-    parameters = {canonical(name): p for name, p in root.named_parameters(remove_duplicate=False)}
+    parameters = dict(named_parameters(root, every_name=True))
     record = record_of(root)
     given = [*(record.trained_names if record else ()), *(name for item in before for name in item.trained)]
     names: dict[int, str] = {}

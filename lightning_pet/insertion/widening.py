@@ -27,7 +27,14 @@ from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.fast_paths import forbid
 from lightning_pet.model.layer_kinds import base_class, has_plain_forward
-from lightning_pet.model.naming import CHILD, canonical, delta_prefix, module_at, modules_on_the_way, named_modules
+from lightning_pet.model.naming import (
+    CHILD,
+    delta_prefix,
+    module_at,
+    modules_on_the_way,
+    named_modules,
+    named_parameters,
+)
 from lightning_pet.model.quantised import is_quantised
 
 
@@ -205,7 +212,7 @@ def _averaged(root: nn.Module, scopes: Iterable[str], model: nn.Module) -> set[i
 
 
 def _form(module: nn.Module) -> dict[str, torch.Size]:
-    named = ((canonical(name), p) for name, p in module.named_parameters())
+    named = ((name, p) for name, p in named_parameters(module))
     return {name: whole_shape(p) for name, p in named if not delta_prefix(name)}
 
 

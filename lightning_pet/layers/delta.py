@@ -1,5 +1,6 @@
 """The base of everything that a method inserts: a child module of the layer that it changes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
@@ -140,6 +141,26 @@ class Delta(Part):
         raise NotMergeableError(
             f"{type(self).__name__} cannot be added into a base weight exactly; keep it attached instead of merging."
         )
+
+    def merge_(self, weight: Tensor) -> None:
+        """Make a weight, in place, what :meth:`merged` returns. The default needs memory for a second one.
+
+        Args:
+            weight: values of the base parameter, of any floating dtype; not differentiated.
+        """
+        with torch.no_grad():
+            weight.copy_(self.merged(weight))
+
+    def reach(self, largest: float) -> float:
+        """A number that no value of the merged weight exceeds in size, as far as that can be told without computing it.
+
+        Args:
+            largest: the largest size of a value in the weight.
+
+        Returns:
+            The number; infinity, or no number, if it cannot be told. A delta that no weight expresses does not tell.
+        """
+        return math.inf
 
     def merged_bias(self, bias: Tensor) -> Tensor:
         """Return the host's bias that goes with :meth:`merged`; only asked for where ``changes_bias``."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Delta, check_scale
+from lightning_pet.layers.low_rank_product import add_product_, is_plain
 from lightning_pet.layers.sharding import whole
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
@@ -136,7 +137,51 @@ class LowRank(Delta):
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """The effective weight as a new tensor; see :meth:`Delta.merged`."""
-        return self._effective(weight).clone()
+        if not self._adds_in_place(weight):
+            return self._effective(weight)
+        result = weight.clone()
+        self.merge_(result)
+        return result
+
+    @torch.no_grad()
+    def merge_(self, weight: Tensor) -> None:
+        """Add the product into a weight, in place; see :meth:`Delta.merge_`."""
+        if not self._adds_in_place(weight):
+            weight.copy_(self._effective(weight))
+            return
+        dtype, matrix = precise(weight), self._matrix(weight)
+        a, b = self._flat_a().to(dtype), self._flat_b().to(dtype)
+        a0, b0 = (None, None) if self.a0 is None or self.b0 is None else (self.a0.view_as(a), self.b0.view_as(b))
+        used = 0
+        for start, stop in self.rows or ((0, self.out_features),):
+            own = slice(used, used + stop - start)
+            origin = None if a0 is None or b0 is None else (a0.to(dtype), b0[..., own, :].to(dtype))
+            magnitude = None if self.magnitude is None else self.magnitude[..., own]
+            add_product_(
+                matrix[..., start:stop, :],
+                b[..., own, :],
+                a,
+                self.scale,
+                origin=origin,
+                magnitude=magnitude,
+                rounds_twice=self.path == "weight",  # as the effective weight is: to the bit
+            )
+            used = own.stop
+
+    def _adds_in_place(self, weight: Tensor) -> bool:
+        """Whether the product can be added into this memory: the matrix is a view of it."""
+        return is_plain(weight) and self._matrix(weight).data_ptr() == weight.data_ptr()
+
+    @torch.no_grad()
+    def reach(self, largest: float) -> float:
+        """Each number of A and B as large as the largest of its row or column; see :meth:`Delta.reach`."""
+        if self.magnitude is not None:
+            return super().reach(largest)  # a norm of zero would leave no number
+        pairs = [(self._flat_a(), self._flat_b())]
+        if self.a0 is not None and self.b0 is not None:
+            pairs.append((self.a0.view_as(pairs[0][0]), self.b0.view_as(pairs[0][1])))
+        sizes = [(_largest(a, -1) * _largest(b, -2)).sum(-1).max() for a, b in pairs]
+        return largest + abs(self.scale) * float(sum(sizes))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """A view of the host's weight as [..., out, in]; its own inverse up to the shape."""
@@ -285,6 +330,11 @@ def _checked_rows(rows: Rows | None, out_features: int) -> tuple[tuple[int, int]
             f"of the host, such as [[0, {out_features}]], not {rows!r}."
         )
     return ranges
+
+
+def _largest(factor: Tensor, dim: int) -> Tensor:
+    """Size of the largest number along a dimension."""
+    return factor.abs().amax(dim).to(precise(factor))
 
 
 def precise(weight: Tensor) -> torch.dtype:

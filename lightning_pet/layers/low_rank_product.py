@@ -21,6 +21,8 @@ from lightning_pet.layers.low_rank_source import source_of
 from lightning_pet.layers.transforms import apply_node, is_transformed
 
 _PLAIN = (Tensor, nn.Parameter)
+_PIECE = 1 << 18  # numbers of a weight that are widened at a time: they stay in a cache
+_ROWS = 64  # but never fewer: a strip of a transposed weight should hold whole lines of a cache
 _SMALL = 2**15
 _BITS = 53
 _CHUNK = 1 << 16  # numbers that stay in a cache
@@ -361,3 +363,61 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) 
     inner = F.linear(x, a).to(output.dtype).reshape(-1, a.shape[0])
     flat = output.reshape(-1, output.shape[-1])
     return torch.addmm(flat, inner, b.to(output.dtype).t(), alpha=scale).view(output.shape)
+
+
+def add_product_(
+    matrix: Tensor,
+    b: Tensor,
+    a: Tensor,
+    scale: float,
+    *,
+    origin: Origin | None = None,
+    magnitude: Tensor | None = None,
+    rounds_twice: bool = False,
+) -> None:
+    """``matrix += s (B A - B0 A0)``, in place, with a few rows of working memory.
+
+    Args:
+        matrix: [..., out, in], of at most three dimensions, any floating dtype and any layout.
+        b: [..., out, r], in the dtype of the sum: at least float32.
+        a: [..., r, in], likewise.
+        scale: factor s.
+        origin: (A0, B0). The difference comes first, so that it is exactly zero while A = A0 and B = B0.
+        magnitude: [..., out]; the norms that the rows of the sum are given (DoRA).
+        rounds_twice: the product is rounded before it is added.
+    """
+    if matrix.dim() == 3:
+        for i, part in enumerate(matrix):
+            pair = None if origin is None else (origin[0][i], origin[1][i])
+            norms = None if magnitude is None else magnitude[i]
+            add_product_(part, b[i], a[i], scale, origin=pair, magnitude=norms, rounds_twice=rounds_twice)
+        return
+    if magnitude is None and matrix.stride(0) < matrix.stride(1):  # rows of what lies together in memory
+        swapped = None if origin is None else (origin[1].t(), origin[0].t())
+        add_product_(matrix.t(), a.t(), b.t(), scale, origin=swapped, rounds_twice=rounds_twice)
+        return
+    with torch.autocast(matrix.device.type, enabled=False):  # it would round the product
+        if origin is None and magnitude is None and matrix.dtype == b.dtype and not rounds_twice:
+            matrix.addmm_(b, a, alpha=scale)
+        else:
+            _add_in_pieces_(matrix, b, a, scale, origin, magnitude)
+
+
+def _add_in_pieces_(
+    matrix: Tensor, b: Tensor, a: Tensor, scale: float, origin: Origin | None, magnitude: Tensor | None
+) -> None:
+    step = max(_ROWS, _PIECE // max(1, matrix.shape[1]))
+    # All memory before the first number changes.
+    memory = b.new_empty(1 if origin is None else 2, min(step, len(matrix)), matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        piece = matrix[rows]
+        work, other = memory[0, : len(piece)], memory[-1, : len(piece)]
+        torch.mm(b[rows], a, out=work)
+        if origin is not None:
+            work.sub_(torch.mm(origin[1][rows], origin[0], out=other))
+        work.mul_(scale).add_(piece)
+        if magnitude is not None:
+            norm = torch.linalg.vector_norm(work, dim=-1).to(magnitude.dtype)
+            work.mul_((magnitude[rows] / norm).to(work.dtype).unsqueeze(-1))
+        piece.copy_(work)

@@ -27,6 +27,25 @@ class _Scaling(Delta):
         """Set l to one: the delta does nothing."""
         nn.init.ones_(self.scale)
 
+    def _factor(self, weight: Tensor) -> Tensor:
+        """What merging multiplies a weight with, in a shape that fits it."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight rescaled, as a new tensor."""
+        return (weight * self._factor(weight)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merge_(self, weight: Tensor) -> None:
+        """Rescale a weight, in place; see :meth:`Delta.merge_`."""
+        weight.mul_(self._factor(weight))
+
+    @torch.no_grad()
+    def reach(self, largest: float) -> float:
+        """The largest number times the largest factor; see :meth:`Delta.reach`."""
+        return largest * (1.0 + float(self.scale.abs().max()))  # beside the ranges of l the factor is one
+
     def extra_repr(self) -> str:
         """Shape of l."""
         return f"scale={tuple(self.scale.shape)}"
@@ -67,11 +86,9 @@ class OutputScaling(_Scaling):
         """Rescale ``output``, [..., features, *spatial]; its dtype stays."""
         return (output * _before(self._spread(), self.spatial)).to(output.dtype)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """diag(l) W."""
+    def _factor(self, weight: Tensor) -> Tensor:
         scale = self._spread()
-        return (weight * (scale if self.transposed else _before(scale, weight.dim() - 1))).to(weight.dtype)
+        return scale if self.transposed else _before(scale, weight.dim() - 1)
 
     @torch.no_grad()
     def merged_bias(self, bias: Tensor) -> Tensor:
@@ -115,11 +132,8 @@ class InputScaling(_Scaling):
         """Run the host on ``l ⊙ x``; the dtype of x, [..., features, *spatial], stays."""
         return call((x * _before(self.scale, self.spatial)).to(x.dtype), *args, **kwargs)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """W diag(l)."""
-        scale = self.scale.unsqueeze(-1) if self.transposed else _per_input(self.scale, weight, self.groups)
-        return (weight * scale).to(weight.dtype)
+    def _factor(self, weight: Tensor) -> Tensor:
+        return self.scale.unsqueeze(-1) if self.transposed else _per_input(self.scale, weight, self.groups)
 
 
 class ScaledWeight(_Scaling):
@@ -151,14 +165,11 @@ class ScaledWeight(_Scaling):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, in the shape and dtype of ``weight``."""
-        scale = ranges.spread(self.scale, self.rows, self.features, 1.0)
-        return (weight * scale.unsqueeze(-2 if self.axis == -1 else -1)).to(weight.dtype)
+        return (weight * self._factor(weight)).to(weight.dtype)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight as a new tensor."""
-        effective: Tensor = self(weight)
-        return effective
+    def _factor(self, weight: Tensor) -> Tensor:
+        scale = ranges.spread(self.scale, self.rows, self.features, 1.0)
+        return scale.unsqueeze(-2 if self.axis == -1 else -1)
 
 
 class ScaledKernel(_Scaling):
@@ -189,14 +200,10 @@ class ScaledKernel(_Scaling):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, in the shape and dtype of ``weight``."""
-        scale = _per_input(self.scale, weight, self.groups) if self.inner else _before(self.scale, weight.dim() - 1)
-        return (weight * scale).to(weight.dtype)
+        return (weight * self._factor(weight)).to(weight.dtype)
 
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight as a new tensor."""
-        effective: Tensor = self(weight)
-        return effective
+    def _factor(self, weight: Tensor) -> Tensor:
+        return _per_input(self.scale, weight, self.groups) if self.inner else _before(self.scale, weight.dim() - 1)
 
 
 def _before(scale: Tensor, dimensions: int) -> Tensor:

@@ -158,6 +158,12 @@ class SparseDifference(Delta):
                 return self._moved(weight)
             return (self.difference() + weight).to(weight.dtype)
 
+    @torch.no_grad()
+    def reach(self, largest: float) -> float:
+        """No gate is more than open; see :meth:`Delta.reach`."""
+        values = self._values(self.values, self.w) if self.is_fixed else self.w
+        return largest + (float(values.abs().max()) if values is not None and values.numel() else 0.0)
+
     def count_nonzero(self, tensors: Mapping[str, Tensor] | None = None) -> int:
         """Non-zero entries of the difference as evaluation uses it; see :meth:`difference`."""
         with torch.no_grad():

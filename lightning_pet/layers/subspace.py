@@ -1,5 +1,6 @@
 """Training a model inside a random subspace of all its weights (intrinsic dimension)."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -121,6 +122,16 @@ class Projected(Delta):
     def merged(self, weight: Tensor) -> Tensor:
         """The effective weight as a new tensor; see :meth:`Delta.merged`."""
         return cast(Tensor, self(weight))
+
+    @torch.no_grad()
+    def reach(self, largest: float) -> float:
+        """See :meth:`Delta.reach`; rows of P have a known norm (Cauchy–Schwarz)."""
+        subspace = cast(Subspace, self.__dict__["subspace"])
+        factor = 1.0 if subspace.factors is None else abs(float(subspace.factors[self.index]))
+        moved, length = factor * float(subspace.vector.abs().sum()), padded_length(len(subspace.vector), self.numel)
+        if not 10 * length * moved < torch.finfo(subspace.vector.dtype).max:
+            return super().reach(largest)  # sums on the way may be too large
+        return largest + moved * math.sqrt(length / self.numel)
 
     def extra_repr(self) -> str:
         """What P is."""

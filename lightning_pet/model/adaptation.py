@@ -5,7 +5,7 @@ names in it are canonical and relative to the root, and are fixed when the delta
 sharding engines and compilers they could not be recovered later.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import Switch
 from lightning_pet.model.marks import Mark
-from lightning_pet.model.naming import canonical, delta_path, is_below, modules_on_the_way, named_tensors
+from lightning_pet.model.naming import canonical, delta_path, modules_on_the_way, named_tensors, names_below
 from lightning_pet.model.structure import Target
 
 RECORD = "_pet"  # attribute of the adapted root
@@ -132,9 +132,11 @@ class Adaptation:
 
     def in_base(self, name: str) -> bool:
         """Whether a base parameter belongs to what is adapted, and is frozen unless a method trains it."""
-        if any(is_below(name, path) for path in self.apart):
-            return False
-        return any(is_below(name, scope) for scope in self.scopes)
+        return bool(self.of_base((name,)))
+
+    def of_base(self, names: Iterable[str]) -> set[str]:
+        """Those of the names that :meth:`in_base` is true of."""
+        return names_below(names, self.scopes, self.apart)
 
     def deltas(self, root: nn.Module, *, pass_over_gone: bool = False) -> Iterator[Inserted]:
         """Every inserted delta with the module that holds it, in the order in which they came.

@@ -1,6 +1,6 @@
 """Parameter names as the user knows them, whatever wrapped the modules since."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -94,6 +94,15 @@ def is_inside(place: str, path: str) -> bool:
     return place != path and is_below(place, path)
 
 
+def names_below(names: Iterable[str], paths: Sequence[str], apart: Sequence[str] = ()) -> set[str]:
+    """Those of the names that lie below one of some paths, and below none of others."""
+
+    def below_one(name: str, some: Sequence[str]) -> bool:
+        return any(is_below(name, path) for path in some)
+
+    return {name for name in names if below_one(name, paths) and not below_one(name, apart)}
+
+
 def split_below(named: Mapping[str, T], path: str) -> tuple[dict[str, T], dict[str, T]]:
     """What lies below a path, under its names from there, and the rest.
 
@@ -134,6 +143,16 @@ def by_delta(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
         prefix = delta_prefix(name)
         groups.setdefault(prefix, {})[name.removeprefix(f"{prefix}.")] = tensor
     return groups
+
+
+def named_parameters(root: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under canonical names.
+
+    Args:
+        root: the module.
+        every_name: a tied parameter comes under each of its names, not under its first one alone.
+    """
+    return [(canonical(name), p) for name, p in root.named_parameters(remove_duplicate=not every_name)]
 
 
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -17,9 +17,9 @@ Parameters = dict[str, nn.Parameter]
 
 def outside_parameters(root: nn.Module, record: Adaptation) -> Parameters:
     """Parameters beside the base, under all of their names; one that is tied to a base parameter is of the base."""
-    own = set(record.delta_names)
     named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
-    inside = {id(p) for name, p in named if name in own or record.in_base(name)}
+    own = {*record.delta_names, *record.of_base(dict(named))}
+    inside = {id(p) for name, p in named if name in own}
     return {name: p for name, p in named if id(p) not in inside}
 
 
@@ -31,7 +31,8 @@ def frozen_parameters(root: nn.Module, record: Adaptation) -> Parameters:
     named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
     planned = {*record.delta_names, *record.trained_names}
     skip = {id(p) for name, p in named if name in planned} | renormalised(root)
-    found = {id(p): (name, p) for name, p in reversed(named) if id(p) not in skip and record.in_base(name)}
+    base = record.of_base(dict(named))
+    found = {id(p): (name, p) for name, p in reversed(named) if id(p) not in skip and name in base}
     return dict(reversed(list(found.values())))
 
 

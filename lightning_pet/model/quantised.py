@@ -7,6 +7,7 @@ dequantised ones; and nobody changes such a weight, because a sum would have to 
 """
 
 import sys
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -190,19 +191,23 @@ def check_replaceable(host: nn.Module, path: str, weight: Tensor, dequantize: bo
         )
 
 
-def replace_by_dense(root: nn.Module, weight: nn.Parameter, values: Tensor) -> None:
+def replace_by_dense(root: nn.Module, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """Make ordinary linear layers of the layers that hold a quantised weight.
 
     Args:
         root: the model; deltas are out of it.
-        weight: the quantised weight.
-        values: what to hold in its place.
+        values: quantised weights, and what to hold in the place of each.
     """
-    floating = (p.dtype for p in root.parameters() if not is_quantised(p))
+    if not values:
+        return
+    dense = {id(weight): value for weight, value in values}
+    dtype = next((p.dtype for p in root.parameters() if not is_quantised(p)), None)
     for module in list(root.modules()):
         for name, child in list(module._modules.items()):
-            if child is not None and child._parameters.get("weight") is weight:
-                module._modules[name] = _dense(child, values, next(floating, values.dtype))
+            weight = None if child is None else child._parameters.get("weight")
+            if child is not None and id(weight) in dense:
+                value = dense[id(weight)]
+                module._modules[name] = _dense(child, value, dtype or value.dtype)
 
 
 def _dense(layer: Any, values: Tensor, dtype: torch.dtype) -> nn.Module:

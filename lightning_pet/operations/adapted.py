@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import DeltaFileError, PETError
-from lightning_pet.insertion.commit import changed_buffers, commit, copy_in, take_out, undo
+from lightning_pet.insertion.commit import changed_buffers, commit, copy_in, undo
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
@@ -15,9 +14,8 @@ from lightning_pet.insertion.stand_in import switched_off
 from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
 from lightning_pet.model.naming import named_tensors
 from lightning_pet.model.outside import changed_outside, note_changed, outside_parameters
-from lightning_pet.model.quantised import is_quantised, replace_by_dense
 from lightning_pet.model.structure import Structure
-from lightning_pet.operations.merging import merged_weights
+from lightning_pet.operations.merging import merge_deltas
 from lightning_pet.operations.plan import Plan, plan_of
 
 
@@ -161,6 +159,9 @@ class Adapted:
     def merge_(self, *, dequantize: bool = False) -> None:
         """Add every delta into its base weight and take it out; trained heads keep their trained values.
 
+        Weights are changed in place, one after the other, after all of them were checked: no second copy is made.
+        An interruption (Ctrl-C) waits until the last one is done.
+
         Args:
             dequantize: a layer whose weight is quantised becomes an ordinary linear layer with the dequantised
                 weight plus its delta. Without this such a merge is refused: a quantised format cannot hold the sum.
@@ -169,15 +170,7 @@ class Adapted:
             NotMergeableError: if any delta cannot be merged exactly; nothing is changed then.
         """
         check_intact(self.root, self.record)
-        merged = merged_weights(self.root, dequantize)
-        with torch.no_grad():
-            for parameter, weight in merged:
-                if not is_quantised(parameter):
-                    parameter.copy_(weight)
-        take_out(self.root)
-        for parameter, weight in merged:
-            if is_quantised(parameter):
-                replace_by_dense(self.root, parameter, weight)
+        merge_deltas(self.root, dequantize)
 
     def _refuse_lost_originals(self, verb: str) -> None:
         lost = [n for n in self.record.trained_names if self.record.originals[n].is_meta]

@@ -1,22 +1,76 @@
-"""What every weight becomes when deltas are added into it, computed and checked before anything changes."""
+"""Adding deltas into weights: everything is checked first, then one weight after the other is changed in place.
 
-from collections.abc import Container, Iterable
+All or nothing without a second copy of the base. A copy would be the simple way back, and would need the memory that
+merging a large model must save. So nothing may need a way back:
+
+* What can refuse does so before the first number changes: places, ties, readers, formats, and whether every sum is
+  finite. For most methods that is shown by a bound (the largest number in the weight and in the factors); where a
+  bound does not decide, the sum itself is computed and thrown away, one layer at a time.
+* Then every weight is changed by operations in place, with next to no memory. Signals (Ctrl-C) wait until the last
+  one is done: an interrupted merge is a finished one.
+* Should the machine fail in between all the same (a device, its memory), the deltas that are in their weights leave
+  the model and the others stay: it computes what it computed before, nothing is added twice, and the error says so.
+"""
+
+import math
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pet.errors import NotMergeableError
+from lightning_pet.insertion.commit import forget, take_out
 from lightning_pet.layers.delta import Delta, Tied
 from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.layer_kinds import is_made
 from lightning_pet.model.naming import canonical, join, named_modules
-from lightning_pet.model.quantised import check_replaceable, dense_values, is_quantised
+from lightning_pet.model.quantised import DENSE, check_replaceable, dense_values, is_quantised, replace_by_dense
 from lightning_pet.model.structure import Target
 
 _ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
+
+
+def merge_deltas(root: nn.Module, dequantize: bool = False) -> None:
+    """Add every delta of an adapted root into its base weight, and take it out.
+
+    Args:
+        root: the adapted root.
+        dequantize: quantised layers may become ordinary ones.
+
+    Raises:
+        NotMergeableError: naming the first delta that no weight expresses; nothing is changed then.
+    """
+    units = _Planner(root, dequantize).units()
+    with torch.no_grad():
+        for unit in units:
+            unit.check()
+        with _signals_wait():
+            _write(root, units)
+            take_out(root)
+            replace_by_dense(root, [pair for unit in units for pair in unit.dense])
+
+
+def _write(root: nn.Module, units: "list[_Unit]") -> None:
+    done: list[_Unit] = []
+    try:
+        for unit in units:
+            unit.write()
+            done.append(unit)
+    except BaseException as error:
+        forget(root, [path for unit in done if not unit.dense for path in unit.places])
+        error.add_note(
+            f"merge_() failed after {len(done)} of {len(units)} layers. Their deltas are in their weights and out of "
+            "the model, the others are still attached: it computes what it did before. Call merge_() again to merge "
+            "the rest, or load the base model again."
+        )
+        raise
 
 
 class _Place(NamedTuple):
@@ -26,63 +80,219 @@ class _Place(NamedTuple):
     target: Target
     host: nn.Module
     delta: Delta
+    path: str
 
 
-def merged_weights(root: nn.Module, dequantize: bool = False) -> list[tuple[nn.Parameter, Tensor]]:
-    """The base parameters of an adapted root that deltas would change, and their values with the deltas added.
+class _Change(Protocol):
+    """What is done to one parameter: a delta, or what a delta does to a bias beside it."""
+
+    def merged(self, weight: Tensor, /) -> Tensor:
+        """See :meth:`Delta.merged`."""
+
+    def merge_(self, weight: Tensor, /) -> None:
+        """See :meth:`Delta.merge_`."""
+
+    def reach(self, largest: float, /) -> float:
+        """See :meth:`Delta.reach`."""
+
+
+class _OfBias:
+    def __init__(self, delta: Delta) -> None:
+        self.merged = delta.merged_bias
+
+    def merge_(self, bias: Tensor, /) -> None:
+        bias.copy_(self.merged(bias))
+
+    def reach(self, largest: float, /) -> float:
+        return math.inf
+
+
+@dataclass
+class _Step:
+    """One parameter of a host, and what goes into it, in order, with the name for messages."""
+
+    host: nn.Module
+    name: str
+    parameter: nn.Parameter
+    changes: list[tuple[str, _Change]] = field(default_factory=list)
+
+    def result(self) -> Tensor:
+        """What the parameter is to be; refused if that is not finite where the parameter was."""
+        values = dense_values(self.host, self.name)
+        for path, change in self.changes:
+            values = _finite(path, values, change.merged(values))
+        return values
+
+    def is_finite(self) -> bool:
+        """Whether a bound shows that the result is."""
+        if not self.is_large():
+            return False
+        bound = _size(self.parameter.detach())
+        for _, change in self.changes:
+            bound = change.reach(bound)
+        return bound < torch.finfo(self.parameter.dtype).max / 2  # a bound knows nothing of rounding
+
+    def is_large(self) -> bool:
+        """Whether to change it in place."""
+        return self.parameter.dim() > 1 and type(self.parameter) in DENSE
+
+    def write(self) -> None:
+        """Change the parameter: in one operation, or not at all."""
+        values = self.parameter.detach()
+        result = values if len(self.changes) == 1 else values.clone()
+        for _, change in self.changes:
+            change.merge_(result)
+        if result is not values:
+            values.copy_(result)
+
+
+class _Unit:
+    """What merging changes on one host: it is done as a whole, so that afterwards the deltas on it can go.
+
+    Attributes:
+        steps: by ``id`` of the parameter.
+        made: what goes into a weight that is made for each call, in order.
+        places: paths of its deltas.
+        dense: quantised parameters, and what is to be in their place; known after the check.
+    """
+
+    def __init__(self, target: Target, host: nn.Module) -> None:
+        self.target = target
+        self.host = host
+        self.steps: dict[int, _Step] = {}
+        self.made: list[Delta] = []
+        self.places: list[str] = []
+        self.dense: list[tuple[nn.Parameter, Tensor]] = []
+
+    def check(self) -> None:
+        """Refuse what would not be finite, and what a parametrisation cannot make."""
+        self._from_made()
+        for step in self.steps.values():
+            if is_quantised(step.parameter):
+                self.dense.append((step.parameter, step.result()))
+            elif not step.is_finite():
+                step.result()
+
+    def write(self) -> None:
+        """Change what is not quantised. What takes memory comes first: until then nothing has changed."""
+        steps = [step for step in self.steps.values() if not is_quantised(step.parameter)]
+        values = self._from_made()
+        values += [(step.parameter, step.result()) for step in steps if not step.is_large()]
+        for step in steps:
+            if step.is_large():
+                step.write()
+        for parameter, value in values:
+            parameter.copy_(value)
+
+    def _from_made(self) -> list[tuple[nn.Parameter, Tensor]]:
+        if not self.made:
+            return []
+        weight = _made_weight(self.target, self.host)
+        for delta in self.made:
+            weight = _finite(self.target.path, weight, delta.merged(weight))
+        return _parts_of(self.target, self.host, weight)
+
+
+class _Planner:
+    """Finds what a merge would change, and refuses what cannot be one.
 
     Args:
         root: the adapted root.
         dequantize: quantised layers may become ordinary ones.
-
-    Raises:
-        NotMergeableError: naming the first delta that no weight expresses.
     """
-    holders = _Holders(root)
-    places = _places(root)
-    served: dict[tuple[str, int], set[int]] = {}
-    for place in places:
-        base = place.host._parameters.get(place.target.parameter)
-        served.setdefault((place.method, id(base)), set()).add(id(place.host))
-    own: dict[tuple[str, int], Target] = {}
-    merged: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    made: dict[int, _Made] = {}
-    for method, target, host, delta in places:
-        if delta.path == "shared" or isinstance(delta, Tied):
-            continue  # part of what the deltas that use it, or that it repeats, merge
+
+    def __init__(self, root: nn.Module, dequantize: bool) -> None:
+        self.places = _places(root)
+        self.holders = _Holders(root)
+        self.dequantize = dequantize
+        self._units: dict[int, _Unit] = {}  # by id of the host
+        self._holding: dict[int, _Unit] = {}  # by id of the parameter
+        self._first: dict[tuple[str, int], Target] = {}
+        self._served: dict[tuple[str, int], set[int]] = {}
+        for place in self.places:
+            base = place.host._parameters.get(place.target.parameter)
+            self._served.setdefault((place.method, id(base)), set()).add(id(place.host))
+
+    def units(self) -> list[_Unit]:
+        """Everything, what becomes dense last.
+
+        Raises:
+            NotMergeableError: naming the first delta that no weight expresses.
+        """
+        for place in self.places:
+            if place.delta.path != "shared" and not isinstance(place.delta, Tied):
+                self._add(place)
+        for place in self.places:  # part of what the deltas that it repeats merge
+            if isinstance(place.delta, Tied):
+                self._holding[id(place.host._parameters[place.target.parameter])].places.append(place.path)
+        for unit in self._units.values():
+            self._check_made(unit)
+        return sorted(
+            self._units.values(), key=lambda unit: any(is_quantised(s.parameter) for s in unit.steps.values())
+        )
+
+    def _add(self, place: _Place) -> None:
+        method, target, host, delta, path = place
         base = host._parameters.get(target.parameter)
-        if base is None and target.parameter == "weight" and is_made(host):
-            weight = made[id(host)].weight if id(host) in made else _made_weight(target, host)
-            made[id(host)] = _Made(target, host, _finite(target.path, weight, delta.merged(weight)))
-            if delta.changes_bias:
-                _merge_bias(target, host, delta, holders, merged)
-            continue
-        if base is None:
+        unit = self._holding.get(id(base)) or self._units.setdefault(id(host), _Unit(target, host))
+        unit.places.append(path)
+        if target.parameter == "weight" and base is None and is_made(host):
+            unit.target = target
+            unit.made.append(delta)
+        elif base is None:
             delta.merged(torch.empty(0))  # raises: there is no weight to merge into
             raise NotMergeableError(f"{target.path} has no weight that the delta could be added to.")
-        _check_host(target, host, delta)
-        holders.check(target, base, served[method, id(base)])
-        first = own.setdefault((method, id(base)), target)
+        else:
+            _check_host(target, host, delta)
+            self.holders.check(target, base, self._served[method, id(base)])
+            self._check_alone(method, target, base)
+            if is_quantised(base):
+                check_replaceable(host, target.path, base, self.dequantize)
+            self._step(unit, host, target.parameter, base).changes.append((target.path, delta))
+        if target.parameter == "weight" and delta.changes_bias:
+            self._add_bias(unit, place)
+
+    def _add_bias(self, unit: _Unit, place: _Place) -> None:
+        target, host, delta = place.target, place.host, place.delta
+        bias = host._parameters.get("bias")
+        if bias is None:
+            if not delta.needs_bias:
+                return
+            raise NotMergeableError(
+                f"{target.path}: the delta has a bias, which the {type(host).__name__} has no place for. Keep it "
+                "attached, or train without it."
+            )
+        self.holders.check(Target(target.module, "bias"), bias, {id(host)})
+        self._step(unit, host, "bias", bias).changes.append((f"{target.module}.bias", _OfBias(delta)))
+
+    def _step(self, unit: _Unit, host: nn.Module, name: str, parameter: nn.Parameter) -> _Step:
+        unit = self._holding.setdefault(id(parameter), unit)
+        return unit.steps.setdefault(id(parameter), _Step(host, name, parameter))
+
+    def _check_alone(self, method: str, target: Target, base: nn.Parameter) -> None:
+        first = self._first.setdefault((method, id(base)), target)
         if first.module != target.module:
             raise NotMergeableError(
                 f"{first.path} and {target.path} are one tensor, and each has a delta of its own: one weight cannot "
                 "be both sums. Keep them attached, exclude one of the two, or untie the weights first."
             )
-        if is_quantised(base):
-            check_replaceable(host, target.path, base, dequantize)
-        weight = merged[id(base)][1] if id(base) in merged else dense_values(host, target.parameter)
-        merged[id(base)] = (base, _finite(target.path, weight, delta.merged(weight)))
-        if target.parameter == "weight" and delta.changes_bias:
-            _merge_bias(target, host, delta, holders, merged)
-    return [*merged.values(), *(pair for one in made.values() for pair in _made_from(one, holders, merged))]
+
+    def _check_made(self, unit: _Unit) -> None:
+        if not unit.made or not is_parametrized(unit.host, "weight"):
+            return  # the check of the unit refuses the latter
+        own: Any = cast(Any, unit.host).parametrizations.weight
+        if any(id(parameter) in self._holding for parameter in own._parameters.values()):
+            raise NotMergeableError(
+                f"{unit.target.path} has a delta, and so has what it is made from ({unit.target.module}."
+                "parametrizations). Keep them attached, or remove one of the two."
+            )
+        for name, parameter in own._parameters.items():
+            self.holders.check(Target(f"{unit.target.module}.parametrizations.weight", name), parameter, {id(own)})
 
 
-class _Made(NamedTuple):
-    """What a weight that is made for each call is to become."""
-
-    target: Target
-    host: nn.Module
-    weight: Tensor
+def _places(root: nn.Module) -> list[_Place]:
+    found = [_Place(method.key, target, host, delta, path) for method, target, host, delta, path in deltas_in(root)]
+    return sorted(found, key=lambda place: _ORDER.index(place.delta.path))
 
 
 def _made_weight(target: Target, host: nn.Module) -> Tensor:
@@ -92,57 +302,28 @@ def _made_weight(target: Target, host: nn.Module) -> Tensor:
             f"{target.path} is made by a hook before each call, and there is nothing to add the delta to. Keep it "
             "attached, or make the weight by torch.nn.utils.parametrizations instead."
         )
-    with torch.no_grad():
-        weight: Tensor = deepcopy(cast(Any, host).parametrizations.weight).eval()()
+    weight: Tensor = deepcopy(cast(Any, host).parametrizations.weight).eval()()
     return weight.detach()
 
 
-def _made_from(made: _Made, holders: "_Holders", merged: Container[int]) -> list[tuple[nn.Parameter, Tensor]]:
+def _parts_of(target: Target, host: nn.Module, weight: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     """What a weight is made from, such that it comes out as it should be: the parametrisation itself says that."""
-    own: Any = cast(Any, made.host).parametrizations.weight
-    if any(id(parameter) in merged for parameter in own._parameters.values()):
-        raise NotMergeableError(
-            f"{made.target.path} has a delta, and so has what it is made from ({made.target.module}.parametrizations)."
-            " Keep them attached, or remove one of the two."
-        )
+    own: Any = cast(Any, host).parametrizations.weight
     twin = deepcopy(own).eval()
     try:
-        twin.right_inverse(made.weight)
-        error = torch.linalg.vector_norm(twin() - made.weight)
+        twin.right_inverse(weight)
+        error = torch.linalg.vector_norm(twin() - weight)
     except Exception as reason:  # whatever a parametrisation says of a weight that it cannot make
         error, why = torch.tensor(torch.inf), f" ({reason})"
     else:
         why = ""
-    if not error <= 10 * torch.finfo(made.weight.dtype).eps * torch.linalg.vector_norm(made.weight):
+    if not error <= 10 * torch.finfo(weight.dtype).eps * torch.linalg.vector_norm(weight):
         kinds = ", ".join(type(part).__name__.lstrip("_") for part in own)
         raise NotMergeableError(
-            f"{made.target.path} is made by {kinds}, which cannot make it with the delta in it{why}. Keep it attached."
+            f"{target.path} is made by {kinds}, which cannot make it with the delta in it{why}. Keep it attached."
         )
-    for name, parameter in own._parameters.items():
-        holders.check(Target(f"{made.target.module}.parametrizations.weight", name), parameter, {id(own)})
     values = dict(twin.named_parameters())
     return [(parameter, values[name].detach()) for name, parameter in own._parameters.items()]
-
-
-def _places(root: nn.Module) -> list[_Place]:
-    found = [_Place(applied.key, target, host, delta) for applied, target, host, delta, _ in deltas_in(root)]
-    return sorted(found, key=lambda place: _ORDER.index(place.delta.path))
-
-
-def _merge_bias(
-    target: Target, host: nn.Module, delta: Delta, holders: "_Holders", merged: dict[int, tuple[nn.Parameter, Tensor]]
-) -> None:
-    bias = host._parameters.get("bias")
-    if bias is None:
-        if not delta.needs_bias:
-            return
-        raise NotMergeableError(
-            f"{target.path}: the delta has a bias, which the {type(host).__name__} has no place for. Keep it attached, "
-            "or train without it."
-        )
-    holders.check(Target(target.module, "bias"), bias, {id(host)})
-    old = merged[id(bias)][1] if id(bias) in merged else bias.detach()
-    merged[id(bias)] = (bias, _finite(f"{target.module}.bias", old, delta.merged_bias(old)))
 
 
 def _check_host(target: Target, host: nn.Module, delta: Delta) -> None:
@@ -154,7 +335,17 @@ def _check_host(target: Target, host: nn.Module, delta: Delta) -> None:
         )
 
 
+def _size(values: Tensor) -> float:
+    """The size of the largest number; none if one of them is none."""
+    if not values.numel():
+        return 0.0
+    low, high = values.aminmax()
+    return float(torch.maximum(-low, high))
+
+
 def _finite(path: str, before: Tensor, after: Tensor) -> Tensor:
+    if type(after) in DENSE and math.isfinite(_size(after)):  # needs less memory than the look at each of them
+        return after
     lost = before.isfinite() & ~after.isfinite()
     if bool(lost.any()):
         raise NotMergeableError(
@@ -163,6 +354,26 @@ def _finite(path: str, before: Tensor, after: Tensor) -> Tensor:
             "large for this dtype, load the base in a wider one."
         )
     return after
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Handlers of signals, which may raise between any two operations, run after the block."""
+    if threading.current_thread() is not threading.main_thread():  # no handler runs in this one
+        yield
+        return
+    found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    came: dict[int, None] = {}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda kind, _: came.setdefault(kind))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for kind in came:
+            signal.raise_signal(kind)
 
 
 class _Holders:

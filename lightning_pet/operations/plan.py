@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.model.adaptation import Adaptation
-from lightning_pet.model.naming import by_delta, canonical, join
+from lightning_pet.model.naming import by_delta, join, named_parameters
 from lightning_pet.model.quantised import numbers_in
 from lightning_pet.targets.heads import frozen_outputs
 
@@ -79,7 +79,7 @@ class Plan:
 
 def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     """Read the plan off an adapted model."""
-    parameters = {canonical(n): p for n, p in root.named_parameters(remove_duplicate=False)}
+    parameters = dict(named_parameters(root, every_name=True))
     rows, users, trainable = [], _users(record), set(record.trainable_names)
     found = by_delta(parameters)
     for applied, target, _, delta, prefix in record.deltas(root):

@@ -9,7 +9,7 @@ from typing import Final
 from torch import nn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.model.naming import canonical
+from lightning_pet.model.naming import named_parameters
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.fingerprint import Verdict, compare
 from lightning_pet.store.paths import expanded
@@ -102,7 +102,7 @@ def _other_base(stored: Stored, model: nn.Module) -> str | None:
     except AttributeError:
         return f"it was trained in a module with {stored.root!r}, which this {type(model).__name__} does not have."
     # What trains is in the file, and not part of the fingerprint.
-    named = {canonical(name): parameter for name, parameter in root.named_parameters()}
+    named = dict(named_parameters(root))
     found = compare(stored.base, ((n, p) for n, p in named.items() if n not in stored.tensors)) if stored.base else None
     if found is None or found.verdict is not Verdict.DIFFERENT:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import OptimizerMismatchError
 from lightning_pet.model.adaptation import adapted_root, record_of
-from lightning_pet.model.naming import canonical
+from lightning_pet.model.naming import named_parameters
 from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import Place, Wish, names_of, places_of, regroup, shown, trainable_of
 
@@ -65,7 +65,7 @@ def hold_delta(
         return returned
     names = names_of(module)
     delta_names = {names.get(id(parameter), name): name for name, parameter in delta.items()}
-    aliases = {canonical(name): names[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+    aliases = {name: names[id(p)] for name, p in named_parameters(module, every_name=True)}
     places = places_of(optimizers, names)
     beside = beside_base(module)
     _drop_frozen_and_stale(optimizers, module, names, beside)
@@ -231,10 +231,11 @@ def beside_base(module: nn.Module) -> set[int]:
     ours, left = {*record.delta_names, *record.planned_names}, set(record.left)
     mine: set[int] = set()
     beside: set[int] = set()
-    for full, parameter in module.named_parameters(remove_duplicate=False):
-        name = canonical(full)
+    named = named_parameters(module, every_name=True)
+    base = record.of_base([name.removeprefix(prefix) for name, _ in named])
+    for name, parameter in named:
         own = name.removeprefix(prefix)
-        inside = name.startswith(prefix) and own not in left and (own in ours or record.in_base(own))
+        inside = name.startswith(prefix) and own not in left and (own in ours or own in base)
         (mine if inside else beside).add(id(parameter))
     return beside - mine
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_pet.errors import OptimizerMismatchError
-from lightning_pet.model.naming import canonical
+from lightning_pet.model.naming import named_parameters
 from lightning_pet.strategies import private
 
 _LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr")
@@ -67,12 +67,12 @@ class Exchange:
 
 def names_of(module: nn.Module) -> dict[int, str]:
     """Return the first name of every parameter, by identity."""
-    return {id(parameter): canonical(name) for name, parameter in module.named_parameters()}
+    return {id(parameter): name for name, parameter in named_parameters(module)}
 
 
 def trainable_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return what trains, by name."""
-    return {canonical(name): p for name, p in module.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named_parameters(module) if p.requires_grad}
 
 
 def places_of(optimizers: list[Any], names: Mapping[int, str]) -> dict[str, Place]:

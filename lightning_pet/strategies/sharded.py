@@ -20,7 +20,7 @@ from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded, placed, whole
 from lightning_pet.model.adaptation import deltas_in
-from lightning_pet.model.naming import canonical
+from lightning_pet.model.naming import named_parameters
 from lightning_pet.model.quantised import format_of, is_quantised
 from lightning_pet.strategies.strategy import CheckpointRules, Named, StrategyAdapter
 
@@ -68,7 +68,7 @@ class ShardedAdapter(StrategyAdapter[P]):
         self._on_meta, self.materialized_late = on_meta, complete and bool(on_meta)
 
     def _refuse_quantised(self, root: nn.Module) -> None:
-        found = [(canonical(name), parameter) for name, parameter in root.named_parameters() if is_quantised(parameter)]
+        found = [(name, parameter) for name, parameter in named_parameters(root) if is_quantised(parameter)]
         if found:
             name, parameter = found[0]
             raise UnsupportedStrategyError(

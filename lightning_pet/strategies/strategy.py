@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import placed, whole
-from lightning_pet.model.naming import canonical, named_tensors
+from lightning_pet.model.naming import named_parameters, named_tensors
 from lightning_pet.store.archive import read_checkpoint
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
@@ -340,7 +340,7 @@ def each_whole(modules: Sequence[M], whole: Callable[[Named], Named] = iter) -> 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that train, by canonical name."""
-    return {canonical(name): p for name, p in module.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named_parameters(module) if p.requires_grad}
 
 
 def flat_names(groups: Sequence[Sequence[str]]) -> list[str]:

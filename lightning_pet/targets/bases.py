@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import CHILD, canonical, is_below, join, named_modules
+from lightning_pet.model.naming import CHILD, canonical, is_below, join, named_modules, named_parameters
 from lightning_pet.model.quantised import is_quantised
 from lightning_pet.model.structure import Target
 
@@ -96,18 +96,17 @@ def frozen_by_user(root: nn.Module) -> frozenset[str]:
     record = record_of(root)
     flags = record.flags if record is not None else {}
     return frozenset(
-        canonical(name)
+        name
         for name, parameter in base_parameters_of(root)
-        if not flags.get(canonical(name), parameter.requires_grad) and can_train(parameter)
+        if not flags.get(name, parameter.requires_grad) and can_train(parameter)
     )
 
 
 def base_parameters_of(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters without those of deltas, each under each of its canonical names."""
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        own = canonical(name)
-        if CHILD not in own or CHILD not in own.split("."):
-            yield own, parameter
+    for name, parameter in named_parameters(root, every_name=True):
+        if CHILD not in name or CHILD not in name.split("."):
+            yield name, parameter
 
 
 def can_train(parameter: nn.Parameter) -> bool:

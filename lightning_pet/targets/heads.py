@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import CHILD, canonical, is_below, join, module_at, named_modules
+from lightning_pet.model.naming import CHILD, canonical, is_below, join, module_at, named_modules, named_parameters
 from lightning_pet.model.quantised import is_quantised
 from lightning_pet.model.structure import Output, Role, Structure, Target
 from lightning_pet.targets.bases import base_parameters_of, can_train, frozen_by_user, is_pretrained
@@ -104,7 +104,7 @@ def left_output(root: nn.Module, bases: Sequence[str], targets: Sequence[Target]
     fed = in_place or any(is_below(target.module, child) for target in targets for child in before)
     hosts = () if in_place else targets
     frozen = frozen_by_user(root)
-    own = [join(name, canonical(n)) for n, _ in last.named_parameters()]
+    own = [join(name, n) for n, _ in named_parameters(last)]
     if not fed or not is_small(last) or _is_vocabulary(root, last) or frozen.issuperset(own):
         return None
     return None if any(is_below(target.module, name) for target in hosts) else name
@@ -302,7 +302,7 @@ def parameters_below(root: nn.Module, paths: Sequence[str], option: str) -> tupl
         TargetError: if a path names no module with parameters.
     """
     modules = named_modules(root)
-    bare = [canonical(name) for name, _ in root.named_parameters(remove_duplicate=False)]
+    bare = [name for name, _ in named_parameters(root, every_name=True)]
     names: dict[str, None] = {}
     for wanted in paths:
         hits = [p for p in modules if p == wanted or p.endswith(f".{wanted}")]

@@ -27,7 +27,7 @@ from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import described, record_of
-from lightning_pet.model.naming import by_delta, canonical, delta_prefix, join
+from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, start
@@ -77,6 +77,7 @@ class Controller:
         self.resume = ExactResume()
         self.adapter: StrategyAdapter[Any] = adapter_for(trainer)
         self.checkpoints = Checkpoints(self)
+        self._found: tuple[str, torch.nn.Module] | None = None
         self._plan: Plan | None = None
         self._configure: Callable[[], Any] | None = None  # the user's own, while ours is in its place
         self._converts = False  # the precision plug-in replaces layers
@@ -125,7 +126,7 @@ class Controller:
     @property
     def adapted(self) -> Adapted:
         """Handle on the adapted root."""
-        return Adapted(root_of(self.module)[1])
+        return Adapted(self._root()[1])
 
     @property
     def base_check(self) -> str:
@@ -135,7 +136,17 @@ class Controller:
     @property
     def root_path(self) -> str:
         """Path of the adapted root in the LightningModule."""
-        return root_of(self.module)[0]
+        return self._root()[0]
+
+    def _root(self) -> tuple[str, torch.nn.Module]:
+        """Path and module of the root. An adapted one that is still in its place need not be looked for."""
+        if self._found is not None:
+            path, root = self._found
+            *_, there = modules_on_the_way(self.module, path)
+            if there is root and record_of(root) is not None:
+                return self._found
+        self._found = root_of(self.module)
+        return self._found
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -181,7 +192,7 @@ class Controller:
 
     def rules(self) -> Checkpoints | None:
         """The rules for checkpoints, while there is a delta."""
-        return self.checkpoints if record_of(root_of(self.module)[1]) is not None else None
+        return self.checkpoints if record_of(self._root()[1]) is not None else None
 
     def _replace(self, hook: str, method: Callable[..., Any]) -> None:
         self._undo.append(private.replace_method(self.module, hook, method))
@@ -191,7 +202,7 @@ class Controller:
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before = self._trained_before() if overridden else None
-            root = root_of(self.module)[1]
+            root = self._root()[1]
             record = record_of(root)
             if overridden and before is None:
                 show_users_flags(root)  # it may freeze a part, or ask what is frozen
@@ -209,13 +220,13 @@ class Controller:
 
     def _trained_before(self) -> Trained | None:
         """What an earlier run, a file or ``apply`` has left; ``None`` if all of the delta is new."""
-        root = root_of(self.module)[1]
+        root = self._root()[1]
         record = record_of(root)
         return Trained.of(root) if record is not None and len(self._new) < len(record.applied) else None
 
     def _look_again(self) -> None:
         """User code ran since the insertion: it may have loaded other weights, or built more of the model."""
-        root = root_of(self.module)[1]
+        root = self._root()[1]
         if record_of(root) is None:
             return
         refrozen = note_users_flags(root)
@@ -231,7 +242,7 @@ class Controller:
         inserted = self.adapter.agreed("inserting the deltas", lambda: self._insert_or_wait(last))
         if not (inserted and last):
             return
-        root = root_of(self.module)[1]
+        root = self._root()[1]
         if self.adapter.several:
             same("the methods", described(root))
         if self._new:
@@ -251,7 +262,7 @@ class Controller:
             if last:
                 raise
             return False
-        root = root_of(self.module)[1]
+        root = self._root()[1]
         freeze(root)
         self.adapter.settle()
         if not self.adapter.widens:
@@ -264,7 +275,7 @@ class Controller:
         return True
 
     def _insert(self) -> None:
-        root = root_of(self.module)[1]
+        root = self._root()[1]
         if all(is_applied(root, method) for method in self.methods):
             return
         with self.adapter.planning(root):
@@ -281,7 +292,7 @@ class Controller:
         paths = [method.start_from for method in self._new if method.start_from]
         if not paths:
             return
-        self.adapter.check_start(root_of(self.module)[1])
+        self.adapter.check_start(self._root()[1])
         with self.adapter.undisturbed():
             files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
@@ -311,7 +322,7 @@ class Controller:
             )
 
     def _delta_names(self) -> tuple[str, ...]:
-        record = record_of(root_of(self.module)[1])
+        record = record_of(self._root()[1])
         return record.delta_names if record is not None else ()
 
     # --- optimizers -----------------------------------------------------------------------------
@@ -323,7 +334,7 @@ class Controller:
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             # A method may search instead of train. Optimizers refuse to hold nothing, so the user's are not built.
             return None
-        parameters = {canonical(n): p for n, p in self.module.named_parameters(remove_duplicate=False)}
+        parameters = dict(named_parameters(self.module, every_name=True))
         delta = {join(prefix, name): parameters[join(prefix, name)] for name in record.planned_names}
         places = {path: (applied, target) for applied, target, path in record.places()}
         hosts = {
@@ -432,7 +443,7 @@ class Controller:
         self._undo_all()
         self.resume.teardown(self.trainer)
         self._warn_changed_form()
-        root = root_of(self.module)[1]
+        root = self._root()[1]
         interrupted = self.trainer.state.status == TrainerStatus.INTERRUPTED and not self._trained
         if interrupted and self._new and not self.adapter.is_wrapped(root):
             undo(root, [key_of(method) for method in self._new])

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_pet.insertion.method import key_of
 from lightning_pet.insertion.prepare import target_patterns
 from lightning_pet.model.adaptation import Adaptation, Applied, record_of
-from lightning_pet.model.naming import CHILD, canonical, delta_prefix, is_below, join
+from lightning_pet.model.naming import CHILD, delta_prefix, is_below, join, named_parameters
 from lightning_pet.model.structure import Target
 from lightning_pet.strategies.parameter_groups import shown
 from lightning_pet.targets.heads import HEAD, is_small, parameters_below
@@ -37,7 +37,7 @@ def left_out(root: nn.Module, optimizers: Sequence[Any], methods: Sequence[Any])
     if record is None:
         return ()
     ids = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    held = {canonical(name) for name, p in root.named_parameters(remove_duplicate=False) if id(p) in ids}
+    held = {name for name, p in named_parameters(root, every_name=True) if id(p) in ids}
     parts = {_part(name) for name in held}
     unfrozen = {_part(name) for name, trains in record.flags.items() if trains}
     by_key = {key_of(method): method for method in methods}
@@ -81,7 +81,7 @@ def warn_of_frozen_base(root: nn.Module, prefix: str, methods: Sequence[Any]) ->
     record = record_of(root)
     if record is None or "" in record.scopes or any(method.module is not None for method in methods):
         return
-    if any(trains for name, trains in record.flags.items() if record.in_base(name)):
+    if any(record.flags[name] for name in record.of_base(record.flags)):
         return
     networks = [
         name

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.layers.sharding import whole
 from lightning_pet.model.adaptation import Applied
-from lightning_pet.model.naming import canonical, delta_prefix
+from lightning_pet.model.naming import delta_prefix, named_parameters
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.plan import Plan
 from lightning_pet.strategies import private
@@ -62,7 +62,7 @@ def norm_of(adapted: Adapted, method: Method, adapter: StrategyAdapter[Any]) -> 
     applied = [a for a in record.applied if a.key == key_of(method)]
     places = {path for a in applied for path in a.paths}
     heads = {name for a in applied for name in a.trained}
-    own = {canonical(n): p for n, p in adapted.root.named_parameters() if canonical(n) in set(record.trainable_names)}
+    own = {n: p for n, p in named_parameters(adapted.root) if n in set(record.trainable_names)}
     named = [(n, p) for n, p in own.items() if n in heads or delta_prefix(n) in places]
     squares = 0.0
     for name, tensor in adapter.whole(named):

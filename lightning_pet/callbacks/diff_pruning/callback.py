@@ -20,7 +20,7 @@ from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.gated_weight import Form
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
 from lightning_pet.layers.sparse_difference import Kind, SparseDifference
-from lightning_pet.model.naming import canonical, named_modules
+from lightning_pet.model.naming import named_modules, named_parameters
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.strategies.choice import adapter_for
 from lightning_pet.strategies.parameter_groups import Exchange, set_option
@@ -233,7 +233,7 @@ class DiffPruningCallback(PETCallback):
         if gates and not self._looked:
             self._looked = True
             # Also of those that toggle_optimizer lets rest at the moment.
-            names = {id(parameter): canonical(name) for name, parameter in pl_module.named_parameters()}
+            names = {id(parameter): name for name, parameter in named_parameters(pl_module)}
             places = {names[id(delta.w)]: (target.path, delta.w) for target, delta in self._live if delta.w is not None}
             silent = adapter.without_gradient({name: w for name, (_, w) in places.items()}, optimizer)
             self._report_unreached([places[name][0] for name in silent])

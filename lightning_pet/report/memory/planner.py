@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.method import Method
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import CHILD, canonical
+from lightning_pet.model.naming import CHILD, canonical, named_parameters
 from lightning_pet.operations.apply import apply
 from lightning_pet.operations.roots import root_of, silenced
 from lightning_pet.report.memory.activations import estimate
@@ -146,9 +146,7 @@ def plan_memory(
     record = record_of(root_of(twin)[1])
     originals = sum(_plain(tensor) for tensor in record.originals.values()) if record else 0
     inventory = Inventory(
-        parts=_parts(
-            twin, {canonical(n): stored_bytes(p) for n, p in model.named_parameters() if is_packed(p)}, states
-        ),
+        parts=_parts(twin, {n: stored_bytes(p) for n, p in named_parameters(model) if is_packed(p)}, states),
         buffers=sum(_plain(buffer) for buffer in twin.buffers()),
         step=step,
         optimizer_step=momentary,
