@@ -21,10 +21,10 @@ from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.unbuilt import without_memory
 from lightning_pet.operations.base_check import check_base
 from lightning_pet.operations.file_options import method_of
-from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import read
+from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.training.controller import Controller
 
