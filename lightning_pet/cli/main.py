@@ -78,9 +78,15 @@ def inspect(path: str, json_output: bool = False) -> None:
         path: delta file (.safetensors) or training checkpoint (.ckpt).
         json_output: print JSON instead of a table.
     """
-    from lightning_pet.report.summary import print_summary, summarize
+    from lightning_pet.report.delta_summary import print_summary, summarize_delta
+    from lightning_pet.store.paths import is_delta_file
 
-    summary = summarize(path)
+    if is_delta_file(path):
+        summary = summarize_delta(path)
+    else:  # a checkpoint is a file of torch
+        from lightning_pet.report.summary import summarize
+
+        summary = summarize(path)
     if json_output:
         print(json.dumps(summary, indent=2, sort_keys=True))
     else:

@@ -4,20 +4,24 @@ What may fail has failed before (:mod:`lightning_pet.insertion.prepare`); if any
 put back as it was.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
 from lightning_pet.insertion.host import attach, conceal, detach
 from lightning_pet.insertion.intact import guard, resized, unguard
+from lightning_pet.insertion.method import delta_name
 from lightning_pet.insertion.prepare import Prepared
 from lightning_pet.insertion.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
 from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, record_of
+from lightning_pet.model.call import Switch
+from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
 from lightning_pet.model.naming import (
     by_delta,
@@ -32,29 +36,38 @@ from lightning_pet.model.outside import mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
 
 
-def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
-    """Insert what was built, and freeze the rest. The model is as before if anything fails."""
+def commit(root: nn.Module, prepared: Sequence[Prepared], *, acts: bool = True) -> Adaptation:
+    """Insert what was built, and freeze the rest. The model is as before if anything fails.
+
+    Args:
+        root: the adapted root.
+        prepared: methods of one delta or several.
+        acts: a delta that is new to the model acts, beside those that do.
+    """
     created = record_of(root) is None
     before = {name: parameter.requires_grad for name, parameter in named_parameters(root)}
-    record = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
+    record: Adaptation = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
     forbid_repacking(root)
+    known, state = record.names, (record.active, record.switch.selection, dict(record.waiting), record.trainable_names)
+    if known:
+        record.switch.selection = record.selection(record.active)  # what comes waits until it is complete
     done: list[tuple[str, str]] = []
     try:
         for item in prepared:
-            applied = Applied(item.method.method, item.method.name, item.method.config_at(item.targets), item.targets)
-            applied.trained, applied.readings = item.trained, dict(item.readings)
-            applied.readers = list(item.readers)
-            for insertion, reader in zip(item.insertions, item.readers, strict=True):
-                key = insertion.key(item.method)
-                attach(root, insertion.target, key, insertion.delta, reader, record.switch)
-                done.append((insertion.target.module, key))
-            applied.hosts = done[len(done) - len(item.insertions) :]
-            record.applied.append(applied)
+            record.applied.append(_inserted(root, item, record.switch, done))
         _register(root, record, prepared)
+        new = tuple(name for name in record.names if name not in known)
+        for name in () if acts else new:
+            record.rest(name)
+            record.values[name] = {}
+        check_sum(record, (*record.active, *new) if acts else record.active)
+        freeze(root)
     except BaseException:
         detach(root, done)
         restore_flags(root, before)
         record.applied[:] = [a for a in record.applied if not any(a.key == item.key for item in prepared)]
+        record.active, record.switch.selection, record.waiting, record.trainable_names = state
+        _forget(record)
         if created:
             del root.__dict__[RECORD]
             restore_repacking(root)
@@ -63,7 +76,50 @@ def commit(root: nn.Module, prepared: Sequence[Prepared]) -> Adaptation:
     if replaced := {key for item in prepared for insertion in item.insertions for key in insertion.replaces}:
         take_out(root, replaced)
     guard(root, record)
-    return record  # type: ignore[no-any-return]
+    record.act((*record.active, *new) if acts else record.active)
+    return record
+
+
+def _inserted(root: nn.Module, item: Prepared, switch: Switch, done: list[tuple[str, str]]) -> Applied:
+    """Insert the deltas of one method, and note in ``done`` what is."""
+    method = item.method
+    applied = Applied(method.method, method.name, method.config_at(item.targets), item.targets)
+    applied.trained, applied.readings = item.trained, dict(item.readings)
+    applied.readers, applied.delta = list(item.readers), delta_name(method)
+    for insertion, reader in zip(item.insertions, item.readers, strict=True):
+        key = insertion.key(method)
+        attach(root, insertion.target, key, insertion.delta, reader, switch)
+        done.append((insertion.target.module, key))
+    applied.hosts = done[len(done) - len(item.insertions) :]
+    return applied
+
+
+def check_sum(record: Adaptation, deltas: Sequence[str]) -> None:
+    """Refuse to let deltas act together that have different values for one tensor of the base.
+
+    Raises:
+        ArgumentError: naming them and the tensor.
+    """
+    both = {name: owners for name, owners in record.held_by(deltas).items() if len(owners) > 1}
+    if both:
+        name, (first, second, *_) = next(iter(both.items()))
+        raise ArgumentError(
+            f"the deltas {first!r} and {second!r} have each its own values for {name}"
+            + (f" and {len(both) - 1} more tensors" if len(both) > 1 else "")
+            + " (a head, or what else trains in place), and no sum of them is meant. Let one of them act at a time: "
+            f"adapted.activate({first!r}) or adapted.activate({second!r}), adapted.activate() for neither; or load one "
+            "of them with heads=False."
+        )
+
+
+def _forget(record: Adaptation) -> None:
+    """Let go of what was noted of deltas that are gone."""
+    names = record.names
+    noted: dict[str, Any]
+    for noted in (record.waiting, record.values, record.claims, record.beside):
+        for name in [name for name in noted if name not in names]:
+            del noted[name]
+    record.active = tuple(name for name in record.active if name in names)
 
 
 def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
@@ -72,11 +128,11 @@ def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared])
         if full not in names and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             trainable[full] = None
         names[full] = None
-    trainable |= dict.fromkeys(name for applied in record.applied for name in applied.trained)
+    awake = [applied for applied in record.applied if applied.delta not in record.waiting]
+    trainable |= dict.fromkeys(name for applied in awake for name in applied.trained)
     record.delta_names, record.trainable_names = tuple(names), tuple(trainable)
     record.scopes = tuple(sorted({*record.scopes, *(scope for item in prepared for scope in item.scopes)}))
     record.apart = tuple(sorted({*record.apart, *(path for item in prepared for path in item.apart)}))
-    freeze(root)
 
 
 def _tensors(root: nn.Module, record: Adaptation) -> Iterator[tuple[str, Tensor]]:
@@ -92,14 +148,17 @@ def renew(root: nn.Module) -> None:
     if record is None:
         return
     before, trained = set(record.delta_names), record.trained_names
-    kept = before & set(record.trainable_names)
+    kept = before & {*record.trainable_names, *(name for own in record.waiting.values() for name in own)}
     names: dict[str, None] = {}
-    trainable: dict[str, None] = {}
+    trainable: dict[str, dict[str, None]] = {delta: {} for delta in record.names}
     for full, tensor in _tensors(root, record):
         names[full] = None
         if full in kept or (full not in before and isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-            trainable[full] = None
-    record.delta_names, record.trainable_names = tuple(names), (*trainable, *trained)
+            trainable[str(delta_of(full))][full] = None
+    record.delta_names = tuple(names)
+    for delta, own in record.waiting.items():
+        record.waiting[delta] = (*trainable.pop(delta), *(name for name in own if delta_of(name) is None))
+    record.trainable_names = (*(name for own in trainable.values() for name in own), *trained)
     freeze(root)
 
 
@@ -132,7 +191,7 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = F
 
 
 def _keep_originals(root: nn.Module, record: Adaptation) -> None:
-    trained, own = set(record.trained_names), set(record.delta_names)
+    trained, own = {*record.trained_names, *record.trained_in_place}, set(record.delta_names)
     precisions = read_precisions(root)
     for name, tensor in named_tensors(root):
         mutable = name in trained or not isinstance(tensor, nn.Parameter)
@@ -153,7 +212,7 @@ def freeze(root: nn.Module) -> None:
     record = record_of(root)
     if record is None:
         return
-    own, planned = set(record.delta_names), set(record.planned_names)
+    own, planned = set(record.delta_names), {*record.planned_names, *record.trained_in_place}
     # By identity: a tied tensor has several names, of which the record holds one.
     named = named_parameters(root, every_name=True)
     inside_names = {*own, *planned, *record.of_base(dict(named))}
@@ -235,10 +294,13 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     gone = {name for name in record.delta_names if delta_prefix(name) in places}
     detach(root, [host for path, host in places.items() if has_module(root, path)])
     record.applied[:] = [applied for applied in record.applied if applied not in leaving]
-    still = {name for applied in record.applied for name in applied.trained}
+    still = record.trained_in_place
     gone |= {name for applied in leaving for name in applied.trained if name not in still}
     record.delta_names = tuple(name for name in record.delta_names if name not in gone)
     record.trainable_names = tuple(name for name in record.trainable_names if name not in gone)
+    record.waiting = {d: tuple(name for name in own if name not in gone) for d, own in record.waiting.items()}
+    _forget(record)
+    record.act(record.active)
     narrow(root, still)
     if record.applied:
         freeze(root)
@@ -251,6 +313,12 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     unguard(root)
     leave_saves(root)
     del root.__dict__[RECORD]
+
+
+def keys_of(root: nn.Module, deltas: Container[str]) -> set[str]:
+    """:attr:`Applied.key` of the methods of these deltas."""
+    record = record_of(root)
+    return {applied.key for applied in (record.applied if record else ()) if applied.delta in deltas}
 
 
 def forget(root: nn.Module, paths: Collection[str]) -> None:
@@ -276,7 +344,8 @@ def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:
     before = {*record.trained_names, *changed_buffers(root)}
     take_out(root, keys)
     after = record_of(root)
-    copy_in(root, {n: record.originals[n] for n in before - set(after.trained_names if after else ())})
+    kept = {*after.trained_names, *after.held_by(after.active)} if after else set()
+    copy_in(root, {n: record.originals[n] for n in before - kept})
 
 
 def copy_in(root: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -316,7 +385,7 @@ def changed_buffers(root: nn.Module) -> dict[str, Tensor]:
     record = record_of(root)
     if record is None:
         return {}
-    trained = set(record.trained_names)
+    trained = {*record.trained_names, *record.trained_in_place}
     return {
         name: tensor
         for name, tensor in named_tensors(root)

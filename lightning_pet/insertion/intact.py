@@ -4,7 +4,7 @@ Vocabularies grow: transformers' ``resize_token_embeddings`` resizes the input e
 layer in, and users replace embeddings by hand. A delta on them would be lost, or of another size than its host.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,8 +23,12 @@ _ADVICE = "Resize or replace layers before the deltas are inserted (call remove(
 
 def sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]:
     """Declared sizes of the modules that host a delta or train as they are, by path."""
+    return sizes_of(root, record.host_paths() | {name.rpartition(".")[0] for name in record.trained_names})
+
+
+def sizes_of(root: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+    """Declared sizes of these modules, as far as they have any."""
     modules = named_modules(root)
-    paths = record.host_paths() | {name.rpartition(".")[0] for name in record.trained_names}
     found = {path: tuple(getattr(modules[path], size, None) for size in _SIZES) for path in paths if path in modules}
     return {path: sizes for path, sizes in found.items() if any(isinstance(size, int) for size in sizes)}
 

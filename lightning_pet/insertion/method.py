@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from lightning_pet.layers.delta import Delta
+from lightning_pet.model.delta_names import DEFAULT, host_key
 from lightning_pet.model.naming import delta_path
 from lightning_pet.model.structure import Structure, Target
 
@@ -29,7 +30,8 @@ class Insertion:
 
     def key(self, method: "Method") -> str:
         """Name of the delta among those of its host."""
-        return "_".join(part for part in (method.method, method.name, self.suffix) if part)
+        own = "_".join(part for part in (method.method, method.name, self.suffix) if part)
+        return host_key(own, delta_name(method))
 
     def path(self, method: "Method") -> str:
         """Path that the delta gets, from the root."""
@@ -118,7 +120,13 @@ class Method(Protocol):
 
 def key_of(method: Method) -> str:
     """Name of a method's deltas among those of a host."""
-    return f"{method.method}_{method.name}"
+    return host_key(f"{method.method}_{method.name}", delta_name(method))
+
+
+def delta_name(method: Method) -> str:
+    """The delta that a method is a part of, in the model that it is applied to."""
+    name: str = getattr(method, "delta", DEFAULT)
+    return name
 
 
 METHODS: dict[str, type[Any]] = {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.host import check_attachable
-from lightning_pet.insertion.method import Insertion, Method, key_of
+from lightning_pet.insertion.method import Insertion, Method, delta_name, key_of
 from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
@@ -17,6 +17,7 @@ from lightning_pet.model.layer_kinds import is_made, reader_of
 from lightning_pet.model.naming import is_below, join, module_at, named_modules, named_parameters
 from lightning_pet.model.quantised import check_hosts, check_trains
 from lightning_pet.model.structure import Structure, Target
+from lightning_pet.model.structure import is_shared as is_shared
 from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
 from lightning_pet.targets.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.targets.parameters import seen_reader
@@ -61,6 +62,7 @@ def prepare(
     resolved: Sequence[tuple[Target, ...]] | None = None,
     scopes: Sequence[str | None] | None = None,
     stored: Collection[str] | None = None,
+    acts: bool = True,
 ) -> list[Prepared]:
     """Plan and build methods for a model, which stays untouched.
 
@@ -72,6 +74,7 @@ def prepare(
         scopes: the submodule of the root that each method is confined to; ``None``: the pretrained models in
             the root, else all of it.
         stored: names of the tensors of that file, where it is at hand.
+        acts: they are to act beside the deltas that do.
 
     Raises:
         ArgumentError: if a method of this name is applied already.
@@ -101,7 +104,8 @@ def prepare(
             targets = (*targets, *_heads(root, method, targets, bases, structure))
         item = _build(root, method, targets, bases, structure, stored, twins)
         prepared.append(replace(item, trained=_once(root, item.trained, prepared)))
-    check_together(root, [insertion for item in prepared for insertion in item.insertions])
+    beside = {*(record.active if record and acts else ()), *(delta_name(method) for method in methods)}
+    check_together(root, [insertion for item in prepared for insertion in item.insertions], beside)
     return prepared
 
 
@@ -160,11 +164,6 @@ def _within(root: nn.Module, method: Method, structure: Structure, scope: str) -
         )
         for target in found
     ]
-
-
-def is_shared(target: Target) -> bool:
-    """The place of a shared delta: the root, without a role of its own."""
-    return not target.path and target.role is None
 
 
 # --- heads -----------------------------------------------------------------------------------------

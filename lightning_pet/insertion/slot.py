@@ -11,6 +11,7 @@ from lightning_pet.errors import DeadSiteError
 from lightning_pet.insertion.effective import REPLICA, of_host
 from lightning_pet.layers.delta import Delta, Path
 from lightning_pet.model.call import HERE, Chosen, Switch
+from lightning_pet.model.delta_names import delta_in
 from lightning_pet.model.naming import CHILD
 
 _KNOWN = 256  # selections of which a host remembers what acts in them
@@ -49,7 +50,7 @@ class Deltas(nn.ModuleDict):
 
     def _forget(self) -> None:
         self._roots = tuple(dict.fromkeys(self.switches.values()))
-        self._known: dict[tuple[frozenset[str] | None, ...], Acting] = {}
+        self._known: dict[tuple[Any, ...], Acting] = {}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a delta; see :class:`torch.nn.Module`."""
@@ -73,10 +74,11 @@ class Deltas(nn.ModuleDict):
         chosen = of_host(self)
         if torch.compiler.is_dynamo_compiling():
             return self._look(chosen)  # a compiler guards what is read, and would have to repeat what is written
-        chosen_keys: tuple[frozenset[str] | None, ...] = ()
-        if chosen:
-            selections = [chosen.get(root.number) for root in self._roots]
-            chosen_keys = tuple(None if selection is None else selection.keys for selection in selections)
+        chosen_keys: tuple[Any, ...] = ()
+        for root in self._roots:  # one, almost always
+            selection = chosen.get(root.number, root.selection) if chosen else root.selection
+            if selection is not None:
+                chosen_keys = (*chosen_keys, root.number, selection.deltas, selection.keys)
         acting = self._known.get(chosen_keys)
         if acting is None:
             acting = self._look(chosen)
@@ -97,7 +99,11 @@ class Deltas(nn.ModuleDict):
     def _look(self, chosen: Chosen) -> Acting:
         # Not isinstance: a sharding engine passes the attributes of what it has wrapped through.
         own = cast(dict[str, Delta], self._modules)
-        keys = [key for key in own if not chosen or self._acts(key, chosen)]
+        keys = [key for key in own if self._acts(key, chosen)]
+        for root in self._roots:
+            selection = chosen.get(root.number, root.selection) if chosen else root.selection
+            if len(keys) > 1 and selection is not None and len(selection.deltas) > 1:
+                keys = self._in_order(keys, root, selection.deltas)
         activation, around, weight, generate = (
             tuple([key for key in keys if own[key].path == path])
             for path in ("activation", "around", "weight", "generate")
@@ -106,8 +112,16 @@ class Deltas(nn.ModuleDict):
         return Acting(activation, around, weight, generate, activation[0] if fuses else None)
 
     def _acts(self, key: str, chosen: Chosen) -> bool:
-        selection = chosen.get(self.switches[key].number)
+        switch = self.switches[key]
+        selection = chosen.get(switch.number, switch.selection) if chosen else switch.selection
         return selection is None or key in selection.keys
+
+    def _in_order(self, keys: list[str], root: Switch, deltas: tuple[str, ...]) -> list[str]:
+        """Those of a root in the order of its deltas, in the places that they have among those of other roots."""
+        places = [place for place, key in enumerate(keys) if self.switches[key] is root]
+        ordered = [key for name in deltas for key in (keys[place] for place in places) if delta_in(key) == name]
+        found = dict(zip(places, ordered, strict=True))
+        return [found.get(place, key) for place, key in enumerate(keys)]
 
     def _replicate_for_data_parallel(self) -> Any:
         return replica_of(self, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]

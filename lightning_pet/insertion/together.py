@@ -1,6 +1,6 @@
 """Whether what was planned can act: side by side on one layer, and at all. Said before anything is inserted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -11,18 +11,32 @@ from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.structure import Structure, Target, overlap
 
 
-def check_together(root: nn.Module, insertions: Sequence[Insertion]) -> None:
+def check_together(root: nn.Module, insertions: Sequence[Insertion], beside: Collection[str] = ()) -> None:
     """Refuse a delta that rescales the base product of a layer beside others that change what it returns.
 
     Args:
         root: the adapted root.
         insertions: what is to come beside what is there.
+        beside: names of the deltas that it is to act with.
 
     Raises:
         TargetError: naming the layer.
     """
     coming = [(insertion.target, insertion.delta) for insertion in insertions]
-    places = [*_present(root, {key for insertion in insertions for key in insertion.replaces}), *coming]
+    leaving = {key for insertion in insertions for key in insertion.replaces}
+    _check([*_present(root, leaving, beside), *coming])
+
+
+def check_acting(root: nn.Module, deltas: Collection[str]) -> None:
+    """Refuse to let deltas act together that cannot.
+
+    Raises:
+        TargetError: naming the layer.
+    """
+    _check(_present(root, (), deltas))
+
+
+def _check(places: Sequence[tuple[Target, Delta]]) -> None:
     if not any(delta.reads_weight for _, delta in places):
         return
     by_host: dict[str, list[tuple[Target, Delta]]] = {}
@@ -69,5 +83,9 @@ def _meet(target: Target, other: Target) -> bool:
     return target.rows is None or other.rows is None or overlap(target.rows, other.rows)
 
 
-def _present(root: nn.Module, leaving: Iterable[str]) -> list[tuple[Target, Delta]]:
-    return [(target, delta) for applied, target, _, delta, _ in deltas_in(root) if applied.key not in leaving]
+def _present(root: nn.Module, leaving: Collection[str], deltas: Collection[str]) -> list[tuple[Target, Delta]]:
+    return [
+        (target, delta)
+        for applied, target, _, delta, _ in deltas_in(root)
+        if applied.key not in leaving and applied.delta in deltas
+    ]

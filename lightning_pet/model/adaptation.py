@@ -6,13 +6,14 @@ sharding engines and compilers they could not be recovered later.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
-from lightning_pet.model.call import Switch
+from lightning_pet.model.call import Selection, Switch
+from lightning_pet.model.delta_names import DEFAULT, delta_of, host_key
 from lightning_pet.model.marks import Mark
 from lightning_pet.model.naming import canonical, delta_path, modules_on_the_way, named_tensors, names_below
 from lightning_pet.model.structure import Target
@@ -34,6 +35,7 @@ class Applied:
         trained: base parameters that it trains as they are.
         readings: those of them of which it is known who reads them, with the path of the module in whose call they
             are read if it is not their own: they may be kept in a wider precision than they are read in.
+        delta: name of the delta that it is a part of.
     """
 
     method: str
@@ -44,11 +46,12 @@ class Applied:
     readers: list[str | None] = field(default_factory=list)
     trained: tuple[str, ...] = ()
     readings: dict[str, str | None] = field(default_factory=dict)
+    delta: str = DEFAULT
 
     @property
     def key(self) -> str:
         """Name of this method's deltas among those of a host."""
-        return f"{self.method}_{self.name}"
+        return host_key(f"{self.method}_{self.name}", self.delta)
 
     @property
     def paths(self) -> list[str]:
@@ -57,8 +60,9 @@ class Applied:
 
     @property
     def label(self) -> str:
-        """What people call it: its short name, with the user's name if there is one."""
-        return self.method if self.name == "default" else f"{self.method}:{self.name}"
+        """What people call it: its short name, with the user's name and the delta's if there are such."""
+        own = self.method if self.name == "default" else f"{self.method}:{self.name}"
+        return own if self.delta == DEFAULT else f"{own}@{self.delta}"
 
 
 class Inserted(NamedTuple):
@@ -101,7 +105,12 @@ class Adaptation:
         marks: what parameters beside the base held when the first delta came; ``None``: they have changed since.
         sizes: declared sizes of modules that host a delta or train, when that was decided.
         resizable: they may change at the moment, because the deltas are inserted anew afterwards.
-        switch: stands for this root where a thread chooses what acts.
+        switch: stands for this root where a thread chooses what acts, and holds what acts where none does.
+        active: the deltas that act unless a thread has chosen others, in the order in which they do.
+        waiting: names that would train, by delta, of those that do not train at present.
+        values: of every delta that is not active, what it has in place of tensors of the base, by name.
+        claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
+        beside: of each delta, the others that acted when it was trained, with digests of their values.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -116,6 +125,86 @@ class Adaptation:
     sizes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     resizable: bool = False
     switch: Switch = field(default_factory=Switch)
+    active: tuple[str, ...] = ()
+    waiting: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    claims: dict[str, frozenset[str]] = field(default_factory=dict)
+    beside: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The deltas in the order in which they came."""
+        return tuple(dict.fromkeys(applied.delta for applied in self.applied))
+
+    @property
+    def keeper(self) -> str | None:
+        """The active delta to which belongs what changes beside the plan: the last one that trains, else the last."""
+        awake = [name for name in self.active if name not in self.waiting]
+        return next(reversed([*self.active, *awake]), None)
+
+    def trained_by(self, delta: str) -> dict[str, None]:
+        """Base parameters that a delta trains as they are."""
+        return dict.fromkeys(name for applied in self.applied if applied.delta == delta for name in applied.trained)
+
+    def of(self, *deltas: str) -> "Adaptation":
+        """The same, as if these deltas were all there are."""
+        if set(self.names) <= set(deltas):
+            return self
+        applied = [one for one in self.applied if one.delta in deltas]
+        names = {name for name in self.delta_names if delta_of(name) in deltas}
+        claims = {name for delta in deltas for name in self.claims.get(delta, ())}
+        mine = {name for delta in deltas for name in self.trained_by(delta)} | names | claims
+        others = {name for delta in self.names if delta not in deltas for name in self.trained_by(delta)}
+        others |= {name for delta, own in self.claims.items() if delta not in deltas for name in own}
+        asleep = [name for delta in deltas for name in self.waiting.get(delta, ())]
+        user = self.keeper in deltas
+        return replace(
+            self,
+            applied=applied,
+            delta_names=tuple(name for name in self.delta_names if name in names),
+            trainable_names=tuple(
+                name
+                for name in dict.fromkeys((*self.trainable_names, *asleep))
+                if name in mine or (user and delta_of(name) is None and name not in others)
+            ),
+        )
+
+    def held_by(self, deltas: Iterable[str]) -> dict[str, list[str]]:
+        """Tensors of the base of which these deltas have values of their own, with the deltas that do."""
+        found: dict[str, list[str]] = {}
+        for delta in deltas:
+            own = (*self.trained_by(delta), *self.values.get(delta, ()), *self.claims.get(delta, ()))
+            for name in dict.fromkeys(own):
+                found.setdefault(name, []).append(delta)
+        return found
+
+    def rest(self, delta: str) -> None:
+        """A delta does not train from now on; :func:`~lightning_pet.insertion.commit.freeze` tells the parameters."""
+        if delta in self.waiting:
+            return
+        others = {n for other in self.names if other not in (delta, *self.waiting) for n in self.trained_by(other)}
+        trained = self.trained_by(delta).keys()
+        own = [name for name in self.trainable_names if delta_of(name) == delta or name in trained]
+        self.waiting[delta] = tuple(own)
+        self.trainable_names = tuple(n for n in self.trainable_names if n not in own or n in others)
+
+    def wake(self, delta: str) -> None:
+        """It does again."""
+        own = self.waiting.pop(delta, ())
+        if own:
+            place = {name: index for index, name in enumerate(self.delta_names)}
+            present = dict.fromkeys((*self.trainable_names, *own))
+            self.trainable_names = tuple(sorted(present, key=lambda name: place.get(name, len(place))))
+
+    def act(self, deltas: tuple[str, ...]) -> None:
+        """These deltas act where a thread has chosen nothing, in this order."""
+        self.active = deltas
+        self.switch.selection = None if deltas == self.names else self.selection(deltas)
+
+    def selection(self, deltas: tuple[str, ...]) -> Selection:
+        """What acts where these deltas do."""
+        keys = (key for applied in self.applied if applied.delta in deltas for _, key in applied.hosts)
+        return Selection(frozenset(keys), {}, deltas)
 
     @property
     def trained_names(self) -> tuple[str, ...]:
@@ -124,9 +213,14 @@ class Adaptation:
         return tuple(name for name in self.trainable_names if name not in own)
 
     @property
+    def trained_in_place(self) -> frozenset[str]:
+        """Base parameters of which some delta has values of its own, whether it acts or not, and trains or not."""
+        return frozenset(name for applied in self.applied for name in applied.trained)
+
+    @property
     def planned_names(self) -> tuple[str, ...]:
         """What the methods train: deltas, heads and other base parameters; not what the user trains beside them."""
-        trained = {name for applied in self.applied for name in applied.trained}
+        trained = self.trained_in_place
         own = set(self.delta_names)
         return tuple(name for name in self.trainable_names if name in own or name in trained)
 

@@ -36,10 +36,12 @@ class Selection:
     Attributes:
         keys: of the deltas that act, as hosts name them.
         values: what is read in place of attributes of modules, by canonical name from the root.
+        deltas: names of the deltas that act, in the order in which they do; empty: in the order in which they came.
     """
 
     keys: frozenset[str] = frozenset()
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    deltas: tuple[str, ...] = ()
 
 
 class Switch:
@@ -48,18 +50,27 @@ class Switch:
     Attributes:
         number: tells it from those of other roots, and of copies.
         exposed: modules, and attributes of them, that stay such that a thread may read other values there.
+        selection: what acts where a thread has chosen nothing; ``None``: every delta, in the order in which they came.
+            It is never changed, but exchanged for another.
+        open: the selections of all blocks that threads are in now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, selection: Selection | None = None) -> None:
         self.number = next(_numbers)
         self.exposed: dict[nn.Module, set[str]] = {}
+        self.selection = selection
+        self.open: list[Selection] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Switch, ()
+        return Switch, (self.selection,)
+
+    def chosen(self) -> Selection | None:
+        """What acts in this thread; ``None``: every delta."""
+        return chosen().get(self.number, self.selection)
 
     def is_off(self) -> bool:
         """Whether no delta of the root acts in this thread."""
-        selection = chosen().get(self.number)
+        selection = self.chosen()
         return selection is not None and not selection.keys
 
     @contextmanager
@@ -72,9 +83,11 @@ class Switch:
         """
         call = HERE.call
         block = call.enter(self.number, selection)
+        self.open.append(selection)
         try:
             yield block
         finally:
+            self.open.remove(selection)
             if not call.leave(block):
                 raise PETError(
                     "blocks that choose deltas (`disabled()`) were left in another order than they were entered, so "

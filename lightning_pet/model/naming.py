@@ -1,9 +1,12 @@
 """Parameter names as the user knows them, whatever wrapped the modules since."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:  # names of files are read without torch
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 

@@ -239,3 +239,8 @@ class Structure:
 def overlap(rows: Rows, other: Rows) -> bool:
     """The two sets of features have one in common."""
     return any(a < d and c < b for a, b in rows for c, d in other)
+
+
+def is_shared(target: Target) -> bool:
+    """The place of a shared delta: the root, without a role of its own."""
+    return not target.path and target.role is None

@@ -1,26 +1,33 @@
-"""The handle on an adapted model: switch off, merge, take out, read, write."""
+"""The handle on an adapted model: which deltas act, switch off, merge, take out, read, write."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_pet.errors import DeltaFileError, PETError
-from lightning_pet.insertion.commit import changed_buffers, commit, copy_in, undo
+from lightning_pet.errors import ArgumentError, PETError
+from lightning_pet.insertion.choice import activate, refuse_in_use, remove_all
+from lightning_pet.insertion.commit import check_sum, commit, copy_in
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
-from lightning_pet.insertion.stand_in import switched_off
+from lightning_pet.insertion.stand_in import using
+from lightning_pet.insertion.together import check_acting
 from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
-from lightning_pet.model.naming import named_tensors
-from lightning_pet.model.outside import changed_outside, note_changed, outside_parameters
+from lightning_pet.model.delta_names import check_known
+from lightning_pet.model.outside import note_changed
 from lightning_pet.model.structure import Structure
-from lightning_pet.operations.merging import merge_deltas
+from lightning_pet.operations.contents import changed_besides, check_fit, meant, tensors_of
+from lightning_pet.operations.loading import insert
+from lightning_pet.operations.one_delta import OneDelta, merge, refuse_lost
 from lightning_pet.operations.plan import Plan, plan_of
+from lightning_pet.operations.saving import save
+from lightning_pet.store.reader import PathLike, read
 
 
-class Adapted:
-    """A model with its deltas.
+class Adapted(Mapping[str, OneDelta]):
+    """A model with its deltas: a mapping from their names to each of them.
 
     Args:
         model: what was adapted, or anything that contains it, such as the LightningModule after ``fit``.
@@ -41,6 +48,8 @@ class Adapted:
     Adapted(Sequential: lora on 1 place, trains 16 of 30 numbers)
     >>> with adapted.disabled():
     ...     _ = net(torch.ones(1, 4))  # the base model's output
+    >>> list(adapted), adapted.active
+    (['default'], ('default',))
     >>> adapted.remove()
     >>> sorted(net.state_dict())
     ['0.bias', '0.weight', '2.bias', '2.weight']
@@ -78,10 +87,110 @@ class Adapted:
             raise PETError("the deltas of this model were merged or removed; apply or load them again.")
         return record
 
+    # --- a mapping from names to deltas -----------------------------------------------------------
+
+    def __getitem__(self, name: str) -> OneDelta:
+        check_known((name,), self._names())
+        return OneDelta(self.root, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __bool__(self) -> bool:
+        return record_of(self.root) is not None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapted) and other.root is self.root
+
+    def __hash__(self) -> int:
+        return hash((Adapted, id(self.root)))
+
+    def _names(self) -> tuple[str, ...]:
+        record = record_of(self.root)
+        return () if record is None else record.names
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The deltas that act in the calling thread, in the order in which they do."""
+        chosen = self.record.switch.chosen()
+        return self.record.names if chosen is None else chosen.deltas
+
+    def activate(self, *names: str) -> None:
+        """Let these deltas act in this order (their sum), and no others; without names: the base. For all threads.
+
+        Those that act are those that train, where somebody trains them. What they have trained in place (heads,
+        biases, whole weights) is exchanged with them, bit for bit. Threads inside of a block of :meth:`using` or
+        :meth:`disabled` go on with what they have chosen.
+
+        Raises:
+            ArgumentError: if there is no such delta, or two of them have each its own values for one tensor.
+            TargetError: if two of them cannot act on one layer. In all cases nothing is changed.
+        """
+        check_intact(self.root, self.record)
+        activate(self.root, names)
+
+    @contextmanager
+    def using(self, *names: str) -> Iterator[None]:
+        """Within the block these deltas act in this order, and no others, for the calling thread or task only.
+
+        Other threads do not notice, and may use others at the same time; trained heads and biases are read with their
+        delta, too. Enter and leave the block in one thread, and do not ``await`` in between.
+
+        Raises:
+            ArgumentError: as :meth:`activate`.
+            TargetError: as :meth:`activate`.
+        """
+        record = self.record
+        check_known(names, record.names)
+        check_sum(record, names)
+        if len(names) > 1:
+            check_acting(self.root, names)
+        if set(record.active) - set(names):
+            refuse_lost(record, "switched off")
+        check_intact(self.root, record)
+        with using(self.root, record, names):
+            yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model computes what the base computed, bit for bit; for the calling thread only.
+
+        Other threads go on with the deltas and with trained heads and biases. The values of the parameters stay: this
+        thread reads the original ones. What forwards inside of the block do to buffers is forgotten at its end, where
+        the deltas had changed them. Enter and leave the block in one thread, and do not ``await`` in between.
+        """
+        with self.using():
+            yield
+
+    def load(
+        self,
+        name: str,
+        source: PathLike,
+        *,
+        heads: bool = True,
+        rename: Mapping[str, str] | None = None,
+        base_check: str = "error",
+    ) -> OneDelta:
+        """Load one more delta, beside those that are there; see :func:`lightning_pet.load_delta`."""
+        insert(self.root, read(source), base_check, name=name, heads=heads, rename=rename)
+        return self[name]
+
+    # --- what is there ----------------------------------------------------------------------------
+
     def plan(self) -> Plan:
         """Every delta with its place and size; ``str(plan)`` is a table."""
         check_intact(self.root, self.record)
         return plan_of(self.root, self.record)
+
+    def save(self, path: PathLike, *, name: str | None = None, **options: Any) -> int:
+        """Write a delta into a file; see :func:`lightning_pet.save_delta`."""
+        return save(self.root, "", self.root, path, name=name, **options)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The delta: its tensors, the trained base tensors (heads, biases), and what has changed besides.
@@ -90,13 +199,12 @@ class Adapted:
 
         Returns:
             References (not copies) by canonical name relative to the root.
+
+        Raises:
+            ArgumentError: if there are several, and not one of them alone trains: ``adapted[name].state_dict()``.
         """
         check_intact(self.root, self.record)
-        tensors = dict(named_tensors(self.root))
-        names = (*self.record.delta_names, *self.record.trained_names)
-        return {name: tensors[name].detach() for name in names} | {
-            name: tensor.detach() for name, tensor in (changed_buffers(self.root) | changed_outside(self.root)).items()
-        }
+        return tensors_of(self.root, self.record, meant(self.record))
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a delta in. The key set and every shape must fit exactly; otherwise nothing is changed.
@@ -104,10 +212,16 @@ class Adapted:
         Buffers that are not among ``tensors`` are those of the base.
 
         Raises:
+            ArgumentError: if there are several deltas, and not one of them alone trains, or that one does not act.
             DeltaFileError: (``mismatch``) naming missing, extra and misshapen tensors.
         """
+        record, delta = self.record, meant(self.record)
+        if delta not in record.active:
+            raise ArgumentError(f"the delta {delta!r} does not act: call activate({delta!r}) first.")
         self.check_fit(tensors)
-        copy_in(self.root, {name: self.record.originals[name] for name in changed_buffers(self.root)})
+        record.claims.pop(delta, None)
+        changed = changed_besides(self.root, record, delta).keys() & record.originals.keys()
+        copy_in(self.root, {name: record.originals[name] for name in changed})
         copy_in(self.root, tensors)
         note_changed(self.root, tensors)
 
@@ -118,46 +232,23 @@ class Adapted:
             tensors: the delta, whole.
             own: the root's tensors by name, in full shape, where an engine changed the shapes of its own.
         """
-        own = dict(named_tensors(self.root)) if own is None else own
-        required = {*self.record.delta_names, *self.record.trained_names}
-        optional = {n for n, t in named_tensors(self.root) if not isinstance(t, nn.Parameter)} - required
-        optional |= outside_parameters(self.root, self.record).keys()
-        problems = [f"missing {name}" for name in sorted(required - set(tensors))]
-        problems += [f"unexpected {name}" for name in sorted(set(tensors) - required - optional)]
-        problems += [
-            f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in own and own[name].shape != tensor.shape
-        ]
-        if problems:
-            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise DeltaFileError(
-                f"the delta does not fit the model: {shown}. Apply the same methods with the same "
-                "arguments that the delta was trained with, to the same kind of model.",
-                "mismatch",
-            )
+        check_fit(self.root, self.record, meant(self.record), tensors, own)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the block the model computes what the base computed, bit for bit; for the calling thread only.
-
-        Other threads go on with the deltas and with trained heads and biases. The values of the parameters stay: this
-        thread reads the original ones. What forwards inside of the block do to buffers is forgotten at its end, where
-        the deltas had changed them. Enter and leave the block in one thread, and do not ``await`` in between.
-        """
-        self._refuse_lost_originals("switched off")
-        check_intact(self.root, self.record)
-        with switched_off(self.root, self.record):
-            yield
+    # --- out of the model -------------------------------------------------------------------------
 
     def remove(self) -> None:
         """Take everything out: the model is bit for bit what it was, with its own parameter names."""
-        self._refuse_lost_originals("removed")
-        check_restorable(self.root, self.record)
-        undo(self.root)
+        record = self.record
+        refuse_lost(record, "removed")
+        for name in record.names:
+            refuse_in_use(record, name, "removed")
+        check_restorable(self.root, record)
+        remove_all(self.root)
 
     def merge_(self, *, dequantize: bool = False) -> None:
-        """Add every delta into its base weight and take it out; trained heads keep their trained values.
+        """Add the delta into its base weights and take it out; trained heads keep their trained values.
+
+        Of several, ``adapted[name].merge_()`` merges one.
 
         Weights are changed in place, one after the other, after all of them were checked: no second copy is made.
         An interruption (Ctrl-C) waits until the last one is done.
@@ -167,18 +258,15 @@ class Adapted:
                 weight plus its delta. Without this such a merge is refused: a quantised format cannot hold the sum.
 
         Raises:
+            ArgumentError: if there are several deltas.
             NotMergeableError: if any delta cannot be merged exactly; nothing is changed then.
         """
-        check_intact(self.root, self.record)
-        merge_deltas(self.root, dequantize)
-
-    def _refuse_lost_originals(self, verb: str) -> None:
-        lost = [n for n in self.record.trained_names if self.record.originals[n].is_meta]
-        if lost:
-            raise PETError(
-                f"the delta cannot be {verb}: the original values of {lost[0]} were never in memory, because the "
-                "model was on the meta device when the delta was inserted. Load the base model again."
-            )
+        record = self.record
+        check_intact(self.root, record)
+        if len(record.names) > 1:
+            meant(Adaptation(applied=record.applied, waiting=dict.fromkeys(record.names, ())))
+        refuse_in_use(record, record.names[0], "merged")
+        merge(self.root, record.names, dequantize)
 
 
 def adapt(root: nn.Module, methods: Sequence[Method], structure: Structure | None = None) -> Adapted:

@@ -1,6 +1,8 @@
 """What a run compares before it uses a saved delta: its base, and the methods of a checkpoint."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -8,11 +10,14 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError
 from lightning_pet.insertion.method import METHODS
-from lightning_pet.model.adaptation import Adaptation
+from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.naming import canonical, named_tensors, split_below
 from lightning_pet.model.outside import renormalised
+from lightning_pet.operations.contents import packed
 from lightning_pet.store.entry import describe
-from lightning_pet.store.fingerprint import Fingerprint, Verdict, compare, fingerprint
+from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
+from lightning_pet.store.remembered import Fingerprint
+from lightning_pet.store.tensors import digest
 
 POLICIES: Final = ("error", "exact", "warn", "off")
 Named = Iterable[tuple[str, Tensor]]
@@ -29,12 +34,13 @@ def base_parameters(
 
     Args:
         root: the adapted root.
-        record: what was applied to it.
+        record: what was applied to it, or one delta of it.
         trained: leave out these trained parameters (default: all that the record has); others that it has
             count with their original values.
     """
-    names = set(record.trained_names if trained is None else trained)
-    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names or name in set(record.delta_names)}
+    names = {*(record.trained_names if trained is None else trained), *record.delta_names}
+    names |= {*(record_of(root) or record).delta_names}  # of others, that are no base of this one
+    skip = {id(tensor) for name, tensor in named_tensors(root) if name in names}
     skip |= renormalised(root)
     return [
         (canonical(name), record.originals.get(canonical(name), parameter))
@@ -55,7 +61,9 @@ def base_fingerprint(
         exact: add a digest of every byte.
         whole: gathers what processes hold parts of.
     """
-    return fingerprint(whole(base_parameters(root, record, [*record.trained_names, *saved])), exact)
+    found = fingerprint(whole(base_parameters(root, record, [*record.trained_names, *saved])), exact)
+    beside = {name: own for delta in record.names for name, own in record.beside.get(delta, {}).items()}
+    return replace(found, beside=beside) if beside else found
 
 
 def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) -> None:
@@ -108,6 +116,7 @@ def check_base(
     trained: Iterable[str] | None = None,
     whole: Whole = iter,
     within: str = "",
+    back: Callable[[str], str | None] | None = None,
 ) -> None:
     """The base must be the one that the delta was trained on.
 
@@ -120,6 +129,7 @@ def check_base(
         trained: base parameters that the stored delta trained (default: those of the record).
         whole: gathers what processes hold parts of.
         within: path of the part of the root that was the whole root then.
+        back: gives the name that a tensor had then, or ``None`` if it was not there.
 
     Raises:
         ArgumentError: if there is no such policy.
@@ -133,6 +143,8 @@ def check_base(
     named = base_parameters(root, record, trained)
     if within:
         named = list(split_below(dict(named), within)[0].items())
+    if back is not None:
+        named = [(then, tensor) for name, tensor in named if (then := back(name)) is not None]
     result = compare(saved, whole(named), exact=policy == "exact")
     if policy == "exact" and result.verdict not in (Verdict.EXACT, Verdict.DIFFERENT):
         raise BaseMismatchError(
@@ -148,3 +160,40 @@ def check_base(
         rank_zero_warn(message)
     elif result.verdict is Verdict.UNVERIFIED:
         rank_zero_warn(f"{path}: the base model could not be compared with the one trained on: {result.explanation}")
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """One digest of a delta's tensors, by their names in files."""
+    parts = (f"{name}\0{digest(tensor)}\n" for name, tensor in sorted(tensors.items()))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def check_beside(saved: Fingerprint, root: nn.Module, record: Adaptation, path: object, policy: str) -> None:
+    """The deltas that acted when a delta was trained are a part of its base: they must be in the model.
+
+    Args:
+        saved: fingerprint that was stored with the delta.
+        root: the adapted root.
+        record: what was applied to it.
+        path: the file, for messages.
+        policy: the caller's choice.
+
+    Raises:
+        BaseMismatchError: naming the delta that is not there, unless the policy is ``"warn"`` or ``"off"``.
+    """
+    if not saved.beside or policy == "off":
+        return
+    present = {digest_of(packed(root, record, name)) for name in record.names}
+    absent = [name for name, own in saved.beside.items() if own not in present]
+    if not absent:
+        return
+    message = (
+        f"{path} was trained while the delta {absent[0]!r} acted, and no delta in this model has its values "
+        f"({', '.join(map(repr, record.names)) or 'there is none'})."
+    )
+    if policy in ("error", "exact"):
+        raise BaseMismatchError(
+            f"{message} Load that one first, load_delta(model, path, name={absent[0]!r}), and let both act: "
+            "adapted.activate(…); or pass base_check='warn' if you are sure."
+        )
+    rank_zero_warn(message)

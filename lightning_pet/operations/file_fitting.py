@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, cast
 
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
+from lightning_pet.insertion.choice import misshapen
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
 from lightning_pet.layers.delta import kind_of
@@ -37,6 +38,7 @@ class Fit:
         scopes: submodule that each is confined to.
         stored: names of the tensors in the file.
         trained: base parameters that the file brings values of.
+        acts: the delta is to act beside those that do.
     """
 
     root: nn.Module
@@ -45,11 +47,12 @@ class Fit:
     scopes: tuple[str | None, ...]
     stored: frozenset[str]
     trained: tuple[str, ...]
+    acts: bool = True
 
     def build(self) -> list[Prepared]:
         """Build the deltas, for the values of the file to be copied into them."""
         with filled_later():
-            return _prepared(self.root, self.methods, self.places, self.scopes, self.stored)
+            return _prepared(self.root, self.methods, self.places, self.scopes, self.stored, self.acts)
 
 
 @contextmanager
@@ -72,18 +75,30 @@ def faults_of(path: PathLike, what: str) -> Iterator[None]:
         raise DeltaFileError(f"{path} {what}: {name}{text}", "schema") from error
 
 
-def fitted(root: nn.Module, stored: Stored) -> Fit:
+def methods_of(stored: Stored, delta: str) -> tuple[Method, ...]:
+    """The methods of a file, as those of a delta of this name."""
+    methods = tuple(method_of(record, stored.path) for record in stored.methods)
+    for method in methods:
+        cast(Any, method).delta = delta
+    return methods
+
+
+def fitted(
+    root: nn.Module, stored: Stored, methods: tuple[Method, ...], *, acts: bool = True, other_sizes: bool = False
+) -> Fit:
     """Check that exactly the tensors of these methods on this model are in a file. Nothing is changed.
 
     Args:
         root: the adapted root, or what would be.
-        stored: what was read.
+        stored: what was read, under the names of this model.
+        methods: its methods.
+        acts: the delta is to act beside those that do.
+        other_sizes: trained heads may have another number of outputs.
 
     Raises:
         ArgumentError: if a method of this name is in the model already.
         DeltaFileError: naming what does not fit.
     """
-    methods = tuple(method_of(record, stored.path) for record in stored.methods)
     _refuse_taken(root, methods)
     modules = named_modules(root)
     missing = [t.path for m in stored.methods for t in m.targets if not _has(modules, t)]
@@ -98,15 +113,15 @@ def fitted(root: nn.Module, stored: Stored) -> Fit:
     places, scopes = tuple(m.targets for m in stored.methods), tuple(_scope(m, stored, modules) for m in methods)
     with faults_of(stored.path, f"does not fit this {type(root).__name__}"), without_memory():
         names = frozenset(stored.tensors)
-        prepared = _prepared(root, methods, places, scopes, names)
+        prepared = _prepared(root, methods, places, scopes, names, acts)
         after = Adaptation(
             scopes=tuple(scope for item in prepared for scope in item.scopes),
             apart=tuple(path for item in prepared for path in item.apart),
         )
         outside = set(outside_parameters(root, after))
-        _check(root, prepared, stored, outside)
+        _check(root, prepared, stored, outside, other_sizes)
     trained = [*(name for item in prepared for name in item.trained), *(n for n in outside if n in names)]
-    return Fit(root, methods, places, scopes, names, tuple(trained))
+    return Fit(root, methods, places, scopes, names, tuple(trained), acts)
 
 
 def _prepared(
@@ -115,8 +130,9 @@ def _prepared(
     places: Sequence[tuple[Target, ...]],
     scopes: Sequence[str | None],
     names: frozenset[str],
+    acts: bool,
 ) -> list[Prepared]:
-    return prepare(root, methods, None, resolved=places, scopes=scopes, stored=names)
+    return prepare(root, methods, None, resolved=places, scopes=scopes, stored=names, acts=acts)
 
 
 def _refuse_taken(root: nn.Module, methods: Sequence[Method]) -> None:
@@ -125,8 +141,8 @@ def _refuse_taken(root: nn.Module, methods: Sequence[Method]) -> None:
     for method in methods:
         if key_of(method) in taken:
             raise ArgumentError(
-                f"{method.method}:{method.name} is in this model already. Remove that delta first, or give one of the "
-                "two another name when it is trained, e.g. name='second'."
+                f"{method.method}:{method.name} is in this model already. Load the file as a delta of its own, "
+                "load_delta(model, path, name='second'), or remove that one first."
             )
 
 
@@ -165,7 +181,7 @@ def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
     return not target.parameter or weight_of(module, target.parameter) is not None
 
 
-def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str]) -> None:
+def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str], other_sizes: bool) -> None:
     """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
     own = dict(named_tensors(root))
     trained = {name for item in prepared for name in item.trained}
@@ -184,10 +200,13 @@ def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outsid
     problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
     problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional - outside)]
     there = {name: (tensor, own[name]) for name, tensor in left.items() if name in own}
+    other = {name: tensor for name, (tensor, expected) in there.items() if expected.shape != tensor.shape}
+    free = trained | outside if other_sizes and other else set()
+    fixed = {*(other.keys() - free), *misshapen(root, {name: other[name] for name in other.keys() & free})}
     problems += [
-        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
-        for name, (tensor, expected) in there.items()
-        if expected.shape != tensor.shape
+        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name, tensor in other.items()
+        if name in fixed
     ]
     problems += [
         f"{name} holds {kind_of(tensor)}, expected {kind_of(expected)}"

@@ -15,7 +15,7 @@ merging a large model must save. So nothing may need a way back:
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pet.errors import NotMergeableError
-from lightning_pet.insertion.commit import forget, take_out
+from lightning_pet.insertion.commit import forget, keys_of, take_out
 from lightning_pet.layers.delta import Delta, Tied
 from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.layer_kinds import is_made
@@ -37,23 +37,24 @@ from lightning_pet.model.structure import Target
 _ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
 
 
-def merge_deltas(root: nn.Module, dequantize: bool = False) -> None:
-    """Add every delta of an adapted root into its base weight, and take it out.
+def merge_deltas(root: nn.Module, dequantize: bool = False, deltas: Container[str] | None = None) -> None:
+    """Add what is inserted in an adapted root into its base weights, and take it out.
 
     Args:
         root: the adapted root.
         dequantize: quantised layers may become ordinary ones.
+        deltas: names of the deltas to merge, others stay; ``None``: all.
 
     Raises:
         NotMergeableError: naming the first delta that no weight expresses; nothing is changed then.
     """
-    units = _Planner(root, dequantize).units()
+    units = _Planner(root, dequantize, deltas).units()
     with torch.no_grad():
         for unit in units:
             unit.check()
         with _signals_wait():
             _write(root, units)
-            take_out(root)
+            take_out(root, None if deltas is None else keys_of(root, deltas))
             replace_by_dense(root, [pair for unit in units for pair in unit.dense])
 
 
@@ -199,10 +200,11 @@ class _Planner:
     Args:
         root: the adapted root.
         dequantize: quantised layers may become ordinary ones.
+        deltas: names of those to merge; ``None``: all.
     """
 
-    def __init__(self, root: nn.Module, dequantize: bool) -> None:
-        self.places = _places(root)
+    def __init__(self, root: nn.Module, dequantize: bool, deltas: Container[str] | None) -> None:
+        self.places = _places(root, deltas)
         self.holders = _Holders(root)
         self.dequantize = dequantize
         self._units: dict[int, _Unit] = {}  # by id of the host
@@ -290,8 +292,12 @@ class _Planner:
             self.holders.check(Target(f"{unit.target.module}.parametrizations.weight", name), parameter, {id(own)})
 
 
-def _places(root: nn.Module) -> list[_Place]:
-    found = [_Place(method.key, target, host, delta, path) for method, target, host, delta, path in deltas_in(root)]
+def _places(root: nn.Module, deltas: Container[str] | None) -> list[_Place]:
+    found = [
+        _Place(method.key, target, host, delta, path)
+        for method, target, host, delta, path in deltas_in(root)
+        if deltas is None or method.delta in deltas
+    ]
     return sorted(found, key=lambda place: _ORDER.index(place.delta.path))
 
 

@@ -2,7 +2,8 @@
 
 The layout is 8 bytes of header length, a JSON header, then the tensors without holes. The reader
 accepts a subset of what safetensors does, and bounds each step by the one before it. It never maps
-the file: a mapping turns a file that shrinks under it into a crash of the process.
+the file: a mapping turns a file that shrinks under it into a crash of the process. Torch is not needed to
+read it, nor to read the manifest, and is not waited for.
 """
 
 import contextlib
@@ -14,15 +15,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Final, NamedTuple, cast
 
-import torch
-from torch import Tensor
-
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.paths import expanded
-from lightning_pet.store.strict_json import canonical, check_fields, check_int, check_name, check_type, fault, parse
-from lightning_pet.store.tensors import CODES, DTYPES, byte_view
+from lightning_pet.store.strict_json import check_fields, check_int, check_name, check_type, fault, parse
 
-_ALIGNMENT: Final = 8
+DIGEST_BYTES: Final = 16
+TYPES: Final[Mapping[str, tuple[str, int]]] = {
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "F32": ("float32", 4),
+    "I32": ("int32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+}
+"""Of each code: torch's name of the type, and the bytes of one number."""
 _MAX_DIMS: Final = 8
 _PICKLES: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -45,6 +51,22 @@ class Limits:
 DEFAULT: Final = Limits()
 
 
+class TensorRecord(NamedTuple):
+    """One stored tensor.
+
+    Attributes:
+        name: canonical name in the state dict.
+        dtype: code of the element type; in delta files F64, F32, F16, BF16, I64 or I32.
+        shape: the extents.
+        digest: see :func:`~lightning_pet.store.tensors.digest`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
 class Entry(NamedTuple):
     """Where one tensor lies: ``begin`` and ``end`` count bytes from the end of the header."""
 
@@ -61,22 +83,6 @@ class Header(NamedTuple):
     metadata: Mapping[str, str]
     entries: tuple[Entry, ...]
     start: int
-
-
-def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, tuple[str, ...]]:
-    """Return the bytes that precede the values, and the order in which the values follow."""
-    # Widest elements first keeps every tensor aligned; the name makes the order unique.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    begin = 0
-    for name in order:
-        tensor = tensors[name]
-        end = begin + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = canonical(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, tuple(order)
 
 
 @contextlib.contextmanager
@@ -134,22 +140,19 @@ def read_header(file: BinaryIO, size: int, limits: Limits, where: str) -> Header
     return Header(metadata, tuple(entries), 8 + length)
 
 
-def read_tensor(file: BinaryIO, entry: Entry, where: str) -> Tensor:
-    """Copy the next tensor of the file into fresh memory."""
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    buffer = byte_view(tensor)
-    _fill(file, buffer, f"{where}: tensor {entry.name!r}")
-    return tensor
-
-
 def read_exact(file: BinaryIO, count: int, where: str) -> bytes:
     """Read ``count`` bytes; fewer mean that somebody shortened the file after it was opened."""
     buffer = bytearray(count)
-    _fill(file, memoryview(buffer), where)
+    fill(file, memoryview(buffer), where)
     return bytes(buffer)
 
 
-def _fill(file: BinaryIO, buffer: memoryview, where: str) -> None:
+def fill(file: BinaryIO, buffer: memoryview, where: str) -> None:
+    """Read as many bytes as a buffer holds.
+
+    Raises:
+        DeltaFileError: ``io`` if the disk refuses, ``corrupt`` if the file ends before.
+    """
     done = 0
     while done < len(buffer):
         try:
@@ -187,8 +190,8 @@ def _entry(name: str, value: object, where: str) -> Entry:
     here = f"{where}: tensor {check_name(name, f'{where}: a tensor name')!r}"
     fields = check_fields(value, here, {"dtype": (str,), "shape": (list,), "data_offsets": (list,)})
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in DTYPES:
-        raise fault(here, f"found dtype {dtype[:64]!r}, expected one of {', '.join(DTYPES)}.")
+    if dtype not in TYPES:
+        raise fault(here, f"found dtype {dtype[:64]!r}, expected one of {', '.join(TYPES)}.")
     if len(shape) > _MAX_DIMS or len(offsets) != 2:
         text = f"found {len(shape)} dimensions and {len(offsets)} offsets, expected at most {_MAX_DIMS} and 2."
         raise fault(here, text, "limit")
@@ -197,7 +200,7 @@ def _entry(name: str, value: object, where: str) -> Entry:
     # Strides of an empty tensor are products of its other extents, which must fit 64 bits too.
     if math.prod(max(extent, 1) for extent in extents) >= 2**60:
         raise fault(here, f"found the shape {list(extents)}, expected fewer than 2**60 values.", "limit")
-    count = math.prod(extents) * DTYPES[dtype].itemsize
+    count = math.prod(extents) * TYPES[dtype][1]
     if end - begin != count:
         raise fault(here, f"found {end - begin} bytes, expected {count} for {dtype} {list(extents)}.", "corrupt")
     return Entry(name, dtype, extents, begin, end)

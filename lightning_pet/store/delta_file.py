@@ -11,18 +11,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Final
 
+import torch
 from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.container import DEFAULT, Header, Limits, encode_header, open_regular, read_header, read_tensor
-from lightning_pet.store.manifest import Manifest, decode_manifest, encode_manifest
+from lightning_pet.store.container import DEFAULT, Entry, Limits, fill, open_regular, read_header
+from lightning_pet.store.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, encode_manifest, manifest_in
+from lightning_pet.store.manifest import read_manifest as read_manifest
 from lightning_pet.store.paths import expanded
-from lightning_pet.store.strict_json import check_name, fault
-from lightning_pet.store.tensors import CODES, TensorSpec, byte_view, describe, digest, require_finite, specs, to_host
+from lightning_pet.store.strict_json import canonical, check_name, damaged_tensor, fault
+from lightning_pet.store.tensors import (
+    CODES,
+    DTYPES,
+    TensorSpec,
+    byte_view,
+    describe,
+    digest,
+    require_finite,
+    specs,
+    to_host,
+)
 from lightning_pet.store.writer import atomic_write, reap_once
 
-_MANIFEST: Final = "pet.manifest"
-_SHA256: Final = "pet.sha256"
+_ALIGNMENT: Final = 8
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,8 @@ def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], man
     where = expanded(path)
     values = {name: _storable(name, tensor, where) for name, tensor in tensors.items()}
     text = encode_manifest(replace(manifest, tensors=describe(values)), where=where)
-    metadata = {"format": "pt", _MANIFEST: text, _SHA256: hashlib.sha256(text.encode()).hexdigest()}
-    header, order = encode_header(values, metadata)
+    metadata = {"format": "pt", MANIFEST_NAME: text, DIGEST_NAME: hashlib.sha256(text.encode()).hexdigest()}
+    header, order = _encode_header(values, metadata)
 
     def write(file: BinaryIO) -> None:
         file.write(header)
@@ -72,17 +83,6 @@ def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], man
 
     reap_once(os.path.dirname(where) or ".")
     return atomic_write(path, write)
-
-
-def read_manifest(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Manifest:
-    """Read what a delta file says of itself, without its values.
-
-    Raises:
-        DeltaFileError: see :func:`read_delta`; damage of the values is not looked for.
-    """
-    where = expanded(path)
-    with open_regular(path, limits) as (file, size):
-        return _manifest(read_header(file, size, limits, where), where)
 
 
 def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> DeltaFile:
@@ -103,17 +103,40 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
     where = expanded(path)
     with open_regular(path, limits) as (file, size):
         header = read_header(file, size, limits, where)
-        manifest = _manifest(header, where)
+        manifest = manifest_in(header, where)
         digests = {record.name: record.digest for record in manifest.tensors}
         tensors = {}
         for entry in header.entries:
-            tensor = read_tensor(file, entry, where)
+            tensor = _read_tensor(file, entry, where)
             if digest(tensor) != digests[entry.name]:
-                text = "its bytes do not match their SHA-256. Copy the file again, or use an earlier save."
-                raise fault(f"{where}: tensor {entry.name!r}", text, "corrupt")
+                raise damaged_tensor(entry.name, where)
             require_finite(entry.name, tensor, where=where)
             tensors[entry.name] = tensor
     return DeltaFile(manifest, {name: tensors[name] for name in sorted(tensors)})
+
+
+def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, tuple[str, ...]]:
+    """Return the bytes that precede the values, and the order in which the values follow."""
+    # Widest elements first keeps every tensor aligned; the name makes the order unique.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        end = begin + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = canonical(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, tuple(order)
+
+
+def _read_tensor(file: BinaryIO, entry: Entry, where: str) -> Tensor:
+    """Copy the next tensor of the file into fresh memory."""
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    buffer = byte_view(tensor)
+    fill(file, buffer, f"{where}: tensor {entry.name!r}")
+    return tensor
 
 
 def _storable(name: str, tensor: Tensor, where: str) -> Tensor:
@@ -127,19 +150,3 @@ def _storable(name: str, tensor: Tensor, where: str) -> Tensor:
         raise fault(here, str(error), error.code) from None
     require_finite(name, value, where=where)
     return value
-
-
-def _manifest(header: Header, where: str) -> Manifest:
-    metadata = header.metadata
-    if metadata.keys() != {"format", _MANIFEST, _SHA256} or metadata["format"] != "pt":
-        found = ", ".join(sorted(key[:40] for key in metadata)[:5]) or "none"
-        raise fault(
-            where,
-            f"found a safetensors file with the metadata {found!a}, expected 'format', {_MANIFEST!r} and "
-            f"{_SHA256!r}. It was not written by save_delta; a folder of HF PEFT is imported, not loaded.",
-        )
-    text = metadata[_MANIFEST]
-    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != metadata[_SHA256]:
-        raise fault(where, "the manifest does not match its SHA-256. Copy the file again.", "corrupt")
-    layout = [(entry.name, entry.dtype, entry.shape) for entry in header.entries]
-    return decode_manifest(text, layout, where=f"{where}: manifest")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.model.adaptation import Adaptation, Applied
-from lightning_pet.store.fingerprint import Fingerprint, from_plain, to_plain
 from lightning_pet.store.manifest import MethodRecord, checked_methods
+from lightning_pet.store.remembered import Fingerprint, from_plain, to_plain
 from lightning_pet.store.strict_json import check_fields, check_name, check_text, check_type, fault, shown
 from lightning_pet.store.tensors import digest, require_finite, verify_digests
 from lightning_pet.version import VERSION

@@ -8,67 +8,33 @@ tensor escapes the sample with probability (1-p)²⁵⁶: for 1 % of the values 
 
 import enum
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_pet.layers.sharding import ordinary_parts, whole
 from lightning_pet.store import tensors as facts
-from lightning_pet.store.strict_json import (
-    canonical,
-    check_digest,
-    check_fields,
-    check_int,
-    check_text,
-    check_type,
-    decode64,
-    encode64,
-    fault,
-    pack,
-    parse_packed,
-    unpack,
+from lightning_pet.store.remembered import (
+    FLOATS,
+    LEAF,
+    OPAQUE,
+    SKETCHED,
+    Fingerprint,
+    Remembered,
+    remembered,
+    structure_digest,
 )
+from lightning_pet.store.strict_json import canonical, encode64, pack
 
 SAMPLES: Final = 256
-SKETCHED: Final = 12
-_LEAF: Final = 4  # bytes kept of each tensor's sample digest: they only name the tensor that differs
 _SHOWN: Final = 5
-_MAX_DIMS: Final = 16
-_OPAQUE: Final = "opaque:"  # kind of a tensor without readable values
 _PACKED: Final = "packed:"  # kind of a tensor subclass that names the ordinary tensors it is made of
-_FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 # bfloat16 rounds by at most 2⁻⁸ of the value, a float16 cast adds 2⁻¹¹, and near zero its fixed step.
 _RELATIVE: Final = 2.0**-8 + 2.0**-10
 _ABSOLUTE: Final = 2.0**-24
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What is remembered of a base model; plain text throughout.
-
-    Attributes:
-        structure: SHA-256 of the sorted names and shapes.
-        sample: SHA-256 over the sampled values of all tensors that have readable ones.
-        dtypes: number of tensors per kind: a dtype code such as ``"F32"``, ``"packed:…"`` for quantised tensors
-            that show the ordinary ones they are made of, or ``"opaque:…"`` for those without readable values.
-        layout: packed names, kinds and shapes, so that a difference can be named.
-        leaves: four bytes of each tensor's sample digest, base64.
-        sketch: the first 12 sampled values of each floating tensor in bfloat16, packed.
-        exact: SHA-256 over every byte, if it was asked for.
-    """
-
-    structure: str
-    sample: str
-    dtypes: Mapping[str, int]
-    layout: str
-    leaves: str
-    sketch: str
-    exact: str | None = None
 
 
 class Verdict(enum.Enum):
@@ -96,7 +62,7 @@ class Comparison(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """One base tensor: seen now (a full leaf, values as they are), or remembered (4 bytes, in bfloat16)."""
+    """One base tensor as it is now: a full leaf, and values as they are."""
 
     kind: str
     shape: tuple[int, ...]
@@ -118,11 +84,11 @@ def fingerprint(named: Iterable[tuple[str, Tensor]], exact: bool = False) -> Fin
     seen, digest = _look(named, exact)
     sketches = [fact.sketch.to(torch.bfloat16) for fact in seen.values() if fact.sketch is not None]
     return Fingerprint(
-        structure=_structure({name: fact.shape for name, fact in seen.items()}),
+        structure=structure_digest({name: fact.shape for name, fact in seen.items()}),
         sample=_sample(seen),
         dtypes=dict(sorted(Counter(fact.kind for fact in seen.values()).items())),
         layout=pack(canonical([[name, fact.kind, list(fact.shape)] for name, fact in seen.items()]).encode()),
-        leaves=encode64(b"".join(fact.leaf[:_LEAF] for fact in seen.values())),
+        leaves=encode64(b"".join(fact.leaf[:LEAF] for fact in seen.values())),
         sketch=_pack_sketch(torch.cat(sketches) if sketches else torch.empty(0, dtype=torch.bfloat16)),
         exact=digest,
     )
@@ -160,7 +126,7 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
         other numbers than then) or on the meta device, so that nothing can be said; ``DIFFERENT`` if names,
         shapes or values differ. Values of one dtype that differ at all are different, however close.
     """
-    base = _remember(expected, "fingerprint")
+    base = remembered(expected, "fingerprint")
     seen, digest = _look(named, exact and expected.exact is not None)
     misfits = _misfits(base, seen)
     if misfits is not None:
@@ -199,7 +165,7 @@ def _values_differ(names: list[str], count: int) -> Comparison:
     return Comparison(Verdict.DIFFERENT, tuple(names[:_SHOWN]), text)
 
 
-def _misfits(base: Mapping[str, _Facts], seen: Mapping[str, _Facts]) -> Comparison | None:
+def _misfits(base: Mapping[str, Remembered], seen: Mapping[str, _Facts]) -> Comparison | None:
     """Differences of names and shapes; a quantised tensor may be packed into another shape."""
     missing, extra = sorted(base.keys() - seen.keys()), sorted(seen.keys() - base.keys())
     misshapen = [
@@ -215,25 +181,26 @@ def _misfits(base: Mapping[str, _Facts], seen: Mapping[str, _Facts]) -> Comparis
     return Comparison(Verdict.DIFFERENT, tuple(names), f"the base has other parameters ({'; '.join(parts)}).")
 
 
-def _has_shape(fact: _Facts) -> bool:
-    return fact.kind in _FLOATS or fact.kind == f"{_OPAQUE}meta"
+def _has_shape(fact: _Facts | Remembered) -> bool:
+    return fact.kind in FLOATS or fact.kind == f"{OPAQUE}meta"
 
 
-def _judge(then: _Facts, now: _Facts) -> Verdict:
-    if then.kind == now.kind and then.leaf and then.leaf == now.leaf[:_LEAF]:
+def _judge(then: Remembered, now: _Facts) -> Verdict:
+    if then.kind == now.kind and then.leaf and then.leaf == now.leaf[:LEAF]:
         return Verdict.SAMPLED_EQUAL
     if then.sketch is None or now.sketch is None:
         return Verdict.UNVERIFIED
     if then.kind == now.kind:
         return Verdict.DIFFERENT
-    old, new = then.sketch.double(), now.sketch.double()
+    kept = torch.frombuffer(bytearray(then.sketch), dtype=torch.bfloat16) if then.sketch else now.sketch[:0]
+    old, new = kept.double(), now.sketch.double()
     near = (old - new).abs() <= _RELATIVE * torch.maximum(old.abs(), new.abs()) + _ABSOLUTE
     return Verdict.CAST if bool((near | (old == new) | (old.isnan() & new.isnan())).all()) else Verdict.DIFFERENT
 
 
 def _kind(tensor: Tensor, parts: list[Tensor]) -> str:
     if not parts:
-        return f"{_OPAQUE}{'meta' if tensor.is_meta else type(tensor.data).__name__}"
+        return f"{OPAQUE}{'meta' if tensor.is_meta else type(tensor.data).__name__}"
     return facts.code(tensor.dtype) if parts[0] is tensor else f"{_PACKED}{type(tensor.data).__name__}"
 
 
@@ -247,7 +214,7 @@ def _observe(name: str, tensor: Tensor) -> _Facts:
         part = part.detach().view(torch.uint8) if part.dtype.itemsize == 1 else part.detach()
         values = torch.take(part, _positions(name, part.numel()).to(part.device)).cpu()
         leaf.update(facts.byte_view(values))
-    return _Facts(kind, shape, leaf.digest(), values[:SKETCHED] if kind in _FLOATS else None)
+    return _Facts(kind, shape, leaf.digest(), values[:SKETCHED] if kind in FLOATS else None)
 
 
 def _positions(name: str, count: int) -> Tensor:
@@ -260,10 +227,6 @@ def _positions(name: str, count: int) -> Tensor:
     return torch.frombuffer(drawn, dtype=torch.int64).bitwise_and_(2**63 - 1).remainder_(count)
 
 
-def _structure(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return hashlib.sha256(canonical([[name, list(shape)] for name, shape in shapes.items()]).encode()).hexdigest()
-
-
 def _sample(seen: Mapping[str, _Facts]) -> str:
     return hashlib.sha256(b"".join(fact.leaf for fact in seen.values())).hexdigest()
 
@@ -272,76 +235,3 @@ def _pack_sketch(values: Tensor) -> str:
     """Sign and exponent bytes first, then mantissa bytes: apart they compress, mixed they do not."""
     mixed = bytes(facts.byte_view(values))
     return pack(mixed[1::2] + mixed[::2])
-
-
-def _unpack_sketch(text: str, where: str) -> Tensor:
-    data = unpack(text, where)
-    if len(data) % 2:
-        raise fault(where, f"found {len(data)} bytes, expected an even number.")
-    mixed = bytearray(len(data))
-    mixed[1::2], mixed[::2] = data[: len(data) // 2], data[len(data) // 2 :]
-    return torch.frombuffer(mixed, dtype=torch.bfloat16) if mixed else torch.empty(0, dtype=torch.bfloat16)
-
-
-def to_plain(found: Fingerprint) -> dict[str, Any]:
-    """A fingerprint as a plain JSON object; :func:`from_plain` reverses it."""
-    return {**vars(found), "dtypes": dict(found.dtypes)}
-
-
-def from_plain(value: object, where: str) -> Fingerprint:
-    """Read a fingerprint from untrusted JSON.
-
-    Raises:
-        DeltaFileError: ``schema`` or ``limit``, naming the field, if anything is ill-typed or inconsistent.
-    """
-    text = (str,)
-    kinds = {"structure": text, "sample": text, "dtypes": (dict,), "layout": text, "leaves": text, "sketch": text}
-    fields = check_fields(value, where, {**kinds, "exact": (str, type(None))})
-    for key in ("structure", "sample", "exact"):
-        if fields[key] is not None:
-            check_digest(fields[key], f"{where}.{key}")
-    for kind, count in fields["dtypes"].items():
-        check_int(count, f"{where}.dtypes.{check_text(kind, f'{where}.dtypes: a key', 64)!r}", 1)
-    found = Fingerprint(**fields)
-    base = _remember(found, where)
-    if dict(found.dtypes) != dict(Counter(fact.kind for fact in base.values())):
-        raise fault(f"{where}.dtypes", "does not count the kinds listed in the layout.")
-    return found
-
-
-def _remember(found: Fingerprint, where: str) -> dict[str, _Facts]:
-    """Unpack a fingerprint per tensor, checking that its parts fit each other."""
-    layout = _check_layout(parse_packed(found.layout, f"{where}.layout"), f"{where}.layout")
-    if found.structure != _structure({name: shape for name, (_, shape) in layout.items()}):
-        raise fault(f"{where}.structure", "is not the digest of the names and shapes in the layout.")
-    leaves, sketch = decode64(found.leaves, f"{where}.leaves"), _unpack_sketch(found.sketch, f"{where}.sketch")
-    readable = {name for name, (kind, _) in layout.items() if not kind.startswith(_OPAQUE)}
-    if len(leaves) != _LEAF * len(readable):
-        raise fault(f"{where}.leaves", f"found {len(leaves)} bytes, expected {_LEAF * len(readable)}.")
-    base, leaf_at, value_at = {}, 0, 0
-    for name, (kind, shape) in layout.items():
-        leaf, values = b"", None
-        if name in readable:
-            leaf, leaf_at = leaves[leaf_at : leaf_at + _LEAF], leaf_at + _LEAF
-        if kind in _FLOATS:
-            count = min(SKETCHED, math.prod(shape))
-            values, value_at = sketch[value_at : value_at + count], value_at + count
-        base[name] = _Facts(kind, shape, leaf, values)
-    if value_at != len(sketch):
-        raise fault(f"{where}.sketch", f"found {len(sketch)} values, expected {value_at}.")
-    return base
-
-
-def _check_layout(rows: object, where: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for row in check_type(rows, where, (list,)):
-        if len(check_type(row, where, (list,))) != 3:
-            raise fault(where, f"found a row of {len(row)} fields, expected name, kind and shape.")
-        name, kind = check_text(row[0], where, 1024), check_text(row[1], where, 64)
-        if len(check_type(row[2], where, (list,))) > _MAX_DIMS:
-            raise fault(where, f"{name!r}: found {len(row[2])} dimensions, expected at most {_MAX_DIMS}.", "limit")
-        shape = tuple(check_int(extent, where) for extent in row[2])
-        if layout and name <= next(reversed(layout)):
-            raise fault(where, f"found {name!r} out of order, expected sorted names, each once.")
-        layout[name] = (kind, shape)
-    return layout

@@ -5,14 +5,16 @@ and exact names. The bulky parts (targets, digests, the base's sketch) are packe
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, get_args
 
 from lightning_pet.model.structure import Role, Target
-from lightning_pet.store import fingerprint as fingerprints
-from lightning_pet.store.fingerprint import Fingerprint
+from lightning_pet.store.container import DEFAULT, DIGEST_BYTES, Header, Limits, TensorRecord, open_regular, read_header
+from lightning_pet.store.paths import expanded
+from lightning_pet.store.remembered import Fingerprint, from_plain, to_plain
 from lightning_pet.store.strict_json import (
     canonical,
     check_digest,
@@ -30,9 +32,10 @@ from lightning_pet.store.strict_json import (
     parse,
     parse_packed,
 )
-from lightning_pet.store.tensors import DIGEST_BYTES, TensorRecord
 
 FORMAT: Final = 1
+MANIFEST_NAME: Final = "pet.manifest"
+DIGEST_NAME: Final = "pet.sha256"
 MAX_METHODS: Final = 64
 MAX_TARGETS: Final = 20_000
 MAX_ROW_RANGES: Final = 256  # an interleaved projection has one per head
@@ -84,6 +87,38 @@ class Manifest:
     format: int = FORMAT
 
 
+def read_manifest(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Manifest:
+    """Read what a delta file says of itself, without its values.
+
+    Raises:
+        DeltaFileError: see :func:`~lightning_pet.store.delta_file.read_delta`; damage of the values is not looked for.
+    """
+    where = expanded(path)
+    with open_regular(path, limits) as (file, size):
+        return manifest_in(read_header(file, size, limits, where), where)
+
+
+def manifest_in(header: Header, where: str) -> Manifest:
+    """The manifest in the header of a delta file.
+
+    Raises:
+        DeltaFileError: ``schema`` if it is no delta file; else see :func:`decode_manifest`.
+    """
+    metadata = header.metadata
+    if metadata.keys() != {"format", MANIFEST_NAME, DIGEST_NAME} or metadata["format"] != "pt":
+        found = ", ".join(sorted(key[:40] for key in metadata)[:5]) or "none"
+        raise fault(
+            where,
+            f"found a safetensors file with the metadata {found!a}, expected 'format', {MANIFEST_NAME!r} and "
+            f"{DIGEST_NAME!r}. It was not written by save_delta; a folder of HF PEFT is imported, not loaded.",
+        )
+    text = metadata[MANIFEST_NAME]
+    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != metadata[DIGEST_NAME]:
+        raise fault(where, "the manifest does not match its SHA-256. Copy the file again.", "corrupt")
+    layout = [(entry.name, entry.dtype, entry.shape) for entry in header.entries]
+    return decode_manifest(text, layout, where=f"{where}: manifest")
+
+
 def encode_manifest(manifest: Manifest, *, where: str = "the manifest") -> str:
     """The canonical JSON text of a manifest; whatever it returns, :func:`decode_manifest` accepts.
 
@@ -104,7 +139,7 @@ def encode_manifest(manifest: Manifest, *, where: str = "the manifest") -> str:
             "layout": _layout_digest(layout),
             "digests": encode64(b"".join(bytes.fromhex(record.digest) for record in records)),
         },
-        "base": None if manifest.base is None else fingerprints.to_plain(manifest.base),
+        "base": None if manifest.base is None else to_plain(manifest.base),
     }
     _from_plain(plain, layout, where)
     return canonical(plain)
@@ -150,7 +185,7 @@ def _from_plain(plain: object, layout: list[tuple[str, str, tuple[int, ...]]], w
     return Manifest(
         methods=methods,
         tensors=_records(fields["tensors"], layout, f"{where}.tensors"),
-        base=None if fields["base"] is None else fingerprints.from_plain(fields["base"], f"{where}.base"),
+        base=None if fields["base"] is None else from_plain(fields["base"], f"{where}.base"),
         root=fields["root"],
         step=fields["step"],
         notes=_notes(fields["notes"], f"{where}.notes"),

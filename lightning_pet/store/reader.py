@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_pet.errors import DeltaFileError
+from lightning_pet.model.delta_names import in_file
 from lightning_pet.model.naming import split_below
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import read_delta, read_manifest
 from lightning_pet.store.entry import MARK, check_tensors, methods_of, read_entry, saved_fingerprint
-from lightning_pet.store.fingerprint import Fingerprint
 from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.paths import expanded
+from lightning_pet.store.paths import is_delta_file as is_delta_file
+from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.store.strict_json import fault
 from lightning_pet.store.tensors import describe
 
@@ -33,6 +33,7 @@ class Stored:
         base: fingerprint of the base it was trained on.
         root: path of the adapted root in the LightningModule that wrote it.
         beside: tensors of that LightningModule beside the root, by name; a training checkpoint has them.
+        notes: free text for people.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Stored:
     base: Fingerprint | None
     root: str = ""
     beside: dict[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(path: PathLike) -> Stored:
@@ -52,7 +54,9 @@ def read(path: PathLike) -> Stored:
     if is_delta_file(path):
         found = read_delta(path)
         manifest = found.manifest
-        return Stored(Path(path), manifest.methods, dict(found.tensors), manifest.base, manifest.root)
+        return Stored(
+            Path(path), manifest.methods, dict(found.tensors), manifest.base, manifest.root, notes=manifest.notes
+        )
     return delta_of(load_checkpoint(path), path)
 
 
@@ -66,6 +70,7 @@ def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
     check_tensors(checkpoint, entry, path)
     tensors, rest = split_below(checkpoint["state_dict"], entry["root"])
     tensors.pop(MARK, None)  # of a checkpoint that was not read but is about to be written
+    tensors = in_file(tensors)  # of a run among other deltas
     if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise fault(f"{path}: {odd[0]}", f"found {type(tensors[odd[0]]).__name__}, expected a tensor.")
     beside = {name: tensor for name, tensor in rest.items() if name != MARK and isinstance(tensor, Tensor)}
@@ -98,17 +103,3 @@ def checkpoint_manifest(
         notes=dict(notes or {}),
         written_by=read_entry(checkpoint, path)["written_by"],
     )
-
-
-def is_delta_file(path: PathLike) -> bool:
-    """Whether a path is to be read as a delta file; otherwise it is a training checkpoint."""
-    # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
-    try:
-        if not os.path.isfile(expanded(path)):
-            return True
-        with open(expanded(path), "rb") as file:
-            return file.read(2) != b"PK"
-    except ValueError:  # no path of any file, such as one with a NUL
-        return True
-    except OSError as error:
-        raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error

@@ -32,6 +32,22 @@ def fault(where: str, message: str, code: FileErrorCode = "schema") -> DeltaFile
     return DeltaFileError(f"{where}: {message}", code)
 
 
+def damaged_tensor(name: str, where: str) -> DeltaFileError:
+    """The error for a tensor of which a bit has flipped."""
+    text = "its bytes do not match their SHA-256. Copy the file again, or use an earlier save."
+    return fault(f"{where}: tensor {name!r}", text, "corrupt")
+
+
+def not_finite(name: str, bad: int, count: int, where: str) -> DeltaFileError:
+    """The error for a tensor that holds NaN or infinity."""
+    return fault(
+        where,
+        f"tensor {name!r}: found {bad} of {count} values NaN or infinite, expected finite ones. "
+        "The training diverged before this save; use an earlier one, or lower the learning rate.",
+        "nonfinite",
+    )
+
+
 def canonical(value: object) -> str:
     """The one JSON text of a value: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

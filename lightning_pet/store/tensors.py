@@ -8,17 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.strict_json import fault
+from lightning_pet.store.container import DIGEST_BYTES, TYPES, TensorRecord
+from lightning_pet.store.strict_json import fault, not_finite
 
-DIGEST_BYTES: Final = 16
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES: Final[Mapping[str, torch.dtype]] = {code: getattr(torch, name) for code, (name, _) in TYPES.items()}
 CODES: Final[Mapping[torch.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -32,22 +25,6 @@ class TensorSpec(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-
-class TensorRecord(NamedTuple):
-    """One stored tensor.
-
-    Attributes:
-        name: canonical name in the state dict.
-        dtype: code of the element type; in delta files F64, F32, F16, BF16, I64 or I32.
-        shape: the extents.
-        digest: see :func:`digest`.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    digest: str
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -128,12 +105,7 @@ def require_finite(name: str, tensor: Tensor, *, where: str) -> None:
         return
     bad = int(torch.isfinite(tensor).logical_not_().sum())
     if bad:
-        raise fault(
-            where,
-            f"tensor {name!r}: found {bad} of {tensor.numel()} values NaN or infinite, expected finite ones. "
-            "The training diverged before this save; use an earlier one, or lower the learning rate.",
-            "nonfinite",
-        )
+        raise not_finite(name, bad, tensor.numel(), where)
 
 
 def specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

@@ -15,7 +15,7 @@ from lightning_pet.model.naming import canonical, join, named_tensors, split_bel
 from lightning_pet.model.outside import changed_outside, note_changed, outside_parameters
 from lightning_pet.operations import base_check
 from lightning_pet.store.entry import KEY, MARK, check_tensors, make_entry, read_entry, saved_fingerprint
-from lightning_pet.store.fingerprint import Fingerprint
+from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies.hyper_parameters import make_plain
 from lightning_pet.strategies.sealed import seal

@@ -1,0 +1,159 @@
+"""A stored delta into a model: checked completely before the model changes, and taken out again if anything fails."""
+
+from collections.abc import Iterable
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_pet.errors import ArgumentError
+from lightning_pet.insertion.choice import exchange, tensors_at
+from lightning_pet.insertion.commit import commit, copy_in, renew, undo
+from lightning_pet.insertion.method import Method, key_of
+from lightning_pet.insertion.widening import widen
+from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import without_values
+from lightning_pet.model.adaptation import Adaptation, record_of
+from lightning_pet.model.delta_names import check_delta_name, delta_of
+from lightning_pet.model.naming import by_delta, named_tensors
+from lightning_pet.model.outside import note_changed
+from lightning_pet.operations.base_check import check_base, check_beside
+from lightning_pet.operations.file_fitting import Fit, faults_of, fitted, methods_of
+from lightning_pet.operations.file_names import Rename, back, check_rename, for_model, note_of, without_heads
+from lightning_pet.operations.roots import root_of
+from lightning_pet.operations.unaccompanied import accompany_runs
+from lightning_pet.store.reader import Stored
+
+
+def insert(
+    model: nn.Module,
+    stored: Stored,
+    base_check: str = "error",
+    *,
+    name: str | None = None,
+    heads: bool = True,
+    rename: Rename | None = None,
+) -> nn.Module:
+    """Check a stored delta against a model, then insert and load it.
+
+    Args:
+        model: what it is for, or what contains that.
+        stored: what was read.
+        base_check: what to do if the base is another one.
+        name: what the delta is called in the model.
+        heads: with the heads that it has trained.
+        rename: prefixes of paths that are others in this model.
+
+    Returns:
+        The adapted root.
+
+    Raises:
+        ArgumentError: if a delta of this name, or a method of this name of this delta, is in the model already.
+        DeltaFileError: if the delta is not sound, or does not fit. The model is untouched then.
+    """
+    root_path, root = root_of(model)
+    present = record_of(root) or Adaptation()
+    delta = _name_of(present, stored, name)
+    check_rename(rename, stored)
+    stored = for_model(stored, delta, rename)
+    methods, left = methods_of(stored, delta), frozenset[str]()
+    if not heads:
+        stored, left = without_heads(root, stored, methods)
+        methods = methods_of(stored, delta)
+    acts = not present.applied or delta in present.active
+    fit = fitted(root, stored, methods, acts=acts, other_sizes=name is not None or bool(present.applied))
+    if stored.base is not None:
+        trained = {*fit.trained, *left}
+        check_base(stored.base, root, present, stored.path, base_check, trained, back=back(rename) if rename else None)
+        check_beside(stored.base, root, present, stored.path, base_check)
+    _warn_overwritten(present, delta, fit.trained, stored.path)
+    with faults_of(stored.path, f"does not fit this {type(root).__name__}"):
+        prepared = fit.build()
+        accompany_runs()
+        record = commit(root, prepared, acts=acts)
+        try:
+            _fill(model, root, record, stored, fit, delta)
+            if acts:
+                _copy_beside(model, root_path, stored)
+        except BaseException:
+            undo(root, [item.key for item in prepared])
+            raise
+    return root
+
+
+def _name_of(record: Adaptation, stored: Stored, name: str | None) -> str:
+    if name is None:
+        delta = note_of(stored)
+        if delta in record.names and delta not in record.active:
+            raise ArgumentError(
+                f"{stored.path}: the delta {delta!r} is in this model already, and does not act. Load the file as a "
+                "delta of its own: load_delta(model, path, name='second')."
+            )
+        return delta
+    check_delta_name(name)
+    if name in record.names:
+        raise ArgumentError(
+            f"name={name!r}: there is a delta of this name in this model already. Give this one another, remove that "
+            f"one (adapted[{name!r}].remove()), or exchange its values: adapted.replace({name!r}, source)."
+        )
+    return name
+
+
+def _warn_overwritten(record: Adaptation, delta: str, trained: Iterable[str], path: object) -> None:
+    """A file that joins a delta, as it was given no name of its own, brings its own values of what that has trained."""
+    if both := sorted(record.trained_by(delta).keys() & set(trained)):
+        rank_zero_warn(
+            f"{path}: {', '.join(both[:4])}{' …' * (len(both) > 4)} had values of the delta {delta!r}, which this file "
+            "joins, and has those of the file from now on. To keep both, and choose, load the file as a delta of its "
+            "own: load_delta(model, path, name='second'); or leave its heads out: heads=False."
+        )
+
+
+def _fill(model: nn.Module, root: nn.Module, record: Adaptation, stored: Stored, fit: Fit, delta: str) -> None:
+    """Copy the values in: where they act now into the model, else into the record."""
+    found = by_delta(stored.tensors)
+    for method in fit.methods:
+        for prefix, inserted in deltas_of(root, record, method).items():
+            if prefix in found:
+                inserted.unpack(found[prefix])
+    renew(root)
+    widen(root, names=_held_wider(stored), model=model)
+    values = {name: tensor for name, tensor in stored.tensors.items() if delta_of(name) is None}
+    own = tensors_at(root, values)
+    for name in own.keys() - record.originals.keys():  # of what lies beside the base
+        tensor = own[name]
+        record.originals[name] = without_values(tensor) if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+    beside = values.keys() - record.trained_by(delta).keys()
+    record.claims[delta] = record.claims.get(delta, frozenset()) | beside
+    if delta not in record.active:
+        record.values[delta] = {name: values[name].to(tensor.dtype) for name, tensor in own.items()}
+    elif any(tensor.shape != values[name].shape for name, tensor in own.items()):
+        exchange(root, record, values)
+    else:
+        copy_in(root, values)
+    if delta in record.active:
+        note_changed(root, values)
+    if stored.base is not None and stored.base.beside:
+        record.beside[delta] = dict(stored.base.beside)
+
+
+def deltas_of(root: nn.Module, record: Adaptation, method: Method) -> dict[str, Delta]:
+    """Inserted deltas of one method by their path from the root."""
+    key = key_of(method)
+    return {inserted.path: inserted.delta for inserted in record.deltas(root) if inserted.method.key == key}
+
+
+def _held_wider(stored: Stored) -> set[str]:
+    """Base tensors that a file holds in more than the half precision of the base that it was trained on."""
+    # Where all of the base trained, nothing is left that tells; a part may have stayed in half precision.
+    half = stored.base is not None and (not stored.base.dtypes or stored.base.dtypes.keys() & {"BF16", "F16"})
+    return {name for name, tensor in stored.tensors.items() if half and tensor.dtype.itemsize > 2}
+
+
+def _copy_beside(model: nn.Module, root_path: str, stored: Stored) -> None:
+    """Copy what a checkpoint holds of its LightningModule beside the root, if this is a module of that kind."""
+    if root_path != stored.root:
+        return
+    own = dict(named_tensors(model))
+    inside = f"{root_path}."
+    fitting = {n: t for n, t in stored.beside.items() if n in own and own[n].shape == t.shape}
+    copy_in(model, {name: tensor for name, tensor in fitting.items() if not name.startswith(inside)})

@@ -1,0 +1,99 @@
+"""What a delta file holds, for people and for programs; without torch, whose import takes longer than most files do."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_pet.model.naming import CHILD
+from lightning_pet.model.structure import is_shared
+from lightning_pet.report.values import verified_norms
+from lightning_pet.store.container import TYPES, TensorRecord
+from lightning_pet.store.manifest import Manifest
+from lightning_pet.training.titled import show_table
+
+
+def summarize_delta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a delta file completely (every digest is verified) and describe it in plain types; see :func:`described`.
+
+    Raises:
+        DeltaFileError: if the file is damaged or not ours.
+    """
+    return described(path, *verified_norms(path))
+
+
+def described(path: str | os.PathLike[str], manifest: Manifest, norms: Mapping[str, float]) -> dict[str, Any]:
+    """What a file holds.
+
+    Returns:
+        ``methods`` (name, options, places, parameters), ``tensors`` (shape and norm by name), ``bytes``,
+        ``base`` (fingerprint digests).
+    """
+    sizes = {record.name: math.prod(record.shape) for record in manifest.tensors}
+    base = manifest.base
+    return {
+        "path": str(path),
+        "bytes": Path(path).stat().st_size,
+        "parameters": sum(sizes.values()),
+        "methods": [_method(manifest, index, sizes) for index in range(len(manifest.methods))],
+        "tensors": {record.name: _tensor(record, norms) for record in sorted(manifest.tensors)},
+        "base": None if base is None else {"structure": base.structure, "sample": base.sample},
+    }
+
+
+def _tensor(record: TensorRecord, norms: Mapping[str, float]) -> dict[str, Any]:
+    kind = TYPES[record.dtype][0] if record.dtype in TYPES else record.dtype
+    return {"shape": list(record.shape), "dtype": kind, "norm": norms[record.name]}
+
+
+def _method(manifest: Manifest, index: int, sizes: Mapping[str, int]) -> dict[str, Any]:
+    record = manifest.methods[index]
+    return {
+        "method": record.method,
+        "name": record.name,
+        "config": dict(record.config),
+        "places": [target.path for target in record.targets if not is_shared(target) and target.role != "head"],
+        "parameters": sum(size for name, size in sizes.items() if _owner(manifest, name) == index),
+    }
+
+
+def _owner(manifest: Manifest, name: str) -> int | None:
+    """Index of the method that a tensor belongs to; ``None`` for trained base tensors."""
+    host, _, rest = f".{name}".rpartition(f".{CHILD}.")
+    key = rest.partition(".")[0]
+    fits = {
+        len(f"{record.method}_{record.name}"): index
+        for index, record in enumerate(manifest.methods)
+        if f"{key}_".startswith(f"{record.method}_{record.name}_")  # a suffix tells parts of one projection apart
+        and host.removeprefix(".") in {target.module for target in record.targets}
+    }
+    return fits[max(fits)] if fits else None
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print a summary as tables."""
+    console = Console()
+    console.print(f"{summary['path']}: {summary['bytes']:,} bytes, {summary['parameters']:,} numbers", soft_wrap=True)
+    for method in summary["methods"]:
+        table = Table(show_header=False)
+        table.add_column("key")
+        table.add_column("value")
+        table.add_row(
+            "places", f"{len(method['places'])}, the first {method['places'][0] if method['places'] else '-'}"
+        )
+        table.add_row("parameters", f"{method['parameters']:,}")
+        for option, value in method["config"].items():
+            if value is not None:
+                table.add_row(option, str(value))
+        show_table(f"{method['method']}:{method['name']}", table, console)
+    heads = [name for name in summary["tensors"] if ".pet." not in f".{name}"]
+    if heads:
+        console.print(f"trained as they are: {', '.join(heads)}", soft_wrap=True)
+    largest = sorted(summary["tensors"].items(), key=lambda item: -item[1]["norm"])[:5]
+    console.print("largest norms: " + ", ".join(f"{name} {info['norm']:.3g}" for name, info in largest), soft_wrap=True)
+    if summary["base"]:
+        console.print(f"base: structure {summary['base']['structure'][:12]}, sample {summary['base']['sample'][:12]}")
