@@ -4,7 +4,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pet.arguments import checked, unknown_option
+from lightning_pet.arguments import checked, one_of, share, unknown_option
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
 from lightning_pet.insertion.method import METHODS, Insertion, key_of
@@ -114,12 +114,11 @@ class PETCallback(Callback):
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
             )
         check_delta_name(delta, "delta")
-        if base_check not in get_args(BaseCheck):
-            raise ArgumentError(f"base_check={base_check!r}: use 'error', 'exact', 'warn' or 'off'.")
+        one_of("base_check", base_check, BaseCheck, "use 'error', 'exact', 'warn' or 'off'.")
         if budget is not None and self.width is None:
             raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
-        if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
-            raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
+        if budget is not None:
+            share("budget", budget, "a share of the base's parameters in (0, 1], e.g. 0.005.", kind=int | float)
         figures = listed_if_given(scalars)
         for figure in figures or ():
             if figure not in self.figures:
