@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
     from lightning_pet.operations.adapted import Adapted as Adapted
     from lightning_pet.operations.apply import apply as apply
-    from lightning_pet.operations.combining import combine_deltas as combine_deltas
+    from lightning_pet.operations.combining.files import combine_deltas as combine_deltas
     from lightning_pet.operations.delta import inspect_delta as inspect_delta
     from lightning_pet.operations.delta import load_delta as load_delta
     from lightning_pet.operations.delta import load_from_checkpoint as load_from_checkpoint
@@ -66,7 +66,7 @@ _WHERE = {
     "PromptTuningCallback": "callbacks.prompt_tuning",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
-    "combine_deltas": "operations.combining",
+    "combine_deltas": "operations.combining.files",
     "inspect_delta": "operations.delta",
     "load_delta": "operations.delta",
     "load_from_checkpoint": "operations.delta",

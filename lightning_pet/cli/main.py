@@ -130,8 +130,8 @@ def combine(argv: list[str]) -> None:
     """
     import argparse
 
-    from lightning_pet.operations.combining import combine_deltas
-    from lightning_pet.operations.combining_methods import HOWS
+    from lightning_pet.operations.combining.files import combine_deltas
+    from lightning_pet.operations.combining.rules import HOWS
 
     parser = argparse.ArgumentParser(
         prog="lightning-pet combine",

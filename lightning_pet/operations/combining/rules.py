@@ -1,4 +1,4 @@
-"""What each method permits where delta files are combined; see :mod:`lightning_pet.operations.combining`."""
+"""What each method permits where delta files are combined; see :mod:`lightning_pet.operations.combining.files`."""
 
 import hashlib
 import math
@@ -53,7 +53,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for, checked; see :func:`~lightning_pet.operations.combining.combine_deltas`."""
+    """What was asked for, checked; see :func:`~lightning_pet.operations.combining.files.combine_deltas`."""
 
     how: How
     weights: tuple[float, ...]

@@ -1,7 +1,7 @@
 """Arithmetic on delta files: several deltas of one base become one, without the base.
 
 What is added is the change that a delta makes to the base, not its parameters: ``Σ w ΔW``. A method without a rule
-(:data:`~lightning_pet.operations.combining_methods.RULES`) has no arithmetic without the base, and is refused.
+(:data:`~lightning_pet.operations.combining.rules.RULES`) has no arithmetic without the base, and is refused.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError
 from lightning_pet.layers import combining as arithmetic
 from lightning_pet.model.naming import by_delta
-from lightning_pet.operations.combining_methods import (
+from lightning_pet.operations.combining.rules import (
     DENSITIES,
     ELECTING,
     HOWS,
