@@ -1,6 +1,7 @@
 """The same method in this library, in HF PEFT and in the adapters library, on one model, and a training step of it."""
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,8 @@ METHODS: dict[str, Method] = {
 def libraries(method: str) -> list[str]:
     """Those that are installed here and have the method."""
     calls = {OURS: METHODS[method].ours, PEFT: METHODS[method].peft, ADAPTERS: METHODS[method].adapters}
-    return [name for name, call in calls.items() if call and importlib.util.find_spec(name.lower())]
+    here = {name for name in calls if name.lower() in sys.modules or importlib.util.find_spec(name.lower())}
+    return [name for name, call in calls.items() if call and name in here]
 
 
 class WithLoss(nn.Module):

@@ -11,7 +11,7 @@ library is measured by an interpreter of its own, which is told here, against th
 
 import copy
 import os
-from functools import partial
+from functools import cache, partial
 
 from libraries import ADAPTERS, METHODS, OURS, libraries, training_step
 from measuring import answered, best, in_new_process
@@ -33,16 +33,24 @@ def ratios(model: str, method: str, targets: str, options: Options, names: list[
     return {"floor": 1e3 * seconds["floor"]} | {name: seconds[name] / seconds["floor"] for name in names}
 
 
-def elsewhere(model: str, method: str, targets: str, short: str, turns: str) -> dict[str, float]:
-    """What the interpreter of the adapters library finds."""
-    if ADAPTERS not in libraries(method):
-        return {}
-    try:
-        return ratios(model, method, targets, Options(bool(short), int(turns)), [ADAPTERS])
-    except ValueError as error:
-        if "not supported by this model" in str(error):
-            return {}
-        raise
+def elsewhere(model: str, targets: str, short: str, turns: str) -> dict[str, float]:
+    """What the interpreter of the adapters library finds, by method; a model that it does not serve has no figure."""
+    found = {}
+    for method in (name for name in METHODS if ADAPTERS in libraries(name)):
+        try:
+            found[method] = ratios(model, method, targets, Options(bool(short), int(turns)), [ADAPTERS])[ADAPTERS]
+        except ValueError as error:
+            if "not supported by this model" not in str(error):
+                raise
+    return found
+
+
+@cache
+def of_adapters(model: str, targets: str, options: Options) -> dict[str, float]:
+    """:func:`elsewhere`, in one process for all methods."""
+    python = os.environ.get("ADAPTERS_PYTHON")
+    words = [model, targets, "short" * options.short, str(options.turns)]
+    return in_new_process(__file__, *words, python=python) if python else {}
 
 
 def measure(table: Table, method: str, options: Options) -> Row:
@@ -51,11 +59,8 @@ def measure(table: Table, method: str, options: Options) -> Row:
     here = [name for name in libraries(method) if name != ADAPTERS]
     found = ratios(model, method, targets, options, here)
     peers = {name: found[name] for name in here if name != OURS}
-    python = os.environ.get("ADAPTERS_PYTHON")
-    if python and METHODS[method].adapters:
-        words = [model, method, targets, "short" * options.short, str(options.turns)]
-        other = in_new_process(__file__, *words, python=python)
-        peers |= {name: other[name] for name in other if name != "floor"}
+    other = of_adapters(model, targets, options)
+    peers |= {ADAPTERS: other[method]} if method in other else {}
     context = {"floor, ms": f"{found['floor']:,.1f}"}
     return Row(method, found[OURS], peers, BOUNDS.get((method, table.name)), context)
 

@@ -1,17 +1,20 @@
-"""Checks of what a constructor is given, said by the option's name: its type, and what other libraries call it."""
+"""Checks of what a constructor is given, said by the option's name: type, range, and what other libraries call it."""
 
 import difflib
 import inspect
+import math
+import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from numbers import Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, Final, get_args
+from typing import Any, Final, NoReturn, TypeGuard, get_args
 
 from lightning_pet.errors import ArgumentError
 
 _KINDS: Final = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+_LARGEST: Final = sys.float_info.max
 
 
 def checked(init: Callable[..., None]) -> Callable[..., None]:
@@ -56,6 +59,105 @@ def _fits(value: object, kind: type) -> bool:
     if kind is str:
         return isinstance(value, str | PathLike)
     return isinstance(value, bool if kind is bool else Real)
+
+
+def whole(
+    option: str,
+    value: object,
+    least: int = 1,
+    wanted: str = "must be a positive integer.",
+    below: float = math.inf,
+) -> None:
+    """Refuse what is no whole number of at least so much.
+
+    >>> whole("r", 0, wanted="the rank must be a positive integer, e.g. r=8.")
+    Traceback (most recent call last):
+        ...
+    lightning_pet.errors.ArgumentError: r=0: the rank must be a positive integer, e.g. r=8.
+
+    Args:
+        option: its name.
+        value: what was given.
+        least: the smallest.
+        wanted: the end of the message.
+        below: what it must be less than.
+
+    Raises:
+        ArgumentError: saying option, value and what is wanted; as all checks of this module.
+    """
+    if not is_whole(value) or not least <= value < below:
+        _refuse(option, value, wanted)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an integer, and none of ``True`` and ``False``."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def positive(option: str, value: Any, wanted: str = "must be a positive number.", kind: Any = Real) -> None:
+    """Refuse what is not positive and finite, and another ``kind`` of number."""
+    if not isinstance(value, kind) or not 0 < value <= _LARGEST:
+        _refuse(option, value, wanted)
+
+
+def at_least(option: str, value: Any, least: float, wanted: str) -> None:
+    """Refuse what is less, or not finite."""
+    if not least <= value <= _LARGEST:
+        _refuse(option, value, wanted)
+
+
+def finite(option: str, value: Any, wanted: str) -> None:
+    """Refuse NaN and the infinite."""
+    if not -_LARGEST <= value <= _LARGEST:
+        _refuse(option, value, wanted)
+
+
+def share(option: str, value: Any, wanted: str, ends: str = "(]", kind: Any = Real) -> None:
+    """Refuse what is not between 0 and 1, and another ``kind`` of number.
+
+    >>> share("dropout", 1, "a probability in [0, 1), e.g. 0.05.", ends="[)")
+    Traceback (most recent call last):
+        ...
+    lightning_pet.errors.ArgumentError: dropout=1: a probability in [0, 1), e.g. 0.05.
+
+    Args:
+        option: its name.
+        value: what was given.
+        wanted: the end of the message.
+        ends: whether 0 and 1 belong to it, as intervals are written.
+        kind: of the number.
+    """
+    if (
+        not isinstance(value, kind)
+        or not 0 <= value <= 1
+        or (value == 0 and ends[0] == "(")
+        or (value == 1 and ends[1] == ")")
+    ):
+        _refuse(option, value, wanted)
+
+
+def one_of(option: str, value: object, choices: Any, wanted: str | None = None) -> None:
+    """Refuse what is none of the words of a ``Literal``.
+
+    >>> from typing import Literal
+    >>> one_of("bias", "some", Literal["none", "all"])
+    Traceback (most recent call last):
+        ...
+    lightning_pet.errors.ArgumentError: bias='some': use one of 'none', 'all'.
+    """
+    words = get_args(choices)
+    if value not in words:
+        _refuse(option, value, wanted or f"use one of {', '.join(map(repr, words))}.")
+
+
+def some(option: str, value: Any, wanted: str) -> None:
+    """Refuse a list without an item; ``None`` is no list."""
+    if value is not None and not value:
+        raise ArgumentError(f"{option} is empty: {wanted}")
+
+
+def _refuse(option: str, value: object, wanted: str) -> NoReturn:
+    raise ArgumentError(f"{option}={value!r}: {wanted}")
 
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from lightning_pet.arguments import at_least, positive, share, some, whole
 from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.low_rank_places import Forms, Options, fitted
@@ -144,29 +145,19 @@ class AdaLoRACallback(PETCallback):
             ("tfinal", self.tfinal, 0),
             ("total_step", self.total_step, 1),
         ):
-            optional = label in ("tinit", "tfinal", "total_step")
-            if not (optional and number is None) and (
-                not isinstance(number, int) or isinstance(number, bool) or number < least
-            ):
-                raise ArgumentError(f"{label}={number}: must be an integer of at least {least}.")
+            if number is not None or label not in ("tinit", "tfinal", "total_step"):
+                whole(label, number, least, f"must be an integer of at least {least}.")
         if self.target_r > self.init_r:
             raise ArgumentError(
                 f"target_r={self.target_r} is more than init_r={self.init_r}: ranks only fall; start with "
                 f"init_r={math.ceil(1.5 * self.target_r)}."
             )
-        if not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise ArgumentError(f"alpha={self.alpha}: must be a positive number; 2·r is a usual choice.")
-        for label, share in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 < share < 1:
-                raise ArgumentError(f"{label}={share}: a share of the past in (0, 1), e.g. 0.85.")
-        if not math.isfinite(self.orth_reg_weight) or self.orth_reg_weight < 0:
-            raise ArgumentError(f"orth_reg_weight={self.orth_reg_weight}: must be at least 0; 0 is no penalty.")
-        if not 0 <= self.dropout < 1:
-            raise ArgumentError(f"dropout={self.dropout}: a probability in [0, 1), e.g. 0.05.")
-        if not self.target_modules:
-            raise ArgumentError(
-                "target_modules is empty: name at least one role, suffix or pattern, e.g. 'attention.q'."
-            )
+        positive("alpha", self.alpha, "must be a positive number; 2·r is a usual choice.")
+        share("beta1", self.beta1, "a share of the past in (0, 1), e.g. 0.85.", ends="()")
+        share("beta2", self.beta2, "a share of the past in (0, 1), e.g. 0.85.", ends="()")
+        at_least("orth_reg_weight", self.orth_reg_weight, 0, "must be at least 0; 0 is no penalty.")
+        share("dropout", self.dropout, "a probability in [0, 1), e.g. 0.05.", ends="[)")
+        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
 
     # --- places and deltas ----------------------------------------------------------------------
 

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from random import Random
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_pet.arguments import one_of, positive, some, whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.activations import activation
@@ -109,26 +110,18 @@ class AdapterCallback(PETCallback):
         self._validate()
 
     def _validate(self) -> None:
-        choices: list[tuple[str, str, Any]] = [("placement", self.placement, Placement), ("init", self.init, Init)]
-        choices += [("sublayers", name, Sublayer) for name in self.sublayers or ()]
-        for label, choice, allowed in choices:
-            if choice not in get_args(allowed):
-                raise ArgumentError(f"{label}={choice!r}: use one of {', '.join(map(repr, get_args(allowed)))}.")
-        if self.sublayers is not None and not self.sublayers:
-            raise ArgumentError("sublayers is empty: name at least one, e.g. ['ffn'], or leave it out.")
-        size = self.bottleneck_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ArgumentError(f"bottleneck_size={size}: must be a positive integer, e.g. 64.")
-        for label, number in (
-            ("reduction_factor", self.reduction_factor),
-            ("scale", self.scale),
-            ("init_std", self.init_std),
-        ):
-            if not math.isfinite(number) or number <= 0:
-                raise ArgumentError(f"{label}={number}: must be a positive number.")
-        for label, count in (("drop_layers", self.drop_layers), ("seed", self.seed)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise ArgumentError(f"{label}={count}: must be an integer of at least 0.")
+        one_of("placement", self.placement, Placement)
+        one_of("init", self.init, Init)
+        for name in self.sublayers or ():
+            one_of("sublayers", name, Sublayer)
+        some("sublayers", self.sublayers, "name at least one, e.g. ['ffn'], or leave it out.")
+        if self.bottleneck_size is not None:
+            whole("bottleneck_size", self.bottleneck_size, wanted="must be a positive integer, e.g. 64.")
+        positive("reduction_factor", self.reduction_factor)
+        positive("scale", self.scale)
+        positive("init_std", self.init_std)
+        whole("drop_layers", self.drop_layers, 0, "must be an integer of at least 0.")
+        whole("seed", self.seed, 0, "must be an integer of at least 0.")
         if self.drop_layers and self.robust_drop:
             raise ArgumentError(
                 "drop_layers and robust_drop exclude each other: the first fixes the layers without adapters, the "

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_pet.arguments import one_of
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.method import Insertion
@@ -67,8 +68,7 @@ class AdapterBiasCallback(PETCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if form not in get_args(Form):
-            raise ArgumentError(f"form={form!r}: use one of {', '.join(map(repr, get_args(Form)))}.")
+        one_of("form", form, Form)
         self.form = form
         self.share_alpha = share_alpha
         self.layer_norms = layer_norms

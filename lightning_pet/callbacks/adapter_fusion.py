@@ -1,6 +1,5 @@
 """AdapterFusion (Pfeiffer et al. 2021)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from lightning_pet.arguments import at_least, finite, some
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.insertion.method import Insertion, Method
@@ -113,14 +113,10 @@ class AdapterFusionCallback(PETCallback):
         self.off_diagonal = off_diagonal
         self.temperature = temperature
         self._found: list[_Trained] = []
-        if adapters is not None and not adapters:
-            raise ArgumentError("adapters is empty: name at least one delta file or applied adapter to fuse.")
-        if not math.isfinite(regularization) or regularization < 0:
-            raise ArgumentError(f"regularization={regularization}: must be 0 or more; the paper's is 0.01.")
-        if not math.isfinite(off_diagonal):
-            raise ArgumentError(f"off_diagonal={off_diagonal}: must be a finite number, e.g. 0 or 1e-6.")
-        if not math.isfinite(temperature) or temperature < 1:
-            raise ArgumentError(f"temperature={temperature}: must be 1 (none) or more; 50 is usual.")
+        some("adapters", adapters, "name at least one delta file or applied adapter to fuse.")
+        at_least("regularization", regularization, 0, "must be 0 or more; the paper's is 0.01.")
+        finite("off_diagonal", off_diagonal, "must be a finite number, e.g. 0 or 1e-6.")
+        at_least("temperature", temperature, 1, "must be 1 (none) or more; 50 is usual.")
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance from a file: the adapters' options for their sources."""

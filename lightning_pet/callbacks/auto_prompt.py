@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_pet.arguments import one_of, whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
 from lightning_pet.insertion.method import Insertion
@@ -82,10 +83,8 @@ class AutoPromptCallback(PETCallback):
     ) -> None:
         super().__init__(**kwargs)
         for label, value in (("length", length), ("candidates", candidates), ("accumulation", accumulation)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(f"{label}={value}: must be at least 1, e.g. {3 if label == 'length' else 10}.")
-        if where not in get_args(Where) or where == "both":
-            raise ArgumentError(f"where={where!r}: use 'encoder' or 'decoder'; the search has one trigger.")
+            whole(label, value, wanted=f"must be at least 1, e.g. {3 if label == 'length' else 10}.")
+        one_of("where", where, Literal["encoder", "decoder"], "use 'encoder' or 'decoder'; the search has one trigger.")
         if init_text is not None and tokenizer is None:
             raise ArgumentError("init_text needs a tokenizer: pass tokenizer='…', the model's name or folder.")
         self.length = length

@@ -4,7 +4,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback
@@ -12,12 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pet.arguments import checked, unknown_option
+from lightning_pet.arguments import checked, one_of, share, unknown_option
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
 from lightning_pet.insertion.method import METHODS, Insertion, key_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import deltas_in, record_of
+from lightning_pet.model.delta_names import DEFAULT, check_delta_name
 from lightning_pet.model.naming import canonical, delta_prefix, join, named_modules, named_parameters
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.adapted import Adapted
@@ -41,6 +42,8 @@ class PETCallback(Callback):
 
     Args:
         name: tells two instances of one method apart.
+        delta: name of the delta that it is a part of, in this model: what one file holds. A model may have others,
+            loaded before; they stay as they are, and act or not as they did. No file knows of it.
         module: submodule of the LightningModule to adapt and freeze (default: the pretrained models inside it,
             else all of it). What lies beside it trains as it does without us.
         modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
@@ -71,7 +74,9 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
-    of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose", "scalars"})
+    of_the_run: ClassVar[frozenset[str]] = frozenset(
+        {"delta", "start_from", "base_check", "delta_files", "verbose", "scalars"}
+    )
     """Options that are no part of the delta: no file holds them, or has a say in them."""
 
     in_place: ClassVar[bool] = False
@@ -90,6 +95,7 @@ class PETCallback(Callback):
         self,
         *,
         name: str = "default",
+        delta: str = DEFAULT,
         module: str | None = None,
         modules_to_save: list[str] | str | None = None,
         start_from: str | None = None,
@@ -107,18 +113,19 @@ class PETCallback(Callback):
             raise ArgumentError(
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
             )
-        if base_check not in get_args(BaseCheck):
-            raise ArgumentError(f"base_check={base_check!r}: use 'error', 'exact', 'warn' or 'off'.")
+        check_delta_name(delta, "delta")
+        one_of("base_check", base_check, BaseCheck, "use 'error', 'exact', 'warn' or 'off'.")
         if budget is not None and self.width is None:
             raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
-        if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
-            raise ArgumentError(f"budget={budget}: a share of the base's parameters in (0, 1], e.g. 0.005.")
+        if budget is not None:
+            share("budget", budget, "a share of the base's parameters in (0, 1], e.g. 0.005.", kind=int | float)
         figures = listed_if_given(scalars)
         for figure in figures or ():
             if figure not in self.figures:
                 known = ", ".join(map(repr, self.figures))
                 raise ArgumentError(f"scalars: {figure!r} is not a figure of {type(self).__name__}, which has {known}.")
         self.name = name
+        self.delta = delta
         self.module = module
         self.modules_to_save = listed_if_given(modules_to_save)
         if "" in (self.modules_to_save or ()):  # every name ends with it
@@ -294,8 +301,9 @@ class PETCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of this callback in a checkpoint: the class and the user's name, never a hyper-parameter."""
-        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+        """Key of this callback in a checkpoint: the class and the user's names, never a hyper-parameter."""
+        of = "" if self.delta == DEFAULT else f", 'delta': {self.delta!r}"
+        return f"{type(self).__qualname__}{{'name': {self.name!r}{of}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""
@@ -332,7 +340,7 @@ class PETCallback(Callback):
     ) -> None:
         """Remember the base before the first batch."""
         if (controller := Controller.get(trainer)).leads(self):
-            controller.watch.begin()
+            controller.before_batch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare the base with what it was, and name deltas that never fired."""

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lightning_pet.arguments import some
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.errors import TargetError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
 from lightning_pet.layers.delta import Delta
@@ -66,8 +67,7 @@ class BitFitCallback(PETCallback):
         self.biases = listed(biases)
         self.exclude_modules = listed_if_given(exclude_modules)
         self.add_missing = add_missing
-        if not self.biases:
-            raise ArgumentError("biases is empty: use 'all', or name at least one role, suffix or pattern.")
+        some("biases", self.biases, "use 'all', or name at least one role, suffix or pattern.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the biases, and the modules that get one.

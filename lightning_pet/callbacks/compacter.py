@@ -1,13 +1,12 @@
 """Compacter, Compacter++, PHM adapter and low-rank adapter (Karimi Mahabadi et al. 2021)."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from lightning_pet.arguments import at_least, one_of, positive, whole
 from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.activations import activation
 from lightning_pet.layers.delta import Delta
@@ -98,23 +97,17 @@ class CompacterCallback(PETCallback):
         self._validate()
 
     def _validate(self) -> None:
-        sizes = [("phm_dim", self.phm_dim), ("rank", self.rank)]
-        sizes += [("bottleneck_size", self.bottleneck_size)] if self.bottleneck_size is not None else []
-        for label, size in sizes:
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ArgumentError(f"{label}={size}: must be a positive integer.")
-        if not math.isfinite(self.reduction_factor) or self.reduction_factor <= 0:
-            raise ArgumentError(f"reduction_factor={self.reduction_factor}: must be positive; the paper's is 32.")
-        if self.placement not in get_args(Placement):
-            raise ArgumentError(
-                f"placement={self.placement!r}: use one of {', '.join(map(repr, get_args(Placement)))}."
-            )
-        if self.rule_init is not None and not (math.isfinite(self.rule_init) and self.rule_init > 0):
-            raise ArgumentError(f"rule_init={self.rule_init}: a standard deviation, e.g. 1e-4; 0 would never train.")
+        whole("phm_dim", self.phm_dim)
+        whole("rank", self.rank)
+        if self.bottleneck_size is not None:
+            whole("bottleneck_size", self.bottleneck_size)
+        positive("reduction_factor", self.reduction_factor, "must be positive; the paper's is 32.")
+        one_of("placement", self.placement, Placement)
+        if self.rule_init is not None:
+            positive("rule_init", self.rule_init, "a standard deviation, e.g. 1e-4; 0 would never train.")
         if self.bottleneck_size is not None:
             check_divisible("bottleneck_size", self.bottleneck_size, self.phm_dim)
-        if self.drop_layers < 0:
-            raise ArgumentError(f"drop_layers={self.drop_layers}: a number of layers, 0 or more.")
+        at_least("drop_layers", self.drop_layers, 0, "a number of layers, 0 or more.")
         activation(self.non_linearity)
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_pet.arguments import whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable
@@ -75,10 +76,8 @@ class IntrinsicDimensionCallback(PETCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(d, int) or isinstance(d, bool) or d < 1:
-            raise ArgumentError(f"d={d}: the dimension must be a positive integer, e.g. d=20000.")
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ArgumentError(f"seed={seed}: must be an integer of at least 0 and below 2**63.")
+        whole("d", d, wanted="the dimension must be a positive integer, e.g. d=20000.")
+        whole("seed", seed, 0, "must be an integer of at least 0 and below 2**63.", below=2**63)
         self.d = d
         self.structure_aware = structure_aware
         self.seed = seed

@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_pet.arguments import is_whole, one_of, share, some, whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.commit import freeze
@@ -95,23 +96,16 @@ class LayerFreezingCallback(PETCallback):
         self._validate()
 
     def _validate(self) -> None:
-        if not _is_count(self.train_last, 0):
-            raise ArgumentError(f"train_last={self.train_last!r}: a number of layers, 0 or more, e.g. 2.")
+        whole("train_last", self.train_last, 0, "a number of layers, 0 or more, e.g. 2.")
         for item in self.train_layers or ():
-            if not _is_count(item) and not (isinstance(item, str) and re.fullmatch(r"\d+-\d+", item)):
+            if not is_whole(item) and not (isinstance(item, str) and re.fullmatch(r"\d+-\d+", item)):
                 raise ArgumentError(f"train_layers: {item!r} is neither an index nor a range such as '8-11'.")
-        if self.train_layers is not None and not self.train_layers:
-            raise ArgumentError("train_layers is empty: name at least one layer, or use train_last=0.")
-        for label, value, allowed in (
-            ("norms", self.norms, get_args(Norms)),
-            ("unfreeze_interval", self.unfreeze_interval, get_args(Interval)),
-        ):
-            if value not in allowed:
-                raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
-        if self.unfreeze_every is not None and not _is_count(self.unfreeze_every, 1):
-            raise ArgumentError(f"unfreeze_every={self.unfreeze_every!r}: a number of epochs or steps, 1 or more.")
-        if not isinstance(self.lr_decay, int | float) or not 0 < self.lr_decay <= 1:
-            raise ArgumentError(f"lr_decay={self.lr_decay!r}: a share above 0 and at most 1, e.g. 0.4.")
+        some("train_layers", self.train_layers, "name at least one layer, or use train_last=0.")
+        one_of("norms", self.norms, Norms)
+        one_of("unfreeze_interval", self.unfreeze_interval, Interval)
+        if self.unfreeze_every is not None:
+            whole("unfreeze_every", self.unfreeze_every, wanted="a number of epochs or steps, 1 or more.")
+        share("lr_decay", self.lr_decay, "a share above 0 and at most 1, e.g. 0.4.", kind=int | float)
 
     # --- what trains ------------------------------------------------------------------------------
 
@@ -284,10 +278,6 @@ class LayerFreezingCallback(PETCallback):
             if canonical(name) in waiting:
                 parameter.requires_grad_(not waiting[canonical(name)])
         Controller.get(trainer).adapter.wrap_again()
-
-
-def _is_count(value: object, least: int | None = None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def _names(name: str, stack: Stack) -> bool:

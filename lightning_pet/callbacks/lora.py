@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_pet.arguments import one_of, positive, share, some, whole
 from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.low_rank_places import Options, fitted, largest_rank
@@ -132,23 +133,15 @@ class LoRACallback(PETCallback):
             ("r", self.r),
             *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items()),
         ]:
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ArgumentError(f"{label}={rank}: the rank must be a positive integer, e.g. r=8.")
+            whole(label, rank, wanted="the rank must be a positive integer, e.g. r=8.")
         alphas = [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in (self.alpha_pattern or {}).items())]
         for label, alpha in alphas:
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-                raise ArgumentError(f"{label}={alpha}: must be a positive number; 2·r is a usual choice.")
-        if not 0 <= self.dropout < 1:
-            raise ArgumentError(f"dropout={self.dropout}: a probability in [0, 1), e.g. 0.05.")
-        if not self.target_modules:
-            raise ArgumentError(
-                "target_modules is empty: name at least one role, suffix or pattern, e.g. 'attention.q'."
-            )
-        if not math.isfinite(self.lora_plus_ratio) or self.lora_plus_ratio <= 0:
-            raise ArgumentError(f"lora_plus_ratio={self.lora_plus_ratio}: must be positive; the paper suggests 16.")
-        for label, value, allowed in (("init", self.init, get_args(Init)), ("bias", self.bias, get_args(Bias))):
-            if value not in allowed:
-                raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
+            positive(label, alpha, "must be a positive number; 2·r is a usual choice.", kind=int | float)
+        share("dropout", self.dropout, "a probability in [0, 1), e.g. 0.05.", ends="[)")
+        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
+        positive("lora_plus_ratio", self.lora_plus_ratio, "must be positive; the paper suggests 16.")
+        one_of("init", self.init, Init)
+        one_of("bias", self.bias, Bias)
         if self.use_dora and self.init in ("pissa", "olora"):
             raise ArgumentError(f"use_dora with init={self.init!r}: both replace the start of the weight; choose one.")
         if self.use_dora and self.lora_bias:

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_pet.arguments import one_of, whole
 from lightning_pet.attention.prefix import AttentionPrefix, PrefixSite, site_target
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
@@ -102,13 +103,11 @@ class PrefixTuningCallback(PETCallback):
         self._validate()
 
     def _validate(self) -> None:
-        for label, value in (("length", self.length), ("projection_size", self.projection_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(f"{label}={value}: must be a positive integer.")
-        choices = (("init", self.init, Init), ("attention", self.attention, Attention), ("where", self.where, Where))
-        for label, choice, allowed in choices:
-            if choice not in get_args(allowed):
-                raise ArgumentError(f"{label}={choice!r}: use one of {', '.join(map(repr, get_args(allowed)))}.")
+        whole("length", self.length)
+        whole("projection_size", self.projection_size)
+        one_of("init", self.init, Init)
+        one_of("attention", self.attention, Attention)
+        one_of("where", self.where, Where)
         if self.init == "text" and not self.init_text:
             raise ArgumentError("init='text' needs the words: pass init_text='...'.")
         if self.init == "text" and not self.tokenizer:

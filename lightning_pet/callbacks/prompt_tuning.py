@@ -1,12 +1,13 @@
 """Prompt tuning (Lester et al. 2021) and P-tuning's prompt encoder (Liu et al. 2021)."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_pet.arguments import at_least, one_of, whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.method import Insertion
@@ -83,15 +84,10 @@ class PromptTuningCallback(PETCallback):
         self._validate()
 
     def _validate(self) -> None:
-        if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
-            raise ArgumentError(f"length={self.length}: the number of virtual tokens must be at least 1, e.g. 20.")
-        for label, value, allowed in (
-            ("init", self.init, get_args(Init)),
-            ("where", self.where, get_args(Where)),
-            ("encoder", self.encoder, get_args(Encoder)),
-        ):
-            if value not in allowed:
-                raise ArgumentError(f"{label}={value!r}: use one of {', '.join(map(repr, allowed))}.")
+        whole("length", self.length, wanted="the number of virtual tokens must be at least 1, e.g. 20.")
+        one_of("init", self.init, Init)
+        one_of("where", self.where, Where)
+        one_of("encoder", self.encoder, Encoder)
         if self.init == "text" and not self.init_text:
             raise ArgumentError("init='text' needs init_text, for example init_text='Classify this review:'.")
         if self.init == "class_labels" and not self.class_labels:
@@ -106,8 +102,8 @@ class PromptTuningCallback(PETCallback):
             )
         if self.encoder == "mlp" and self.init != "random":
             raise ArgumentError(f"encoder='mlp' with init={self.init!r}: the MLP changes every row; use init='random'.")
-        if self.encoder_size is not None and self.encoder_size < 1:
-            raise ArgumentError(f"encoder_size={self.encoder_size}: the width of the MLP must be at least 1.")
+        if self.encoder_size is not None:
+            at_least("encoder_size", self.encoder_size, 1, "the width of the MLP must be at least 1.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find where the model takes its ids; see :mod:`lightning_pet.insertion.prompt_places`."""

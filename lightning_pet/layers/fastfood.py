@@ -21,9 +21,9 @@ from typing import Any, Final, NamedTuple
 from weakref import finalize
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_pet.layers.transforms import is_transformed
+from lightning_pet.layers.transforms import is_ordinary, is_transformed
 
 _BLOCK = 1 << 15  # pairs of normal numbers lie half a block apart: part of the definition, and fits a cache
 _PIECE = {"cpu": _BLOCK}  # elements that are drawn at a time; elsewhere launches cost more than memory
@@ -235,11 +235,6 @@ def _fastfood_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 
 def _transposed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return fastfood(gradient.contiguous(), ctx.size, ctx.seed), None, None
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """Whether neither a compiler nor a mode looks at what is done with a tensor."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not torch.compiler.is_compiling()
 
 
 class _Project(torch.autograd.Function):

@@ -1,19 +1,19 @@
 """A weight plus a gated difference, ``θ + z ⊙ w``, with gates that are drawn anew in every step.
 
 One operator computes it and one its gradients, in pieces that stay in the processor's cache. Nothing of the
-size of the weight is kept for the backward pass: the gates are drawn again from the same seed. So gates are
+size of a large weight is kept for the backward pass: the gates are drawn again from the same seed. So gates are
 also the same where a layer is called several times in a step or recomputed by gradient checkpointing, and in
 every process of a distributed run.
 
-They are torch operators and not an autograd function, because seed and scale of the penalty change from step
-to step, and a compiler would bake those of the first step into its graph.
+A compiler sees torch operators, because seed and scale of the penalty change from step to step, and it would
+bake those of the first step into the graph of an autograd function. Without one such a function takes their place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,11 +22,16 @@ from torch import Tensor
 from lightning_pet.errors import PETError
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
 from lightning_pet.layers.side_loss import Penalty
-from lightning_pet.layers.transforms import is_transformed
+from lightning_pet.layers.transforms import is_ordinary, is_transformed
 
 Form = Literal["product", "sum"]
+KEPT: Final = 1 << 14
+"""Gates of a weight of up to this many numbers wait for the backward pass: 128 KiB, less work than drawing again."""
+
 _PIECE: Final = {"cpu": 1 << 15}
 _PIECE_ELSEWHERE: Final = 1 << 24
+
+_hardtanh_backward = torch.ops.aten.hardtanh_backward.default
 
 _NOT_WHILE_DRAWN: Final = (
     "are not supported while the gates of diff pruning are drawn at random: their gradient is made in "
@@ -79,6 +84,11 @@ class Gates:
         if self._counts and self._used and torch._C._current_graph_task_id() == -1:
             self._moment, self._used = (self._moment[0] + 1,), False
 
+    @property
+    def seed_now(self) -> int:
+        """Of the random numbers of the present step."""
+        return mixed(self.seed, *self._moment)
+
     def take(self) -> Tensor | float:
         """A backward begins; returns the factor of the penalty's gradient."""
         self._used = True
@@ -86,7 +96,7 @@ class Gates:
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The random numbers of the present step."""
-        return torch.Generator(device).manual_seed(mixed(self.seed, *self._moment))
+        return torch.Generator(device).manual_seed(self.seed_now)
 
 
 def expected_open(*parameters: Tensor, law: HardConcrete, per_weight: int = 1, form: Form = "product") -> Tensor:
@@ -105,69 +115,118 @@ def expected_open(*parameters: Tensor, law: HardConcrete, per_weight: int = 1, f
     return opens[0] * opens[1] if form == "product" else opens[0] + opens[1]
 
 
-@dataclass
-class _Group:
-    """The gate of the whole weight: z, dz/dα, P(z > 0), without dimensions."""
+class _Group(NamedTuple):
+    """The gate of the whole weight: z, dz/dα, P(z > 0): numbers on a CPU, where that costs less, else tensors."""
 
-    z: Tensor
-    slope: Tensor
-    open: Tensor
+    z: Tensor | float
+    slope: Tensor | float
+    open: Tensor | float
 
 
 def _group(gates: Gates, alpha: Tensor, generator: torch.Generator, dtype: torch.dtype) -> _Group:
-    law, alpha = gates.law, alpha.reshape(()).to(dtype)
-    s = law.concrete(alpha, law.uniform(alpha, generator))
-    stretched = s * law.width + law.low
-    inside = (stretched > 0) & (stretched < 1)
-    return _Group(stretched.clamp(0, 1), inside * s * (1 - s) * (law.width / law.temperature), law.open(alpha))
+    law = gates.law
+    if is_ordinary(alpha) and alpha.is_cpu:
+        number, opened = law.one(alpha.item(), generator)
+        stretched = number * law.width + law.low
+        slope = number * (1 - number) * (law.width / law.temperature)
+        return _Group(min(max(stretched, 0.0), 1.0), slope if 0 < stretched < 1 else 0.0, opened)
+    alpha = alpha.detach().reshape(()).to(dtype)
+    s = law.draw(alpha, generator)
+    moved = s * law.width + law.low
+    inside = (moved > 0) & (moved < 1)
+    return _Group(moved.clamp(0, 1), inside * s * (1 - s) * (law.width / law.temperature), law.open(alpha))
 
 
-def _pieces(size: int, device: torch.device) -> Iterator[slice]:
+def _group_gradient(group: Tensor, whole: _Group, flow: Tensor, opened: Tensor | float, factor: Any) -> Tensor:
+    """Of α_g: what flows through z_g, and of the penalty, in which it counts so many gates."""
+    if isinstance(whole.open, float) and not isinstance(factor, Tensor):
+        opened = opened.item() if isinstance(opened, Tensor) else opened
+        slope = whole.open * (1 - whole.open) * factor * opened
+        return torch.full_like(group, flow.item() * whole.slope + slope)
+    slope = whole.open * (1 - whole.open) * factor * opened
+    found: Tensor = flow * whole.slope + slope
+    return found.to(group.dtype).view(group.shape)
+
+
+@dataclass
+class _Drawn:
+    """What a forward leaves to its backward: the group's gate, and s and z of the other gates of a small weight."""
+
+    group: _Group | None = None
+    s: Tensor | None = None
+    z: Tensor | None = None
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same places of all, which are flat, some at a time."""
+    size, device = tensors[0].numel(), tensors[0].device
     step = _PIECE.get(device.type, _PIECE_ELSEWHERE)
+    if size <= step:
+        yield tensors
+        return
     for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+        yield tuple(tensor[start : start + step] for tensor in tensors)
 
 
-def _forward(gates: Gates, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None) -> Tensor:
+def _forward(
+    gates: Gates, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, drawn: _Drawn | None = None
+) -> Tensor:
     law, generator = gates.law, gates.generator(w.device)
     whole = None if group is None else _group(gates, group, generator, w.dtype)
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    base, difference, result = weight.reshape(-1), w.reshape(-1), out.view(-1)
-    gate = None if alpha is None else alpha.reshape(-1)
-    for piece in _pieces(w.numel(), w.device):
-        if gate is None:
-            moved = difference[piece].clone()
+    flat = (w.reshape(-1), weight.reshape(-1), out.view(-1), *(() if alpha is None else (alpha.reshape(-1),)))
+    if drawn is not None:
+        drawn.group = whole
+    for difference, base, result, *gate in _pieces(*flat):
+        if not gate:
+            moved = difference.clone()
         else:
-            a = gate[piece].to(w.dtype)
-            moved = law.concrete(a, law.uniform(a, generator)).mul_(law.width).add_(law.low).clamp_(0, 1)
-            moved.mul_(difference[piece])
+            a = gate[0].to(w.dtype)
+            s = law.draw(a, generator)
+            if drawn is not None and s.numel() == w.numel() <= KEPT:
+                drawn.s, drawn.z = s, (s * law.width).add_(law.low).clamp_(0, 1)
+                moved = drawn.z * difference
+            else:
+                moved = s.mul_(law.width).add_(law.low).clamp_(0, 1).mul_(difference)
         if whole is not None:
             moved.mul_(whole.z)
         # Added in the precision of w, and rounded once: as merging does.
-        torch.add(moved, base[piece], out=moved if weight.dtype != w.dtype else result[piece])
-        if weight.dtype != w.dtype:
-            result[piece] = moved
+        if weight.dtype == w.dtype:
+            torch.add(moved, base, out=result)
+        else:
+            result.copy_(torch.add(moved, base, out=moved))
     return out
 
 
-def _backward(gates: Gates, g: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None) -> list[Tensor]:
+def _backward(
+    gates: Gates, g: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, drawn: _Drawn | None = None
+) -> list[Tensor]:
     generator = gates.generator(w.device)
-    factor = torch.as_tensor(gates.take(), dtype=w.dtype, device=w.device)
-    whole = None if group is None else _group(gates, group, generator, w.dtype)
+    drawn = drawn or _Drawn()
+    factor = gates.take()
+    if isinstance(factor, Tensor):
+        factor = factor.item() if w.is_cpu else factor.to(w.device, w.dtype)
+    whole = drawn.group
+    if group is not None:
+        if whole is None:
+            whole = _group(gates, group, generator, w.dtype)
+        else:
+            torch.empty((), dtype=torch.float32, device=w.device).uniform_(
+                generator=generator
+            )  # the other gates come behind it
     g = g.reshape(-1)
     if alpha is None:
         assert group is not None
         assert whole is not None
-        dw = (g * whole.z).to(w.dtype).view(w.shape)
         flow = torch.dot(g.to(w.dtype), w.reshape(-1))
-        slope = whole.open * (1 - whole.open) * factor * w.numel()
-        return [dw, (flow * whole.slope + slope).to(group.dtype).view(group.shape)]
-    dw, dalpha, flow, opened = _of_weights(gates, g, w, alpha, generator, whole, factor)
+        dw = (g * whole.z).to(w.dtype).view(w.shape)
+        return [dw, _group_gradient(group, whole, flow, float(w.numel()), factor)]
+    product = whole is not None and gates.form == "product"
+    own = factor * whole.open if whole is not None and product else factor
+    dw, dalpha, flow, opened = _of_weights(gates, g, w, alpha, generator, drawn, whole, own)
     if group is None or whole is None:
         return [dw, dalpha]
-    count = opened if gates.form == "product" else 1.0
-    slope = whole.open * (1 - whole.open) * factor * count
-    return [dw, dalpha, (flow * whole.slope + slope).to(group.dtype).view(group.shape)]
+    return [dw, dalpha, _group_gradient(group, whole, flow, opened if product else 1.0, factor)]
 
 
 def _of_weights(
@@ -176,33 +235,40 @@ def _of_weights(
     w: Tensor,
     alpha: Tensor,
     generator: torch.Generator,
+    drawn: _Drawn,
     whole: _Group | None,
-    factor: Tensor,
+    factor: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of w and α, Σ g w z, and the expected number of open gates."""
     law = gates.law
     dw, dalpha = torch.empty_like(w), torch.empty_like(alpha)
     flow, opened = (torch.zeros((), dtype=w.dtype, device=w.device) for _ in range(2))
-    if whole is not None and gates.form == "product":
-        factor = factor * whole.open
-    difference, gate, to_w, to_alpha = w.reshape(-1), alpha.reshape(-1), dw.view(-1), dalpha.view(-1)
-    for piece in _pieces(w.numel(), w.device):
-        a, up = gate[piece].to(w.dtype), g[piece].to(w.dtype)
-        s = law.concrete(a, law.uniform(a, generator))
-        stretched = (s * law.width).add_(law.low)
-        moved = up * difference[piece]
+    flat = (g, w.reshape(-1), alpha.reshape(-1), dw.view(-1), dalpha.view(-1))
+    for up, difference, a, to_w, to_alpha in _pieces(*flat):
+        a, up = a.to(w.dtype), up.to(w.dtype)
+        s, z = drawn.s, drawn.z
+        if s is None or z is None:
+            s = law.draw(a, generator)
+            z = (s * law.width).add_(law.low).clamp_(0, 1)
+        moved = up * difference
         slope = torch.addcmul(s, s, s, value=-1).mul_(moved)
-        slope = torch.ops.aten.hardtanh_backward(slope, stretched, 0, 1)  # 0 where z is clamped
-        slope.mul_(law.width / law.temperature)
-        z = stretched.clamp_(0, 1)
+        slope = _hardtanh_backward(slope, z, 0, 1)  # 0 where z is clamped
         if whole is not None:
             flow += torch.dot(moved, z)
-            slope.mul_(whole.z)
-            z.mul_(whole.z)
-        torch.mul(up, z, out=to_w[piece])
+            slope.mul_(whole.z * (law.width / law.temperature))
+            torch.mul(up, z, out=to_w).mul_(whole.z)
+        else:
+            slope.mul_(law.width / law.temperature)
+            torch.mul(up, z, out=to_w)
         p = law.open(a)
         opened += p.sum()
-        to_alpha[piece] = slope.addcmul_(torch.addcmul(p, p, p, value=-1), factor)
+        spread = p.addcmul_(p, p, value=-1)
+        if isinstance(factor, Tensor):
+            to_alpha.copy_(slope.addcmul_(spread, factor))
+        elif to_alpha.dtype == slope.dtype:
+            torch.add(slope, spread, alpha=factor, out=to_alpha)
+        else:
+            to_alpha.copy_(slope.add_(spread, alpha=factor))
     return dw, dalpha, flow, opened
 
 
@@ -227,8 +293,43 @@ def gated_weight(weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor 
     """
     if is_transformed():
         raise PETError(f"torch.func and forward-mode differentiation {_NOT_WHILE_DRAWN}")
-    moved: Tensor = torch.ops.lightning_pet.gated_weight(weight, w, alpha, group, gates.key)
+    moved: Tensor
+    if is_ordinary(weight) and is_ordinary(w):
+        moved = _gate(weight, w, alpha, group, gates)
+    else:
+        moved = torch.ops.lightning_pet.gated_weight(weight, w, alpha, group, gates.key)
     return moved
+
+
+class _Gated(torch.autograd.Function):
+    """The operators without a compiler."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, gates: Gates
+    ) -> Tensor:
+        gates.arm()
+        ctx.key = gates.key
+        drawn = _Drawn()
+        out = _forward(gates, weight, w, alpha, group, drawn)
+        ctx.save_for_backward(w, alpha, group, drawn.s, drawn.z)
+        ctx.group = drawn.group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        w, alpha, group, s, z = ctx.saved_tensors  # may run the forward again
+        if torch.is_grad_enabled():  # the operator refuses to be differentiated
+            found = torch.ops.lightning_pet.gated_weight_backward(gradient, w, alpha, group, ctx.key)
+        else:
+            found = _backward(_of_key(ctx.key), gradient, w, alpha, group, _Drawn(ctx.group, s, z))
+        dw, *rest = found
+        dalpha, dgroup = (None if tensor is None else rest.pop(0) for tensor in (alpha, group))
+        return gradient if ctx.needs_input_grad[0] else None, dw, dalpha, dgroup, None
+
+
+# Past what ``Function.apply`` does for torch.func, which does not come here.
+_gate: Callable[..., Tensor] = super(torch.autograd.Function, _Gated).apply
 
 
 # --- the operators; defined with the first gates, as that takes milliseconds ------------------------

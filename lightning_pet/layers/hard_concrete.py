@@ -79,15 +79,33 @@ class HardConcrete:
 
     def concrete(self, alpha: Tensor, u: Tensor) -> Tensor:
         """The number s in (0, 1) for uniform numbers ``u``, before it is stretched and clamped."""
-        if self.temperature == 1:
-            # The same as the formula above without its logarithms; exp may be infinite, s is 0 then.
-            return u / torch.neg(alpha).exp_().mul_(1 - u).add_(u)
-        return torch.logit(u).add_(alpha).div_(self.temperature).sigmoid_()
+        return self._concrete(alpha, u.clone())
+
+    def draw(self, alpha: Tensor, generator: torch.Generator) -> Tensor:
+        """The number s of every gate for uniform numbers of this generator."""
+        if alpha.dtype != torch.float32:
+            return self._concrete(alpha, self.uniform(alpha, generator))
+        u = torch.empty(alpha.shape, dtype=torch.float32, device=alpha.device)
+        return self._concrete(alpha, u.uniform_(generator=generator))
+
+    def _concrete(self, alpha: Tensor, u: Tensor) -> Tensor:
+        s = u.logit_(EPSILON).add_(alpha)
+        return (s if self.temperature == 1 else s.div_(self.temperature)).sigmoid_()
+
+    def one(self, alpha: float, generator: torch.Generator) -> tuple[float, float]:
+        """Draw a single gate on a CPU: s and P(z > 0). It takes one number, as :meth:`uniform` does."""
+        u = min(max(torch.empty((), dtype=torch.float32).uniform_(generator=generator).item(), EPSILON), 1 - EPSILON)
+        logit = (math.log(u) - math.log1p(-u) + alpha) / self.temperature
+        return _sigmoid(logit), _sigmoid(alpha - self.shift)
 
     def uniform(self, like: Tensor, generator: torch.Generator) -> Tensor:
         """Uniform numbers of the shape of ``like``; the same for every dtype of it."""
         u = torch.empty(like.shape, dtype=torch.float32, device=like.device).uniform_(generator=generator)
         return u.clamp_(EPSILON, 1 - EPSILON).to(like.dtype)
+
+
+def _sigmoid(x: float) -> float:
+    return 0.5 * (1 + math.tanh(x / 2))
 
 
 def mixed(*parts: int | str) -> int:

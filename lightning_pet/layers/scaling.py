@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_pet.layers import rows as ranges
 from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.low_rank_source import source_of
+from lightning_pet.layers.transforms import is_ordinary, is_transformed
 
 
 class _Scaling(Delta):
@@ -130,7 +132,7 @@ class InputScaling(_Scaling):
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the host on ``l ⊙ x``; the dtype of x, [..., features, *spatial], stays."""
-        return call((x * _before(self.scale, self.spatial)).to(x.dtype), *args, **kwargs)
+        return call(scaled(x, _before(self.scale, self.spatial)), *args, **kwargs)
 
     def _factor(self, weight: Tensor) -> Tensor:
         return self.scale.unsqueeze(-1) if self.transposed else _per_input(self.scale, weight, self.groups)
@@ -204,6 +206,45 @@ class ScaledKernel(_Scaling):
 
     def _factor(self, weight: Tensor) -> Tensor:
         return _per_input(self.scale, weight, self.groups) if self.inner else _before(self.scale, weight.dim() - 1)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``x ⊙ factor`` in the dtype of x, without keeping x where what it was made from is kept anyway.
+
+    Args:
+        x: of any shape; behind an activation function it is made again in the backward pass.
+        factor: broadcasts against x.
+    """
+    if is_transformed() or not is_ordinary(x) or (source := source_of(x)) is None:
+        return (x * factor).to(x.dtype)
+    rebuild, sources = source
+    return _scale(x, factor, rebuild, *sources)
+
+
+class _Scaled(torch.autograd.Function):
+    """The product in a node that keeps the ingredients of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, rebuild: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+        ctx.rebuild = rebuild
+        ctx.save_for_backward(factor, *sources)
+        return (x * factor).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *sources = ctx.saved_tensors
+        to_x, to_factor, _, *others = ctx.needs_input_grad
+        of_x = (gradient * factor).to(gradient.dtype) if to_x else None
+        of_factor = None
+        if to_factor:
+            x = ctx.rebuild(*sources)
+            wide = torch.promote_types(x.dtype, factor.dtype)
+            of_factor = (gradient.to(wide) * x).sum_to_size(factor.shape).to(factor.dtype)
+        return (of_x, of_factor, None, *(None for _ in others))
+
+
+# Past what ``Function.apply`` does for torch.func, which does not come here.
+_scale: Callable[..., Tensor] = super(torch.autograd.Function, _Scaled).apply
 
 
 def _before(scale: Tensor, dimensions: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
 from lightning_pet.layers.sharding import is_partition
-from lightning_pet.layers.transforms import is_transformed
+from lightning_pet.layers.transforms import is_ordinary, is_transformed
 
 Function = Callable[..., Tensor]
 Gradient = Callable[..., Sequence[Tensor]]
@@ -233,10 +233,10 @@ def with_penalty(value: Tensor, parameters: Sequence[Tensor], penalty: Penalty, 
     if not with_gradients and not training:
         return value
     passed: Tensor
-    if torch.compiler.is_compiling() or type(value) not in (Tensor, nn.Parameter):
-        passed = torch.ops.lightning_pet.side(value, list(parameters), penalty.key, with_gradients)
-    else:
+    if is_ordinary(value):
         passed = _pass(value, penalty, *parameters)
+    else:
+        passed = torch.ops.lightning_pet.side(value, list(parameters), penalty.key, with_gradients)
     return passed
 
 

@@ -14,12 +14,11 @@ from lightning_pet.layers.fastfood import (
     fastfood,
     fastfood_transposed,
     hold,
-    is_ordinary,
     padded_length,
     projected_values,
     transposed_values,
 )
-from lightning_pet.layers.transforms import is_transformed
+from lightning_pet.layers.transforms import is_ordinary, is_transformed
 
 
 class Subspace(Delta):

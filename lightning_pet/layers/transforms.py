@@ -7,6 +7,7 @@ the next do not belong to a level of ``torch.func``. Whoever uses either asks he
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -31,3 +32,8 @@ def apply_node(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether neither a compiler nor a mode looks at what is done with a tensor, and it has values."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not torch.compiler.is_compiling()

@@ -263,7 +263,7 @@ class Adapted(Mapping[str, OneDelta]):
             tensors: the delta, whole.
             own: the root's tensors by name, in full shape, where an engine changed the shapes of its own.
         """
-        check_fit(self.root, self.record, meant(self.record), tensors, own)
+        check_fit(self.root, self.record, (meant(self.record),), tensors, own)
 
     # --- out of the model -------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from models import Data, Module, Net, adamw, ckpt, digest, fit, sgd, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lightning_pet.callbacks.diff_pruning import density as figures
 from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback
-from lightning_pet.callbacks.diff_pruning.callback import density as figures
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
 from lightning_pet.layers.gated_weight import expected_open
 from lightning_pet.operations.adapted import Adapted

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_pet import ArgumentError, IA3Callback, LoRACallback, TargetError, apply
+from lightning_pet.layers.scaling import scaled
 
 from . import zoo
 from .battery import Battery, Case, perturb
@@ -200,3 +201,54 @@ def test_bad_input() -> None:
         with pytest.raises(TargetError, match=text):
             apply(model, [IA3Callback(**options)])
     assert torch.equal(run(model), before)
+
+
+# --- what is kept for the backward pass -------------------------------------------------------------
+
+
+ACTIVATIONS = {
+    "gelu": lambda x, up: nn.functional.gelu(x),
+    "gated": lambda x, up: nn.functional.silu(x) * up,
+    "relu": lambda x, up: nn.functional.relu(x),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_scaled_input_has_the_gradients_of_the_formula(activation: str) -> None:
+    def run(scale: Any, x: torch.Tensor, up: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return scale(ACTIVATIONS[activation](x, up), factor).tanh()
+
+    x, up = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True).unbind(0)
+    given = (x, up, torch.randn(5, dtype=torch.float64, requires_grad=True))
+    found, expected = (
+        torch.autograd.grad(run(scale, *given).sum(), given, allow_unused=True)
+        for scale in (scaled, lambda x, factor: x * factor)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.allclose(ours, theirs, rtol=1e-12)
+    inputs = [tensor.detach().requires_grad_() for tensor in given]
+    assert torch.autograd.gradgradcheck(lambda *inputs: run(scaled, *inputs), inputs)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gated"])
+def test_an_input_that_can_be_made_again_is_not_kept(activation: str) -> None:
+    kept: list[torch.Tensor] = []
+    factor = torch.ones(5, requires_grad=True)
+    x, up = (torch.randn(4, 5, requires_grad=True) * 1 for _ in range(2))
+    value = ACTIVATIONS[activation](x, up)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        scaled(value, factor)
+    assert kept
+    assert value.data_ptr() not in {tensor.data_ptr() for tensor in kept}
+
+
+def test_a_scaled_input_in_half_precision() -> None:
+    x = torch.randn(4, 5, dtype=torch.bfloat16, requires_grad=True)
+    factor = torch.linspace(0.5, 1.5, 5).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(scale(nn.functional.gelu(x), factor).sum(), (x, factor))
+        for scale in (scaled, lambda x, factor: (x * factor).to(x.dtype))
+    )
+    assert [g.dtype for g in found] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(found, expected)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_pet.arguments import at_least, finite, one_of, positive, share
 from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.callbacks.diff_pruning.cut import compare_anew, fix, largest_entries
 from lightning_pet.callbacks.diff_pruning.density import DensityCurve, counted
@@ -141,24 +142,18 @@ class DiffPruningCallback(PETCallback):
         self._cut_at = self._end_at = 0
 
     def _validate(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ArgumentError(f"density={self.density}: a share in (0, 1], e.g. 0.005 for half a percent.")
+        share("density", self.density, "a share in (0, 1], e.g. 0.005 for half a percent.")
         if len(self.stages) != 2 or not self.stages[0] > 0 <= self.stages[1] or sum(self.stages) > 1 + 1e-9:
             raise ArgumentError(
                 f"stages={tuple(self.stages)}: two shares of the run, the first positive, that add up to at most 1, "
                 "e.g. (0.6, 0.4)."
             )
-        for label, value in (("alpha_lr", self.alpha_lr), ("alpha_clip", self.alpha_clip)):
-            if not math.isfinite(value) or value <= 0:
-                raise ArgumentError(f"{label}={value}: must be a positive number, e.g. {label}=0.1.")
-        if not math.isfinite(self.l0_weight) or self.l0_weight < 0:
-            raise ArgumentError(f"l0_weight={self.l0_weight}: must not be negative; the paper uses 1.25e-7.")
-        if not math.isfinite(self.alpha_init):
-            raise ArgumentError(f"alpha_init={self.alpha_init}: must be a number, e.g. 5.0.")
-        allowed = {"penalty": get_args(Form), "gates": get_args(GatesOf), "state": get_args(StateType)}
-        for label, words in allowed.items():
-            if getattr(self, label) not in words:
-                raise ArgumentError(f"{label}={getattr(self, label)!r}: use {' or '.join(map(repr, words))}.")
+        positive("alpha_lr", self.alpha_lr, "must be a positive number, e.g. alpha_lr=0.1.")
+        positive("alpha_clip", self.alpha_clip, "must be a positive number, e.g. alpha_clip=0.1.")
+        at_least("l0_weight", self.l0_weight, 0, "must not be negative; the paper uses 1.25e-7.")
+        finite("alpha_init", self.alpha_init, "must be a number, e.g. 5.0.")
+        for label, choices in (("penalty", Form), ("gates", GatesOf), ("state", StateType)):
+            one_of(label, getattr(self, label), choices, f"use {' or '.join(map(repr, get_args(choices)))}.")
         if len(self.stretch) != 2:
             raise ArgumentError(f"stretch={tuple(self.stretch)}: two numbers, e.g. (-1.5, 1.5).")
 
