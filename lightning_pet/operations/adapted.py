@@ -13,6 +13,7 @@ from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
 from lightning_pet.insertion.row_block import using_rows
+from lightning_pet.insertion.row_guard import check_rows, guarded
 from lightning_pet.insertion.stand_in import using
 from lightning_pet.insertion.together import check_acting
 from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
@@ -23,7 +24,6 @@ from lightning_pet.operations.contents import changed_besides, check_fit, meant,
 from lightning_pet.operations.loading import insert
 from lightning_pet.operations.one_delta import OneDelta, merge, refuse_lost
 from lightning_pet.operations.plan import Plan, plan_of
-from lightning_pet.operations.row_guard import check_rows, guarded
 from lightning_pet.operations.saving import save
 from lightning_pet.store.reader import PathLike, read
 
