@@ -39,12 +39,32 @@ def source_of(x: Tensor) -> Recipe | None:
             inputs, function = (_kept(node, "self"),), partial(F.gelu, approximate=node._saved_approximate)
         case "SiluBackward0":
             inputs, function = (_kept(node, "self"),), F.silu
-        case "MulBackward0":  # the gate of a gated feed-forward block
+        case "MulBackward0":  # the gate of a gated feed-forward block, or a norm
             inputs, function = (_kept(node, "self"), _kept(node, "other")), torch.mul
+            if None in inputs or any(t.shape != x.shape for t in inputs if t is not None):
+                return _norm(x, node)
         case _:
             return None
     usable = tuple(t for t in inputs if t is not None and t.shape == x.shape and t.dtype == x.dtype)
     return (function, usable) if len(usable) == len(inputs) else None
+
+
+def _norm(x: Tensor, node: Any) -> Recipe | None:
+    """The norm of a Llama, ``weight * (h * rsqrt(…))`` with a frozen weight: only h and the small root are kept."""
+    weight, other = _kept(node, "self"), _kept(node, "other")
+    inner: Any = node.next_functions[1][0]
+    if weight is None or other is not None or inner is None or inner.name() != "MulBackward0":
+        return None
+    hidden, root = _kept(inner, "self"), _kept(inner, "other")
+    if hidden is None or root is None or hidden.shape != x.shape or weight.shape != x.shape[-1:]:
+        return None
+    if root.shape != (*x.shape[:-1], 1) or not x.dtype == weight.dtype == hidden.dtype == root.dtype:
+        return None
+    return _normed, (weight, hidden, root)
+
+
+def _normed(weight: Tensor, hidden: Tensor, root: Tensor) -> Tensor:
+    return weight * (hidden * root)
 
 
 def are_packed() -> bool:

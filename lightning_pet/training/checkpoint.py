@@ -8,12 +8,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
-from lightning_pet.insertion.commit import changed_buffers, take_forms
+from lightning_pet.insertion.commit import take_forms
 from lightning_pet.insertion.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.layers.delta import Excerpt
+from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.naming import canonical, join, named_tensors, split_below
-from lightning_pet.model.outside import changed_outside, note_changed, outside_parameters
+from lightning_pet.model.outside import note_changed, outside_parameters
 from lightning_pet.operations import base_check
+from lightning_pet.operations.contents import changed_besides, check_fit
 from lightning_pet.store.entry import KEY, MARK, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.strategies import optimizers as optim
@@ -39,6 +41,11 @@ class SavedRun(Run, Protocol):
 
     resume: ExactResume
     watch: Watch
+
+    @property
+    def record(self) -> Adaptation:
+        """What was applied, as far as it belongs to this run."""
+        ...
 
     @property
     def base_check(self) -> str:
@@ -92,7 +99,7 @@ class Checkpoints:
         return [join(path, name) for name in names]
 
     def _required(self) -> set[str]:
-        record = self._run.adapted.record
+        record = self._run.record
         return set(self._full((*record.delta_names, *record.trained_names)))
 
     def _stored_names(self, names: set[str], excerpts: Mapping[str, Excerpt | None]) -> set[str]:
@@ -103,8 +110,12 @@ class Checkpoints:
 
     def _changed(self) -> set[str]:
         """What has changed besides the delta and is saved: buffers, and parameters beside the base."""
-        root = self._run.adapted.root
-        return self._run.adapter.anywhere({*changed_buffers(root), *changed_outside(root)})
+        return self._run.adapter.anywhere(set(self._changed_here()))
+
+    def _changed_here(self) -> dict[str, Tensor]:
+        adapted = self._run.adapted
+        found = (changed_besides(adapted.root, adapted.record, delta) for delta in self._run.record.names)
+        return {name: tensor for own in found for name, tensor in own.items()}
 
     def _beside_root(self) -> set[str]:
         # Buffers of metrics and losses beside the root are few and small.
@@ -120,7 +131,7 @@ class Checkpoints:
                 checkpoint[key] = self.keep(checkpoint[key])
         left_out = make_plain(checkpoint)
         seal(checkpoint)
-        record = run.adapted.record
+        record = run.record
         written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
         entry = make_entry(record, run.root_path, self._fingerprint(frozenset(self._changed())), written)
         if "optimizer_states" in checkpoint:
@@ -161,7 +172,7 @@ class Checkpoints:
         if self._base is None or self._base[0] != saved:
             adapted, whole = self._run.adapted, self._run.adapter.whole
             exact = self._run.base_check == "exact"
-            self._base = saved, base_check.base_fingerprint(adapted.root, adapted.record, saved, exact, whole)
+            self._base = saved, base_check.base_fingerprint(adapted.root, self._run.record, saved, exact, whole)
         return self._base[1]
 
     def new_run(self) -> None:
@@ -175,7 +186,7 @@ class Checkpoints:
         run = self._run
         adapted = run.adapted
         entry = read_entry(checkpoint, path)
-        base_check.check_methods(entry, adapted.record, path)
+        base_check.check_methods(entry, run.record, path)
         check_tensors(checkpoint, entry, path)
         saved, whole = saved_fingerprint(entry, path), run.adapter.whole
         held = run.adapter.is_wrapped(adapted.root)
@@ -184,7 +195,7 @@ class Checkpoints:
             for key in _STATES:
                 if key in checkpoint:
                     self._check_fit(checkpoint[key], path)
-            stored = [*adapted.record.trained_names, *self._split(checkpoint["state_dict"])[0]]
+            stored = [*run.record.trained_names, *self._split(checkpoint["state_dict"])[0]]
             base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, stored, whole)
         except BaseException:
             undo()
@@ -213,10 +224,13 @@ class Checkpoints:
                     "mismatch",
                 )
         try:
-            adapted = self._run.adapted
-            adapted.check_fit(as_held(adapted.root, inside), self._split(own)[0])
+            self._check_inside(as_held(self._run.adapted.root, inside), own)
         except DeltaFileError as error:
             raise DeltaFileError(f"{path}: {error}", error.code) from None
+
+    def _check_inside(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        adapted = self._run.adapted
+        check_fit(adapted.root, adapted.record, self._run.record.names, tensors, self._split(own)[0])
 
     def _completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict of the whole module: hooks and averaging callbacks load it strictly.
@@ -245,10 +259,11 @@ class Checkpoints:
         wanted = {*self._required(), *self._beside_root(), *self._full(besides)}
         wanted |= {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
         found = {name: value for name, value in state.items() if name in wanted}
-        shaped = self._split(run.adapter.shaped(own))[0]
-        run.adapted.check_fit(self._split(found)[0], shaped)  # once more: on_load_checkpoint of the user came between
+        self._check_inside(
+            self._split(found)[0], run.adapter.shaped(own)
+        )  # once more: on_load_checkpoint of the user came between
         originals = run.adapted.record.originals
-        changed = list(changed_buffers(run.adapted.root))
+        changed = [name for name in self._changed_here() if name in originals]
         run.adapter.fill(own, dict(zip(self._full(changed), [originals[name] for name in changed], strict=True)))
         note_changed(run.adapted.root, self._from_file)
         run.adapter.fill(own, found)  # in a second turn: a completed state refers to the very buffers

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_pet.layers import low_rank_product
 from lightning_pet.layers.low_rank import LowRankLinear
-from lightning_pet.layers.low_rank_product import drawn_mask
+from lightning_pet.layers.low_rank_product import drawn_mask, low_rank_linear
+from lightning_pet.layers.low_rank_source import source_of
 from lightning_pet.layers.svd_low_rank import SvdLowRankLinear
 
 D = torch.float64
@@ -29,6 +31,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dora-pissa-dropout": {"use_dora": True, "init": "pissa", "dropout": 0.3},
     "dora-transposed": {"use_dora": True, "transposed": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def no_layer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes here are small, and the nodes are for large ones."""
+    monkeypatch.setattr(low_rank_product, "_SMALL", 0)
 
 
 def case(name: str, dtype: torch.dtype = D) -> tuple[LowRankLinear, Tensor, Tensor, Tensor]:
@@ -167,6 +175,29 @@ def test_what_is_kept(name: str) -> None:
     masks = [t for t in large if t.element_size() == 1]
     assert len(masks) == (1 if delta.dropout else 0)
     assert sum(t.numel() for t in large if t.element_size() > 1) <= (TOKENS * OUT if delta.use_dora else 0)
+
+
+def test_a_norm_with_a_frozen_weight_is_computed_again() -> None:
+    """As transformers writes it: bit for bit, and not where its weight trains or its factors have other shapes."""
+    _, weight, bias, x = case("lora")
+    for trained in (False, True):
+        scales = torch.randn(IN, dtype=D, requires_grad=trained)
+        found = []
+        for keep in (False, True):
+            y = scales * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+            y = y + 0 if keep else y
+            recipe = source_of(y)
+            assert (recipe is None) is (keep or trained)
+            assert recipe is None or torch.equal(recipe[0](*recipe[1]), y)
+            delta = case("lora")[0]
+            a, b = delta.a, delta.b
+            out = low_rank_linear(y, weight, bias, a, b, 0.7, merged=False).sin().sum()
+            found.append(torch.autograd.grad(out, [x, a, b], retain_graph=True))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    factor = torch.randn(1, TOKENS // 2, 1, dtype=D, requires_grad=True)
+    assert source_of(torch.randn(IN, dtype=D) * (x * factor)) is None
+    assert source_of(torch.randn(IN, dtype=D) * (x * x)) is None
+    assert source_of(torch.randn(1, dtype=D) * (x * x.mean(-1, keepdim=True))) is None
 
 
 def test_dora_reads_its_output_instead_of_keeping_a_copy() -> None:
