@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
+from lightning_pet.insertion.gate import take_gate
 from lightning_pet.insertion.host import attach, conceal, detach
 from lightning_pet.insertion.intact import guard, resized, unguard
 from lightning_pet.insertion.method import delta_name
@@ -316,6 +317,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     restore_repacking(root)
     unguard(root)
     leave_saves(root)
+    take_gate(root)
     del root.__dict__[RECORD]
 
 
