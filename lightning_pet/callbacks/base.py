@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_pet.arguments import checked, one_of, share, unknown_option
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
-from lightning_pet.insertion.method import METHODS, Insertion, key_of
+from lightning_pet.insertion.method import METHODS, Insertion, key_of, suffix_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import deltas_in, record_of
 from lightning_pet.model.delta_names import DEFAULT, check_delta_name
@@ -157,7 +157,7 @@ class PETCallback(Callback):
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build all deltas, without touching the model."""
-        return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
+        return [Insertion(target, self.build(root, target), suffix_of(target)) for target in targets]
 
     def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of the parameters of task heads: ``modules_to_save``, or those among the targets."""
@@ -378,10 +378,3 @@ class PETCallback(Callback):
 def _many(value: Any) -> Any:
     """One name is a list of one, and pairs are lists: in these forms arguments are kept."""
     return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
-
-
-def _suffix(target: Target) -> str:
-    """Tells the deltas of one method on one host apart: several parameters, several roles of one parameter."""
-    role = target.role.rpartition(".")[2] if target.role and target.rows else ""
-    parameter = "" if target.parameter == "weight" else target.parameter
-    return "_".join(part for part in (parameter, role) if part)

@@ -108,6 +108,15 @@ class Delta(Part):
     reads_weight: bool = False
     """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
 
+    row_form: ClassVar[Any] = None
+    """``row_form(deltas, ids, x, output)``: what :meth:`forward` does, at once for rows that use different deltas.
+
+    ``deltas``: one of this class or ``None`` (nothing acts) per group; ``ids``: of each row of the batch, the number of
+    its group; x and output are batch-major, with as many numbers per row of the batch. ``None``, or a result of
+    ``None``: not at once, but group by group. For deltas around a call ``row_form(deltas, ids, owner)`` gives what runs
+    ``(call, args, kwargs)``; what it holds meanwhile is the owner's, the host's ``pet``.
+    """
+
     parameter: str = "weight"
     """Which parameter of the host this delta belongs to (``""``: none); set when it is inserted."""
 

@@ -19,6 +19,7 @@ from lightning_pet.layers.low_rank_product import (
     low_rank_linear,
     prefers_merged,
 )
+from lightning_pet.layers.low_rank_rows import low_rank_rows
 
 
 class LowRankLinear(OwnBias):
@@ -132,6 +133,16 @@ class LowRankLinear(OwnBias):
         matrix, bias = matrix.to(dtype), None if bias is None else bias.to(dtype)
         origin, dropout = self._origin(dtype), self.dropout if drops else 0.0
         return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin, dropout=dropout)
+
+    @staticmethod
+    def row_form(deltas: Sequence["LowRankLinear | None"], ids: Tensor, x: Tensor, output: Tensor) -> Tensor | None:
+        """All rows at once, where A and B are all there is; see :attr:`Delta.row_form`."""
+        for delta in deltas:
+            if delta is not None and (
+                not delta._bare or delta._drops() or type(delta).forward is not LowRankLinear.forward
+            ):
+                return None
+        return low_rank_rows(deltas, ids, x, output)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight

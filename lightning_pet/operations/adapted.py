@@ -12,6 +12,8 @@ from lightning_pet.insertion.commit import check_sum, commit, copy_in
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
+from lightning_pet.insertion.row_block import using_rows
+from lightning_pet.insertion.row_guard import check_rows, guarded
 from lightning_pet.insertion.stand_in import using
 from lightning_pet.insertion.together import check_acting
 from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
@@ -166,6 +168,35 @@ class Adapted(Mapping[str, OneDelta]):
         the deltas had changed them. Enter and leave the block in one thread, and do not ``await`` in between.
         """
         with self.using():
+            yield
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the block each row of a batch uses its own delta, for the calling thread only; ``None``: the base.
+
+        One name per row. What a model makes of the batch inside (beams, windows, flattened tokens) follows by the
+        batch-major rule: the first dimension of what a layer gets is a multiple k of the number of names, and each
+        k consecutive entries belong to one row. Whether a model keeps to it is looked at when rows are first asked
+        for. Gradients reach each delta from its own rows.
+
+        Raises:
+            ArgumentError: if there is no such delta, or the names are no list.
+            TargetError: for what cannot be told apart by rows, naming it; also from forwards inside of the block.
+
+        >>> import torch
+        >>> from lightning_pet import LoRACallback, apply
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> adapted = apply(net, [LoRACallback(r=2, target_modules=["0"])])
+        >>> with adapted.rows(["default", None, "default"]):
+        ...     net(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        """
+        record = self.record
+        check_rows(names, record)
+        if set(record.active) - set(names):
+            refuse_lost(record, "switched off")
+        check_intact(self.root, record)
+        with guarded(self.root, record, names) as shared, using_rows(self.root, record, names, shared):
             yield
 
     def load(
