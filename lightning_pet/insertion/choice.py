@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
 from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, keys_of, take_out, undo
-from lightning_pet.insertion.gate import between_forwards
 from lightning_pet.insertion.intact import sizes_of
 from lightning_pet.insertion.together import check_acting
 from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.delta_names import check_known, delta_of
+from lightning_pet.model.gate import between_forwards
 from lightning_pet.model.naming import modules_on_the_way, named_tensors
 
 LOCK: Final = threading.RLock()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
-from lightning_pet.insertion.gate import take_gate
 from lightning_pet.insertion.host import attach, conceal, detach
 from lightning_pet.insertion.intact import guard, resized, unguard
 from lightning_pet.insertion.method import delta_name
@@ -25,6 +24,7 @@ from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_i
 from lightning_pet.model.call import Switch
 from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
+from lightning_pet.model.gate import take_gate
 from lightning_pet.model.naming import (
     by_delta,
     canonical,

@@ -3,10 +3,13 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_GATE: Final = "_pet_gate"  # attribute of an adapted root
 
 
 class Gate:
@@ -19,9 +22,15 @@ class Gate:
         self._free = threading.Condition()
         self._running: dict[int, int] = {}  # forwards by thread
         self._closed_by: int | None = None
+        self.hooks: list[RemovableHandle] = []
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Gate, ()
+    def __getstate__(self) -> dict[str, Any]:
+        """No forward of a copy runs."""
+        return {"hooks": self.hooks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Gate.__init__(self)
+        self.hooks = state["hooks"]
 
     def enter(self, *_: Any) -> None:
         """A forward begins."""
@@ -68,25 +77,24 @@ class Gate:
 
 def gate_of(root: nn.Module) -> Gate | None:
     """The gate of a root, if it has one."""
-    owners = (getattr(hook, "__self__", None) for hook in root._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, Gate)), None)
+    return root.__dict__.get(_GATE)
 
 
 def set_gate(root: nn.Module) -> None:
     """Let a root have one."""
     if gate_of(root) is None:
-        gate = Gate()
-        root.register_forward_pre_hook(gate.enter)
-        root.register_forward_hook(gate.leave, always_call=True)
+        gate = root.__dict__[_GATE] = Gate()
+        gate.hooks = [
+            root.register_forward_pre_hook(gate.enter),
+            root.register_forward_hook(gate.leave, always_call=True),
+        ]
 
 
 def take_gate(root: nn.Module) -> None:
     """Take it away."""
-    for hooks in (root._forward_pre_hooks, root._forward_hooks):
-        for number, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Gate):
-                del hooks[number]
-                root._forward_hooks_always_called.pop(number, None)
+    gate: Gate | None = root.__dict__.pop(_GATE, None)
+    for hook in gate.hooks if gate is not None else ():
+        hook.remove()
 
 
 @contextmanager
