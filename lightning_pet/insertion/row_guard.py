@@ -74,10 +74,8 @@ def check_rows(names: Any, record: Adaptation) -> None:
         raise ArgumentError(f"rows({names!r}): expected a list with the name of a delta, or None, for each row.")
     wanted = [name for name in dict.fromkeys(names) if name is not None]
     check_known(wanted, record.names)
-    lengths = {
-        name: [a.config.get("length") for a in record.applied if a.delta == name and a.method in _LONGER]
-        for name in wanted
-    }
+    longer = [applied for applied in record.applied if applied.method in _LONGER]
+    lengths = {name: [a.config.get("length") for a in longer if a.delta == name] for name in wanted}
     several = any(len(own) > 1 for own in lengths.values())
     known = not any(a.method == "auto_prompt" for a in longer if a.delta in wanted)
     alike = all(own == next(iter(lengths.values())) for own in lengths.values()) and None not in names
