@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.choice import LOCK
 from lightning_pet.insertion.host import deltas_of, expose, is_swapped_by_others
-from lightning_pet.insertion.stand_in import close, placed_values, places_of, wanted_by
+from lightning_pet.insertion.stand_in import close, leaving_for, placed_values, places_of, wanted_by
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import Rows
