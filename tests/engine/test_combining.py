@@ -130,6 +130,49 @@ def test_the_best_approximation_of_a_rank_and_its_error(tmp_path: Path) -> None:
         lp.combine_deltas([a, b], c, rank=2)
 
 
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.5, -1.0)])
+def test_triplets_are_factors_too(weights: Any, tmp_path: Path) -> None:
+    a, b, c = (tmp_path / f"{name}.pet.safetensors" for name in "abc")
+
+    def adalora(rank: int) -> Any:
+        names = {"target_modules": ["fc1", "fc2", "conv"], "modules_to_save": []}
+        return lp.AdaLoRACallback(init_r=rank, target_r=1, alpha=5, **names)
+
+    one, two = saved(a, adalora(2), move=1), saved(b, adalora(3), move=2)
+    lp.combine_deltas([a, b], c, weights=weights)
+    found = loaded(c)
+    assert any(change.abs().max() > 0.05 for change in found.values())
+    assert all(torch.allclose(t, weights[0] * one[n] + weights[1] * two[n], atol=1e-10) for n, t in found.items())
+    model = net()
+    adapted = lp.load_delta(model, b)  # one triplet of one place was switched off in a run
+    delta = next(found.delta for found in adapted.record.deltas(model) if found.target.module == "fc1")
+    with torch.no_grad():
+        delta.kept[0], delta.e[0] = 0, 0.0
+    lp.save_delta(model, b)
+    two = loaded(b)
+    lp.combine_deltas([b, a], c, weights=weights)
+    assert all(torch.allclose(t, weights[0] * two[n] + weights[1] * one[n], atol=1e-10) for n, t in loaded(c).items())
+    assert lp.inspect_delta(c).methods[0].config["init_r"] == 5
+    lp.combine_deltas([a, b, b], c, how="svd", rank=2)
+    lp.load_delta(net(), c)
+    with pytest.raises(lp.ArgumentError, match="means nothing for adalora:default"):
+        lp.combine_deltas([a, b], c, how="peft_linear")
+
+
+def test_all_places_of_an_adalora_start_with_one_rank(tmp_path: Path) -> None:
+    files = []
+    for name in "ab":
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 6))
+        adapted = lp.apply(model, [lp.AdaLoRACallback(init_r=2, target_r=1, target_modules=["0", "1"])])
+        perturb(adapted)
+        files.append(tmp_path / f"{name}.pet.safetensors")
+        lp.save_delta(model, files[-1])
+    with pytest.raises(lp.ArgumentError, match=r"0\.pet\.adalora_default can have 3 at most.*Use how='svd'"):
+        lp.combine_deltas(files, tmp_path / "c.pet.safetensors")
+    lp.combine_deltas(files, tmp_path / "c.pet.safetensors", how="svd", rank=3)
+
+
 def elected(changes: list[Tensor], weights: Any) -> Tensor:
     """TIES, entry by entry."""
     out = torch.zeros_like(changes[0])

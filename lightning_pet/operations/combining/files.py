@@ -47,8 +47,8 @@ def combine_deltas(
 ) -> Combination:
     """Combine delta files (or training checkpoints) of one base into a delta file. No model is needed.
 
-    * LoRA (also PiSSA and OLoRA): everything, on ``ΔW = s B A``. ``"linear"`` (or ``"cat"``) is exact and adds up
-      ranks; ``"svd"`` is the best approximation of a rank; ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and
+    * LoRA (also PiSSA, OLoRA and AdaLoRA): everything, on ``ΔW = s B A``. ``"linear"`` (or ``"cat"``) is exact and
+      adds up ranks; ``"svd"`` is the best approximation of a rank; ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and
       ``"magnitude_prune"`` work on the entries of ΔW, and the result is approximated by a rank. ``"peft_linear"`` and
       ``"peft_ties"`` repeat what HF PEFT calls so, on A and B apart.
     * (IA)³ and fixed diff pruning: ``"linear"``, exactly.

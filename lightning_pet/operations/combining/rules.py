@@ -222,6 +222,40 @@ def _factors(group: Mapping[str, Tensor], scale: float, conv: bool) -> Factors:
     return a, b
 
 
+def _triplets(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
+    """AdaLoRA: the triplets that are left are factors as well, whose number of e can be part of A."""
+    result.refuse_unless(records[0], "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+    differing = ("target_r", "init_r", "alpha", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
+    result.same_config(records, *_RUN, "layers_pattern", "total_step", *differing)
+    made: dict[str, Factors] = {}
+    for path, group in result.groups(records[0])[0].items():
+        groups = [groups[path] for groups in result.found]
+        if any(own["kept"].dim() > 1 for own in groups):
+            raise DeltaFileError(f"{path}: triplets of several matrices in one weight are not combined.", "mismatch")
+        a, b = _approximated(result, path, [_of_triplets(*pair) for pair in zip(groups, records, strict=True)])
+        made[path] = a.to(group["a"].dtype), b.to(group["a"].dtype)
+        result.made.ranks[path] = b.shape[-1]
+    rank = max(b.shape[-1] for _, b in made.values())
+    for path, (a, b) in made.items():
+        if rank > min(a.shape[-1], b.shape[0]):
+            raise ArgumentError(
+                f"the result has a rank of {rank} somewhere, and {path} can have {min(a.shape[-1], b.shape[0])} at "
+                f"most, but all places of an AdaLoRA start with one init_r. Use how='svd' with a smaller rank."
+            )
+        kept = (torch.arange(rank) < b.shape[-1]).to(torch.int32)
+        whole = b.shape[-1] == rank  # a file holds the triplets that are left, triplets first
+        own = {"a": a, "b": b if whole else b.t(), "e": a.new_ones(b.shape[-1]), "kept": kept}
+        result.tensors |= {join(path, name): tensor for name, tensor in own.items()}
+    config = {**records[0].config, "init_r": rank, "target_r": rank, "alpha": float(rank), "budget": None}
+    return replace(records[0], config=config)
+
+
+def _of_triplets(group: Mapping[str, Tensor], record: MethodRecord) -> Factors:
+    a, b, e = (group[name].double() for name in ("a", "b", "e"))
+    left = len(a) < group["kept"].numel()
+    return a * e.unsqueeze(-1), (b.t() if left else b) * (record.config["alpha"] / record.config["init_r"])
+
+
 def _as_peft(
     result: Result,
     place: str,
@@ -243,8 +277,11 @@ def _as_peft(
     return arithmetic.peft_ties(own, scaled, result.options.density)
 
 
-def _approximated(result: Result, place: str, pairs: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def _approximated(
+    result: Result, place: str, pairs: Sequence[Factors], weights: Sequence[float] | None = None
+) -> Factors:
     how, density = result.options.how, result.options.density
+    weights = result.options.weights if weights is None else weights
     a, b = arithmetic.concatenated(pairs, weights)
     largest = min(a.shape[-1], b.shape[-2])
     if how in ("linear", "cat"):
@@ -395,6 +432,7 @@ def _alike(result: Result, name: str) -> list[Tensor]:
 
 RULES: Final[dict[str, Callable[[Result, Sequence[MethodRecord]], MethodRecord]]] = {
     "lora": _low_rank,
+    "adalora": _triplets,
     "ia3": _scaling,
     "adapter": _average,
     "adapter_bias": _average,
