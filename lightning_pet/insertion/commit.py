@@ -24,6 +24,7 @@ from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_i
 from lightning_pet.model.call import Switch
 from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
+from lightning_pet.model.gate import take_gate
 from lightning_pet.model.naming import (
     by_delta,
     canonical,
@@ -316,6 +317,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     restore_repacking(root)
     unguard(root)
     leave_saves(root)
+    take_gate(root)
     del root.__dict__[RECORD]
 
 

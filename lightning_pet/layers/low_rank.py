@@ -179,9 +179,9 @@ class LowRankLinear(OwnBias):
         assert self.magnitude is not None
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
-                changed = self._changed(self._take(matrix))
+                changed = self._changed(self._own(matrix))
                 norm = torch.linalg.vector_norm(changed, dim=-1).to(self.magnitude.dtype)
-                changed = self._put(matrix, changed)
+                changed = self._among(matrix, changed)
             excess = self._spread((self.magnitude / norm - 1).unsqueeze(-1)).squeeze(-1)
         matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
         layer = Dora(matrix, bias, a, b, excess, self.scale, self._origin(x.dtype), changed)

@@ -21,7 +21,7 @@ from lightning_pet.model.delta_names import check_known
 from lightning_pet.model.outside import note_changed
 from lightning_pet.model.structure import Structure
 from lightning_pet.operations.contents import changed_besides, check_fit, meant, tensors_of
-from lightning_pet.operations.loading import insert
+from lightning_pet.operations.loading import insert, replace_values
 from lightning_pet.operations.one_delta import OneDelta, merge, refuse_lost
 from lightning_pet.operations.plan import Plan, plan_of
 from lightning_pet.operations.saving import save
@@ -134,8 +134,11 @@ class Adapted(Mapping[str, OneDelta]):
             ArgumentError: if there is no such delta, or two of them have each its own values for one tensor.
             TargetError: if two of them cannot act on one layer. In all cases nothing is changed.
         """
-        check_intact(self.root, self.record)
-        activate(self.root, names)
+        try:
+            activate(self.root, names)
+        except KeyError:  # a host is gone; to look for that each time would cost more than switching
+            check_intact(self.root, self.record)
+            raise
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
@@ -211,6 +214,20 @@ class Adapted(Mapping[str, OneDelta]):
         """Load one more delta, beside those that are there; see :func:`lightning_pet.load_delta`."""
         insert(self.root, read(source), base_check, name=name, heads=heads, rename=rename)
         return self[name]
+
+    def replace(self, name: str, source: PathLike, *, base_check: str = "error") -> None:
+        """Exchange the values of a delta in place for those of a file of the same methods, places and shapes.
+
+        Nothing is compiled anew. A forward of another thread sees the values before it or those after it, whole: one
+        that runs is waited for, and one that begins meanwhile waits. (Calls of a compiled model are not told apart:
+        replace between them.)
+
+        Raises:
+            DeltaFileError: if the file has another form. The model is as it was then.
+            BaseMismatchError: if it was trained on another base.
+        """
+        check_intact(self.root, self.record)
+        replace_values(self.root, name, read(source), base_check)
 
     # --- what is there ----------------------------------------------------------------------------
 

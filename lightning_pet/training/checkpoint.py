@@ -83,8 +83,9 @@ class Checkpoints:
         Raises:
             PETError: if a part of the delta is not in ``state``.
         """
-        required, wanted = (self._stored_names(names) for names in (self._required(), self._wanted()))
-        kept = {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
+        excerpts = self._excerpts()
+        required, wanted = (self._stored_names(names, excerpts) for names in (self._required(), self._wanted()))
+        kept = {name: value for key, value in state.items() if (name := canonical(key)) in wanted}
         if absent := sorted(required - kept.keys()):
             raise PETError(
                 f"{len(absent)} tensors of the delta are not in the state of {type(self._run.module).__name__} that is "
@@ -92,19 +93,20 @@ class Checkpoints:
             )
         return kept
 
-    def _full(self, name: str) -> str:
-        return join(self._run.root_path, name)
+    def _full(self, names: Iterable[str]) -> list[str]:
+        """Names from the root as names from the module."""
+        path = self._run.root_path
+        return [join(path, name) for name in names]
 
     def _required(self) -> set[str]:
         record = self._run.record
-        return {self._full(name) for name in (*record.delta_names, *record.trained_names)}
+        return set(self._full((*record.delta_names, *record.trained_names)))
 
-    def _stored_names(self, names: set[str]) -> set[str]:
-        excerpts = self._excerpts()
+    def _stored_names(self, names: set[str], excerpts: Mapping[str, Excerpt | None]) -> set[str]:
         return (names - excerpts.keys()) | {e.name for n, e in excerpts.items() if e is not None and n in names}
 
     def _wanted(self) -> set[str]:
-        return self._required() | {self._full(name) for name in self._changed()} | self._beside_root()
+        return {*self._required(), *self._full(self._changed()), *self._beside_root()}
 
     def _changed(self) -> set[str]:
         """What has changed besides the delta and is saved: buffers, and parameters beside the base."""
@@ -250,17 +252,19 @@ class Checkpoints:
         """Copy the tensors of a checked checkpoint in; buffers that are not in it are those of the base."""
         run = self._run
         inside, state = self._split(checkpoint["state_dict"])
-        state |= {self._full(name): value for name, value in as_held(run.adapted.root, inside).items()}
+        held = as_held(run.adapted.root, inside)
+        state |= zip(self._full(held), held.values(), strict=True)
         own = list(named_tensors(run.module))
         besides = outside_parameters(run.adapted.root, run.adapted.record)
-        wanted = self._required() | self._beside_root() | {self._full(name) for name in besides}
+        wanted = {*self._required(), *self._beside_root(), *self._full(besides)}
         wanted |= {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
         found = {name: value for name, value in state.items() if name in wanted}
         self._check_inside(
             self._split(found)[0], run.adapter.shaped(own)
         )  # once more: on_load_checkpoint of the user came between
         originals = run.adapted.record.originals
-        run.adapter.fill(own, {self._full(n): originals[n] for n in self._changed_here() if n in originals})
+        changed = [name for name in self._changed_here() if name in originals]
+        run.adapter.fill(own, dict(zip(self._full(changed), [originals[name] for name in changed], strict=True)))
         note_changed(run.adapted.root, self._from_file)
         run.adapter.fill(own, found)  # in a second turn: a completed state refers to the very buffers
 
