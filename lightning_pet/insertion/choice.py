@@ -45,8 +45,13 @@ def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
 
     Raises:
         ArgumentError: if there is no such delta, or two have their own values for one tensor.
+        KeyError: if a module that one of them lies in was replaced.
         TargetError: if two cannot act on one layer.
     """
+    record = record_at(root)
+    coming = {name for name in deltas if name not in record.active}
+    for _ in record.of(*coming).deltas(root) if coming else ():
+        pass  # raises before anything is changed
     place(root, deltas)
     let_train(root, deltas)
 

@@ -54,6 +54,10 @@ class Deltas(nn.ModuleDict):
         self._roots = tuple(dict.fromkeys(self.switches.values()))
         self._known: dict[tuple[Any, ...], Acting] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()  # a copy has switches of its own, with other numbers
+
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a delta; see :class:`torch.nn.Module`."""
         super().add_module(name, module)

@@ -47,6 +47,7 @@ class LowRankLinear(OwnBias):
     """
 
     fuses_linear: ClassVar[bool] = True
+    _bare = False
 
     def __init__(
         self,

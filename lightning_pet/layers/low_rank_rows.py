@@ -1,8 +1,8 @@
 """The low-rank deltas of a batch each of whose rows has its own: gathered into one stack, two products for all."""
 
 from collections.abc import Sequence
-from typing import Any, Final
-from weakref import WeakKeyDictionary
+from typing import Any, Final, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,26 @@ from lightning_pet.layers.low_rank_product import compute_dtype
 
 Stack = tuple[Tensor, Tensor]
 
-_KNOWN: Final[WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Stack]]]] = WeakKeyDictionary()
+
+class _Known(NamedTuple):
+    """A stack, and what it was made of.
+
+    Attributes:
+        tensors: themselves, as another may come to lie where one of them did.
+        stamps: where each lies, and how often it was changed.
+        stack: of them.
+    """
+
+    tensors: list["ReferenceType[Tensor]"]
+    stamps: list[tuple[Any, ...]]
+    stack: Stack
+
+    def holds(self, tensors: Sequence[Tensor], stamps: list[tuple[Any, ...]]) -> bool:
+        """Whether it is still the stack of these."""
+        return self.stamps == stamps and all(own() is t for own, t in zip(self.tensors, tensors, strict=True))
+
+
+_KNOWN: Final[WeakKeyDictionary[nn.Module, dict[Any, _Known]]] = WeakKeyDictionary()
 _REMEMBERED: Final = 8  # stacks of a place
 
 
@@ -44,16 +63,16 @@ def _stack(deltas: Sequence[Any], dtype: torch.dtype) -> Stack:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
         return _stacked(deltas, own, dtype)
     key = (tuple(None if delta is None else id(delta) for delta in deltas), dtype)
-    stamp = tuple((tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors)
+    stamps = [(tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors]
     known = _KNOWN.setdefault(own[0], {})
     found = known.get(key)
-    if found is None or found[0] != stamp:
+    if found is None or not found.holds(tensors, stamps):
         with torch.inference_mode(False), torch.no_grad():
-            found = (stamp, _stacked(deltas, own, dtype))
+            found = _Known([ref(tensor) for tensor in tensors], stamps, _stacked(deltas, own, dtype))
         if len(known) >= _REMEMBERED:
             known.clear()
         known[key] = found
-    return found[1]
+    return found.stack
 
 
 def _stacked(deltas: Sequence[Any], own: Sequence[Any], dtype: torch.dtype) -> Stack:

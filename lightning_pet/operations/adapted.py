@@ -134,8 +134,11 @@ class Adapted(Mapping[str, OneDelta]):
             ArgumentError: if there is no such delta, or two of them have each its own values for one tensor.
             TargetError: if two of them cannot act on one layer. In all cases nothing is changed.
         """
-        check_intact(self.root, self.record)
-        activate(self.root, names)
+        try:
+            activate(self.root, names)
+        except KeyError:  # a host is gone; to look for that each time would cost more than switching
+            check_intact(self.root, self.record)
+            raise
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
