@@ -126,11 +126,14 @@ def refuse_in_use(record: Adaptation, delta: str, what: str) -> None:
     Raises:
         PETError: naming it.
     """
-    users = sum(delta in selection.deltas for selection in record.switch.open)
+    selections = record.switch.open
+    parts = {part for selection in selections if selection.rows is not None for part in selection.rows.parts}
+    using = [selection for selection in selections if delta in selection.deltas and selection not in parts]
+    users, by_rows = len(using), any(selection.rows is not None for selection in using)
     if users:
         raise PETError(
-            f"the delta {delta!r} cannot be {what} now: {users} block{'s' * (users > 1)} of `using({delta!r})`, maybe "
-            "of other threads, are open. Leave them first."
+            f"the delta {delta!r} cannot be {what} now: {users} block{'s' * (users > 1)} of `using({delta!r})`"
+            f"{' or `rows([...])`' if by_rows else ''}, maybe of other threads, are open. Leave them first."
         )
 
 

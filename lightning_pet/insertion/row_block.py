@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.choice import LOCK
 from lightning_pet.insertion.host import deltas_of, expose, is_swapped_by_others
+from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.stand_in import close, leaving_for, placed_values, places_of, wanted_by
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
@@ -17,16 +18,14 @@ from lightning_pet.model.naming import named_modules
 
 
 @contextmanager
-def using_rows(
-    root: nn.Module, record: Adaptation, names: Sequence[str | None], shared: frozenset[str] = frozenset()
-) -> Iterator[None]:
+def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None], manners: Manners) -> Iterator[None]:
     """Within the block every row of a batch uses its own delta in this thread; ``None``: none.
 
     Args:
         root: what is adapted.
         record: its own.
         names: one per row.
-        shared: paths of modules that compute once what all rows get.
+        manners: what is known of how modules treat rows.
 
     Raises:
         TargetError: if the values of what was trained in place cannot be read side by side here.
@@ -53,7 +52,7 @@ def using_rows(
                 part.values.update(placed_values(root, values) if values else {})
             paths = {id(module): path for path, module in modules.items()}
             ids = tuple(groups.index(name) for name in names)
-            rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, shared)
+            rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, manners)
             union = record.selection(tuple(name for name in groups if name is not None))
             for module, attributes in places:
                 expose(module, attributes, switch, by_rows=True)

@@ -3,12 +3,14 @@
 The batch-major rule cannot be read off a tensor: a sequence-first model whose length happens to be a multiple of the
 number of rows would mix them without a sound. So the base is run on random batches of 3 rows of 7 tokens, and on the
 same rows in another order: of every module that is to take rows apart, the first dimension of input and output must be
-a multiple of 3, or 1, and follow the order. Where no batch can be made up, the user's first one is looked at.
+a multiple of 3, or 1, and follow the order. Where no batch can be made up, the user's first one is looked at. What
+else a module gets and gives is noted, too: whether it belongs to rows, or all of them share it.
 """
 
+import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.row_leaves import ROWS, Leaves, Sides, close, ordered, tensors_in
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import HERE, Selection
 from lightning_pet.model.delta_names import check_known
@@ -24,9 +27,9 @@ from lightning_pet.probe.inputs import candidate_inputs, random_batch
 
 _LONGER = ("prompt_tuning", "auto_prompt")
 _ROWS, _TOKENS, _BATCHES = 3, 7, 3
-_CLOSE = 1e-4
 
-Seen = dict[str, list[tuple[Tensor | None, Tensor | None]]]
+Seen = dict[str, list[Leaves]]
+"""Of every module the tensors of each call: their places begin with "gets" or "gives"."""
 
 
 class Manners:
@@ -36,19 +39,21 @@ class Manners:
         looked_at: paths of the modules.
         refused: those that do not keep rows apart, and why.
         shared: those that compute once what all rows get.
+        sides: which tensors belong to rows.
     """
 
     def __init__(self, looked_at: set[str]) -> None:
         self.looked_at = looked_at
         self.refused: dict[str, str] = {}
         self.alone: dict[str, bool] = {}
+        self.sides = Sides()
 
     @property
     def shared(self) -> frozenset[str]:
         """Paths of modules that are always called with one row, whatever the batch."""
         return frozenset(path for path, alone in self.alone.items() if alone)
 
-    def note(self, batch: int, order: list[int], first: Seen, second: Seen) -> None:
+    def note(self, batch: int, order: list[int], first: Seen, second: Seen, *, made_up: bool) -> None:
         """Compare two runs, the second of which had the rows in another order."""
         for path in self.looked_at & (first.keys() | second.keys()):
             calls, others = first.get(path, []), second.get(path, [])
@@ -56,11 +61,29 @@ class Manners:
                 self.refused.setdefault(path, "is called more or less often when the rows come in another order")
                 continue
             for one, other in zip(calls, others, strict=True):
-                for what, x, y in zip(("gets", "gives"), one, other, strict=True):
-                    if (why := _differs(batch, order, x, y)) is not None:
+                for what in ("gets", "gives"):
+                    if (why := _differs(batch, order, _first(one, what), _first(other, what))) is not None:
                         self.refused.setdefault(path, f"{what} {why}")
-                shared = one[0] is not None and one[0].shape[:1] == (1,)
+                gets = _first(one, "gets")
+                shared = gets is not None and gets.shape[:1] == (1,)
                 self.alone[path] = self.alone.get(path, True) and shared
+        self.note_order(batch, order, first, second, made_up=made_up)
+
+    def note_order(self, batch: int, order: list[int], first: Seen, second: Seen, *, made_up: bool) -> None:
+        """Note only which tensors follow the rows."""
+        for path in first.keys() & second.keys():
+            for one, other in zip(first[path], second[path], strict=False):
+                self.sides.reordered(path, batch, order, one, other, made_up)
+
+    def note_more(self, batch: int, first: Seen, second: Seen) -> None:
+        """Compare with a run with one row more."""
+        for path in first.keys() & second.keys():
+            for one, other in zip(first[path], second[path], strict=False):
+                self.sides.grown(path, batch, batch + 1, one, other)
+
+    def take(self, other: "Manners") -> None:
+        """Know what others do."""
+        self.__dict__.update(other.__dict__)
 
 
 def check_rows(names: Any, record: Adaptation) -> None:
@@ -89,8 +112,8 @@ def check_rows(names: Any, record: Adaptation) -> None:
 
 
 @contextmanager
-def guarded(root: nn.Module, record: Adaptation, names: Any) -> Iterator[frozenset[str]]:
-    """Within the block nothing mixes rows; gives the paths of modules that compute once what all rows get.
+def guarded(root: nn.Module, record: Adaptation, names: Any) -> Iterator[Manners]:
+    """Within the block nothing mixes rows; gives what is known of modules, which may be nothing until the root runs.
 
     Raises:
         TargetError: naming the modules that do not keep rows apart.
@@ -101,13 +124,44 @@ def guarded(root: nn.Module, record: Adaptation, names: Any) -> Iterator[frozens
         manners = _made_up(root, record, paths)
         record.switch.manners = manners
     with ExitStack() as stack:
-        if manners is None:
-            look = partial(_look_at_call, root, record, paths, names, threading.get_ident())
-            handle = root.register_forward_pre_hook(look, with_kwargs=True)
-            stack.callback(handle.remove)
+        made_up = manners is not None
+        manners = manners or Manners(paths)
+        if not made_up:
+            look = partial(_look_at_call, root, record, manners, names, threading.get_ident())
+            stack.callback(root.register_forward_pre_hook(look, with_kwargs=True).remove)
         else:
             _refuse(manners, record, names)
-        yield manners.shared if manners is not None else frozenset()
+        check = partial(_check_size, manners, len(names), threading.get_ident())
+        stack.callback(root.register_forward_pre_hook(check, with_kwargs=True).remove)
+        yield manners
+
+
+def _check_size(
+    manners: Manners, batch: int, thread: int, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse another number of rows than names, unless somebody makes more of the rows: a beam search, a wrapper."""
+    if torch.compiler.is_compiling() or threading.get_ident() != thread or HERE.call.part is not None:
+        return
+    leaves = {key: x for key, x in tensors_in({"gets": (args, kwargs)}).items() if x.dim()}
+    known = [x.shape[0] for key, x in leaves.items() if x.shape[0] != 1 and manners.sides.of("", key) == ROWS]
+    sizes = known or [x.shape[0] for x in leaves.values()][:1] or [batch]
+    if batch not in sizes and not _is_run_by_others():
+        size = sizes[0]
+        raise TargetError(
+            f"rows: {batch} name{'s' * (batch > 1)} for {size} row{'s' * (size > 1)} that {type(root).__name__} was "
+            "called with. Give one name per row of the batch."
+        )
+
+
+def _is_run_by_others() -> bool:
+    """Whether the present call comes from within a ``generate`` or a ``forward``, which may repeat and divide rows."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "generate" or (name == "forward" and isinstance(frame.f_locals.get("self"), nn.Module)):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _taking_apart(record: Adaptation, deltas: Any) -> set[str]:
@@ -143,17 +197,39 @@ def _made_up(root: nn.Module, record: Adaptation, paths: set[str]) -> Manners | 
             for seed in range(_BATCHES):
                 batch = random_batch(arguments, _ROWS, _TOKENS, seed)
                 runs = [_seen(root, record, paths, (), inputs) for inputs in (batch, _ordered(batch, _ROWS, order))]
-                manners.note(_ROWS, order, *runs)
+                manners.note(_ROWS, order, *runs, made_up=True)
         except Exception:  # these are no inputs of this model
             continue
+        with suppress(Exception):  # a model of one batch size
+            manners.note_more(
+                _ROWS, runs[0], _seen(root, record, paths, (), _ordered(batch, _ROWS, [*range(_ROWS), 0]))
+            )
+        with suppress(Exception):
+            _note_masked(root, record, manners, batch, order)
         return manners
     return None
+
+
+def _note_masked(
+    root: nn.Module, record: Adaptation, manners: Manners, batch: dict[str, Any], order: list[int]
+) -> None:
+    """With padding there are masks that there are not without."""
+    name = "attention_mask"
+    if name in batch or name not in inspect.signature(root.forward).parameters or "input_ids" not in batch:
+        return
+    ids = batch["input_ids"]
+    starts = torch.arange(_ROWS, device=ids.device)[:, None]
+    padded = {**batch, name: (torch.arange(_TOKENS, device=ids.device)[None] >= starts).long()}
+    choices = (padded, _ordered(padded, _ROWS, order), _ordered(padded, _ROWS, [*range(_ROWS), 0]))
+    one, other, more = (_seen(root, record, manners.looked_at, (), inputs) for inputs in choices)
+    manners.note_order(_ROWS, order, one, other, made_up=True)
+    manners.note_more(_ROWS, one, more)
 
 
 def _look_at_call(
     root: nn.Module,
     record: Adaptation,
-    paths: set[str],
+    manners: Manners,
     names: Any,
     thread: int,
     module: nn.Module,
@@ -161,18 +237,18 @@ def _look_at_call(
     kwargs: dict[str, Any],
 ) -> None:
     """The same on the user's own batch, before the root runs on it."""
-    if threading.get_ident() != thread or HERE.call.part is not None or record.switch.manners is not None:
+    if threading.get_ident() != thread or HERE.call.part is not None or len(set(names)) == 1:
         return
-    batch = len(names)
-    if len(set(names)) == 1:
+    if record.switch.manners is not None:
+        manners.take(record.switch.manners)
         return
+    batch, paths = len(names), manners.looked_at
     size = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
     if size < batch or size % batch:
         raise TargetError(
             f"{type(root).__name__} was called with {size} rows, but rows were chosen for a batch of {batch}. Give one "
             "name per row of the batch."
         )
-    manners = Manners(paths)
     turned = [p for p, m in named_modules(root).items() if m.__dict__.get("batch_first") is False]
     manners.refused |= dict.fromkeys(
         paths if turned else (), f"belongs to a model with batch_first=False ({turned[:1]})"
@@ -182,7 +258,11 @@ def _look_at_call(
         for turn in range(1, min(batch, _BATCHES + 1)):
             order = [(row + turn) % batch for row in range(batch)]
             found = _seen(root, record, paths, _ordered(args, batch, order, size), _ordered(kwargs, batch, order, size))
-            manners.note(batch, order, first, found)
+            manners.note(batch, order, first, found, made_up=False)
+        with suppress(Exception):  # a model of one batch size
+            order = [*range(batch), 0]
+            more = _seen(root, record, paths, _ordered(args, batch, order, size), _ordered(kwargs, batch, order, size))
+            manners.note_more(batch, first, more)
     manners.alone.clear()  # one batch does not show what all batches share
     _refuse(manners, record, names)
     record.switch.manners = manners
@@ -196,7 +276,7 @@ def _ordered(value: Any, batch: int, order: list[int], size: int | None = None) 
         return type(value)(_ordered(item, batch, order, size) for item in value)
     if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != (size or batch):
         return value
-    return value.reshape(batch, -1, *value.shape[1:])[order].reshape(value.shape)
+    return ordered(value, batch, order)
 
 
 def _differs(batch: int, order: list[int], x: Tensor | None, y: Tensor | None) -> str | None:
@@ -207,13 +287,7 @@ def _differs(batch: int, order: list[int], x: Tensor | None, y: Tensor | None) -
         return "tensors whose shape depends on the order of the rows"
     if not x.dim() or (x.shape[0] != 1 and x.shape[0] % batch):
         return f"a tensor of shape {tuple(x.shape)} for a batch of {batch}"
-    if x.shape[0] != 1:
-        x = x.reshape(batch, -1, *x.shape[1:])[order].reshape(x.shape)
-    if x.is_floating_point():
-        scale = float(x.abs().max()) if x.numel() else 0.0
-        same = bool(((x - y).abs() <= _CLOSE * (1 + scale)).all())
-    else:
-        same = torch.equal(x, y)
+    same = close(x if x.shape[0] == 1 else ordered(x, batch, order), y)
     return None if same else "other numbers for a row when the rows come in another order"
 
 
@@ -223,11 +297,12 @@ def _seen(root: nn.Module, record: Adaptation, paths: set[str], args: Any, kwarg
 
     def note(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if threading.get_ident() == thread:
-            seen.setdefault(path, []).append((_first((args, kwargs)), _first(output)))
+            found = tensors_in({"gets": (args, kwargs), **({"gives": output} if path in paths else {})})
+            seen.setdefault(path, []).append({key: tensor.detach().clone() for key, tensor in found.items()})
 
     modules = named_modules(root)
     with ExitStack() as stack:
-        for path in paths & modules.keys():
+        for path in {"", *paths} & modules.keys():
             handle = modules[path].register_forward_hook(partial(note, path), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(_undisturbed(root))
@@ -251,9 +326,5 @@ def _undisturbed(root: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-def _first(value: Any) -> Tensor | None:
-    """A copy of the first tensor."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return next((found for item in items if (found := _first(item)) is not None), None)
+def _first(leaves: Leaves, what: str) -> Tensor | None:
+    return next((tensor for key, tensor in leaves.items() if key[0] == what), None)

@@ -8,6 +8,7 @@ its own.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.effective import KEPT, Kept, of_host
+from lightning_pet.insertion.row_leaves import ROWS, SHARED, Key, tensors_in
 from lightning_pet.insertion.slot import Acting, Deltas
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Rows
@@ -106,17 +108,16 @@ def apart(
         )
     _refuse_objects(rows, module, (args, kwargs))
     _refuse_checkpoints(rows, module)
-    if tensors[0].shape[0] == 1 and is_shared(rows, module):
-        args, kwargs = _for_each((args, kwargs), len(rows.ids))
-        tensors[0] = tensors[0].expand(len(rows.ids), *tensors[0].shape[1:])
-    size, here = tensors[0].shape[0], HERE.call
-    divided = division(rows, size, tensors[0].device, module)
+    alone = tensors[0].shape[0] == 1 and is_shared(rows, module)
+    if len(rows.parts) > 1:
+        pick = _shares(rows, module, *(_for_each((args, kwargs), len(rows.ids)) if alone else (args, kwargs)))
+    else:  # of one group all is its own
+        _ = alone or division(rows, tensors[0].shape[0], tensors[0].device, module)
+        pick = partial(_whole, (args, kwargs))
+    here = HERE.call
     handed, outputs = len(here.handed), []
-    state = 1 if isinstance(module, nn.RNNBase) else 0  # recurrent states are layers × rows × features
     for group, part in enumerate(rows.parts):
-        index = divided.index[group]
-        own = [_pick(x, size, len(rows.ids), index, 0 if not i else state) for i, x in enumerate(args)]
-        named_own = {k: _pick(x, size, len(rows.ids), index, state if k == "hx" else 0, k) for k, x in kwargs.items()}
+        own, named_own = pick(group)
         with here.only(number, part):
             outputs.append(call(*own, **named_own))
     if len(here.handed) > handed:
@@ -124,11 +125,90 @@ def apart(
             f"{named(rows, module)} hands its input on to a delta outside of it, and cannot be taken apart. Use "
             "these deltas one after the other: `adapted.using(name)`."
         )
-    if state and isinstance(outputs[0], tuple):
-        first = _joined([output[0] for output in outputs], rows, module)
-        rest = [_moved(output[1]) for output in outputs]
-        return first, _moved(_joined(rest, rows, module))
-    return _joined(outputs, rows, module)
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(module, nn.RNNBase):
+        return _recurrent_joined(outputs, rows, module)
+    return _joined(outputs, rows, module, _sides_of_outputs(rows, module, outputs), ("gives",))
+
+
+def _whole(given: Any, group: int) -> Any:
+    return given
+
+
+def _shares(rows: Rows, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[int], Any]:
+    """What gives a group's share of the arguments.
+
+    Raises:
+        TargetError: if one of them may belong to rows, or to all of them.
+    """
+    given = tensors_in({"gets": (args, kwargs)})
+    leaves = {key: tensor for key, tensor in given.items() if tensor.dim()}
+    dims = dict.fromkeys(leaves, 0)
+    if isinstance(module, nn.RNNBase):  # recurrent states are layers × rows × features
+        dims = {key: 0 if key[1:3] in ((0, 0), (1, "input")) else leaves[key].dim() - 2 for key in leaves}
+        belong = list(leaves)
+    else:
+        belong = _belonging(rows, module, leaves)
+    several = [key for key in belong if leaves[key].shape[dims[key]] != 1] or belong[:1]  # the others are for all rows
+    divided = {key: division(rows, leaves[key].shape[dims[key]], leaves[key].device, module) for key in several}
+
+    def share(group: int, value: Any, key: Key) -> Any:
+        if key in divided:
+            return value.index_select(dims[key], divided[key].index[group])
+        if type(value) is dict:
+            return {name: share(group, item, (*key, name)) for name, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(share(group, item, (*key, place)) for place, item in enumerate(value))
+        return value
+
+    return lambda group: share(group, (args, kwargs), ("gets",))
+
+
+def _belonging(rows: Rows, module: nn.Module, leaves: dict[Key, Tensor]) -> list[Key]:
+    """Which arguments have rows.
+
+    Raises:
+        TargetError: if nobody knows.
+    """
+    sides, path = rows.manners.sides, rows.places.get(id(module))
+    found = {key: sides.of(path, key) for key in leaves}
+    if not sides.known(path):  # the rule alone: what comes first has rows
+        found[next(iter(leaves))] = ROWS
+    belong = [key for key, side in found.items() if side == ROWS]
+    sizes = {leaves[key].shape[0] for key in belong} | {len(rows.ids)}
+    for key, tensor in leaves.items():
+        if found[key] is None and (tensor.shape[0] in sizes or not belong) and key[-1] != "cache_position":
+            place = f"argument {key[2]}" if key[1] == 0 else f"argument {key[2]!r}"
+            raise TargetError(
+                f"{named(rows, module)} is run once for each delta, and its {place} of shape {tuple(tensor.shape)} may "
+                f"have a part for each of {len(rows.ids)} rows, or be the same for all: what was seen of this module "
+                "does not tell. Use these deltas one after the other: `adapted.using(name)`."
+            )
+    if not belong:
+        raise TargetError(
+            f"{named(rows, module)} is run once for each delta, and nothing that it gets has rows. Use these deltas "
+            "one after the other: `adapted.using(name)`."
+        )
+    return belong
+
+
+def _sides_of_outputs(rows: Rows, module: nn.Module, outputs: list[Any]) -> Callable[[Key], str | None]:
+    sides, path = rows.manners.sides, rows.places.get(id(module))
+    first = next(iter(tensors_in({"gives": outputs[0]})), None)
+    known = sides.known(path)
+    return lambda key: ROWS if not known and key == first else sides.of(path, key)
+
+
+def _recurrent_joined(outputs: list[Any], rows: Rows, module: nn.Module) -> Any:
+    """Recurrent states are layers × rows × features."""
+
+    def has_rows(key: Key) -> str | None:
+        return ROWS
+
+    first = _joined([output[0] for output in outputs], rows, module, has_rows, ())
+    rest = [_moved(output[1]) for output in outputs]
+    return first, _moved(_joined(rest, rows, module, has_rows, ()))
 
 
 def _refuse_objects(rows: Rows, module: nn.Module, given: Any) -> None:
@@ -154,7 +234,7 @@ def _refuse_checkpoints(rows: Rows, module: nn.Module) -> None:
 
 def is_shared(rows: Rows, module: nn.Module) -> bool:
     """Whether a module is known to compute once what all rows of any batch get, such as embeddings of positions."""
-    return rows.places.get(id(module)) in rows.shared and len(rows.ids) > 1
+    return rows.places.get(id(module)) in rows.manners.shared and len(rows.ids) > 1
 
 
 def _for_each(value: Any, batch: int) -> Any:
@@ -179,28 +259,21 @@ def _moved(value: Any) -> Any:
     return tuple(x.transpose(0, 1) for x in value) if isinstance(value, tuple) else value.transpose(0, 1)
 
 
-def _pick(value: Any, size: int, batch: int, index: Tensor, dim: int, name: str = "") -> Any:
-    """A group's share of an argument: of tensors with as many rows."""
-    if isinstance(value, Tensor):
-        fits = value.dim() > dim and value.shape[dim] == size and name != "cache_position"
-        return value.index_select(dim, index.to(value.device)) if fits else value
-    if type(value) is dict:
-        return {key: _pick(item, size, batch, index, dim, str(key)) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_pick(item, size, batch, index, dim) for item in value)
-    return value
+def _joined(outputs: list[Any], rows: Rows, module: nn.Module, side: Callable[[Key], str | None], key: Key) -> Any:
+    """What the groups give, in the order of the rows.
 
-
-def _joined(outputs: list[Any], rows: Rows, module: nn.Module) -> Any:
-    """What the groups give, in the order of the rows."""
+    Raises:
+        TargetError: for what has no part for each row, or is not the same for all where all share it.
+    """
     first = outputs[0]
     if isinstance(first, Tensor):
-        return _joined_tensors(outputs, rows, module)
+        return _joined_tensors(outputs, rows, module, side(key))
     if isinstance(first, dict):
-        joined = {key: _joined([output[key] for output in outputs], rows, module) for key in first}
+        joined = {k: _joined([output[k] for output in outputs], rows, module, side, (*key, k)) for k in first}
         return joined if type(first) is dict else type(first)(**joined)
     if isinstance(first, tuple | list):
-        items = [_joined(list(column), rows, module) for column in zip(*outputs, strict=True)]
+        columns = enumerate(zip(*outputs, strict=True))
+        items = [_joined(list(column), rows, module, side, (*key, place)) for place, column in columns]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if all(output is first or (isinstance(first, int | float | str | bool) and output == first) for output in outputs):
         return first
@@ -210,13 +283,26 @@ def _joined(outputs: list[Any], rows: Rows, module: nn.Module) -> Any:
     )
 
 
-def _joined_tensors(outputs: list[Tensor], rows: Rows, module: nn.Module) -> Tensor:
+def _joined_tensors(outputs: list[Tensor], rows: Rows, module: nn.Module, side: str | None) -> Tensor:
+    if side == SHARED:
+        if all(torch.equal(outputs[0], other) for other in outputs[1:]):
+            return outputs[0]
+        raise TargetError(
+            f"{named(rows, module)} gives something of shape {tuple(outputs[0].shape)} for all rows, and it is not the "
+            "same with these deltas. Use them one after the other: `adapted.using(name)`."
+        )
     counts = [rows.ids.count(group) for group in range(len(rows.names))]
     each = outputs[0].shape[0] // counts[0] if outputs[0].dim() else 0
     if not each or any(x.shape[:1] != (each * n,) for x, n in zip(outputs, counts, strict=True)):
         raise TargetError(
             f"{named(rows, module)} gives something of shape {tuple(outputs[0].shape)}, which has no part for each "
             "row. Use these deltas one after the other: `adapted.using(name)`."
+        )
+    if side is None and len(set(counts)) == 1:
+        raise TargetError(
+            f"{named(rows, module)} gives something of shape {tuple(outputs[0].shape)}, which may have a part for each "
+            "row, or be the same for all: what was seen of this module does not tell. Use these deltas one after the "
+            "other: `adapted.using(name)`."
         )
     shapes = {tuple(x.shape[1:]): name for x, name in zip(outputs, rows.names, strict=True)}
     if len(shapes) > 1:

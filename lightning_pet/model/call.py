@@ -61,7 +61,7 @@ class Rows:
         parts: of each group, what acts on its rows.
         differing: canonical names of what is not read alike by all groups.
         places: paths of modules, by their identity.
-        shared: paths of those that compute once what all rows of any batch get.
+        manners: what is known of how modules treat rows.
         known: what was worked out for a size and a device.
     """
 
@@ -70,7 +70,7 @@ class Rows:
     parts: tuple[Selection, ...]
     differing: frozenset[str] = frozenset()
     places: Mapping[int, str] = field(default_factory=dict)
-    shared: frozenset[str] = frozenset()
+    manners: Any = None
     known: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -177,10 +177,10 @@ class Adapted(Mapping[str, OneDelta]):
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Within the block each row of a batch uses its own delta, for the calling thread only; ``None``: the base.
 
-        One name per row. What a model makes of the batch inside (beams, windows, flattened tokens) follows by the
-        batch-major rule: the first dimension of what a layer gets is a multiple k of the number of names, and each
-        k consecutive entries belong to one row. Whether a model keeps to it is looked at when rows are first asked
-        for. Gradients reach each delta from its own rows.
+        One name per row of what the model is called with. What it makes of the batch inside (beams, windows, flattened
+        tokens) follows by the batch-major rule: the first dimension of what a layer gets is a multiple k of the number
+        of names, and each k consecutive entries belong to one row. Whether a model keeps to it, and which arguments
+        all rows share, is looked at when rows are first asked for. Gradients reach each delta from its own rows.
 
         Raises:
             ArgumentError: if there is no such delta, or the names are no list.
@@ -199,7 +199,7 @@ class Adapted(Mapping[str, OneDelta]):
         if set(record.active) - set(names):
             refuse_lost(record, "switched off")
         check_intact(self.root, record)
-        with guarded(self.root, record, names) as shared, using_rows(self.root, record, names, shared):
+        with guarded(self.root, record, names) as manners, using_rows(self.root, record, names, manners):
             yield
 
     def load(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lightning_pet import (
     LayerFreezingCallback,
     LoRACallback,
     PETCallback,
+    PETError,
     PrefixTuningCallback,
     PromptTuningCallback,
     TargetError,
@@ -248,8 +250,31 @@ def test_bad_rows_are_refused(tmp_path: Path) -> None:
     for names in (["tone", None, "tone"], ["tone", None] * 4, ["tone"] * 3):
         with adapted.rows(names), pytest.raises(TargetError, match="ne name per row"):
             net(torch.randn(4, 6))
-    with adapted.rows(["tone", None]):
-        assert net(torch.randn(4, 6)).shape == (4, 3)  # two entries to a row
+    with adapted.rows(["tone", None]), pytest.raises(TargetError, match="rows: 2 names for 4 rows"):
+        net(torch.randn(4, 6))
+
+
+class Windows(nn.Module):
+    """Makes two entries of each row."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.reshape(-1, 6))
+
+
+def test_a_model_around_the_root_may_make_more_of_the_rows(tmp_path: Path) -> None:
+    net = Net().eval()
+    adapted = load_delta(net, trained(tmp_path, "tone"), name="tone")
+    x = torch.randn(2, 2, 6)
+    with adapted.rows(["tone", None]), torch.no_grad():
+        out = Windows(net)(x)
+    with adapted.using("tone"), torch.no_grad():
+        assert torch.allclose(out[:2], net(x[0]), atol=1e-6)
+    with adapted.disabled(), torch.no_grad():
+        assert torch.allclose(out[2:], net(x[1]), atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["bert", "gpt2", "llama", "t5"])
@@ -366,3 +391,148 @@ def test_the_stack_is_made_once_while_nobody_trains(tmp_path: Path) -> None:
             assert len(made) == first + 1
     finally:
         low_rank_rows._stacked = original
+
+
+class Attention(nn.Module):
+    """Gets a mask and positions that all rows share, and gives the mask back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(6) + 0.1)
+
+    def forward(
+        self, x: Tensor, shared: tuple[Tensor, dict[str, Tensor]], bias: Tensor | None = None, scaled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        mask, more = shared
+        h = x @ self.weight
+        h = h if bias is None else h + bias
+        mask = mask * self.weight.mean() if scaled else mask
+        return (h @ h.transpose(1, 2) + mask).softmax(-1) @ h + more["positions"], mask
+
+
+class Masked(nn.Module):
+    """Makes a mask of T x T and positions of T x D."""
+
+    def __init__(self, scaled: bool = False, batch: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.attention, self.scaled, self.batch = nn.Embedding(20, 6), Attention(), scaled, batch
+
+    def forward(self, input_ids: Tensor, bias: Tensor | None = None, **options: object) -> Tensor:
+        length = input_ids.shape[1]
+        assert self.batch in (0, len(input_ids))
+        mask = torch.zeros(length, length) if self.batch else torch.full((length, length), -1e9).triu(1)
+        positions = {"positions": torch.arange(length).float()[:, None] * torch.ones(6)}
+        out, again = self.attention(self.embedding(input_ids), (mask, positions), bias=bias, scaled=self.scaled)
+        assert again.shape == (length, length)
+        return out
+
+
+class Described(Masked):
+    """The same, of which a batch can be made up."""
+
+    main_input_name, dummy_inputs = "input_ids", None
+    config = SimpleNamespace(vocab_size=20)
+
+
+def two_whole(net: nn.Module, folder: Path) -> Adapted:
+    """Two deltas with values of their own for all parameters."""
+    for number, name in enumerate("ab"):
+        base = type(net)()
+        adapted = apply(base, [FullFineTuningCallback()])
+        perturb(adapted, 0.2 + 0.1 * number)
+        adapted.save(folder / f"{name}.pet.safetensors")
+        load_delta(net, folder / f"{name}.pet.safetensors", name=name)
+    return Adapted(net)
+
+
+def agree(net: nn.Module, adapted: Adapted, *given: Tensor) -> bool:
+    with torch.no_grad():
+        with adapted.rows(["a", "b"]):
+            out = net(*given)
+        for row, name in enumerate("ab"):
+            with adapted.using(name):
+                if not torch.allclose(net(*given)[row], out[row], rtol=0, atol=1e-6):
+                    return False
+    return True
+
+
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 2)])
+@pytest.mark.parametrize("kind", [Masked, Described])
+def test_what_all_rows_share_is_not_divided(kind: type[Masked], lengths: tuple[int, ...], tmp_path: Path) -> None:
+    net = kind().eval()
+    adapted = two_whole(net, tmp_path)
+    for length in (*lengths, 1):
+        assert agree(net, adapted, torch.randint(0, 20, (2, length)))
+    with adapted.rows(["a"] * 2), torch.no_grad():
+        assert net(torch.randint(0, 20, (2, 2))).shape == (2, 2, 6)
+
+
+@pytest.mark.parametrize("kind", [Masked, Described])
+def test_what_may_be_shared_or_not_is_refused_by_name(kind: type[Masked], tmp_path: Path) -> None:
+    net = kind().eval()
+    adapted = two_whole(net, tmp_path)
+    ids = torch.randint(0, 20, (2, 2))
+    assert agree(net, adapted, ids)
+    with (
+        adapted.rows(["a", "b"]),
+        pytest.raises(TargetError, match=r"'attention' .* argument 'bias' of shape \(2, 2, 6"),
+    ):
+        net(ids, torch.randn(2, 2, 6))
+    assert agree(net, adapted, ids, torch.randn(1, 1, 6))
+
+
+def test_an_argument_of_the_first_batch_has_rows(tmp_path: Path) -> None:
+    net = Masked().eval()
+    adapted = two_whole(net, tmp_path)
+    assert agree(net, adapted, torch.randint(0, 20, (2, 2)), torch.randn(2, 2, 6))
+
+
+def test_a_model_of_one_batch_size_does_not_show_what_is_alike_for_all_rows(tmp_path: Path) -> None:
+    net = Masked().eval()
+    adapted = two_whole(net, tmp_path)
+    net.batch = 2
+    with adapted.rows(["a", "b"]), pytest.raises(TargetError, match=r"'attention' .* argument 1 of shape \(2, 2\)"):
+        net(torch.tensor([[1, 2], [3, 4]]))
+
+
+def test_what_all_rows_share_and_deltas_change_is_refused(tmp_path: Path) -> None:
+    net = Masked().eval()
+    adapted = two_whole(net, tmp_path)
+    net.scaled = True
+    with adapted.rows(["a", "b"]), pytest.raises(TargetError, match="not the same with these deltas"):
+        net(torch.randint(0, 20, (2, 3)))
+
+
+class Torchs(nn.Module):
+    """A recurrent layer with a state, and attention with masks of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor, padding: Tensor, state: Tensor) -> Tensor:
+        out, (hidden, _) = self.lstm(x, (state.transpose(0, 1).contiguous(), state.transpose(0, 1).contiguous()))
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        got, weights = self.attention(out, out, out, key_padding_mask=padding, attn_mask=mask)
+        return torch.cat([got.flatten(1), weights.flatten(1), hidden.transpose(0, 1).flatten(1)], 1)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_torchs_recurrent_and_attention_layers(length: int, tmp_path: Path) -> None:
+    net = Torchs().eval()
+    adapted = two_whole(net, tmp_path)
+    padding = torch.tensor([[False] * length, [False] * (length - 1) + [True]])
+    assert agree(net, adapted, torch.randn(2, length, 6), padding, torch.randn(2, 4, 4))
+
+
+def test_a_delta_of_open_rows_is_not_removed_and_blocks_are_counted_once(tmp_path: Path) -> None:
+    net = Net().eval()
+    adapted = load_delta(net, trained(tmp_path, "a"), name="a")
+    adapted.load("bb", trained(tmp_path, "bb"))
+    with adapted.rows(["a", "bb"]), pytest.raises(PETError, match=r"now: 1 block of .*rows"):
+        adapted["bb"].remove()
+    with adapted.using("bb"), adapted.rows(["a", "bb"]), pytest.raises(PETError, match="now: 2 blocks"):
+        adapted["bb"].remove()
