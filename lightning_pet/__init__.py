@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
     from lightning_pet.operations.adapted import Adapted as Adapted
     from lightning_pet.operations.apply import apply as apply
+    from lightning_pet.operations.combining.files import combine_deltas as combine_deltas
     from lightning_pet.operations.delta import inspect_delta as inspect_delta
     from lightning_pet.operations.delta import load_delta as load_delta
     from lightning_pet.operations.delta import load_from_checkpoint as load_from_checkpoint
@@ -65,6 +66,7 @@ _WHERE = {
     "PromptTuningCallback": "callbacks.prompt_tuning",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
+    "combine_deltas": "operations.combining.files",
     "inspect_delta": "operations.delta",
     "load_delta": "operations.delta",
     "load_from_checkpoint": "operations.delta",
@@ -83,7 +85,7 @@ _WHERE = {
     "plan_memory": "report.memory.planner",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
-_FILE_VERBS = ("inspect", "extract", "list", "init")  # merge builds methods, which have to be known
+_FILE_VERBS = ("inspect", "extract", "combine", "list", "init")  # merge builds methods, which have to be known
 _HELPED_VERBS = ("merge", "plan", "intrinsic-dimension")
 
 

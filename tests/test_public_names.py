@@ -35,6 +35,7 @@ NAMES = [
     "TargetError",
     "UnsupportedStrategyError",
     "apply",
+    "combine_deltas",
     "extract_delta",
     "inspect_delta",
     "last_good",

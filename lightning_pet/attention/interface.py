@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.attention.masks import causal, wider
+from lightning_pet.attention.masks import causal, each_for, seen_by_rows, wider
 from lightning_pet.errors import TargetError
 from lightning_pet.model.call import HERE
 
@@ -46,14 +46,28 @@ class LivePrefix:
         return _joined(self.key, key), _joined(self.value, value)
 
 
+class RowPrefixes(LivePrefix):
+    """Keys and values of one host's prefixes, of which each row of the batch has its own.
+
+    Attributes:
+        visible: rows × l, which of the positions there are; ``None``: all.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
+        super().__init__(key, value)  # rows × heads × l × features
+        self.visible = visible
+
+
 def _joined(prefix: Tensor, real: Tensor) -> Tensor:
-    heads, _, features = prefix.shape
+    heads, _, features = prefix.shape[-3:]
     if real.dim() < 4 or real.shape[-3] != heads or real.shape[-1] != features:
         raise TargetError(
             f"prefix tuning: this attention was called with keys or values of shape {tuple(real.shape)}; its prefix "
             f"is for {heads} heads of {features} features. Exclude this site."
         )
     prefix = prefix if prefix.dtype == real.dtype else prefix.to(real.dtype)
+    if prefix.dim() == 4:
+        prefix = each_for(prefix, real)
     return torch.cat([prefix.expand(*real.shape[:-3], -1, -1, -1), real], dim=-2)
 
 
@@ -120,7 +134,11 @@ def live_prefixes(module: nn.Module) -> list[LivePrefix]:
     if pet is None:
         return []
     around = HERE.call.around  # nothing runs around anything almost always: no need to ask what acts
-    found = [getattr(delta, "live", None) for delta in pet.active("around")] if around else []  # type: ignore[operator]
+    if not around:
+        return []
+    if (rows := HERE.call.held_by(pet)) is not None:
+        return [rows]
+    found = [getattr(delta, "live", None) for delta in pet.active("around")]  # type: ignore[operator]
     return [live for live in found if live is not None]
 
 
@@ -160,6 +178,8 @@ def _attend_with(
     _refuse(kind, positions, kwargs)
     attention_mask = _mask(kind, module, query, key, attention_mask, prefixes, kwargs)
     for live in prefixes:
+        if isinstance(live, RowPrefixes) and live.visible is not None:
+            attention_mask = seen_by_rows(attention_mask, live.visible, query, key, kind)
         key, value = live.before(key, value)
         length += live.length
     if (bias := kwargs.get("position_bias")) is not None:

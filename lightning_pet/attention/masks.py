@@ -52,6 +52,55 @@ def causal(length: int, query: Tensor, key: Tensor) -> Tensor:
     return visible
 
 
+def each_for(rows: Tensor, tensor: Tensor) -> Tensor:
+    """One entry per row of a batch for a tensor with k consecutive entries per row.
+
+    Raises:
+        TargetError: if it has not.
+    """
+    if tensor.shape[0] % rows.shape[0]:
+        raise TargetError(
+            f"prefix tuning: an attention was called with {tensor.shape[0]} rows, but rows were chosen for a batch of "
+            f"{rows.shape[0]}. Give one name per row of the batch."
+        )
+    each = tensor.shape[0] // rows.shape[0]
+    return rows if each == 1 else rows.repeat_interleave(each, 0)
+
+
+def seen_by_rows(mask: Any, visible: Tensor, query: Tensor, key: Tensor, kind: str) -> Any:
+    """A mask that also hides the positions of a prefix that single rows do not have.
+
+    Args:
+        mask: wide enough for the prefix, or ``None``.
+        visible: rows × positions of the prefix.
+        query: rows · k × heads × queries × features.
+        key: rows · k × heads × positions × features, without the prefix.
+        kind: of the attention.
+
+    Returns:
+        A new mask.
+
+    Raises:
+        TargetError: if the mask is of another kind than those that can say it.
+    """
+    if (
+        "flash" in kind
+        or "flex" in kind
+        or not isinstance(mask, Tensor | None)
+        or (mask is not None and mask.dim() < 4)
+    ):
+        raise TargetError(
+            f"prefix tuning: prefixes of different lengths, or rows without any, in one batch need a mask that {kind} "
+            "does not take. Load the model with attn_implementation='sdpa'."
+        )
+    seen = F.pad(each_for(visible, query), (0, key.shape[-2]), value=True)[:, None, None]
+    if mask is None and kind != "eager":
+        return seen
+    if mask is None:
+        mask = query.new_zeros(())
+    return mask & seen if mask.dtype is torch.bool else torch.where(seen, mask, float("-inf"))
+
+
 def _wider_block_mask(mask: Any, length: int, query: Tensor, key: Tensor) -> Any:
     if type(mask).__name__ != "BlockMask":
         raise TargetError(f"prefix tuning: attention masks of type {type(mask).__name__} are not known.")

@@ -10,8 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from lightning_pet.attention.functions import FunctionalRoute
-from lightning_pet.attention.interface import LivePrefix, install
+from lightning_pet.attention.interface import LivePrefix, RowPrefixes, install
 from lightning_pet.errors import DeadSiteError
 from lightning_pet.layers.prefix import Prefix
 from lightning_pet.model.call import HERE
@@ -101,6 +105,39 @@ class AttentionPrefix(Prefix):
         live: LivePrefix | None = HERE.call.held_by(self)
         return live
 
+    @staticmethod
+    def row_form(deltas: Sequence["AttentionPrefix | None"], ids: Tensor, owner: Any) -> Callable[..., Any] | None:
+        """Runs a call with each row's own prefix, where there is a mask to say how long it is."""
+        own = [delta for delta in deltas if delta is not None]
+        if any(delta.site.route != "interface" for delta in own):
+            return None
+
+        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return own[0]._seen(owner, rows_of_prefixes(deltas, ids), call, *args, **kwargs)
+
+        return run
+
+    def _seen(self, owner: Any, live: LivePrefix, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a call while its attention sees a prefix."""
+        here = HERE.call
+        before = here.around
+        here.around = (*before, (owner, live))
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            here.around = before
+        return self._used(live, output)
+
+    @staticmethod
+    def _used(live: LivePrefix, output: Any) -> Any:
+        if not live.used:
+            raise DeadSiteError(
+                "a prefix was not seen by the attention that it belongs to: this attention runs in another way than "
+                "when its structure was probed. Load the model with the attn_implementation that the prefix was made "
+                "with, or exclude this site."
+            )
+        return output
+
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the host's call, with the prefix visible to its attention.
 
@@ -109,22 +146,32 @@ class AttentionPrefix(Prefix):
         """
         live = LivePrefix(*self.key_value())
         if self.site.route == "interface":
-            here = HERE.call
-            before = here.around
-            here.around = (*before, (self, live))
-            try:
-                output = call(*args, **kwargs)
-            finally:
-                here.around = before
-        else:
-            route = FunctionalRoute(live, self.site.scale, self.site.axis)
-            with route:
-                output = call(*args, **kwargs)
-            route.finish()
-        if not live.used:
-            raise DeadSiteError(
-                "a prefix was not seen by the attention that it belongs to: this attention runs in another way than "
-                "when its structure was probed. Load the model with the attn_implementation that the prefix was made "
-                "with, or exclude this site."
-            )
-        return output
+            return self._seen(self, live, call, *args, **kwargs)
+        route = FunctionalRoute(live, self.site.scale, self.site.axis)
+        with route:
+            output = call(*args, **kwargs)
+        route.finish()
+        return self._used(live, output)
+
+
+def rows_of_prefixes(deltas: Sequence[AttentionPrefix | None], ids: Tensor) -> RowPrefixes:
+    """The prefix of each row; shorter ones, and that of rows without any, have hidden positions in front.
+
+    Args:
+        deltas: a prefix per group of rows, or ``None``.
+        ids: of each row, its group.
+    """
+    pairs = [None if delta is None else delta.key_value() for delta in deltas]
+    first = next(pair for pair in pairs if pair is not None)
+    lengths = [0 if pair is None else pair[0].shape[1] for pair in pairs]
+    longest, stacks = max(lengths), []
+    for which in (0, 1):
+        like = first[which]
+        each = [like.new_zeros(len(like), 0, like.shape[2]) if pair is None else pair[which] for pair in pairs]
+        padded = [F.pad(x.to(like.dtype), (0, 0, longest - x.shape[1], 0)) for x in each]
+        stacks.append(torch.stack(padded).index_select(0, ids))
+    if min(lengths) == longest:
+        return RowPrefixes(stacks[0], stacks[1], None)
+    columns = torch.arange(longest, device=ids.device)
+    starts = longest - torch.tensor(lengths, device=ids.device)[ids]
+    return RowPrefixes(stacks[0], stacks[1], columns >= starts[:, None])

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from lightning_pet.arguments import checked, one_of, share, unknown_option
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
-from lightning_pet.insertion.method import METHODS, Insertion, key_of
+from lightning_pet.insertion.method import METHODS, Insertion, key_of, suffix_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import deltas_in, record_of
+from lightning_pet.model.delta_names import DEFAULT, check_delta_name
 from lightning_pet.model.naming import canonical, delta_prefix, join, named_modules, named_parameters
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.adapted import Adapted
@@ -41,6 +42,8 @@ class PETCallback(Callback):
 
     Args:
         name: tells two instances of one method apart.
+        delta: name of the delta that it is a part of, in this model: what one file holds. A model may have others,
+            loaded before; they stay as they are, and act or not as they did. No file knows of it.
         module: submodule of the LightningModule to adapt and freeze (default: the pretrained models inside it,
             else all of it). What lies beside it trains as it does without us.
         modules_to_save: modules, or single parameters, that train as they are and are saved with the delta.
@@ -71,7 +74,9 @@ class PETCallback(Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
-    of_the_run: ClassVar[frozenset[str]] = frozenset({"start_from", "base_check", "delta_files", "verbose", "scalars"})
+    of_the_run: ClassVar[frozenset[str]] = frozenset(
+        {"delta", "start_from", "base_check", "delta_files", "verbose", "scalars"}
+    )
     """Options that are no part of the delta: no file holds them, or has a say in them."""
 
     in_place: ClassVar[bool] = False
@@ -90,6 +95,7 @@ class PETCallback(Callback):
         self,
         *,
         name: str = "default",
+        delta: str = DEFAULT,
         module: str | None = None,
         modules_to_save: list[str] | str | None = None,
         start_from: str | None = None,
@@ -107,6 +113,7 @@ class PETCallback(Callback):
             raise ArgumentError(
                 f"name={name!r}: it becomes part of parameter names, so use at most 64 letters, digits and underscores."
             )
+        check_delta_name(delta, "delta")
         one_of("base_check", base_check, BaseCheck, "use 'error', 'exact', 'warn' or 'off'.")
         if budget is not None and self.width is None:
             raise ArgumentError(f"budget={budget}: {type(self).__name__} has no width to choose; leave it out.")
@@ -118,6 +125,7 @@ class PETCallback(Callback):
                 known = ", ".join(map(repr, self.figures))
                 raise ArgumentError(f"scalars: {figure!r} is not a figure of {type(self).__name__}, which has {known}.")
         self.name = name
+        self.delta = delta
         self.module = module
         self.modules_to_save = listed_if_given(modules_to_save)
         if "" in (self.modules_to_save or ()):  # every name ends with it
@@ -149,7 +157,7 @@ class PETCallback(Callback):
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build all deltas, without touching the model."""
-        return [Insertion(target, self.build(root, target), _suffix(target)) for target in targets]
+        return [Insertion(target, self.build(root, target), suffix_of(target)) for target in targets]
 
     def head_parameters(self, root: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
         """Names of the parameters of task heads: ``modules_to_save``, or those among the targets."""
@@ -293,8 +301,9 @@ class PETCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of this callback in a checkpoint: the class and the user's name, never a hyper-parameter."""
-        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+        """Key of this callback in a checkpoint: the class and the user's names, never a hyper-parameter."""
+        of = "" if self.delta == DEFAULT else f", 'delta': {self.delta!r}"
+        return f"{type(self).__qualname__}{{'name': {self.name!r}{of}}}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""
@@ -331,7 +340,7 @@ class PETCallback(Callback):
     ) -> None:
         """Remember the base before the first batch."""
         if (controller := Controller.get(trainer)).leads(self):
-            controller.watch.begin()
+            controller.before_batch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare the base with what it was, and name deltas that never fired."""
@@ -369,10 +378,3 @@ class PETCallback(Callback):
 def _many(value: Any) -> Any:
     """One name is a list of one, and pairs are lists: in these forms arguments are kept."""
     return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
-
-
-def _suffix(target: Target) -> str:
-    """Tells the deltas of one method on one host apart: several parameters, several roles of one parameter."""
-    role = target.role.rpartition(".")[2] if target.role and target.rows else ""
-    parameter = "" if target.parameter == "weight" else target.parameter
-    return "_".join(part for part in (parameter, role) if part)

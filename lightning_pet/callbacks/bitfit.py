@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from lightning_pet.arguments import some
@@ -12,7 +11,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, options_beside
 from lightning_pet.model.layer_kinds import base_class, bias_of, host_kind, reader_of
 from lightning_pet.model.named_roles import features, is_linear, is_norm, named_places
 from lightning_pet.model.naming import module_at
@@ -130,8 +129,7 @@ class BitFitCallback(PETCallback):
         own = [*host._parameters.values(), *host._buffers.values()]  # a quantised weight may be a buffer
         reference = host._parameters[target.parameter] if target.parameter else next(t for t in own if t is not None)
         assert reference is not None  # resolve chose it
-        wide = reference.dtype in (torch.float32, torch.float64)
-        options: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype if wide else torch.float32}
+        options = options_beside(reference)
         if target.parameter:
             kind = BiasBeside if _casts_its_bias(host) else BiasRows
             return kind(reference.shape, target.rows, **options)

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import nn
 
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.low_rank_places import is_called
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, options_beside
 from lightning_pet.layers.scaling import InputScaling, OutputScaling, ScaledBias, ScaledKernel, ScaledWeight
 from lightning_pet.model.layer_kinds import bias_of, host_kind, transposed, weight_of
 from lightning_pet.model.named_roles import features
@@ -123,9 +122,7 @@ class IA3Callback(PETCallback):
         host = module_at(root, target.module)
         weight = weight_of(host, target.parameter)
         assert weight is not None  # resolve_targets returned it
-        wide = weight.dtype in (torch.float32, torch.float64)
-        # Full precision even on a half-precision base: the vectors stay close to one.
-        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype if wide else torch.float32}
+        options = options_beside(weight)
         inner = target.role == "ffn.down"
         kind, called = host_kind(host, target.parameter), is_called(root, target)
         if kind == "conv":

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +14,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.layers.delta import Tied
+from lightning_pet.layers.delta import Tied, delta_dtype
 from lightning_pet.layers.fastfood import LONGEST, padded_length
 from lightning_pet.layers.subspace import Projected, Subspace
 from lightning_pet.model.naming import named_modules
@@ -104,13 +103,7 @@ class IntrinsicDimensionCallback(PETCallback):
         tensors = [cast(nn.Parameter, modules[group[0].module]._parameters[group[0].parameter]) for group in groups]
         factors = len(groups) if self.structure_aware else 0
         self._check(tensors, factors)
-        wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-        subspace = Subspace(
-            self.d - factors,
-            factors,
-            device=tensors[0].device,
-            dtype=torch.float64 if wide else torch.float32,
-        )
+        subspace = Subspace(self.d - factors, factors, device=tensors[0].device, dtype=delta_dtype(*tensors))
         found = [Insertion(Target("", ""), subspace, "subspace")]
         for index, (group, tensor) in enumerate(zip(groups, tensors, strict=True)):
             first, *others = group

@@ -13,7 +13,7 @@ from lightning_pet.attention.prefix import AttentionPrefix, PrefixSite, site_tar
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, options_beside
 from lightning_pet.layers.prefix import PrefixNetwork
 from lightning_pet.model.named_roles import layer_index
 from lightning_pet.model.naming import module_at, named_modules
@@ -292,11 +292,10 @@ def _width(structure: Structure, cores: Sequence[AttentionCore], group: tuple[st
 
 
 def _factory(root: nn.Module, target: Target) -> dict[str, Any]:
-    """Where, and in which type, to make parameters: full precision even on a half-precision base."""
+    """Where, and in which type, to make parameters."""
     host = module_at(root, target.module)
     parameter = next((p for p in (*host.parameters(), *root.parameters()) if p.is_floating_point()), torch.empty(0))
-    dtype = parameter.dtype if parameter.dtype in (torch.float32, torch.float64) else torch.float32
-    return {"device": parameter.device, "dtype": dtype}
+    return options_beside(parameter)
 
 
 def _some(names: Any) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -12,6 +11,7 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.insertion.prompt_places import Where, prompt_insertions, prompt_targets
+from lightning_pet.layers.delta import options_beside
 from lightning_pet.layers.prompt import VirtualRows
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.quantised import initialize
@@ -130,8 +130,7 @@ class PromptTuningCallback(PETCallback):
             hidden=(self.encoder_size or table.embedding_dim) if self.encoder == "mlp" else 0,
             sources=self._sources if self._sources and len(self._sources) == self.length else None,
             scale=float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0))),
-            device=weight.device,
-            dtype=weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
+            **options_beside(weight),
         )
         if not weight.is_meta:
             initialize(rows, table, "weight")

@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] == "plan":
         plan(argv[1:])
         return
+    if argv and argv[0] == "combine":
+        combine(argv[1:])
+        return
     import jsonargparse
 
     verbs: dict[str, Any] = {
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         print(_overview(verbs))
         return
     if argv[0] not in verbs:
-        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "plan", "intrinsic-dimension"])
+        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "combine", "plan", "intrinsic-dimension"])
     try:
         jsonargparse.auto_cli(verbs, args=argv)
     except (ValueError, OSError) as error:
@@ -54,6 +57,7 @@ def _overview(verbs: dict[str, Any]) -> str:
         "test": "evaluate a checkpoint on test data",
         "predict": "predict with a checkpoint",
     } | {name: (function.__doc__ or "").partition("\n")[0] for name, function in verbs.items()}
+    summaries["combine"] = "add, average or join delta files of one base, without the model"
     summaries["plan"] = "print the memory that a run would need, and train nothing"
     summaries["intrinsic-dimension"] = "measure how many trained numbers a task needs"
     return "\n".join([*lines, *(f"  {name:<21}{text}" for name, text in summaries.items())])
@@ -116,6 +120,54 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
 
     written = merge_into_folder(Path(path), Path(base), Path(output), model_class, base_check)
     print(f"merged model: {written}")
+
+
+def combine(argv: list[str]) -> None:
+    """Combine delta files of one base into one, without the model.
+
+    Args:
+        argv: files and options.
+    """
+    import argparse
+
+    from lightning_pet.operations.combining.files import combine_deltas
+    from lightning_pet.operations.combining.rules import HOWS
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-pet combine",
+        description="Add, average, prune or join what several deltas of one base change: on the change itself, not on "
+        "its factors. The model is not needed.",
+        epilog="lightning-pet combine a.pet.safetensors b.pet.safetensors --weights=0.7,0.3 --how=ties "
+        "--output=c.pet.safetensors",
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="+", help="delta files (.safetensors) or training checkpoints (.ckpt)")
+    parser.add_argument("--output", required=True, help="delta file to write; replaced if it exists")
+    parser.add_argument(
+        "--weights",
+        type=lambda text: [float(number) for number in text.split(",")],
+        help="a number for each file, such as 0.7,0.3; negative to unlearn; default: equal ones that sum to one",
+    )
+    parser.add_argument("--how", choices=HOWS, default="linear", help="what to do; default: linear, exact for LoRA")
+    parser.add_argument("--rank", type=int, help="of the result, where it is an approximation")
+    parser.add_argument("--density", type=float, help="share of entries to keep (TIES, DARE, magnitude_prune)")
+    parser.add_argument("--seed", type=int, default=0, help="of DARE")
+    options = parser.parse_args(argv)
+    try:
+        made = combine_deltas(
+            options.paths,
+            options.output,
+            weights=options.weights,
+            how=options.how,
+            rank=options.rank,
+            density=options.density,
+            seed=options.seed,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"lightning-pet combine: {error}")
+    print(f"delta file: {made.path} ({made.size / 1024:,.0f} KiB)")
+    if made.error:
+        print(f"relative error of the change at this rank: {made.error:.3g}")
 
 
 def list_configurations() -> None:

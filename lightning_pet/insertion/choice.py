@@ -20,6 +20,7 @@ from lightning_pet.insertion.together import check_acting
 from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.delta_names import check_known, delta_of
+from lightning_pet.model.gate import between_forwards
 from lightning_pet.model.naming import modules_on_the_way, named_tensors
 
 LOCK: Final = threading.RLock()
@@ -44,8 +45,13 @@ def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
 
     Raises:
         ArgumentError: if there is no such delta, or two have their own values for one tensor.
+        KeyError: if a module that one of them lies in was replaced.
         TargetError: if two cannot act on one layer.
     """
+    record = record_at(root)
+    coming = {name for name in deltas if name not in record.active}
+    for _ in record.of(*coming).deltas(root) if coming else ():
+        pass  # raises before anything is changed
     place(root, deltas)
     let_train(root, deltas)
 
@@ -57,7 +63,7 @@ def place(root: nn.Module, deltas: tuple[str, ...]) -> None:
     check_sum(record, deltas)
     if len(deltas) > 1:
         check_acting(root, deltas)
-    with LOCK:
+    with between_forwards(root), LOCK:
         leaving = {name: owned(root, record, name) for name in record.active if name not in deltas}
         coming = [name for name in deltas if name not in record.active]
         wanted = {name: record.originals[name] for own in leaving.values() for name in own}
@@ -79,8 +85,12 @@ def let_train(root: nn.Module, deltas: Iterable[str]) -> None:
     """Let these deltas train, and no others."""
     record, wanted = record_at(root), set(deltas)
     before = set(record.trainable_names)
+    woken = wanted & record.waiting.keys()
     for name in record.names:
         record.wake(name) if name in wanted else record.rest(name)
+    for inserted in record.of(*woken).deltas(root) if woken else ():
+        if inserted.delta.training != inserted.host.training:  # it was let rest in a run
+            inserted.delta.train(inserted.host.training)
     after = set(record.trainable_names)
     for name, tensor in tensors_at(root, before ^ after).items():
         if isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex()):
@@ -185,6 +195,14 @@ def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) 
             tensor.data = new[name]
     _resize(root, record, {name for name in new if new[name].shape != before[name].shape})
     return before
+
+
+def show_in_blocks(root: nn.Module, record: Adaptation, delta: str, values: Mapping[str, Tensor]) -> None:
+    """Let blocks that use a delta read other values of it from now on."""
+    present = tensors_at(root, values)
+    for selection in list(record.switch.open):
+        if delta in selection.deltas:
+            selection.values.update({name: _like(values[name], tensor) for name, tensor in present.items()})
 
 
 def _is_held(tensor: Tensor) -> bool:

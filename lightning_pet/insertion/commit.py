@@ -5,6 +5,7 @@ put back as it was.
 """
 
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_i
 from lightning_pet.model.call import Switch
 from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
+from lightning_pet.model.gate import take_gate
 from lightning_pet.model.naming import (
     by_delta,
     canonical,
@@ -48,7 +50,8 @@ def commit(root: nn.Module, prepared: Sequence[Prepared], *, acts: bool = True) 
     before = {name: parameter.requires_grad for name, parameter in named_parameters(root)}
     record: Adaptation = root.__dict__.setdefault(RECORD, Adaptation(flags=before))
     forbid_repacking(root)
-    known, state = record.names, (record.active, record.switch.selection, dict(record.waiting), record.trainable_names)
+    known, selection = record.names, record.switch.selection
+    state = {name: copy(value) for name, value in vars(record).items() if name != "switch"}
     if known:
         record.switch.selection = record.selection(record.active)  # what comes waits until it is complete
     done: list[tuple[str, str]] = []
@@ -65,9 +68,8 @@ def commit(root: nn.Module, prepared: Sequence[Prepared], *, acts: bool = True) 
     except BaseException:
         detach(root, done)
         restore_flags(root, before)
-        record.applied[:] = [a for a in record.applied if not any(a.key == item.key for item in prepared)]
-        record.active, record.switch.selection, record.waiting, record.trainable_names = state
-        _forget(record)
+        vars(record).update(state)
+        record.switch.selection = selection
         if created:
             del root.__dict__[RECORD]
             restore_repacking(root)
@@ -172,7 +174,10 @@ def take_forms(root: nn.Module, tensors: Mapping[str, Tensor], *, held: bool = F
     """
     found = by_delta(tensors)
     changed: list[tuple[Delta, dict[str, Any], dict[str, Any]]] = []
-    for _, _, _, delta, path in deltas_in(root):
+    record = record_of(root)
+    for applied, _, _, delta, path in deltas_in(root):
+        if record is not None and applied.delta in record.waiting:
+            continue  # it is in no file of a run
         own = found.get(path, {})
         before = delta, dict(delta._parameters), dict(delta._buffers)
         if delta.take_form(own, held=held):
@@ -312,6 +317,7 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     restore_repacking(root)
     unguard(root)
     leave_saves(root)
+    take_gate(root)
     del root.__dict__[RECORD]
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_pet.errors import TargetError
 from lightning_pet.model.call import HERE, Chosen, Switch
 
 KEPT = "_pet_kept"
@@ -47,7 +48,11 @@ def held(host: nn.Module, name: str) -> Any:
     if kept is None:
         return value
     selection = of_host(host).get(kept.switch.number)
-    if selection is None or kept.names.get(name) not in selection.values:
+    if selection is None:
+        return value
+    if selection.rows is not None and kept.names.get(name) in selection.rows.differing:
+        return differing(value, kept.names[name])
+    if kept.names.get(name) not in selection.values:
         return value
     other = selection.values[kept.names[name]]
     same = not isinstance(other, Tensor) or not isinstance(value, Tensor) or other.device == value.device
@@ -63,6 +68,33 @@ def of_host(host: nn.Module) -> Chosen:
     call = HERE.call
     # In this order: a compiler would guard `plain`, and compile once more where it differs.
     return call.chosen if torch.compiler.is_dynamo_compiling() or call.plain else call.repeated()
+
+
+class Differing(Tensor):
+    """Stands for a tensor that is not the same for all rows of a batch: it shows its form, and nothing can use it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__" or name in _FORM:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise TargetError(
+            f"{getattr(args[0], 'called', 'a tensor') if args else 'a tensor'} is not the same for all rows, and is "
+            "read by another module than its own, which takes no rows apart. Use these deltas one after the other: "
+            "`adapted.using(name)`."
+        )
+
+
+_FORM = ("size", "dim", "numel", "is_floating_point", "is_complex", "stride", "__repr__")
+
+
+def differing(value: Any, name: str) -> Any:
+    """What is read of an attribute that is not the same for all rows, outside of a call that has taken them apart."""
+    if not isinstance(value, Tensor):
+        return value
+    shown: Any = value.detach().as_subclass(Differing)
+    shown.called = repr(name)
+    return shown
 
 
 def effective(name: str) -> property:

@@ -23,8 +23,8 @@ def excerpts_of(root: nn.Module, prefix: str = "") -> dict[str, Excerpt | None]:
     """
     return {
         join(prefix, path, name): excerpt and excerpt._replace(name=join(prefix, path, excerpt.name))
-        for path, delta in _deltas(root)
-        for name, excerpt in delta.excerpts.items()
+        for path, own in [(path, delta.excerpts) for path, delta in _deltas(root)]
+        for name, excerpt in own.items()
     }
 
 
@@ -49,7 +49,6 @@ def as_held(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {join(path, name): tensor for path, own in groups.items() for name, tensor in own.items()}
 
 
-def _deltas(root: nn.Module) -> Iterator[tuple[str, Delta]]:
+def _deltas(root: nn.Module) -> list[tuple[str, Delta]]:
     record = record_of(root)
-    for inserted in record.deltas(root, pass_over_gone=True) if record else ():
-        yield inserted.path, inserted.delta
+    return [(found.path, found.delta) for found in record.deltas(root, pass_over_gone=True)] if record else []

@@ -23,8 +23,9 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.insertion.effective import KEPT, READ_AS, Kept, effective, held, repeats_itself
-from lightning_pet.insertion.slot import SEQUENCES, Deltas, Slot, WithoutDeltas, replica_of
+from lightning_pet.insertion.effective import KEPT, READ_AS, Kept, differing, effective, held, repeats_itself
+from lightning_pet.insertion.rows import apart, around_form, changed_rows, differing_at
+from lightning_pet.insertion.slot import SEQUENCES, Acting, Deltas, Slot, WithoutDeltas, replica_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Switch
 from lightning_pet.model.fast_paths import forbid, restore
@@ -76,6 +77,8 @@ class _Host(_Reader):
             weight = self.weight
             if type(weight) in DENSE or not is_quantised(weight):
                 return own[acting.fusing](args[0], None, weight, self.bias)
+        if acting.groups is not None:
+            return self._pet_rows(acting.groups, args, kwargs)
         output = self._pet_base_forward(*args, **kwargs)
         if not acting.activation:
             return output
@@ -90,6 +93,13 @@ class _Host(_Reader):
             return tensor
         return (tensor, *output[1:]) if isinstance(output, tuple) else [tensor, *output[1:]]
 
+    def _pet_rows(self, groups: tuple[Acting, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Rows use different deltas: the base's product once, then what each group's deltas make of its rows."""
+        if _reads_apart(self, groups):
+            return apart(self, self.pet, partial(_Host.forward, self), args, kwargs)
+        output = self._pet_base_forward(*args, **kwargs)
+        return changed_rows(self, groups, args, kwargs, output, partial(_weight_and_bias, self))
+
     def _pet_base_forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
@@ -100,6 +110,17 @@ class _AroundHost(_Host):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for slot in self.__dict__.get(_TAPS, ()):
             slot.put(args, kwargs)
+        groups = self._modules[CHILD].acting().groups  # type: ignore[union-attr, operator]
+        if groups is None:
+            return self._pet_around(*args, **kwargs)
+        call: Any = super().forward
+        if not _runs_apart(self, groups):
+            return call(*args, **kwargs)
+        if (form := around_form(self, groups)) is not None and not _reads_apart(self, groups):
+            return form(call, args, kwargs)
+        return apart(self, self.pet, self._pet_around, args, kwargs)
+
+    def _pet_around(self, *args: Any, **kwargs: Any) -> Any:
         call: Any = super().forward
         pet: Any = self._modules[CHILD]
         for key in pet.acting().around:
@@ -127,10 +148,37 @@ class WeightHost(_AroundHost):
 
     def _pet_effective(self, name: str, weight: Any) -> Any:
         pet: Any = self._modules[CHILD]
-        for key in pet.acting().weight:
+        acting = pet.acting()
+        if acting.groups is not None and any(group.weight for group in acting.groups):
+            return differing(weight, name)
+        for key in acting.weight:
             delta = pet._modules[key]
             weight = delta(weight) if delta.parameter == name else weight
         return weight
+
+
+class RowsReader(_Reader):
+    """Mixed in where the attributes are not the same for all rows of a batch: each group has a call of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, once for each group of rows if they read different values."""
+        base: Any = type(self).__pet_base__
+        call = partial(base.forward, self)
+        found = differing_at(self)
+        return call(*args, **kwargs) if found is None else apart(self, found, call, args, kwargs)
+
+
+def _runs_apart(host: nn.Module, groups: tuple[Acting, ...]) -> bool:
+    """Whether each group of rows needs a call of the host of its own."""
+    return any(group.around for group in groups) or _reads_apart(host, groups)
+
+
+def _reads_apart(host: nn.Module, groups: tuple[Acting, ...]) -> bool:
+    """Whether the groups of rows do not read the same parameters."""
+    if any(group.weight for group in groups) or differing_at(host) is not None:
+        return True
+    reads = [module._modules[CHILD].acting().groups or () for module in host.__dict__.get(_READS, ())]
+    return any(group.weight for other in reads for group in other)
 
 
 _SWAPPED: dict[tuple[type[nn.Module], type[_Reader], tuple[str, ...]], type[nn.Module]] = {}
@@ -138,7 +186,7 @@ _SWAPPED: dict[tuple[type[nn.Module], type[_Reader], tuple[str, ...]], type[nn.M
 
 def _swapped(base: type[nn.Module], mixin: type[_Reader], parameters: tuple[str, ...]) -> type[nn.Module]:
     """The subclass of ``base`` that runs deltas; one object per key, so that class comparisons hold."""
-    if mixin is _Reader and not parameters:
+    if mixin in (_Reader, RowsReader) and not parameters:
         return base
     key = (base, mixin, parameters)
     if key not in _SWAPPED:
@@ -162,7 +210,7 @@ def _make_class(base: type[nn.Module], mixin: type[_Reader], parameters: tuple[s
         "__doc__": base.__doc__,
     }
     host = issubclass(mixin, _Host)
-    if host:
+    if host or mixin is RowsReader:
         members["forward"] = _with_signature(mixin.forward, base.forward)
     if host and callable(getattr(base, "generate", None)):
         members["generate"] = _generate
@@ -326,7 +374,7 @@ def swap(module: nn.Module, mixin: type[_Host], parameter: str | None = None) ->
     cls = type(module)
     present: type[_Reader] = getattr(cls, "__pet_mixin__", _Reader)
     parameters = {*getattr(cls, "__pet_parameters__", ()), *([parameter] if parameter else [])}
-    widest = mixin if issubclass(mixin, present) else present
+    widest = present if issubclass(present, mixin) else mixin
     _adopt(module)
     module.__class__ = _swapped(base_class(module), widest, tuple(sorted(parameters)))
 
@@ -353,13 +401,14 @@ def is_swapped_by_others(module: nn.Module) -> bool:
     return hasattr(type(module), "__pet_base__") and "__pet_base__" not in vars(type(module))
 
 
-def expose(module: nn.Module, names: Mapping[str, str], switch: Switch) -> None:
+def expose(module: nn.Module, names: Mapping[str, str], switch: Switch, *, by_rows: bool = False) -> None:
     """From now on let every thread read the values that it has chosen.
 
     Args:
         module: any.
         names: its attributes, and their canonical names from the root.
         switch: the root's.
+        by_rows: rows of one batch may read different ones.
     """
     with _LOCK:
         kept: Kept = module.__dict__.setdefault(KEPT, Kept(switch, {}, {}, set()))
@@ -368,7 +417,7 @@ def expose(module: nn.Module, names: Mapping[str, str], switch: Switch) -> None:
         kept.names.update(names)
         present = set(getattr(type(module), "__pet_parameters__", ()))
         kept.extra.update(set(names) - present)
-        _read_through(module, present | set(names))
+        _read_through(module, present | set(names), by_rows)
 
 
 def conceal(module: nn.Module, names: Iterable[str]) -> None:
@@ -387,6 +436,7 @@ def conceal(module: nn.Module, names: Iterable[str]) -> None:
             del module.__dict__[KEPT]
 
 
-def _read_through(module: nn.Module, names: set[str]) -> None:
+def _read_through(module: nn.Module, names: set[str], by_rows: bool = False) -> None:
     mixin: type[_Reader] = getattr(type(module), "__pet_mixin__", _Reader)
+    mixin = RowsReader if by_rows and mixin is _Reader else mixin
     module.__class__ = _swapped(base_class(module), mixin, tuple(sorted(names)))

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from lightning_pet.errors import TargetError
+from lightning_pet.layers.delta import options_beside
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
 from lightning_pet.layers.low_rank_base import Init, LowRank
 from lightning_pet.layers.low_rank_hosts import ConvWeight, EmbeddingWeight, LowRankConv, LowRankEmbedding
@@ -66,9 +66,7 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
     common: dict[str, Any] = {
         "scale": options.scale,
         "dropout": options.dropout,
-        "device": weight.device,
-        # Full precision even on a half-precision base: updates are far smaller than the values.
-        "dtype": weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
+        **options_beside(weight),
     }
     if options.init != "kaiming":
         common["init"] = options.init

@@ -38,6 +38,13 @@ class Insertion:
         return delta_path(self.target.module, self.key(method))
 
 
+def suffix_of(target: Target) -> str:
+    """Tells the deltas of one method on one host apart: several parameters, several roles of one parameter."""
+    role = target.role.rpartition(".")[2] if target.role and target.rows else ""
+    parameter = "" if target.parameter == "weight" else target.parameter
+    return "_".join(part for part in (parameter, role) if part)
+
+
 @runtime_checkable
 class Method(Protocol):
     """A parameter-efficient tuning method, as data and three questions. No Trainer is involved."""

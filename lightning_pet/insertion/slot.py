@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import DeadSiteError
 from lightning_pet.insertion.effective import REPLICA, of_host
 from lightning_pet.layers.delta import Delta, Path
-from lightning_pet.model.call import HERE, Chosen, Switch
+from lightning_pet.model.call import HERE, Chosen, Rows, Switch
 from lightning_pet.model.delta_names import delta_in
 from lightning_pet.model.naming import CHILD
 
@@ -28,6 +28,7 @@ class Acting(NamedTuple):
         weight: those that change what is read from a parameter.
         generate: those around the host's ``generate``.
         fusing: the one that may compute the host's product itself: it alone acts on what the call returns.
+        groups: where rows of a batch use different deltas, what acts on each group of them, and nothing above.
     """
 
     activation: tuple[str, ...]
@@ -35,6 +36,7 @@ class Acting(NamedTuple):
     weight: tuple[str, ...]
     generate: tuple[str, ...]
     fusing: str | None
+    groups: tuple["Acting", ...] | None = None
 
 
 class Deltas(nn.ModuleDict):
@@ -51,6 +53,10 @@ class Deltas(nn.ModuleDict):
     def _forget(self) -> None:
         self._roots = tuple(dict.fromkeys(self.switches.values()))
         self._known: dict[tuple[Any, ...], Acting] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()  # a copy has switches of its own, with other numbers
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a delta; see :class:`torch.nn.Module`."""
@@ -79,6 +85,8 @@ class Deltas(nn.ModuleDict):
             selection = chosen.get(root.number, root.selection) if chosen else root.selection
             if selection is not None:
                 chosen_keys = (*chosen_keys, root.number, selection.deltas, selection.keys)
+                if selection.rows is not None:
+                    chosen_keys = (*chosen_keys, selection.rows.names)
         acting = self._known.get(chosen_keys)
         if acting is None:
             acting = self._look(chosen)
@@ -96,7 +104,22 @@ class Deltas(nn.ModuleDict):
         """Whether a delta acts in this call."""
         return self._acts(key, of_host(self))
 
+    def rows(self) -> tuple[int, Rows] | None:
+        """Which rows use which deltas in this call, with the number of the root that it was chosen for."""
+        return self._rows_in(of_host(self))
+
+    def _rows_in(self, chosen: Chosen) -> tuple[int, Rows] | None:
+        for root in self._roots:
+            selection = chosen.get(root.number, root.selection)
+            if selection is not None and selection.rows is not None:
+                return root.number, selection.rows
+        return None
+
     def _look(self, chosen: Chosen) -> Acting:
+        if (found := self._rows_in(chosen)) is not None:
+            number, rows = found
+            groups = tuple([self._look({**chosen, number: part}) for part in rows.parts])
+            return Acting((), (), (), (), None, groups)
         # Not isinstance: a sharding engine passes the attributes of what it has wrapped through.
         own = cast(dict[str, Delta], self._modules)
         keys = [key for key in own if self._acts(key, chosen)]

@@ -32,16 +32,16 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
     selection = record.selection(deltas)
     with ExitStack() as stack, ExitStack() as exposed:
         with LOCK:
-            wanted = _wanted(root, record, deltas)
+            wanted = wanted_by(root, record, deltas)
             # What other deltas have of their own is read through this selection as well: they may be activated.
             names = {*wanted, *record.held_by(record.names)}
             modules = named_modules(root) if names or not deltas else {}
-            places, values = _places(modules, names, aside=not deltas)
+            places, values = places_of(modules, names, aside=not deltas)
             if wanted and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
                 stack.callback(copy_in, root, _exchange(root, wanted))
-                places, values = _places(modules, set(), aside=not deltas)
+                places, values = places_of(modules, set(), aside=not deltas)
             else:
-                values |= _placed(root, wanted)
+                values |= placed_values(root, wanted)
             selection.values.update(values)
             for module, attributes in places:
                 expose(module, attributes, record.switch)
@@ -51,10 +51,10 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
                 yield
         finally:
             for module, attributes in places:
-                _close(module, attributes, record.switch, block.made_a_graph)
+                close(module, attributes, record.switch, block.made_a_graph)
 
 
-def _wanted(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
+def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
     """What the model would hold in place of what it holds, if these deltas acted for all."""
     leaving = {name for delta in record.active if delta not in deltas for name in owned(root, record, delta)}
     if not deltas or not record.active:
@@ -65,14 +65,14 @@ def _wanted(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dic
     return found
 
 
-def _close(module: nn.Module, names: Iterable[str], switch: Switch, made_a_graph: bool) -> None:
+def close(module: nn.Module, names: Iterable[str], switch: Switch, made_a_graph: bool) -> None:
     """Undo one :func:`expose`, unless gradient checkpointing could read these attributes again for the block."""
     known = switch.exposed.setdefault(module, set()) if made_a_graph else set()
     conceal(module, known & set(names) if made_a_graph else names)
     known |= set(names)
 
 
-def _places(modules: dict[str, nn.Module], changed: set[str], aside: bool) -> tuple[_Places, dict[str, Any]]:
+def places_of(modules: dict[str, nn.Module], changed: set[str], aside: bool) -> tuple[_Places, dict[str, Any]]:
     """Modules with the attributes that are others in the base, by name from the root; values of what is no tensor.
 
     Args:
@@ -99,7 +99,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
 
-def _placed(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of values, placed as the present ones: the base may write into its buffers."""
     found, precisions = {}, read_precisions(root)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The base of everything that a method inserts: a child module of the layer that it changes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import torch
@@ -60,6 +60,48 @@ def kind_of(tensor: Tensor) -> str:
     return "fractions" if tensor.is_floating_point() else "integers"
 
 
+def delta_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a delta's parameters beside tensors of the base: at least single precision.
+
+    Updates are far smaller than the values: what a base in half precision can hold of them is nothing.
+    """
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def options_beside(tensor: Tensor) -> dict[str, Any]:
+    """Device and dtype of a delta's parameters beside a tensor of the base."""
+    return {"device": tensor.device, "dtype": delta_dtype(tensor)}
+
+
+def apart(expected: Set[str], found: Set[str]) -> tuple[list[str], list[str]]:
+    """What is missing, and what is too much."""
+    return sorted(expected - found), sorted(found - expected)
+
+
+def wrong_names(expected: Set[str], found: Set[str]) -> list[str]:
+    """The same as one phrase each."""
+    missing, extra = apart(expected, found)
+    return [*(f"{name} is missing" for name in missing), *(f"{name} is unexpected" for name in extra)]
+
+
+def wrong_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Which tensors have another shape than those of the same name, one phrase each."""
+    return [
+        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in found.items()
+        if name in expected and expected[name].shape != tensor.shape
+    ]
+
+
+def wrong_kinds(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Which tensors hold numbers of another kind than those of the same name, one phrase each."""
+    return [
+        f"{name} holds {kind_of(tensor)}, expected {kind_of(expected[name])}"
+        for name, tensor in found.items()
+        if name in expected and kind_of(expected[name]) != kind_of(tensor)
+    ]
+
+
 class Excerpt(NamedTuple):
     """What files hold of a parameter: a few of its entries, under a name of their own.
 
@@ -107,6 +149,15 @@ class Delta(Part):
     """:meth:`initialize_from` needs the values of the base weight: it gets dequantised ones."""
     reads_weight: bool = False
     """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
+
+    row_form: ClassVar[Any] = None
+    """``row_form(deltas, ids, x, output)``: what :meth:`forward` does, at once for rows that use different deltas.
+
+    ``deltas``: one of this class or ``None`` (nothing acts) per group; ``ids``: of each row of the batch, the number of
+    its group; x and output are batch-major, with as many numbers per row of the batch. ``None``, or a result of
+    ``None``: not at once, but group by group. For deltas around a call ``row_form(deltas, ids, owner)`` gives what runs
+    ``(call, args, kwargs)``; what it holds meanwhile is the owner's, the host's ``pet``.
+    """
 
     parameter: str = "weight"
     """Which parameter of the host this delta belongs to (``""``: none); set when it is inserted."""
@@ -173,20 +224,8 @@ class Delta(Part):
     def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Why these tensors of a file do not fit, one phrase each; nothing is changed."""
         own = self.state_dict()
-        return [
-            *(f"{name} is missing" for name in sorted(own.keys() - tensors.keys())),
-            *(f"{name} is unexpected" for name in sorted(tensors.keys() - own.keys())),
-            *(
-                f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-                for name in sorted(own.keys() & tensors.keys())
-                if own[name].shape != tensors[name].shape
-            ),
-            *(
-                f"{name} holds {kind_of(tensors[name])}, expected {kind_of(own[name])}"
-                for name in sorted(own.keys() & tensors.keys())
-                if kind_of(own[name]) != kind_of(tensors[name])
-            ),
-        ]
+        found = dict(sorted(tensors.items()))
+        return [*wrong_names(own.keys(), found.keys()), *wrong_shapes(own, found), *wrong_kinds(own, found)]
 
     def unheld(self, tensors: Mapping[str, Tensor]) -> int:
         """Bytes of own tensors whose size neither these tensors of a file nor the base's decide."""

@@ -12,7 +12,7 @@ drawn anew for every use. Either gives the same numbers.
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -380,11 +380,13 @@ class _Kept:
         self.drawn: dict[tuple[Any, ...], _Drawn] = {}
         self.users: Counter[int] = Counter()
         self.bytes = 0
+        self._released: deque[int] = deque()
         self._lock = Lock()
 
     def add(self, key: tuple[Any, ...], drawn: _Drawn) -> None:
         """Hold one, if there is room."""
         with self._lock:
+            self._settle()
             if key in self.drawn or self.bytes + drawn.bytes > KEPT_BYTES:
                 return
             self.bytes += drawn.bytes
@@ -395,16 +397,28 @@ class _Kept:
         """One more uses this seed."""
         with self._lock:
             self.users[seed] += 1
+            self._settle()
 
     def release(self, seed: int) -> None:
-        """One less; the last one lets go what belongs to the seed."""
-        with self._lock:
+        """One less; the last one lets go what belongs to the seed.
+
+        The garbage collector calls it, maybe in the midst of the other methods: it waits for nobody.
+        """
+        self._released.append(seed)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        while self._released:
+            seed = self._released.popleft()
             self.users[seed] -= 1
-            if self.users[seed] > 0:
-                return
-            del self.users[seed]
-            for key in [key for key in self.drawn if key[0] == seed]:
-                self.bytes -= self.drawn.pop(key).bytes
+            if self.users[seed] <= 0:
+                del self.users[seed]
+                for key in [key for key in self.drawn if key[0] == seed]:
+                    self.bytes -= self.drawn.pop(key).bytes
 
 
 _kept = _Kept()

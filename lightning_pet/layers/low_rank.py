@@ -19,6 +19,7 @@ from lightning_pet.layers.low_rank_product import (
     low_rank_linear,
     prefers_merged,
 )
+from lightning_pet.layers.low_rank_rows import low_rank_rows
 
 
 class LowRankLinear(OwnBias):
@@ -46,6 +47,7 @@ class LowRankLinear(OwnBias):
     """
 
     fuses_linear: ClassVar[bool] = True
+    _bare = False
 
     def __init__(
         self,
@@ -133,6 +135,16 @@ class LowRankLinear(OwnBias):
         origin, dropout = self._origin(dtype), self.dropout if drops else 0.0
         return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin, dropout=dropout)
 
+    @staticmethod
+    def row_form(deltas: Sequence["LowRankLinear | None"], ids: Tensor, x: Tensor, output: Tensor) -> Tensor | None:
+        """All rows at once, where A and B are all there is; see :attr:`Delta.row_form`."""
+        for delta in deltas:
+            if delta is not None and (
+                not delta._bare or delta._drops() or type(delta).forward is not LowRankLinear.forward
+            ):
+                return None
+        return low_rank_rows(deltas, ids, x, output)
+
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
 
@@ -167,9 +179,9 @@ class LowRankLinear(OwnBias):
         assert self.magnitude is not None
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
-                changed = self._changed(self._take(matrix))
+                changed = self._changed(self._own(matrix))
                 norm = torch.linalg.vector_norm(changed, dim=-1).to(self.magnitude.dtype)
-                changed = self._put(matrix, changed)
+                changed = self._among(matrix, changed)
             excess = self._spread((self.magnitude / norm - 1).unsqueeze(-1)).squeeze(-1)
         matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
         layer = Dora(matrix, bias, a, b, excess, self.scale, self._origin(x.dtype), changed)

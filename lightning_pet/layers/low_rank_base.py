@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.layers import rows as ranges
 from lightning_pet.layers.delta import Delta, check_scale
 from lightning_pet.layers.low_rank_product import add_product_, is_plain
 from lightning_pet.layers.sharding import whole
@@ -67,7 +68,7 @@ class LowRank(Delta):
         self.use_dora = use_dora
         self.rows = _checked_rows(rows, out_features)
         if self.rows is not None:
-            b_shape = (*b_shape[:-2], sum(stop - start for start, stop in self.rows), b_shape[-1])
+            b_shape = (*b_shape[:-2], ranges.size(self.rows), b_shape[-1])
         self.a = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.empty(b_shape, device=device, dtype=dtype))
         shifts = init in ("pissa", "olora")
@@ -125,7 +126,7 @@ class LowRank(Delta):
                 f"This delta was built for a weight that reads as {wanted} [..., out, in], and got one of "
                 f"shape {tuple(weight.shape)}. Pass the parameter of its own host."
             )
-        matrix = self._take(matrix)
+        matrix = self._own(matrix)
         if self.init in ("pissa", "olora"):
             a, b = _principal(matrix, self.r, self.scale) if self.init == "pissa" else _orthonormal(matrix, self.r)
             self.a.copy_(a.reshape(self.a.shape))
@@ -226,35 +227,25 @@ class LowRank(Delta):
         # Autocast would round the change before it is added.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight).to(dtype)
-            own = self._take(matrix)
+            own = self._own(matrix)
             changed = own + self._change(dtype, drop=drop)
             if self.magnitude is not None:
                 # In the magnitude's dtype, so that the factor is exactly 1 at the start.
                 factor = self.magnitude / self._norm(own).to(self.magnitude.dtype)
                 changed = changed * factor.to(dtype).unsqueeze(-1)
-            return self._matrix(self._put(matrix, changed)).to(weight.dtype).reshape(weight.shape)
+            return self._matrix(self._among(matrix, changed)).to(weight.dtype).reshape(weight.shape)
 
-    def _take(self, matrix: Tensor) -> Tensor:
+    def _own(self, matrix: Tensor) -> Tensor:
         """The rows of [..., out, in] that this delta changes."""
-        if self.rows is None:
-            return matrix
-        return torch.cat([matrix[..., start:stop, :] for start, stop in self.rows], dim=-2)
+        return matrix if self.rows is None else ranges.take(matrix, self.rows, -2)
 
-    def _put(self, matrix: Tensor, own: Tensor) -> Tensor:
-        """``matrix`` with the rows of :meth:`_take` replaced by ``own``."""
-        if self.rows is None:
-            return own
-        pieces, done, used = [], 0, 0
-        for start, stop in self.rows:
-            pieces += [matrix[..., done:start, :], own[..., used : used + stop - start, :]]
-            done, used = stop, used + stop - start
-        return torch.cat([*pieces, matrix[..., done:, :]], dim=-2)
+    def _among(self, matrix: Tensor, own: Tensor) -> Tensor:
+        """``matrix`` with these rows replaced."""
+        return own if self.rows is None else ranges.put(matrix, own, self.rows, -2)
 
     def _spread(self, own: Tensor) -> Tensor:
         """[..., rows, n] to [..., out, n], zero elsewhere."""
-        if self.rows is None:
-            return own
-        return self._put(own.new_zeros(*own.shape[:-2], self.out_features, own.shape[-1]), own)
+        return own if self.rows is None else ranges.spread(own, self.rows, self.out_features, dim=-2)
 
     def extra_repr(self) -> str:
         """Options that differ from the default."""

@@ -153,7 +153,7 @@ class _Dora(torch.autograd.Function):
         if grad is None:
             return tuple(grads)
         g = grad.reshape(-1, grad.shape[-1])
-        mask = None if mask is None else mask.view(-1, mask.shape[-1])
+        mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
         factor = 1 + excess
         known = _known(ctx, u, factor) if need_excess else None
         gb = _times(b.t(), ctx.scale * factor) @ g.t()

@@ -128,7 +128,7 @@ class _LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             inner = None  # a second derivative is wanted, which a non-differentiable output would lose
         if mask is not None:
-            mask = mask.view(-1, mask.shape[-1])
+            mask = mask.reshape(-1, mask.shape[-1])
         if need_weight or need_a or (need_b and inner is None):
             x = ctx.rebuild(*sources) if ctx.rebuild is not None else sources[0]
             x = x.reshape(-1, x.shape[-1])
@@ -170,7 +170,7 @@ def _activation_form(
 ) -> tuple[Tensor, Tensor]:
     """The output, and x Aᵀ as [r, tokens]."""
     flat_x = x.reshape(-1, x.shape[-1])
-    inner = _reduced(flat_x if mask is None else flat_x * mask.view(flat_x.shape), a).t()
+    inner = _reduced(flat_x if mask is None else flat_x * mask.reshape(flat_x.shape), a).t()
     if weight is None:
         assert product is not None
         output = product.clone(memory_format=torch.contiguous_format)
@@ -325,12 +325,14 @@ def low_rank_directly(
     if not is_small(x, weight) and (grows or dropout or prefers_merged(x, weight)):
         return None
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    output, inner = F.linear(flat, weight, bias), _reduced(F.dropout(flat, dropout) if dropout else flat, a)
+    # Dropped before it is flattened: what is drawn goes by the memory of x.
+    output = F.linear(flat, weight, bias)
+    inner = _reduced(F.dropout(x, dropout).reshape(flat.shape) if dropout else flat, a)
     if grows:
         output = torch.addmm(output, inner, b.t(), alpha=scale)
     else:
         output.addmm_(inner, b.t(), alpha=scale)
-    return output if flat is x else output.view(*shape[:-1], -1)
+    return output if flat is x else output.view(*shape[:-1], output.shape[-1])
 
 
 def is_small(x: Tensor, weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Numbers for some of a host's features, spread over all of them."""
+"""Some rows of a host's weight, or some of its features: taken out, put back, spread over all."""
 
 from collections.abc import Sequence
 
@@ -18,12 +18,24 @@ def size(rows: Rows) -> int:
     return sum(stop - start for start, stop in rows)
 
 
-def spread(own: Tensor, rows: Rows, features: int, fill: float) -> Tensor:
-    """[..., size of rows] to [..., features], with ``fill`` outside of the ranges."""
+def take(full: Tensor, rows: Rows, dim: int) -> Tensor:
+    """What ``full`` holds in the ranges of a dimension."""
+    return torch.cat([full.narrow(dim, start, stop - start) for start, stop in rows], dim)
+
+
+def put(full: Tensor, own: Tensor, rows: Rows, dim: int) -> Tensor:
+    """``full`` with ``own`` in place of what :func:`take` returns; a new tensor."""
+    pieces, done, used = [], 0, 0
+    for start, stop in rows:
+        pieces += [full.narrow(dim, done, start - done), own.narrow(dim, used, stop - start)]
+        done, used = stop, used + stop - start
+    return torch.cat([*pieces, full.narrow(dim, done, full.shape[dim] - done)], dim)
+
+
+def spread(own: Tensor, rows: Rows, features: int, fill: float = 0.0, dim: int = -1) -> Tensor:
+    """``own`` in these ranges of ``features``, with ``fill`` outside of them."""
     if rows == ((0, features),):
         return own
-    lead, pieces, done, used = own.shape[:-1], [], 0, 0
-    for start, stop in rows:
-        pieces += [own.new_full((*lead, start - done), fill), own[..., used : used + stop - start]]
-        done, used = stop, used + stop - start
-    return torch.cat([*pieces, own.new_full((*lead, features - done), fill)], dim=-1)
+    shape = list(own.shape)
+    shape[dim] = features
+    return put(own.new_full(shape, fill), own, rows, dim)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.layers.delta import Delta, Excerpt, kind_of
+from lightning_pet.layers.delta import Delta, Excerpt, kind_of, wrong_names
 from lightning_pet.layers.gated_weight import Form, Gates, expected_open, gated_weight
 from lightning_pet.layers.hard_concrete import HardConcrete
 from lightning_pet.layers.sharding import is_sharded
@@ -277,8 +277,7 @@ class SparseDifference(Delta):
             expected = {"w": self.shape}
             expected |= {"alpha": self.shape} if self.kind != "group" else {}
             expected |= {"alpha_group": (1,)} if self.kind != "weight" else {}
-        wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
-        wrong += [f"{name} is unexpected" for name in sorted(tensors.keys() - expected.keys())]
+        wrong = wrong_names(expected.keys(), tensors.keys())
         if "values" in expected:
             return wrong or self._wrong_places(tensors["indices"], tensors["values"])
         return wrong + [

@@ -37,11 +37,41 @@ class Selection:
         keys: of the deltas that act, as hosts name them.
         values: what is read in place of attributes of modules, by canonical name from the root.
         deltas: names of the deltas that act, in the order in which they do; empty: in the order in which they came.
+        rows: what acts on which row of a batch; ``None``: all of it on every row.
     """
 
     keys: frozenset[str] = frozenset()
     values: dict[str, Any] = field(default_factory=dict)
     deltas: tuple[str, ...] = ()
+    rows: "Rows | None" = None
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether there are values in it, of which there may be as many as the model has."""
+        return bool(self.values) or (self.rows is not None and any(part.values for part in self.rows.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which row of a batch uses which delta: rows that use the same are a group.
+
+    Attributes:
+        names: of each group; ``None`` is the base.
+        ids: of each row, the number of its group.
+        parts: of each group, what acts on its rows.
+        differing: canonical names of what is not read alike by all groups.
+        places: paths of modules, by their identity.
+        shared: paths of those that compute once what all rows of any batch get.
+        known: what was worked out for a size and a device.
+    """
+
+    names: tuple[str | None, ...]
+    ids: tuple[int, ...]
+    parts: tuple[Selection, ...]
+    differing: frozenset[str] = frozenset()
+    places: Mapping[int, str] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
+    known: dict[Any, Any] = field(default_factory=dict)
 
 
 class Switch:
@@ -53,6 +83,7 @@ class Switch:
         selection: what acts where a thread has chosen nothing; ``None``: every delta, in the order in which they came.
             It is never changed, but exchanged for another.
         open: the selections of all blocks that threads are in now.
+        manners: what is known of how modules treat the rows of a batch.
     """
 
     def __init__(self, selection: Selection | None = None) -> None:
@@ -60,6 +91,7 @@ class Switch:
         self.exposed: dict[nn.Module, set[str]] = {}
         self.selection = selection
         self.open: list[Selection] = []
+        self.manners: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Switch, (self.selection,)
@@ -83,11 +115,13 @@ class Switch:
         """
         call = HERE.call
         block = call.enter(self.number, selection)
-        self.open.append(selection)
+        parts = selection.rows.parts if selection.rows is not None else ()
+        self.open += [selection, *parts]
         try:
             yield block
         finally:
-            self.open.remove(selection)
+            for gone in (selection, *parts):
+                self.open.remove(gone)
             if not call.leave(block):
                 raise PETError(
                     "blocks that choose deltas (`disabled()`) were left in another order than they were entered, so "
@@ -133,6 +167,7 @@ class CallState:
         handed: inputs on the way from one module to a delta on another.
         around: what deltas around a running module hold for the time, as pairs of delta and value, innermost last.
         observer: sees the attentions that this thread runs.
+        part: chosen while some of the rows of a batch run alone.
     """
 
     def __init__(self) -> None:
@@ -146,6 +181,20 @@ class CallState:
         self.handed: dict[Any, Tensor] = {}
         self.around: tuple[tuple[nn.Module, Any], ...] = ()
         self.observer: Any = None
+        self.part: Chosen | None = None
+
+    @contextmanager
+    def only(self, number: int, part: Selection) -> Iterator[None]:
+        """Within the block some rows run alone, with this chosen for the root of this number.
+
+        It is not remembered for backward: who repeats a forward repeats the call that has taken the rows apart.
+        """
+        before, chosen = self.part, self.chosen
+        self.part = self.chosen = {**(self.repeated() if not self.plain else chosen), number: part}
+        try:
+            yield
+        finally:
+            self.part, self.chosen = before, chosen
 
     def enter(self, number: int, selection: Selection) -> Block:
         """A block begins that chooses this for the root of this number."""
@@ -166,7 +215,7 @@ class CallState:
         self._choose()
         if not block.made_a_graph:
             self.remembered.remove(block)
-        elif block.chosen and any(selection.values for selection in block.chosen.values()):
+        elif block.chosen and any(selection.holds_values for selection in block.chosen.values()):
             block.chosen = None
         del self.remembered[: max(len(self.remembered) - _REMEMBERED, 0)]
         self.plain = not (self.foreign or self.remembered)
@@ -179,6 +228,8 @@ class CallState:
 
     def repeated(self) -> Chosen:
         """What was chosen in the forward that is repeated in the present backward pass, if one runs."""
+        if self.part is not None:
+            return self.part
         task = torch._C._current_graph_task_id()
         if task == -1 or any(block.task == task for block in self.blocks):
             return self.chosen

@@ -89,9 +89,9 @@ def named_places(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_linear(module: nn.Module) -> bool:
     """A module that multiplies by a two-dimensional weight, also a quantised one."""
-    if isinstance(module, nn.Linear) or is_conv1d(type(module)):
-        return True
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+    if isinstance(module, nn.Linear) or not hasattr(module, "weight"):
+        return isinstance(module, nn.Linear)
+    return (hasattr(module, "in_features") and hasattr(module, "out_features")) or is_conv1d(type(module))
 
 
 def features(module: nn.Module) -> tuple[int, int]:

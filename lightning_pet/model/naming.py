@@ -34,7 +34,7 @@ def join(*parts: str) -> str:
     >>> join("", "layer", "weight")
     'layer.weight'
     """
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 def named_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -98,12 +98,13 @@ def is_inside(place: str, path: str) -> bool:
 
 
 def names_below(names: Iterable[str], paths: Sequence[str], apart: Sequence[str] = ()) -> set[str]:
-    """Those of the names that lie below one of some paths, and below none of others."""
+    """Those of the names that lie below one of some paths, and below none of others.
 
-    def below_one(name: str, some: Sequence[str]) -> bool:
-        return any(is_below(name, path) for path in some)
-
-    return {name for name in names if below_one(name, paths) and not below_one(name, apart)}
+    >>> sorted(names_below(["a.b", "a", "ab.c", "a.d.e"], ["a"], ["a.d"])), names_below(["a"], [])
+    (['a', 'a.b'], set())
+    """
+    inside, outside = (tuple([f"{path}." if path else "" for path in some]) for some in (paths, apart))
+    return {name for name in names if f"{name}.".startswith(inside) and not f"{name}.".startswith(outside)}
 
 
 def split_below(named: Mapping[str, T], path: str) -> tuple[dict[str, T], dict[str, T]]:
@@ -160,10 +161,12 @@ def named_parameters(root: nn.Module, *, every_name: bool = False) -> list[tuple
 
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and *persistent* buffers under canonical names, each tensor under each of its names."""
-    for prefix, module in root.named_modules(remove_duplicate=False):
+    for path, module in root.named_modules(remove_duplicate=False):
+        prefix = f"{canonical(path)}." if path else ""
+        prefix = "" if prefix == "." else prefix  # the root is wrapped
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield canonical(join(prefix, name)), parameter
+                yield prefix + name, parameter
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield canonical(join(prefix, name)), buffer
+                yield prefix + name, buffer

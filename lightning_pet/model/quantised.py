@@ -35,6 +35,11 @@ def is_quantised(tensor: Tensor) -> bool:
     return type(tensor) not in DENSE and (_is_bitsandbytes(tensor) or _dequantises_itself(tensor))
 
 
+def can_train(tensor: Tensor) -> bool:
+    """Whether a parameter is of a form that can train."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and not is_quantised(tensor)
+
+
 def _is_bitsandbytes(tensor: Tensor) -> bool:
     return hasattr(tensor, "quant_state") or hasattr(tensor, "has_fp16_weights")
 

@@ -12,6 +12,8 @@ from lightning_pet.insertion.commit import check_sum, commit, copy_in
 from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
+from lightning_pet.insertion.row_block import using_rows
+from lightning_pet.insertion.row_guard import check_rows, guarded
 from lightning_pet.insertion.stand_in import using
 from lightning_pet.insertion.together import check_acting
 from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
@@ -19,7 +21,7 @@ from lightning_pet.model.delta_names import check_known
 from lightning_pet.model.outside import note_changed
 from lightning_pet.model.structure import Structure
 from lightning_pet.operations.contents import changed_besides, check_fit, meant, tensors_of
-from lightning_pet.operations.loading import insert
+from lightning_pet.operations.loading import insert, replace_values
 from lightning_pet.operations.one_delta import OneDelta, merge, refuse_lost
 from lightning_pet.operations.plan import Plan, plan_of
 from lightning_pet.operations.saving import save
@@ -132,8 +134,11 @@ class Adapted(Mapping[str, OneDelta]):
             ArgumentError: if there is no such delta, or two of them have each its own values for one tensor.
             TargetError: if two of them cannot act on one layer. In all cases nothing is changed.
         """
-        check_intact(self.root, self.record)
-        activate(self.root, names)
+        try:
+            activate(self.root, names)
+        except KeyError:  # a host is gone; to look for that each time would cost more than switching
+            check_intact(self.root, self.record)
+            raise
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
@@ -168,6 +173,35 @@ class Adapted(Mapping[str, OneDelta]):
         with self.using():
             yield
 
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the block each row of a batch uses its own delta, for the calling thread only; ``None``: the base.
+
+        One name per row. What a model makes of the batch inside (beams, windows, flattened tokens) follows by the
+        batch-major rule: the first dimension of what a layer gets is a multiple k of the number of names, and each
+        k consecutive entries belong to one row. Whether a model keeps to it is looked at when rows are first asked
+        for. Gradients reach each delta from its own rows.
+
+        Raises:
+            ArgumentError: if there is no such delta, or the names are no list.
+            TargetError: for what cannot be told apart by rows, naming it; also from forwards inside of the block.
+
+        >>> import torch
+        >>> from lightning_pet import LoRACallback, apply
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> adapted = apply(net, [LoRACallback(r=2, target_modules=["0"])])
+        >>> with adapted.rows(["default", None, "default"]):
+        ...     net(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        """
+        record = self.record
+        check_rows(names, record)
+        if set(record.active) - set(names):
+            refuse_lost(record, "switched off")
+        check_intact(self.root, record)
+        with guarded(self.root, record, names) as shared, using_rows(self.root, record, names, shared):
+            yield
+
     def load(
         self,
         name: str,
@@ -180,6 +214,20 @@ class Adapted(Mapping[str, OneDelta]):
         """Load one more delta, beside those that are there; see :func:`lightning_pet.load_delta`."""
         insert(self.root, read(source), base_check, name=name, heads=heads, rename=rename)
         return self[name]
+
+    def replace(self, name: str, source: PathLike, *, base_check: str = "error") -> None:
+        """Exchange the values of a delta in place for those of a file of the same methods, places and shapes.
+
+        Nothing is compiled anew. A forward of another thread sees the values before it or those after it, whole: one
+        that runs is waited for, and one that begins meanwhile waits. (Calls of a compiled model are not told apart:
+        replace between them.)
+
+        Raises:
+            DeltaFileError: if the file has another form. The model is as it was then.
+            BaseMismatchError: if it was trained on another base.
+        """
+        check_intact(self.root, self.record)
+        replace_values(self.root, name, read(source), base_check)
 
     # --- what is there ----------------------------------------------------------------------------
 
@@ -232,7 +280,7 @@ class Adapted(Mapping[str, OneDelta]):
             tensors: the delta, whole.
             own: the root's tensors by name, in full shape, where an engine changed the shapes of its own.
         """
-        check_fit(self.root, self.record, meant(self.record), tensors, own)
+        check_fit(self.root, self.record, (meant(self.record),), tensors, own)
 
     # --- out of the model -------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ def is_applied(root: nn.Module, method: Method) -> bool:
     """
     record = record_of(root)
     for applied in record.applied if record else ():
-        if (applied.method, applied.name) == (method.method, method.name):
+        if applied.key == key_of(method):
             method.adopt(applied.config)
             config = method.config_at(applied.targets)
             if applied.config == config:

@@ -1,6 +1,6 @@
 """What belongs to one delta of a model: its tensors as the model holds them, and as files do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -68,24 +68,24 @@ def packed(root: nn.Module, record: Adaptation, delta: str) -> dict[str, Tensor]
 def check_fit(
     root: nn.Module,
     record: Adaptation,
-    delta: str,
+    deltas: Iterable[str],
     tensors: Mapping[str, Tensor],
     own: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """The key set and every shape must be those of a delta.
+    """The key set and every shape must be those of some deltas.
 
     Args:
         root: the adapted root.
         record: of it.
-        delta: name of the delta.
-        tensors: the delta, whole, by name from the root.
+        deltas: their names.
+        tensors: all of them, whole, by name from the root.
         own: the root's tensors by name, in full shape, where an engine changed the shapes of its own.
 
     Raises:
         DeltaFileError: (``mismatch``) naming missing, extra and misshapen tensors.
     """
     own = dict(named_tensors(root)) if own is None else own
-    view = record.of(delta)
+    view = record.of(*deltas)
     required = {*view.delta_names, *view.trained_names}
     optional = {n for n, t in named_tensors(root) if not isinstance(t, nn.Parameter)} - {*record.delta_names}
     optional |= outside_parameters(root, record).keys()

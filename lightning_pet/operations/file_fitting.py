@@ -12,7 +12,7 @@ from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.insertion.choice import misshapen
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
-from lightning_pet.layers.delta import kind_of
+from lightning_pet.layers.delta import wrong_kinds, wrong_names, wrong_shapes
 from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.layer_kinds import weight_of
 from lightning_pet.model.naming import by_delta, join, named_modules, named_tensors
@@ -197,22 +197,12 @@ def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outsid
             problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
             unheld += insertion.delta.unheld(tensors)
     left = {join(prefix, name): tensor for prefix, tensors in found.items() for name, tensor in tensors.items()}
-    problems += [f"{name} is missing" for name in sorted(trained - left.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(left.keys() - trained - optional - outside)]
-    there = {name: (tensor, own[name]) for name, tensor in left.items() if name in own}
-    other = {name: tensor for name, (tensor, expected) in there.items() if expected.shape != tensor.shape}
+    problems += wrong_names(trained, left.keys() - ((optional | outside) - trained))
+    other = {name: tensor for name, tensor in left.items() if name in own and own[name].shape != tensor.shape}
     free = trained | outside if other_sizes and other else set()
     fixed = {*(other.keys() - free), *misshapen(root, {name: other[name] for name in other.keys() & free})}
-    problems += [
-        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in other.items()
-        if name in fixed
-    ]
-    problems += [
-        f"{name} holds {kind_of(tensor)}, expected {kind_of(expected)}"
-        for name, (tensor, expected) in there.items()
-        if kind_of(expected) != kind_of(tensor)
-    ]
+    problems += wrong_shapes(own, {name: tensor for name, tensor in other.items() if name in fixed})
+    problems += wrong_kinds(own, left)
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise DeltaFileError(

@@ -5,22 +5,24 @@ from collections.abc import Iterable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_pet.errors import ArgumentError
-from lightning_pet.insertion.choice import exchange, tensors_at
+from lightning_pet.errors import ArgumentError, DeltaFileError
+from lightning_pet.insertion.choice import LOCK, exchange, owned, record_at, show_in_blocks, tensors_at
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.widening import widen
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import without_values
-from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.delta_names import check_delta_name, delta_of
-from lightning_pet.model.naming import by_delta, named_tensors
+from lightning_pet.model.adaptation import Adaptation, Applied, record_of
+from lightning_pet.model.delta_names import check_delta_name, check_known, delta_of
+from lightning_pet.model.gate import between_forwards, set_gate
+from lightning_pet.model.naming import by_delta, join, named_tensors
 from lightning_pet.model.outside import note_changed
 from lightning_pet.operations.base_check import check_base, check_beside
 from lightning_pet.operations.file_fitting import Fit, faults_of, fitted, methods_of
 from lightning_pet.operations.file_names import Rename, back, check_rename, for_model, note_of, without_heads
 from lightning_pet.operations.roots import root_of
 from lightning_pet.operations.unaccompanied import accompany_runs
+from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored
 
 
@@ -70,6 +72,8 @@ def insert(
         prepared = fit.build()
         accompany_runs()
         record = commit(root, prepared, acts=acts)
+        if name is not None:
+            set_gate(root)
         try:
             _fill(model, root, record, stored, fit, delta)
             if acts:
@@ -134,6 +138,74 @@ def _fill(model: nn.Module, root: nn.Module, record: Adaptation, stored: Stored,
         note_changed(root, values)
     if stored.base is not None and stored.base.beside:
         record.beside[delta] = dict(stored.base.beside)
+
+
+def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str = "error") -> None:
+    """Exchange the values of a delta for those of a file with the same methods, places and shapes.
+
+    Everything is checked first. Forwards of other threads see the values before it or those after it, whole.
+
+    Args:
+        root: the adapted root.
+        delta: name of the delta.
+        stored: what was read.
+        base_check: what to do if the base is another one.
+
+    Raises:
+        DeltaFileError: naming what is other than in the model, which is as it was then.
+    """
+    record = record_at(root)
+    check_known((delta,), record.names)
+    stored, view = for_model(stored, delta), record.of(delta)
+    values = {name: tensor for name, tensor in stored.tensors.items() if delta_of(name) is None}
+    there = {applied.key: applied for applied in view.applied}
+    coming = {key_of(method): own for method, own in zip(methods_of(stored, delta), stored.methods, strict=True)}
+    found = by_delta(stored.tensors)
+    problems = [f"it holds {', '.join(sorted(coming))}, the model has {', '.join(sorted(there))}"] * (
+        there.keys() != coming.keys()
+    )
+    problems += [f"{key} has other options" for key in there.keys() & coming.keys() if _differ(there[key], coming[key])]
+    problems += [
+        join(inserted.path, text)
+        for inserted in view.deltas(root)
+        for text in inserted.delta.misfits(found.get(inserted.path, {}))
+    ]
+    own = record.values[delta] if delta in record.values else tensors_at(root, owned(root, record, delta))
+    trained = record.trained_by(delta).keys()
+    problems += [f"{name} is missing" for name in sorted(trained - values.keys())]
+    problems += [
+        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape) if name in own else 'none'}"
+        for name, tensor in values.items()
+        if name not in record.originals or (name in own and own[name].shape != tensor.shape)
+    ]
+    if problems:
+        raise DeltaFileError(
+            f"{stored.path} cannot replace {delta!r} in place: {'; '.join(problems[:4])}. Load it as another delta: "
+            f"adapted.load('second', path).",
+            "mismatch",
+        )
+    if stored.base is not None:
+        check_base(stored.base, root, record, stored.path, base_check, values)
+        check_beside(stored.base, root, record, stored.path, base_check)
+    with between_forwards(root), LOCK:
+        for inserted in view.deltas(root):
+            if inserted.path in found:
+                inserted.delta.unpack(found[inserted.path])
+        renew(root)
+        gone = {name: record.originals[name] for name in own.keys() - values.keys()}
+        if delta in record.values:
+            record.values[delta] = {name: tensor.to(record.originals[name].dtype) for name, tensor in values.items()}
+        else:
+            exchange(root, record, gone | values)
+        show_in_blocks(root, record, delta, gone | values)
+    record.claims[delta] = frozenset(values.keys() - trained)
+    record.beside.pop(delta, None)
+    if stored.base is not None and stored.base.beside:
+        record.beside[delta] = dict(stored.base.beside)
+
+
+def _differ(applied: Applied, record: MethodRecord) -> bool:
+    return dict(applied.config) != dict(record.config) or set(applied.targets) != set(record.targets)
 
 
 def deltas_of(root: nn.Module, record: Adaptation, method: Method) -> dict[str, Delta]:

@@ -37,8 +37,8 @@ from lightning_pet.model.structure import Target
 _ORDER = ("shared", "weight", "activation", "around", "generate")  # in which deltas act on one host, innermost first
 
 
-def merge_deltas(root: nn.Module, dequantize: bool = False, deltas: Container[str] | None = None) -> None:
-    """Add what is inserted in an adapted root into its base weights, and take it out.
+class Merge:
+    """A merge that was checked, and is to be written.
 
     Args:
         root: the adapted root.
@@ -48,14 +48,21 @@ def merge_deltas(root: nn.Module, dequantize: bool = False, deltas: Container[st
     Raises:
         NotMergeableError: naming the first delta that no weight expresses; nothing is changed then.
     """
-    units = _Planner(root, dequantize, deltas).units()
-    with torch.no_grad():
-        for unit in units:
-            unit.check()
-        with _signals_wait():
-            _write(root, units)
-            take_out(root, None if deltas is None else keys_of(root, deltas))
-            replace_by_dense(root, [pair for unit in units for pair in unit.dense])
+
+    def __init__(self, root: nn.Module, dequantize: bool = False, deltas: tuple[str, ...] | None = None) -> None:
+        self.root = root
+        self.deltas = deltas
+        self.units = _Planner(root, dequantize, deltas).units()
+        with torch.no_grad():
+            for unit in self.units:
+                unit.check()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Add the deltas into their weights, and take them out; to be called where :func:`signals_wait`."""
+        _write(self.root, self.units)
+        take_out(self.root, None if self.deltas is None else keys_of(self.root, self.deltas))
+        replace_by_dense(self.root, [pair for unit in self.units for pair in unit.dense])
 
 
 def _write(root: nn.Module, units: "list[_Unit]") -> None:
@@ -363,7 +370,7 @@ def _finite(path: str, before: Tensor, after: Tensor) -> Tensor:
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
+def signals_wait() -> Iterator[None]:
     """Handlers of signals, which may raise between any two operations, run after the block."""
     if threading.current_thread() is not threading.main_thread():  # no handler runs in this one
         yield

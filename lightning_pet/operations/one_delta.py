@@ -11,7 +11,7 @@ from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_known
 from lightning_pet.operations.contents import tensors_of
-from lightning_pet.operations.merging import merge_deltas
+from lightning_pet.operations.merging import Merge, signals_wait
 from lightning_pet.operations.plan import Plan, plan_of
 from lightning_pet.operations.saving import save
 from lightning_pet.store.reader import PathLike
@@ -113,16 +113,27 @@ def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) ->
     record = record_at(root)
     before, staying = record.active, [name for name in record.names if name not in deltas]
     place(root, deltas)  # what others have in place of the base's values is no part of the sum
+    done = False
     try:
-        merge_deltas(root, dequantize, deltas if staying else None)
+        checked = Merge(root, dequantize, deltas if staying else None)
+        with signals_wait():
+            checked.write()
+            if staying:
+                _become_base(root, record, tuple(name for name in before if name not in deltas))
+            done = True
     except BaseException:
-        place(root, before)
+        if not done:
+            place(root, before)
         raise
     if staying:
         rank_zero_warn(
             f"{', '.join(map(repr, deltas))} is a part of the base now. {', '.join(map(repr, staying))} stayed in the "
             "model: trained on the base without it, and, when saved from now on, saved as deltas of this one."
         )
-        now = tensors_at(root, record.originals)
-        record.originals.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in now.items()})
-        place(root, tuple(name for name in before if name not in deltas))
+
+
+def _become_base(root: nn.Module, record: Adaptation, active: tuple[str, ...]) -> None:
+    """Let those that stay be deltas of the base as it is after a merge."""
+    now = tensors_at(root, record.originals)
+    record.originals.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in now.items()})
+    place(root, active)

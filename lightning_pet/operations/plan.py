@@ -98,7 +98,7 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
         parameter = parameters[name]
         rows.append(PlanRow("trained", name, "", "×".join(map(str, parameter.shape)), parameter.numel()))
     inserted = set(record.delta_names)
-    base = sum(numbers_in(p) for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in inserted)
+    base = sum([numbers_in(p) for n, p in {id(p): (n, p) for n, p in parameters.items()}.values() if n not in inserted])
     # Twins that the user keeps are not new.
     asleep = [path for path in frozen_outputs(root, record.scopes, record.trained_names) if record.in_base(path)]
     return Plan(tuple(rows), base, tuple(asleep))

@@ -53,8 +53,11 @@ def _missing(trainer: pl.Trainer, module: pl.LightningModule) -> list[Any]:
     fitting = trainer.state.fn == TrainerFn.FITTING
     if not fitting and not reads_checkpoint(trainer):
         return []
-    names = ", ".join(f"{applied.method}:{applied.name}" for applied in record.applied)
-    if not all(applied.method in METHODS for applied in record.applied):
+    applied = [a for a in record.applied if a.delta in record.active and a.delta not in record.waiting]
+    if not applied:
+        return []
+    names = ", ".join(f"{a.method}:{a.name}" for a in applied)
+    if not all(a.method in METHODS for a in applied):
         rank_zero_warn(
             f"{type(module).__name__} carries a delta ({names}), and the Trainer was given no callback for it: its "
             "checkpoints will hold the whole model. Pass the callbacks that were applied: Trainer(callbacks=[…])."
@@ -66,4 +69,4 @@ def _missing(trainer: pl.Trainer, module: pl.LightningModule) -> list[Any]:
             "trained with the options it was applied with, and checkpoints are delta checkpoints. Pass the callbacks "
             "to the Trainer to say so yourself; to train the model as a whole, call merge_() or remove() first."
         )
-    return [METHODS[applied.method](**applied.config) for applied in record.applied]
+    return [METHODS[a.method](**a.config, delta=a.delta) for a in applied]

@@ -17,7 +17,7 @@ from lightning_pet.attention.interface import observed
 from lightning_pet.model.structure import AttentionCore, Route
 from lightning_pet.probe.graph import is_view_name
 from lightning_pet.probe.thinned import thinned
-from lightning_pet.probe.trace import Call, Recorder
+from lightning_pet.probe.trace import Call, Tracer
 
 _HIDDEN = -1e3
 """A bias below this is a mask."""
@@ -70,14 +70,14 @@ class Observer(TorchFunctionMode):
     """Fills :attr:`seen` while a recorded forward runs.
 
     Args:
-        recorder: knows which modules are running.
+        tracer: knows which modules are running.
         keep: also keep the keys and values.
         thin: only the graph is read: large products take part of their columns (:mod:`.thinned`).
     """
 
-    def __init__(self, recorder: Recorder, keep: bool = False, thin: bool = False) -> None:
+    def __init__(self, tracer: Tracer, keep: bool = False, thin: bool = False) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.tracer = tracer
         self.keep = keep
         self.thin = thin
         self.seen: list[Seen] = []
@@ -111,11 +111,11 @@ class Observer(TorchFunctionMode):
         self, attend: Callable[[], Any], module: nn.Module, key: Tensor, value: Tensor, biases: Sequence[Any] = ()
     ) -> Any:
         """One attention of transformers' table."""
-        path = self.recorder.path_of(module)
-        stack = [call for call in self.recorder.running() if call.path == path]
+        path = self.tracer.path_of(module)
+        stack = [call for call in self.tracer.running() if call.path == path]
         route: Route = "interface" if key.dim() == 4 and stack else ""
         heads = key.shape[-3] if key.dim() > 2 else 0
-        seen = self._note(stack or self.recorder.running(), route, heads, key, value)
+        seen = self._note(stack or self.tracer.running(), route, heads, key, value)
         seen.drifts = any(_drifts(bias) for bias in biases)
         self._inside += 1
         try:
@@ -136,7 +136,7 @@ class Observer(TorchFunctionMode):
             self._saw_product(*functions.operands(args, kwargs), result)
         elif kind == functions.ADDED_PRODUCT:
             left, right, factor = functions.added_operands(args, kwargs)
-            self._products.append(_Product(left, right, result, _edge(result), tuple(self.recorder.running()), factor))
+            self._products.append(_Product(left, right, result, _edge(result), tuple(self.tracer.running()), factor))
         elif kind == functions.SUM:
             self._saw_sum(args, result)
         elif kind == functions.SOFTMAX:
@@ -144,7 +144,7 @@ class Observer(TorchFunctionMode):
         elif kind == functions.SDPA:
             key, value = (args[i] if len(args) > i else kwargs[name] for i, name in ((1, "key"), (2, "value")))
             heads = key.shape[-3] if key.dim() > 3 else 0
-            seen = self._note(self.recorder.running(), "functional" if key.dim() in (3, 4) else "", heads, key, value)
+            seen = self._note(self.tracer.running(), "functional" if key.dim() in (3, 4) else "", heads, key, value)
             seen.drifts = _drifts(args[3] if len(args) > 3 else kwargs.get("attn_mask"))
         elif kind == functions.MULTI_HEAD:
             self._saw_multi_head(args, kwargs)
@@ -155,11 +155,11 @@ class Observer(TorchFunctionMode):
         with torch.no_grad():
             _, key, value = functions.project(bound)
         plain = functions.is_plain_multi_head(bound)
-        seen = self._note(self.recorder.running(), "functional" if plain else "", key.shape[1], key, value)
+        seen = self._note(self.tracer.running(), "functional" if plain else "", key.shape[1], key, value)
         seen.drifts = _drifts(bound["attn_mask"])
 
     def _saw_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
-        stack = tuple(self.recorder.running())
+        stack = tuple(self.tracer.running())
         self._products = [product for product in self._products if product.is_near(stack)]
         if self._score is not None and self._shape is not None and functions.same_shape(left, self._shape):
             self._saw_values(left, right, stack)
@@ -167,7 +167,7 @@ class Observer(TorchFunctionMode):
             self._products.append(_Product(left, right, result, _edge(result), stack))
 
     def _saw_sum(self, args: tuple[Any, ...], result: Tensor) -> None:
-        stack = tuple(self.recorder.running())
+        stack = tuple(self.tracer.running())
         shares = None if self._score is None else functions.sum_operand_like(args, self._shape)
         if shares is not None:
             if (found := attention_einsum.values(args, shares)) is not None:

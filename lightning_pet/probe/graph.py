@@ -109,13 +109,14 @@ class Graph:
             if (gemm := self._gemm(i)) is not None:
                 self.gemms[i] = gemm
 
-    def reads(self) -> Iterator[tuple[int, int]]:
+    def reads(self) -> list[tuple[int, int]]:
         """(sequence number of the node, ``id()`` of the parameter) for each direct use of a parameter."""
-        for i, edges in enumerate(self.operands):
-            for edge in edges:
-                weight = self.weights[edge.node]
-                if weight is not None and self.names[edge.node].startswith(_LEAF):
-                    yield self.sequence[i], weight
+        return [
+            (self.sequence[i], weight)
+            for i, edges in enumerate(self.operands)
+            for edge in edges
+            if (weight := self.weights[edge.node]) is not None and self.names[edge.node].startswith(_LEAF)
+        ]
 
     # -- classification ---------------------------------------------------------------------------
 

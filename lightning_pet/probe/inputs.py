@@ -19,6 +19,36 @@ def is_self_describing(model: nn.Module) -> bool:
 
 def candidate_forwards(model: nn.Module) -> Iterator[Callable[[], Any]]:
     """Zero-argument forwards that may work, best first; the caller tries one after the other."""
+    for arguments in candidate_inputs(model):
+        yield _bind(model, arguments)
+
+
+def random_batch(arguments: dict[str, Any], rows: int, length: int, seed: int) -> dict[str, Any]:
+    """As many random rows like these arguments of one row.
+
+    Args:
+        arguments: one of :func:`candidate_inputs`.
+        rows: of the batch.
+        length: of each, where they are tokens.
+        seed: of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def like(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        if value.is_floating_point():
+            shape = (rows, *value.shape[1:])
+            return torch.randn(shape, generator=generator, dtype=torch.float32).to(value.device, value.dtype)
+        shape = (rows, length, *value.shape[2:]) if value.dim() > 1 else (rows,)
+        chosen = torch.randint(value.numel(), shape, generator=generator)
+        return value.flatten()[chosen.to(value.device)]
+
+    return {name: like(value) for name, value in arguments.items()}
+
+
+def candidate_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Arguments of one row with which a forward may work, best first."""
     if not is_self_describing(model):
         return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -26,7 +56,7 @@ def candidate_forwards(model: nn.Module) -> Iterator[Callable[[], Any]]:
     main = str(model.main_input_name)
     for inputs in _candidates(model, main, device, dtype):
         for extra in ({"use_cache": False, "return_dict": True}, {"return_dict": True}, {}):
-            yield _bind(model, {**inputs, **extra})
+            yield {**inputs, **extra}
 
 
 class _NothingPadded(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from lightning_pet.probe.residual import Addition, find_additions
 from lightning_pet.probe.roles import Use, Uses, attention_uses, ffn_uses, weighing
 from lightning_pet.probe.sites import Taps, build_sites
 from lightning_pet.probe.softmaxes import Softmax, find_softmaxes
-from lightning_pet.probe.trace import Recorder, Trace, accepts_mask
+from lightning_pet.probe.trace import Trace, Tracer, accepts_mask
 
 _ORDER: tuple[Role, ...] = (
     "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down", "embedding"
@@ -53,9 +53,9 @@ def probe(model: nn.Module, forward: Callable[[], Any], *, thin: bool = False) -
             has a form that cannot be read.
     """
     with undisturbed(model):
-        recorder = Recorder(model)
-        observer = Observer(recorder, thin=thin)
-        with recorder.attached() as trace:
+        tracer = Tracer(model)
+        observer = Observer(tracer, thin=thin)
+        with tracer.attached() as trace:
             try:
                 with observer:
                     result = forward()
@@ -149,9 +149,9 @@ class _Reading:
         self._add_opaque()
         self.taps = Taps(model, self.graph, trace)
         self.additions: list[Addition] = find_additions(self.graph, frozenset(self.taps.outputs))
-        self.cores: list[Softmax] = find_softmaxes(self.graph)
-        self.uses: Uses = attention_uses(self.graph, self.cores, self.additions)
-        ffn, self.downs = ffn_uses(self.graph, self.cores, self.additions, self.uses)
+        self.softmaxes: list[Softmax] = find_softmaxes(self.graph)
+        self.uses: Uses = attention_uses(self.graph, self.softmaxes, self.additions)
+        ffn, self.downs = ffn_uses(self.graph, self.softmaxes, self.additions, self.uses)
         self.uses.update(ffn)
 
     def structure(self) -> Structure:
@@ -263,25 +263,25 @@ class _Reading:
     # -- sites and attention ----------------------------------------------------------------------
 
     def _sites(self) -> tuple[Site, ...]:
-        pairs = build_sites(self.graph, self.taps, self.additions, self.cores, self.downs)
+        pairs = build_sites(self.graph, self.taps, self.additions, self.softmaxes, self.downs)
         return tuple(dict.fromkeys(site for _, site in pairs))
 
     def _attention(self) -> tuple[AttentionCore, ...]:
         found: list[AttentionCore] = []
         sequence = self.graph.sequence
-        for core in self.cores:
-            owner = self.taps.owner(sequence[core.first], sequence[core.last])
-            found.append(self._core(owner, core))
+        for softmax in self.softmaxes:
+            owner = self.taps.owner(sequence[softmax.first], sequence[softmax.last])
+            found.append(self._core(owner, softmax))
         return with_routes(found, self.seen)
 
-    def _core(self, owner: str, core: Softmax) -> AttentionCore:
-        key_dim = self.graph.shape(core.q)[-1]
-        value_dim = self.graph.shape(core.v)[-1]
-        fed, shape = self._fed(core.k), self.graph.shape(core.k)
+    def _core(self, owner: str, softmax: Softmax) -> AttentionCore:
+        key_dim = self.graph.shape(softmax.q)[-1]
+        value_dim = self.graph.shape(softmax.v)[-1]
+        fed, shape = self._fed(softmax.k), self.graph.shape(softmax.k)
         heads = fed // max(key_dim, 1)
         if not heads or heads * key_dim != fed:
             heads = shape[1] if len(shape) == 4 else 0
-        return AttentionCore(owner, core.cross, heads, key_dim, value_dim)
+        return AttentionCore(owner, softmax.cross, heads, key_dim, value_dim)
 
     def _fed(self, edge: Edge) -> int:
         """Number of features that feed an operand, 0 if several projections do or it cannot be told."""

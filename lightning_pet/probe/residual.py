@@ -27,9 +27,9 @@ class Addition:
     region: frozenset[int]
     stream: int
 
-    def core(self, cores: Iterable[Softmax]) -> Softmax | None:
+    def softmax(self, softmaxes: Iterable[Softmax]) -> Softmax | None:
         """The first attention inside f."""
-        return next((core for core in cores if core.node in self.region), None)
+        return next((softmax for softmax in softmaxes if softmax.node in self.region), None)
 
 
 def find_additions(graph: Graph, kept: frozenset[int]) -> list[Addition]:

@@ -38,27 +38,27 @@ class Use:
 Uses = dict[int | str, Use]
 
 
-def attention_uses(graph: Graph, cores: Sequence[Softmax], additions: Sequence[Addition]) -> Uses:
+def attention_uses(graph: Graph, softmaxes: Sequence[Softmax], additions: Sequence[Addition]) -> Uses:
     """q, k, v: the nearest gemms above each operand of an attention; o: the first below it."""
     uses: Uses = defaultdict(Use)
     sums = frozenset(addition.add for addition in additions)
-    stop = sums | frozenset(i for core in cores for i in core.inner)
+    stop = sums | frozenset(i for softmax in softmaxes for i in softmax.inner)
     inputs: set[int] = set()
-    for core in cores:
+    for softmax in softmaxes:
         operands: tuple[tuple[Role, Edge], ...] = (
-            ("attention.q", core.q),
-            ("attention.k", core.k),
-            ("attention.v", core.v),
+            ("attention.q", softmax.q),
+            ("attention.k", softmax.k),
+            ("attention.v", softmax.v),
         )
         for role, edge in operands:
             for i in graph.gemms_above([edge.node], stop):
                 inputs.add(i)
-                _note(uses[graph.gemms[i].weight], role, i, edge, core.cross)
-    for core in cores:
-        around = next((a.region for a in additions if core.node in a.region), None)
-        for i in graph.gemms_below(core.last, sums):
+                _note(uses[graph.gemms[i].weight], role, i, edge, softmax.cross)
+    for softmax in softmaxes:
+        around = next((a.region for a in additions if softmax.node in a.region), None)
+        for i in graph.gemms_below(softmax.last, sums):
             if i not in inputs and (around is None or i in around):
-                _note(uses[graph.gemms[i].weight], "attention.o", i, None, core.cross)
+                _note(uses[graph.gemms[i].weight], "attention.o", i, None, softmax.cross)
     return dict(uses)
 
 
@@ -68,7 +68,7 @@ def _note(use: Use, role: Role, gemm: int, edge: Edge | None, cross: bool) -> No
 
 
 def ffn_uses(
-    graph: Graph, cores: Sequence[Softmax], additions: Sequence[Addition], taken: Iterable[int | str]
+    graph: Graph, softmaxes: Sequence[Softmax], additions: Sequence[Addition], taken: Iterable[int | str]
 ) -> tuple[Uses, list[int]]:
     """Up, gate and down projections, and the nodes of the latter.
 
@@ -78,7 +78,7 @@ def ffn_uses(
     uses: Uses = defaultdict(Use)
     downs: list[int] = []
     attention = frozenset(taken)
-    stop = frozenset(a.add for a in additions) | frozenset(i for core in cores for i in core.inner)
+    stop = frozenset(a.add for a in additions) | frozenset(i for softmax in softmaxes for i in softmax.inner)
     for i, gemm in graph.gemms.items():
         around = next((a for a in additions if i in a.region), None)
         if gemm.weight in attention or around is None or not gemm.pointwise:

@@ -1,14 +1,13 @@
 """From residual additions to the modules at which a method can sit."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_pet.model.named_roles import named_places
-from lightning_pet.model.naming import is_inside
 from lightning_pet.model.structure import Site, SiteKind
 from lightning_pet.probe.columns import mixes_positions
 from lightning_pet.probe.graph import Edge, Graph
@@ -58,7 +57,7 @@ class Taps:
 
 
 def build_sites(
-    graph: Graph, taps: Taps, additions: Sequence[Addition], cores: Sequence[Softmax], ffn: Iterable[int]
+    graph: Graph, taps: Taps, additions: Sequence[Addition], softmaxes: Sequence[Softmax], ffn: Iterable[int]
 ) -> list[tuple[Addition, Site]]:
     """A :class:`Site` for every addition that has a branch module.
 
@@ -66,7 +65,7 @@ def build_sites(
         graph: the graph.
         taps: calls by node.
         additions: what :func:`find_additions` returned.
-        cores: all attentions.
+        softmaxes: all attentions.
         ffn: nodes of gemms known to be a feed-forward's down-projection.
     """
     down = frozenset(ffn)
@@ -77,7 +76,7 @@ def build_sites(
     for addition, branch in found:
         # A dropout that acts inside f as well (on its hidden features, say) does not stand for f(x).
         own = [tap for tap in branch if tap.call.path not in strays] or branch
-        pairs.append((addition, _site(graph, taps, addition, own, cores, down)))
+        pairs.append((addition, _site(graph, taps, addition, own, softmaxes, down)))
     return _outermost(pairs)
 
 
@@ -86,7 +85,7 @@ def _site(
     taps: Taps,
     addition: Addition,
     branch: Sequence[Tap],
-    cores: Sequence[Softmax],
+    softmaxes: Sequence[Softmax],
     ffn: frozenset[int],
 ) -> Site:
     start, end = graph.sequence[addition.x], graph.sequence[addition.add]
@@ -101,7 +100,7 @@ def _site(
     norms = [p for p in readers if taps.transparent(p) and any(True for _ in taps.module(p).parameters())]
     blocks = sorted(taps.outputs[total], key=lambda tap: (-tap.call.depth, tap.order))
     return Site(
-        kind=_kind(graph, taps, addition, branch, cores, ffn),
+        kind=_kind(graph, taps, addition, branch, softmaxes, ffn),
         branch=_unique(tap.call.path for tap in kept or branch),
         inputs=_unique(inputs),
         after_norm=_unique(norms),
@@ -156,11 +155,16 @@ def _branch(graph: Graph, taps: Taps, addition: Addition) -> list[Tap]:
 
 
 def _kind(
-    graph: Graph, taps: Taps, addition: Addition, branch: Sequence[Tap], cores: Sequence[Softmax], ffn: frozenset[int]
+    graph: Graph,
+    taps: Taps,
+    addition: Addition,
+    branch: Sequence[Tap],
+    softmaxes: Sequence[Softmax],
+    ffn: frozenset[int],
 ) -> SiteKind:
-    core = addition.core(cores)
-    if core is not None:
-        return "cross" if core.cross else "attention"
+    softmax = addition.softmax(softmaxes)
+    if softmax is not None:
+        return "cross" if softmax.cross else "attention"
     if addition.region & ffn:
         return "ffn"
     classes = [type(taps.module(tap.call.path)).__name__ for tap in branch]
@@ -173,19 +177,25 @@ def _kind(
 
 def _outermost(pairs: list[tuple[Addition, Site]]) -> list[tuple[Addition, Site]]:
     """Without the sums inside another site's sub-layer (a shared expert), and without wrappers of whole blocks."""
-    wrappers = set()
-    for i, (addition, site) in enumerate(pairs):
-        inner = [s for other, s in pairs if other.add in addition.region and s is not site and _within(s, site)]
-        if len(inner) > 1:
-            wrappers.add(i)
-    kept = []
-    for i, (_, site) in enumerate(pairs):
-        inside = any(j != i and j not in wrappers and _within(site, outer) for j, (_, outer) in enumerate(pairs))
-        if i not in wrappers and not inside:
-            kept.append(pairs[i])
-    return kept
+    around = _around([site.branch for _, site in pairs])
+    inner = Counter(j for i, found in enumerate(around) for j in found if pairs[i][0].add in pairs[j][0].region)
+    wrappers = {j for j, count in inner.items() if count > 1}
+    return [pair for i, pair in enumerate(pairs) if i not in wrappers and around[i] <= wrappers]
 
 
-def _within(inner: Site, outer: Site) -> bool:
-    """All branch modules of ``inner`` lie strictly inside a branch module of ``outer``."""
-    return any(all(whole and is_inside(path, whole) for path in inner.branch) for whole in outer.branch)
+def _around(branches: Sequence[Sequence[str]]) -> list[set[int]]:
+    """For each branch, which others have a module that holds all modules of this one strictly inside.
+
+    >>> _around([["0.ffn"], ["0.ffn.expert.down", "0.ffn.expert"], ["1.ffn"]])
+    [set(), {0}, set()]
+    """
+    holders: dict[str, set[int]] = {}
+    for i, branch in enumerate(branches):
+        for path in branch:
+            holders.setdefault(path, set()).add(i)
+    found = []
+    for i, branch in enumerate(branches):
+        above = [{path[:at] for at, letter in enumerate(path) if letter == "."} for path in branch]
+        common = set.intersection(*above) if above else set(holders)
+        found.append(set[int]().union(*[holders[path] for path in common if path in holders]) - {i})
+    return found

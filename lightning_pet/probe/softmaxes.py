@@ -38,17 +38,17 @@ class Softmax:
 
 def find_softmaxes(graph: Graph) -> list[Softmax]:
     """All softmax attentions, in execution order."""
-    cores = []
+    softmaxes = []
     for i, name in enumerate(graph.names):
-        core = None
+        softmax = None
         if _FUSED.search(name) and len(graph.operands[i]) >= 3:
             q, k, v = graph.operands[i][:3]
-            core = Softmax(i, i, i, q, k, v)
+            softmax = Softmax(i, i, i, q, k, v)
         elif "Softmax" in name and "LogSoftmax" not in name:
-            core = _from_softmax(graph, i)
-        if core is not None:
-            cores.append(core)
-    return _with_cross(graph, cores)
+            softmax = _from_softmax(graph, i)
+        if softmax is not None:
+            softmaxes.append(softmax)
+    return _with_cross(graph, softmaxes)
 
 
 def _operands(graph: Graph, i: int) -> tuple[Edge, Edge] | None:
@@ -122,16 +122,16 @@ def _sources(graph: Graph, stop: frozenset[int]) -> list[int]:
     return bits
 
 
-def _with_cross(graph: Graph, cores: list[Softmax]) -> list[Softmax]:
+def _with_cross(graph: Graph, softmaxes: list[Softmax]) -> list[Softmax]:
     """Mark cross-attention: without going through an attention, queries and keys have no input in common."""
-    stop = frozenset(i for core in cores for i in core.inner)
+    stop = frozenset(i for softmax in softmaxes for i in softmax.inner)
     sources = _sources(graph, stop)
     marked = []
-    for core in cores:
-        q, k = sources[core.q.node], sources[core.k.node]
-        same_input = _gemm_input(graph, core.q.node, stop) & _gemm_input(graph, core.k.node, stop)
+    for softmax in softmaxes:
+        q, k = sources[softmax.q.node], sources[softmax.k.node]
+        same_input = _gemm_input(graph, softmax.q.node, stop) & _gemm_input(graph, softmax.k.node, stop)
         cross = not (q & k) and not same_input
-        marked.append(Softmax(core.node, core.first, core.last, core.q, core.k, core.v, cross))
+        marked.append(Softmax(softmax.node, softmax.first, softmax.last, softmax.q, softmax.k, softmax.v, cross))
     return marked
 
 

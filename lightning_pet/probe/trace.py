@@ -58,7 +58,7 @@ class Trace:
     outputs: list[Node] = field(default_factory=list)
 
 
-class Recorder:
+class Tracer:
     """Hooks on every module of ``model`` that fill a :class:`Trace`."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -95,9 +95,9 @@ class Recorder:
         if not self._stack:
             args, kwargs = changed = _differentiable(args, kwargs)
         call = Call(self._paths[module], len(self._stack), sequence_number())
-        call.input = next((x.grad_fn for x in tensors((args, kwargs)) if x.grad_fn is not None), None)
-        given = [x for x in (*args, *(kwargs.get(name) for name in _IDS)) if isinstance(x, Tensor)]
-        ids = any(not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool) for x in given)
+        call.input = next((node for x in tensors((args, kwargs)) if (node := x.grad_fn) is not None), None)
+        given = [x.dtype for x in (*args, *map(kwargs.get, _IDS)) if isinstance(x, Tensor)]
+        ids = any([not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) for dtype in given])
         if ids and self.trace.embedding is None and isinstance(module, nn.Embedding):
             self.trace.embedding = call.path
             self.trace.consumer = next((outer.path for outer in reversed(self._stack) if outer.takes_ids), None)
@@ -116,9 +116,10 @@ class Recorder:
         else:
             return
         call.end = sequence_number()
-        result = next((x for x in tensors(output) if x.grad_fn is not None), None)
-        if result is not None:
-            call.output, call.output_shape = result.grad_fn, tuple(result.shape)
+        for result in tensors(output):
+            if (node := result.grad_fn) is not None:
+                call.output, call.output_shape = node, tuple(result.shape)
+                break
 
 
 def accepts_mask(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from lightning_pet.model.named_roles import named_places
 from lightning_pet.model.undisturbed import undisturbed
 from lightning_pet.probe.attention_observer import Observer, Seen
 from lightning_pet.probe.inputs import is_self_describing
-from lightning_pet.probe.trace import Recorder
+from lightning_pet.probe.trace import Tracer
 
 
 def word_activations(model: nn.Module, consumer: str | None, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -65,9 +65,9 @@ def _arguments(runner: nn.Module, row: Tensor) -> list[dict[str, Any]]:
 
 def _observe(model: nn.Module, runner: nn.Module, arguments: dict[str, Any]) -> list[Seen]:
     with undisturbed(model):
-        recorder = Recorder(model)
-        observer = Observer(recorder, keep=True)
-        with recorder.attached(), observer, torch.no_grad():
+        tracer = Tracer(model)
+        observer = Observer(tracer, keep=True)
+        with tracer.attached(), observer, torch.no_grad():
             runner(**arguments)
     return observer.seen
 

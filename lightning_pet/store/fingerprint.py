@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_pet.layers.delta import apart
 from lightning_pet.layers.sharding import ordinary_parts, whole
 from lightning_pet.store import tensors as facts
 from lightning_pet.store.remembered import (
@@ -167,7 +168,7 @@ def _values_differ(names: list[str], count: int) -> Comparison:
 
 def _misfits(base: Mapping[str, Remembered], seen: Mapping[str, _Facts]) -> Comparison | None:
     """Differences of names and shapes; a quantised tensor may be packed into another shape."""
-    missing, extra = sorted(base.keys() - seen.keys()), sorted(seen.keys() - base.keys())
+    missing, extra = apart(base.keys(), seen.keys())
     misshapen = [
         f"{name} ({list(base[name].shape)} then, {list(seen[name].shape)} now)"
         for name in sorted(base.keys() & seen.keys())

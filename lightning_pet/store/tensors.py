@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.layers.delta import apart
 from lightning_pet.store.container import DIGEST_BYTES, TYPES, TensorRecord
 from lightning_pet.store.strict_json import fault, not_finite
 
@@ -69,7 +70,7 @@ def verify_digests(tensors: Mapping[str, Tensor], digests: Mapping[str, str], *,
     Raises:
         DeltaFileError: ``mismatch`` if the names differ, ``corrupt`` if the values do.
     """
-    missing, extra = sorted(digests.keys() - tensors.keys()), sorted(tensors.keys() - digests.keys())
+    missing, extra = apart(digests.keys(), tensors.keys())
     if missing or extra:
         raise fault(where, f"{_differences(missing=missing, extra=extra)}. Copy the file again.", "mismatch")
     damaged = [name for name in sorted(tensors) if digest(tensors[name]) != digests[name]]
@@ -135,7 +136,7 @@ def require_exact_keys(
         same_kind = have.dtype == want.dtype or (have.dtype.is_floating_point and want.dtype.is_floating_point)
         if not same_kind or have.shape != want.shape:
             misfits.append(f"{name} (found {_spec(have)}, expected {_spec(want)})")
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, extra = apart(expected.keys(), found.keys())
     if misfits or missing or extra:
         differences = _differences(missing=missing, extra=extra, misshapen=misfits)
         raise fault(

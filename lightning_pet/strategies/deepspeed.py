@@ -23,8 +23,9 @@ from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.naming import named_tensors
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
+from lightning_pet.strategies.parameter_groups import trainable_of
 from lightning_pet.strategies.sharded import ShardedAdapter
-from lightning_pet.strategies.strategy import CheckpointRules, Named, flat_names, trainable
+from lightning_pet.strategies.strategy import CheckpointRules, Named, flat_names
 
 _KEY = "deepspeed"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -118,7 +119,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         self._arrived.clear()
         self._hooks = {
             name: parameter.register_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
-            for name, parameter in trainable(module).items()
+            for name, parameter in trainable_of(module).items()
         }
 
     def _note(self, name: str, gradient: Tensor) -> None:
@@ -198,7 +199,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     def groups_of(self, parameters: Sequence[nn.Parameter], module: nn.Module) -> list[dict[str, Any]]:
         """The groups that held them before the engine put partitions in their place."""
         own = {id(parameter) for parameter in parameters}
-        wanted = {name for name, parameter in trainable(module).items() if id(parameter) in own}
+        wanted = {name for name, parameter in trainable_of(module).items() if id(parameter) in own}
         pairs = zip(self._inner().param_groups, self._names[0], strict=True)
         return [group for group, names in pairs if wanted.intersection(names)]
 
@@ -327,7 +328,7 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
     def _trained(self) -> dict[str, nn.Parameter]:
         module = self.strategy.lightning_module
         assert module is not None
-        return trainable(module)
+        return trainable_of(module)
 
 
 @contextmanager

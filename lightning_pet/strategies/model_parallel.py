@@ -13,8 +13,9 @@ from lightning_pet.layers.sharding import is_sharded
 from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.naming import canonical, join, named_modules
 from lightning_pet.strategies import private
+from lightning_pet.strategies.parameter_groups import trainable_of
 from lightning_pet.strategies.sharded import ShardedAdapter, own_units
-from lightning_pet.strategies.strategy import CheckpointRules, trainable
+from lightning_pet.strategies.strategy import CheckpointRules
 
 
 class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
@@ -54,7 +55,7 @@ class ModelParallelAdapter(ShardedAdapter[ModelParallelStrategy]):
     def check_wrapped(self, module: pl.LightningModule) -> None:
         """What trains must be sharded, or its gradients would stay in their process."""
         super().check_wrapped(module)
-        plain = [name for name, parameter in trainable(module).items() if not is_sharded(parameter)]
+        plain = [name for name, parameter in trainable_of(module).items() if not is_sharded(parameter)]
         if plain and self.strategy.world_size > 1:
             raise UnsupportedStrategyError(
                 f"{len(plain)} parameters train but are not sharded, so every process would train its own: "
@@ -102,7 +103,7 @@ def _refuse_mixed_groups(module: nn.Module) -> None:
             continue
         within = [part for part in cast(nn.Module, unit).modules() if part is not unit and isinstance(part, FSDPModule)]
         inner = {id(p) for part in within for p in cast(nn.Module, part).parameters()}
-        trained = {name: p for name, p in trainable(cast(nn.Module, unit)).items() if id(p) not in inner}
+        trained = {name: p for name, p in trainable_of(cast(nn.Module, unit)).items() if id(p) not in inner}
         examples = {p.dtype: name for name, p in trained.items()}
         if len(examples) > 1:
             found = " and ".join(f"{join(path, name)} ({dtype})" for dtype, name in examples.items())

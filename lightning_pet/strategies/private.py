@@ -35,11 +35,11 @@ name                                                      used for
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``probe/graph.py`` and
 ``Node._input_metadata``, ``Node._saved_groups``,         ``probe/columns.py``; guarded by ``tests/core/test_graph.py``
 ``Node._saved_weight``, ``torch._C._autograd``
-``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names, in ``core``;
+``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
 ``aten._unsafe_view``                                     outputs that own their memory, in ``layers/``
 ``torch._C._current_graph_task_id``,                      telling recomputation from forward, in ``layers/`` and
-``._current_autograd_node``, ``threading._DummyThread``,  ``core``; which forward it repeats, and for which thread:
+``._current_autograd_node``, ``threading._DummyThread``,  ``model/``; which forward it repeats, in which thread:
 ``._is_key_in_tls``, ``._get_obj_in_tls`` ("context")     ``model/call.py``, guarded by ``tests/core/test_calls.py``
 ``Module._replicate_for_data_parallel``                   copies that run in threads of their own
 ``forward_ad._current_level``,                            telling transforms of ``torch.func`` and forward mode, in

@@ -6,6 +6,7 @@ process that writes keeps them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -107,29 +108,9 @@ class ShardedAdapter(StrategyAdapter[P]):
         state = _unwrapped(optimizer).state_dict()
         return {**state, "state": {key: self._kept(_wholes(values.items())) for key, values in state["state"].items()}}
 
-    def save_checkpoint(
-        self,
-        rules: CheckpointRules,
-        original: Callable[..., Any],
-        checkpoint: dict[str, Any],
-        filepath: Any,
-        storage_options: Any = None,
-    ) -> None:
-        """Complete the checkpoint, then write one file."""
-        rules.before_save(checkpoint)
-        path = self.strategy.broadcast(filepath)
-        self.agreed(
-            f"saving {path}", lambda: Strategy.save_checkpoint(self.strategy, checkpoint, path, storage_options)
-        )
-
-    def load_checkpoint(
-        self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
-    ) -> dict[str, Any]:
-        """Read one file in every process and check it."""
-        path = self.strategy.broadcast(checkpoint_path)
-        return self._read(
-            rules, path, lambda: Strategy.load_checkpoint(self.strategy, path, weights_only), weights_only
-        )
+    def single_file(self, path: Any, original: Callable[..., Any], name: str) -> tuple[Any, Callable[..., Any]]:
+        """One file for all, in the way of a single device; every process reads it."""
+        return self.strategy.broadcast(path), partial(getattr(Strategy, name), self.strategy)
 
     def load_model_state_dict(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True

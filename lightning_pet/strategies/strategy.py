@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import placed, whole
-from lightning_pet.model.naming import named_parameters, named_tensors
+from lightning_pet.model.naming import named_tensors
 from lightning_pet.store.archive import read_checkpoint
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
@@ -138,23 +138,24 @@ class StrategyAdapter(Generic[S]):
     ) -> None:
         """Complete the checkpoint, then write it."""
         rules.before_save(checkpoint)
-        self.agreed(f"saving {filepath}", lambda: original(checkpoint, filepath, storage_options=storage_options))
+        path, write = self.single_file(filepath, original, "save_checkpoint")
+        self.agreed(f"saving {path}", lambda: write(checkpoint, path, storage_options=storage_options))
 
     def load_checkpoint(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint_path: Any, weights_only: Any = None
     ) -> dict[str, Any]:
         """Read a checkpoint and check it."""
-        return self._read(
-            rules, checkpoint_path, lambda: original(checkpoint_path, weights_only=weights_only), weights_only
+        path, load = self.single_file(checkpoint_path, original, "load_checkpoint")
+        checkpoint: dict[str, Any] = self.agreed(
+            f"reading {path}", lambda: read_checkpoint(path, lambda: load(path, weights_only=weights_only))
         )
-
-    def _read(
-        self, rules: CheckpointRules, path: Any, load: Callable[[], Any], weights_only: bool | None
-    ) -> dict[str, Any]:
-        checkpoint = self.agreed(f"reading {path}", lambda: read_checkpoint(path, load))
         unseal(checkpoint, path, weights_only)
         rules.after_load(checkpoint, path)
         return checkpoint
+
+    def single_file(self, path: Any, original: Callable[..., Any], name: str) -> tuple[Any, Callable[..., Any]]:
+        """Where a checkpoint is, and the method of this name that writes or reads it there."""
+        return path, original
 
     def load_model_state_dict(
         self, rules: CheckpointRules, original: Callable[..., Any], checkpoint: dict[str, Any], strict: bool = True
@@ -336,11 +337,6 @@ def each_whole(modules: Sequence[M], whole: Callable[[Named], Named] = iter) -> 
         found.setdefault(index, {})[name] = tensor
         if len(found[index]) == awaited[index]:
             yield modules[int(index)], found.pop(index)
-
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that train, by canonical name."""
-    return {name: p for name, p in named_parameters(module) if p.requires_grad}
 
 
 def flat_names(groups: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ Whatever lies outside of the base is the user's own, and trains as it would with
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import CHILD, canonical, is_below, join, named_modules, named_parameters
-from lightning_pet.model.quantised import is_quantised
+from lightning_pet.model.naming import CHILD, canonical, is_below, join, named_modules, named_parameters, names_below
+from lightning_pet.model.quantised import can_train
 from lightning_pet.model.structure import Target
 
 _HUB_MIXIN = "huggingface_hub"  # gives any class of the user's a from_pretrained
@@ -87,7 +87,9 @@ def bases_of(root: nn.Module) -> tuple[str, ...]:
     """
     found = _pretrained_below(root, "")
     frozen = frozen_by_user(root)
-    awake = [path for path in found if not _is_frozen(root, path, frozen)]
+    able = able_to_train(root) if frozen else ()
+    below = {path: names_below(able, [path]) for path in found}
+    awake = [path for path in found if not below[path] or below[path] - frozen]
     return tuple(awake or found) or ("",)
 
 
@@ -96,27 +98,23 @@ def frozen_by_user(root: nn.Module) -> frozenset[str]:
     record = record_of(root)
     flags = record.flags if record is not None else {}
     return frozenset(
-        name
-        for name, parameter in base_parameters_of(root)
-        if not flags.get(name, parameter.requires_grad) and can_train(parameter)
+        [
+            name
+            for name, parameter in base_parameters_of(root)
+            if not flags.get(name, parameter.requires_grad) and can_train(parameter)
+        ]
     )
 
 
-def base_parameters_of(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters_of(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters without those of deltas, each under each of its canonical names."""
-    for name, parameter in named_parameters(root, every_name=True):
-        if CHILD not in name or CHILD not in name.split("."):
-            yield name, parameter
+    named = named_parameters(root, every_name=True)
+    return [(name, p) for name, p in named if CHILD not in name or CHILD not in name.split(".")]
 
 
-def can_train(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is of a form that can train."""
-    return (parameter.is_floating_point() or parameter.is_complex()) and not is_quantised(parameter)
-
-
-def _is_frozen(root: nn.Module, path: str, frozen: frozenset[str]) -> bool:
-    below = [name for name, p in base_parameters_of(root) if is_below(name, path) and can_train(p)]
-    return bool(below) and frozen.issuperset(below)
+def able_to_train(root: nn.Module) -> list[str]:
+    """Names of the base parameters that could train."""
+    return [name for name, parameter in base_parameters_of(root) if can_train(parameter)]
 
 
 # --- copies that the user keeps --------------------------------------------------------------------

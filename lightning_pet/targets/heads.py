@@ -8,10 +8,19 @@ from torch import nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.model.layer_kinds import base_class
-from lightning_pet.model.naming import CHILD, canonical, is_below, join, module_at, named_modules, named_parameters
-from lightning_pet.model.quantised import is_quantised
+from lightning_pet.model.naming import (
+    CHILD,
+    canonical,
+    is_below,
+    join,
+    module_at,
+    named_modules,
+    named_parameters,
+    names_below,
+)
+from lightning_pet.model.quantised import can_train, is_quantised
 from lightning_pet.model.structure import Output, Role, Structure, Target
-from lightning_pet.targets.bases import base_parameters_of, can_train, frozen_by_user, is_pretrained
+from lightning_pet.targets.bases import able_to_train, base_parameters_of, frozen_by_user, is_pretrained
 from lightning_pet.targets.targets import suggest
 
 # transformers builds these heads from scratch for every task, so a frozen one would stay random.
@@ -214,8 +223,8 @@ def _from(base: str, path: str) -> str:
 
 def _kept_frozen(root: nn.Module, base: str, path: str, frozen: frozenset[str]) -> bool:
     """The user froze this head and not the whole base, which many freeze to make it ready for us."""
-    names = {name for name, p in base_parameters_of(root) if is_below(name, base) and can_train(p)}
-    own = {name for name in names if is_below(name, path)}
+    names = names_below(able_to_train(root), [base])
+    own = names_below(names, [path])
     return own <= frozen and not names - own <= frozen
 
 
@@ -283,8 +292,10 @@ def _output_embeddings(root: nn.Module) -> set[int]:
 def _children_of_models(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Children of the root, and of any model below it that knows its base or is for classification."""
     pairs = [(canonical(name), child) for name, child in root.named_children()]
-    for path, module in named_modules(root).items():
-        if path and (base_class(module).__name__.endswith(_FRESH_HEAD_CLASSES) or _knows_its_base(module)):
+    modules = named_modules(root)
+    classes = [base_class(module).__name__ for module in modules.values()]
+    for (path, module), name in zip(modules.items(), classes, strict=True):
+        if path and (name.endswith(_FRESH_HEAD_CLASSES) or _knows_its_base(module)):
             pairs += [(join(path, canonical(name)), child) for name, child in module.named_children()]
     return [(path, child) for path, child in dict(pairs).items() if path.rpartition(".")[2] != CHILD]
 

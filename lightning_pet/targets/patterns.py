@@ -128,7 +128,7 @@ def has_role(target: Target, pattern: str) -> bool:
 def value_at(patterns: Mapping[str, V] | None, target: Target, default: V) -> V:
     """The value that the first pattern which names this place gives it."""
     given = patterns or {}
-    if (place := _exactly(target)) in given:
+    if (place := exactly(target)) in given:
         return given[place]
     return next((value for key, value in given.items() if _names(key, target)), default)
 
@@ -142,10 +142,10 @@ def settled(patterns: Mapping[str, V] | None, targets: Sequence[Target]) -> Mapp
     """
     if not patterns:
         return patterns
-    found = {_exactly(target): value_at(patterns, target, None) for target in targets}
+    found = {exactly(target): value_at(patterns, target, None) for target in targets}
     by_name = dict(sorted(patterns.items()))
     if not any(key.startswith(_EXPRESSION) for key in patterns) and all(
-        value_at(by_name, target, None) == found[_exactly(target)] for target in targets
+        value_at(by_name, target, None) == found[exactly(target)] for target in targets
     ):
         return patterns
     return {place: value for place, value in found.items() if value is not None}
@@ -185,14 +185,14 @@ def is_expression(pattern: str) -> bool:
     return pattern.startswith(_EXPRESSION)
 
 
-def _exactly(target: Target) -> str:
+def exactly(target: Target) -> str:
     """This place and no other: ``=`` and its path, with its role if it is a part of a parameter."""
     return f"{_PLACE}{target.path} {target.role}" if target.rows else f"{_PLACE}{target.path}"
 
 
 def _names(pattern: str, target: Target) -> bool:
     if is_place(pattern):
-        return pattern == _exactly(target)
+        return pattern == exactly(target)
     if is_role(pattern) and has_role(target, pattern):
         return True
     plain = is_expression(pattern) or not any(sign in pattern for sign in _GLOB)

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, cast, get_args
 
-import torch
 from torch import nn
 
 from lightning_pet.errors import TargetError
+from lightning_pet.layers.delta import options_beside
 from lightning_pet.model.named_roles import layer_index, named_places, without_numbers
 from lightning_pet.model.naming import canonical, delta_prefix, is_below, join, module_at
 from lightning_pet.model.structure import Role, Site, SiteKind, Structure, Target
@@ -287,12 +287,12 @@ def check_narrower(bottleneck_size: int | None, targets: Sequence[Target]) -> No
 
 
 def delta_options(root: nn.Module, target: Target) -> dict[str, Any]:
-    """Device and dtype for the parameters of a delta at a place: the base's, but at least float32."""
+    """Device and dtype for the parameters of a delta at a place."""
     path, _, name = host_parameter(root, target).rpartition(".")
     like = module_at(root, path)._parameters.get(name)
     if like is None:
         raise TargetError(f"{type(root).__name__} has no parameters, so there is nothing to adapt.")
-    return {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
+    return options_beside(like)
 
 
 def _uses(sites: Sequence[Site]) -> Mapping[str, set[tuple[SiteKind, str]]]:

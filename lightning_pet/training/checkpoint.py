@@ -8,12 +8,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
-from lightning_pet.insertion.commit import changed_buffers, take_forms
+from lightning_pet.insertion.commit import take_forms
 from lightning_pet.insertion.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.layers.delta import Excerpt
+from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.naming import canonical, join, named_tensors, split_below
-from lightning_pet.model.outside import changed_outside, note_changed, outside_parameters
+from lightning_pet.model.outside import note_changed, outside_parameters
 from lightning_pet.operations import base_check
+from lightning_pet.operations.contents import changed_besides, check_fit
 from lightning_pet.store.entry import KEY, MARK, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.strategies import optimizers as optim
@@ -39,6 +41,11 @@ class SavedRun(Run, Protocol):
 
     resume: ExactResume
     watch: Watch
+
+    @property
+    def record(self) -> Adaptation:
+        """What was applied, as far as it belongs to this run."""
+        ...
 
     @property
     def base_check(self) -> str:
@@ -76,8 +83,9 @@ class Checkpoints:
         Raises:
             PETError: if a part of the delta is not in ``state``.
         """
-        required, wanted = (self._stored_names(names) for names in (self._required(), self._wanted()))
-        kept = {canonical(name): value for name, value in state.items() if canonical(name) in wanted}
+        excerpts = self._excerpts()
+        required, wanted = (self._stored_names(names, excerpts) for names in (self._required(), self._wanted()))
+        kept = {name: value for key, value in state.items() if (name := canonical(key)) in wanted}
         if absent := sorted(required - kept.keys()):
             raise PETError(
                 f"{len(absent)} tensors of the delta are not in the state of {type(self._run.module).__name__} that is "
@@ -85,24 +93,29 @@ class Checkpoints:
             )
         return kept
 
-    def _full(self, name: str) -> str:
-        return join(self._run.root_path, name)
+    def _full(self, names: Iterable[str]) -> list[str]:
+        """Names from the root as names from the module."""
+        path = self._run.root_path
+        return [join(path, name) for name in names]
 
     def _required(self) -> set[str]:
-        record = self._run.adapted.record
-        return {self._full(name) for name in (*record.delta_names, *record.trained_names)}
+        record = self._run.record
+        return set(self._full((*record.delta_names, *record.trained_names)))
 
-    def _stored_names(self, names: set[str]) -> set[str]:
-        excerpts = self._excerpts()
+    def _stored_names(self, names: set[str], excerpts: Mapping[str, Excerpt | None]) -> set[str]:
         return (names - excerpts.keys()) | {e.name for n, e in excerpts.items() if e is not None and n in names}
 
     def _wanted(self) -> set[str]:
-        return self._required() | {self._full(name) for name in self._changed()} | self._beside_root()
+        return {*self._required(), *self._full(self._changed()), *self._beside_root()}
 
     def _changed(self) -> set[str]:
         """What has changed besides the delta and is saved: buffers, and parameters beside the base."""
-        root = self._run.adapted.root
-        return self._run.adapter.anywhere({*changed_buffers(root), *changed_outside(root)})
+        return self._run.adapter.anywhere(set(self._changed_here()))
+
+    def _changed_here(self) -> dict[str, Tensor]:
+        adapted = self._run.adapted
+        found = (changed_besides(adapted.root, adapted.record, delta) for delta in self._run.record.names)
+        return {name: tensor for own in found for name, tensor in own.items()}
 
     def _beside_root(self) -> set[str]:
         # Buffers of metrics and losses beside the root are few and small.
@@ -118,7 +131,7 @@ class Checkpoints:
                 checkpoint[key] = self.keep(checkpoint[key])
         left_out = make_plain(checkpoint)
         seal(checkpoint)
-        record = run.adapted.record
+        record = run.record
         written = checkpoint["state_dict"] if run.trainer.is_global_zero else {}
         entry = make_entry(record, run.root_path, self._fingerprint(frozenset(self._changed())), written)
         if "optimizer_states" in checkpoint:
@@ -159,7 +172,7 @@ class Checkpoints:
         if self._base is None or self._base[0] != saved:
             adapted, whole = self._run.adapted, self._run.adapter.whole
             exact = self._run.base_check == "exact"
-            self._base = saved, base_check.base_fingerprint(adapted.root, adapted.record, saved, exact, whole)
+            self._base = saved, base_check.base_fingerprint(adapted.root, self._run.record, saved, exact, whole)
         return self._base[1]
 
     def new_run(self) -> None:
@@ -173,7 +186,7 @@ class Checkpoints:
         run = self._run
         adapted = run.adapted
         entry = read_entry(checkpoint, path)
-        base_check.check_methods(entry, adapted.record, path)
+        base_check.check_methods(entry, run.record, path)
         check_tensors(checkpoint, entry, path)
         saved, whole = saved_fingerprint(entry, path), run.adapter.whole
         held = run.adapter.is_wrapped(adapted.root)
@@ -182,7 +195,7 @@ class Checkpoints:
             for key in _STATES:
                 if key in checkpoint:
                     self._check_fit(checkpoint[key], path)
-            stored = [*adapted.record.trained_names, *self._split(checkpoint["state_dict"])[0]]
+            stored = [*run.record.trained_names, *self._split(checkpoint["state_dict"])[0]]
             base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, stored, whole)
         except BaseException:
             undo()
@@ -211,10 +224,13 @@ class Checkpoints:
                     "mismatch",
                 )
         try:
-            adapted = self._run.adapted
-            adapted.check_fit(as_held(adapted.root, inside), self._split(own)[0])
+            self._check_inside(as_held(self._run.adapted.root, inside), own)
         except DeltaFileError as error:
             raise DeltaFileError(f"{path}: {error}", error.code) from None
+
+    def _check_inside(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        adapted = self._run.adapted
+        check_fit(adapted.root, adapted.record, self._run.record.names, tensors, self._split(own)[0])
 
     def _completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict of the whole module: hooks and averaging callbacks load it strictly.
@@ -236,16 +252,19 @@ class Checkpoints:
         """Copy the tensors of a checked checkpoint in; buffers that are not in it are those of the base."""
         run = self._run
         inside, state = self._split(checkpoint["state_dict"])
-        state |= {self._full(name): value for name, value in as_held(run.adapted.root, inside).items()}
+        held = as_held(run.adapted.root, inside)
+        state |= zip(self._full(held), held.values(), strict=True)
         own = list(named_tensors(run.module))
         besides = outside_parameters(run.adapted.root, run.adapted.record)
-        wanted = self._required() | self._beside_root() | {self._full(name) for name in besides}
+        wanted = {*self._required(), *self._beside_root(), *self._full(besides)}
         wanted |= {name for name, tensor in own if not isinstance(tensor, nn.Parameter)}
         found = {name: value for name, value in state.items() if name in wanted}
-        shaped = self._split(run.adapter.shaped(own))[0]
-        run.adapted.check_fit(self._split(found)[0], shaped)  # once more: on_load_checkpoint of the user came between
+        self._check_inside(
+            self._split(found)[0], run.adapter.shaped(own)
+        )  # once more: on_load_checkpoint of the user came between
         originals = run.adapted.record.originals
-        run.adapter.fill(own, {self._full(name): originals[name] for name in changed_buffers(run.adapted.root)})
+        changed = [name for name in self._changed_here() if name in originals]
+        run.adapter.fill(own, dict(zip(self._full(changed), [originals[name] for name in changed], strict=True)))
         note_changed(run.adapted.root, self._from_file)
         run.adapter.fill(own, found)  # in a second turn: a completed state refers to the very buffers
 

@@ -23,10 +23,10 @@ from lightning_pet.insertion.commit import (
     undo,
 )
 from lightning_pet.insertion.intact import resizable
-from lightning_pet.insertion.method import Method, key_of
+from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import described, record_of
+from lightning_pet.model.adaptation import Adaptation, described, record_of
 from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.operations.adapted import Adapted
@@ -44,6 +44,7 @@ from lightning_pet.strategies.parameter_groups import Exchange, exchange, names_
 from lightning_pet.strategies.strategy import StrategyAdapter
 from lightning_pet.targets.placement import host_parameter
 from lightning_pet.training.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
+from lightning_pet.training.beside import let_rest, train_beside
 from lightning_pet.training.checkpoint import Checkpoints
 from lightning_pet.training.durable_io import install as install_durable_io
 from lightning_pet.training.durable_io import keep_last_linked
@@ -127,6 +128,14 @@ class Controller:
     def adapted(self) -> Adapted:
         """Handle on the adapted root."""
         return Adapted(self._root()[1])
+
+    @property
+    def record(self) -> Adaptation:
+        """What was applied, as far as it belongs to this run: not the deltas that only act beside it, or rest."""
+        return self.adapted.record.of(*self._deltas())
+
+    def _deltas(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(delta_name(method) for method in self.methods))
 
     @property
     def base_check(self) -> str:
@@ -263,6 +272,8 @@ class Controller:
                 raise
             return False
         root = self._root()[1]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            train_beside(root, self._deltas())
         freeze(root)
         self.adapter.settle()
         if not self.adapter.widens:
@@ -403,6 +414,11 @@ class Controller:
             log_options(self.trainer, self.adapted, self._plan, self.methods)
             if any(method.verbose for method in self.methods):
                 show_plan(self._plan)
+
+    def before_batch(self) -> None:
+        """The base is remembered before the first batch; deltas that do not train are as they are when evaluated."""
+        self.watch.begin()
+        let_rest(self.adapted.root)
 
     def before_step(self, optimizer: Any) -> None:
         """Before an optimizer steps: some delta has received a gradient, and the base is known.

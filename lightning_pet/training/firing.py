@@ -8,8 +8,7 @@ from torch import nn
 from lightning_pet.errors import DeadSiteError
 from lightning_pet.insertion.commit import required_gradients
 from lightning_pet.model.naming import CHILD, canonical, is_inside, join
-from lightning_pet.strategies.parameter_groups import shown
-from lightning_pet.strategies.strategy import trainable
+from lightning_pet.strategies.parameter_groups import shown, trainable_of
 from lightning_pet.targets.heads import HEAD
 from lightning_pet.training.run import Run
 
@@ -77,7 +76,7 @@ class Firing:
             target.module for a in self._run.adapted.record.applied for target in a.targets if target.role == HEAD
         }
         for path in sorted(join(self._run.root_path, place) for place in places):
-            own = {name: p for name, p in trainable(self._run.module).items() if is_inside(name, path)}
+            own = {name: p for name, p in trainable_of(self._run.module).items() if is_inside(name, path)}
             if own and len(adapter.without_gradient(own, optimizer)) == len(own):
                 rank_zero_warn(
                     f"{path} of {type(root).__name__} was taken for a head, but the loss does not reach it. If the "

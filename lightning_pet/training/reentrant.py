@@ -18,7 +18,7 @@ def let_inputs_require_grad(root: nn.Module) -> Callable[[], None]:
         A function that undoes it.
     """
     handles = []
-    if any(private.checkpoints_reentrantly(module) for module in root.modules()):
+    if any([private.checkpoints_reentrantly(module) for module in root.modules()]):
         for embedding in _input_embeddings(root):
             handles.append(embedding.register_forward_hook(_require_grad))
 

@@ -119,7 +119,7 @@ class Watch:
         self._warn_thawed(frozen, when)
         gone = [name for name in marks if name not in frozen]
         names = [name for name in marks if name in frozen]
-        answers = compare((frozen[name], marks[name]) for name in names)
+        answers = compare([(frozen[name], marks[name]) for name in names])
         found = [*gone, *(name for name, changed in zip(names, answers, strict=True) if changed)]
         if found:
             full = [join(self._run.root_path, name) for name in found]

@@ -76,8 +76,9 @@ def test_copies_know_for_themselves() -> None:
     x = torch.randn(3, 6)
     y = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(x), y)
         pet = deltas_of(other[0])
+        assert not pet._known  # another process may have given its numbers to other roots
+        assert torch.equal(other(x), y)
         del pet["lora_two"]
         assert torch.allclose(other(x), plain(other, x), atol=1e-5)
         assert torch.equal(model(x), y)

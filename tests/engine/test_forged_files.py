@@ -15,7 +15,8 @@ from method_runs import METHODS
 import lightning_pet as pet
 from lightning_pet.layers.prefix import Prefix
 from lightning_pet.model.unbuilt import without_memory
-from lightning_pet.operations.delta import insert
+from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.loading import insert
 from lightning_pet.store.reader import read
 from tests.methods import zoo
 from tests.methods.battery import perturb
@@ -57,7 +58,7 @@ class Target:
         start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         error = None
         try:
-            adapted = insert(self.model, stored)
+            adapted = Adapted(insert(self.model, stored))
         except pet.DeltaFileError as caught:
             error = caught
         assert time.process_time() - start < SECONDS, what

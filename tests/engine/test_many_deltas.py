@@ -1,7 +1,9 @@
 """Several deltas by name in one model: loaded, chosen, saved and taken out one by one, each with what it trained."""
 
+import contextlib
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 
@@ -14,6 +16,7 @@ from lightning_pet import (
     ArgumentError,
     BaseMismatchError,
     BitFitCallback,
+    DeltaFileError,
     LoRACallback,
     PETError,
     TargetError,
@@ -346,3 +349,81 @@ def test_only_what_acts_trains(files):
     assert not net.norm.bias.requires_grad
     adapted.activate()
     assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_values_are_replaced_in_place(files, tmp_path):
+    _, other = loaded(files, "a")
+    with torch.no_grad():
+        for name, tensor in other["a"].state_dict().items():
+            if tensor.is_floating_point() and "running" not in name:
+                tensor.mul_(-1.5)
+    other["a"].save(tmp_path / "new.pet.safetensors")
+    new = output(other.root)
+    net, adapted = loaded(files, "a", "b")
+    tensors = {name: id(tensor) for name, tensor in net.named_parameters()}
+    compiled = torch.compile(net, backend="eager")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled(X)
+    count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for path, expected in [(tmp_path / "new.pet.safetensors", new), files["a"]] * 2:
+        adapted.replace("a", path)
+        assert torch.equal(output(net), expected)
+        with torch.no_grad():
+            assert torch.allclose(compiled(X), expected, atol=1e-6)
+        with adapted.using("b"):
+            assert torch.equal(output(net), files["b"][1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= count + 1  # of the block
+    assert {name: id(tensor) for name, tensor in net.named_parameters()} == tensors
+    adapted.activate("b")
+    adapted.replace("a", tmp_path / "new.pet.safetensors")
+    assert torch.equal(output(net), files["b"][1])
+    with adapted.using("a"):
+        assert torch.equal(output(net), new)
+        adapted.replace("a", files["a"][0])
+        assert torch.equal(output(net), files["a"][1])
+    adapted["a"].save(tmp_path / "again.pet.safetensors")
+    assert (tmp_path / "again.pet.safetensors").read_bytes() == files["a"][0].read_bytes()
+    for name in ("plain", "five"):
+        with pytest.raises(DeltaFileError, match="cannot replace 'a' in place"):
+            adapted.replace("a", files[name][0], base_check="off")
+    adapted.activate("a")
+    assert torch.equal(output(net), files["a"][1])
+
+
+def test_a_forward_sees_one_version_whole(files, tmp_path):
+    _, other = loaded(files, "a")
+    with torch.no_grad():
+        for name, tensor in other["a"].state_dict().items():
+            if ".pet." in name or "head" in name:
+                tensor.mul_(-1.5)
+    other["a"].save(tmp_path / "new.pet.safetensors")
+    both = [output(other.root), files["a"][1], files["b"][1]]
+    net, adapted = loaded(files, "a", "b")
+    stop, mixed = threading.Event(), []
+
+    def run(block: bool) -> None:
+        while not stop.is_set():
+            with adapted.using("a") if block else contextlib.nullcontext():
+                found = output(net)
+            if not any(torch.equal(found, one) for one in both):
+                mixed.append(found)
+
+    threads = [threading.Thread(target=run, args=(block,)) for block in (False, True)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for turn in range(8):
+            adapted.replace("a", files["a"][0] if turn % 2 else tmp_path / "new.pet.safetensors")
+            adapted.activate("b" if turn % 3 else "a")
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert not mixed
+    adapted.remove()
+    assert not net._forward_pre_hooks
+    assert not net._forward_hooks

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import threading
 from functools import partial
 
 import pytest
@@ -222,6 +223,25 @@ def test_kept_numbers_go_with_the_last_that_uses_them(kept: layer._Kept) -> None
     del twin
     gc.collect()
     assert (dict(kept.drawn), kept.bytes, dict(kept.users)) == ({}, 0, {})
+
+
+def test_who_is_collected_while_numbers_are_kept_waits_for_nobody(
+    kept: layer._Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Projected(Subspace(20), 0, 100, 5)
+    gone(torch.zeros(100))
+    gone.__dict__["itself"] = gone  # only the collector ends it
+    keep = layer._Drawn.keep
+    monkeypatch.setattr(layer._Drawn, "keep", lambda drawn: (gc.collect(), keep(drawn)))
+    del gone
+    delta = Projected(Subspace(20), 0, 100, 6)
+    thread = threading.Thread(target=delta, args=(torch.zeros(100),), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    layer.hold(delta, 7)  # whoever comes next settles it
+    assert set(kept.users) == {6, 7}
+    assert {key[0] for key in kept.drawn} == {6}
 
 
 def test_stand_ins_for_tensors_are_not_kept(kept: layer._Kept) -> None:

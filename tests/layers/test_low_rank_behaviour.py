@@ -188,6 +188,46 @@ def test_convolutions_as_their_hosts_pad_and_group(mode: str, padding: Any, grou
 # --- dtypes
 
 
+@pytest.mark.parametrize("lead", [(0,), (0, 4), (4, 0), ()], ids=str)
+@pytest.mark.parametrize("name", [*OPTIONS, "dropout"])
+def test_no_tokens_and_a_single_one(name: str, lead: tuple[int, ...]) -> None:
+    delta, weight, bias = linear_case("plain" if name == "dropout" else name)
+    delta.dropout = 0.5 if name == "dropout" else 0.0
+    x = torch.randn(*lead, 5, dtype=D, requires_grad=True)
+    for grads in (True, False):
+        with torch.set_grad_enabled(grads):
+            assert delta(x, None, weight, bias).shape == (*lead, 6)
+    found = torch.autograd.grad(delta(x, None, weight, bias).sum(), [x, *delta.parameters()])
+    assert lead == () or not any(gradient.any() for gradient in found)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize("grads", [True, False])
+def test_dropout_on_an_input_of_any_layout(options: dict[str, Any], grads: bool) -> None:
+    delta = LowRankLinear(5, 6, 2, scale=0.7, dropout=0.4, dtype=D, **options)
+    weight, bias = torch.randn(6, 5, dtype=D), torch.randn(6, dtype=D)
+    delta.initialize_from(weight)
+    move(delta)
+    for x in (torch.randn(4, 3, 5, dtype=D).transpose(0, 1), torch.randn(3, 1, 5, dtype=D).expand(3, 4, 5)):
+        torch.manual_seed(0)
+        scaled = F.dropout(x, 0.4)
+        with torch.set_grad_enabled(grads):
+            torch.manual_seed(0)
+            output = delta(x, None, weight, bias)
+            low = scaled @ delta.a.t() @ delta.b.t()
+            if delta.a0 is not None and delta.b0 is not None:
+                low = low - x @ delta.a0.t() @ delta.b0.t()
+            expected = F.linear(x, weight, bias) + 0.7 * low
+            if delta.magnitude is not None:
+                factor = (delta.magnitude / (weight + 0.7 * delta.b @ delta.a).norm(dim=1).detach()) - 1
+                expected = expected + factor * (scaled @ weight.t() + 0.7 * low)
+        torch.testing.assert_close(output, expected)
+        if grads:
+            pairs = [torch.autograd.grad(y.sin().sum(), list(delta.parameters())) for y in (output, expected)]
+            for one, other in zip(*pairs, strict=True):
+                torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("tokens", [3, 200])
 def test_autocast(name: str, tokens: int) -> None:

@@ -373,6 +373,46 @@ class Battery:
         save_delta(fresh, again)
         assert again.read_bytes() == path.read_bytes()
 
+    def test_several_in_one_model(self, case: Case, built: Any, tmp_path: Path) -> None:
+        """Each acts as if it were alone, whenever it is chosen, for all or in a thread; none touches another."""
+        expected, resting, files = {}, {}, {}
+        for name, scale in (("a", 0.3), ("b", -0.2)):
+            alone, run = case.build()
+            perturb(case.adapt(alone, run), scale)
+            files[name], expected[name] = tmp_path / f"{name}.pet.safetensors", frozen_output(alone, run)
+            save_delta(alone, files[name])
+            resting[name] = frozen_output(alone.requires_grad_(False), run)  # torch chooses kernels by that
+        model, run = built
+        expected[""] = resting[""] = frozen_output(model, run)
+        state, kinds = base_digest(model), [type(module) for module in model.modules()]
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        adapted = load_delta(model, files["a"], name="a")
+        load_delta(model, files["b"], name="b")
+        for name in ("a", "b", "a", "", "b", "a"):
+            adapted.activate(*filter(None, [name]))
+            assert torch.equal(frozen_output(model, run), expected[name])
+            other = "b" if name == "a" else "a"
+            with adapted.using(other):
+                assert torch.equal(frozen_output(model, run), resting[other])
+        for name, path in files.items():
+            adapted[name].save(tmp_path / "again.pet.safetensors")
+            assert (tmp_path / "again.pet.safetensors").read_bytes() == path.read_bytes()
+
+        def work(name: str) -> bool:
+            with adapted.using(*filter(None, [name])):
+                return all([torch.equal(frozen_output(model, run), resting[name]) for _ in range(3)])
+
+        adapted.activate()
+        assert in_threads(work, ["a", "b", "", "b"]) == [True] * 4
+        adapted["a"].remove()
+        adapted.activate("b")
+        assert torch.equal(frozen_output(model, run), expected["b"])
+        adapted["b"].remove()
+        assert torch.equal(frozen_output(model, run), expected[""])
+        assert equal_states(dict(model.state_dict()), state)
+        assert [type(module) for module in model.modules()] == kinds
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
     def test_meta_device(self, case: Case, built: Any) -> None:
         """Built without memory, materialised, the base loaded: as if it had been built in memory."""
         model, run = built

@@ -17,7 +17,7 @@ from lightning_pet.callbacks.diff_pruning.cut import compare_anew, fix, largest_
 from lightning_pet.callbacks.diff_pruning.density import DensityCurve, counted
 from lightning_pet.errors import ArgumentError, DeadSiteError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.layers.delta import Tied
+from lightning_pet.layers.delta import Tied, options_beside
 from lightning_pet.layers.gated_weight import Form
 from lightning_pet.layers.hard_concrete import HardConcrete, mixed
 from lightning_pet.layers.sparse_difference import Kind, SparseDifference
@@ -196,9 +196,8 @@ class DiffPruningCallback(PETCallback):
             l0_weight=self.l0_weight,
             alpha=self.alpha_init,
             seed=mixed(self.seed, path),
-            device=parameter.device,
-            dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
             gate_dtype=torch.bfloat16 if self.state == "bf16" else None,
+            **options_beside(parameter),
         )
 
     def differences(self, root: nn.Module) -> list[tuple[Target, SparseDifference]]:

@@ -1,0 +1,253 @@
+"""Whether rows of a batch can use different deltas in a model: looked at when the first are asked for, and kept.
+
+The batch-major rule cannot be read off a tensor: a sequence-first model whose length happens to be a multiple of the
+number of rows would mix them without a sound. So the base is run on random batches of 3 rows of 7 tokens, and on the
+same rows in another order: of every module that is to take rows apart, the first dimension of input and output must be
+a multiple of 3, or 1, and follow the order. Where no batch can be made up, the user's first one is looked at.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.model.adaptation import Adaptation
+from lightning_pet.model.call import HERE, Selection
+from lightning_pet.model.delta_names import check_known
+from lightning_pet.model.naming import named_modules
+from lightning_pet.probe.inputs import candidate_inputs, random_batch
+
+_WITHOUT_ROWS = {"prompt_tuning": "its virtual tokens", "auto_prompt": "its trigger"}
+_ROWS, _TOKENS, _BATCHES = 3, 7, 3
+_CLOSE = 1e-4
+
+Seen = dict[str, list[tuple[Tensor | None, Tensor | None]]]
+
+
+class Manners:
+    """How modules treat the rows of a batch.
+
+    Attributes:
+        looked_at: paths of the modules.
+        refused: those that do not keep rows apart, and why.
+        shared: those that compute once what all rows get.
+    """
+
+    def __init__(self, looked_at: set[str]) -> None:
+        self.looked_at = looked_at
+        self.refused: dict[str, str] = {}
+        self.alone: dict[str, bool] = {}
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Paths of modules that are always called with one row, whatever the batch."""
+        return frozenset(path for path, alone in self.alone.items() if alone)
+
+    def note(self, batch: int, order: list[int], first: Seen, second: Seen) -> None:
+        """Compare two runs, the second of which had the rows in another order."""
+        for path in self.looked_at & (first.keys() | second.keys()):
+            calls, others = first.get(path, []), second.get(path, [])
+            if len(calls) != len(others):
+                self.refused.setdefault(path, "is called more or less often when the rows come in another order")
+                continue
+            for one, other in zip(calls, others, strict=True):
+                for what, x, y in zip(("gets", "gives"), one, other, strict=True):
+                    if (why := _differs(batch, order, x, y)) is not None:
+                        self.refused.setdefault(path, f"{what} {why}")
+                shared = one[0] is not None and one[0].shape[:1] == (1,)
+                self.alone[path] = self.alone.get(path, True) and shared
+
+
+def check_rows(names: Any, record: Adaptation) -> None:
+    """Refuse what is no list of deltas, one per row.
+
+    Raises:
+        ArgumentError: naming what was found.
+        TargetError: if a delta has a method that cannot be used for single rows.
+    """
+    if not isinstance(names, list | tuple) or not names:
+        raise ArgumentError(f"rows({names!r}): expected a list with the name of a delta, or None, for each row.")
+    wanted = [name for name in dict.fromkeys(names) if name is not None]
+    check_known(wanted, record.names)
+    for applied in record.applied:
+        if applied.delta in wanted and applied.method in _WITHOUT_ROWS:
+            raise TargetError(
+                f"{applied.label}: {_WITHOUT_ROWS[applied.method]} would make its rows longer than the others'. Use "
+                f"`adapted.using({applied.delta!r})` for the rows that want it."
+            )
+
+
+@contextmanager
+def guarded(root: nn.Module, record: Adaptation, names: Any) -> Iterator[frozenset[str]]:
+    """Within the block nothing mixes rows; gives the paths of modules that compute once what all rows get.
+
+    Raises:
+        TargetError: naming the modules that do not keep rows apart.
+    """
+    paths = _taking_apart(record, record.names)
+    manners: Manners | None = record.switch.manners
+    if manners is None or not paths <= manners.looked_at:
+        manners = _made_up(root, record, paths)
+        record.switch.manners = manners
+    with ExitStack() as stack:
+        if manners is None:
+            look = partial(_look_at_call, root, record, paths, names, threading.get_ident())
+            handle = root.register_forward_pre_hook(look, with_kwargs=True)
+            stack.callback(handle.remove)
+        else:
+            _refuse(manners, record, names)
+        yield manners.shared if manners is not None else frozenset()
+
+
+def _taking_apart(record: Adaptation, deltas: Any) -> set[str]:
+    """Paths of modules that take rows apart for these deltas."""
+    found = {name.rpartition(".")[0] for name in record.held_by(deltas)}
+    for applied in record.applied:
+        if applied.delta in deltas:
+            own = zip(applied.hosts, applied.targets, applied.readers, strict=False)
+            found |= {path for (host, _), target, reader in own for path in (host, target.reads, reader) if path}
+    return found
+
+
+def _refuse(manners: Manners, record: Adaptation, names: Any) -> None:
+    wanted = [name for name in dict.fromkeys(names) if name is not None]
+    if len(set(names)) == 1:
+        return
+    wrong = {path: manners.refused[path] for path in sorted(_taking_apart(record, wanted) & manners.refused.keys())}
+    if wrong:
+        shown = "; ".join(f"{path} {why}" for path, why in list(wrong.items())[:3])
+        raise TargetError(
+            f"{len(wrong)} module{'s' * (len(wrong) > 1)} of {', '.join(map(repr, wanted))} would mix the rows of a "
+            f"batch: {shown}{' …' if len(wrong) > 3 else ''}. Rows need modules whose first dimension is the batch; "
+            "use one delta after the other (`adapted.using(name)`), or leave these modules out (exclude_modules)."
+        )
+
+
+def _made_up(root: nn.Module, record: Adaptation, paths: set[str]) -> Manners | None:
+    """What random batches show; ``None`` if none can be made up."""
+    for arguments in candidate_inputs(root):
+        manners = Manners(paths)
+        order = [1, 2, 0]
+        try:
+            for seed in range(_BATCHES):
+                batch = random_batch(arguments, _ROWS, _TOKENS, seed)
+                runs = [_seen(root, record, paths, (), inputs) for inputs in (batch, _ordered(batch, _ROWS, order))]
+                manners.note(_ROWS, order, *runs)
+        except Exception:  # these are no inputs of this model
+            continue
+        return manners
+    return None
+
+
+def _look_at_call(
+    root: nn.Module,
+    record: Adaptation,
+    paths: set[str],
+    names: Any,
+    thread: int,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """The same on the user's own batch, before the root runs on it."""
+    if threading.get_ident() != thread or HERE.call.part is not None or record.switch.manners is not None:
+        return
+    batch = len(names)
+    if len(set(names)) == 1:
+        return
+    size = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
+    if size < batch or size % batch:
+        raise TargetError(
+            f"{type(root).__name__} was called with {size} rows, but rows were chosen for a batch of {batch}. Give one "
+            "name per row of the batch."
+        )
+    manners = Manners(paths)
+    turned = [p for p, m in named_modules(root).items() if m.__dict__.get("batch_first") is False]
+    manners.refused |= dict.fromkeys(
+        paths if turned else (), f"belongs to a model with batch_first=False ({turned[:1]})"
+    )
+    if not turned:
+        first = _seen(root, record, paths, args, kwargs)
+        for turn in range(1, min(batch, _BATCHES + 1)):
+            order = [(row + turn) % batch for row in range(batch)]
+            found = _seen(root, record, paths, _ordered(args, batch, order, size), _ordered(kwargs, batch, order, size))
+            manners.note(batch, order, first, found)
+    manners.alone.clear()  # one batch does not show what all batches share
+    _refuse(manners, record, names)
+    record.switch.manners = manners
+
+
+def _ordered(value: Any, batch: int, order: list[int], size: int | None = None) -> Any:
+    """Arguments with the rows in another order."""
+    if isinstance(value, dict):
+        return {key: _ordered(item, batch, order, size) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_ordered(item, batch, order, size) for item in value)
+    if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != (size or batch):
+        return value
+    return value.reshape(batch, -1, *value.shape[1:])[order].reshape(value.shape)
+
+
+def _differs(batch: int, order: list[int], x: Tensor | None, y: Tensor | None) -> str | None:
+    """Why a tensor does not follow the rows; ``None`` if it does."""
+    if x is None or y is None:
+        return None
+    if x.shape != y.shape:
+        return "tensors whose shape depends on the order of the rows"
+    if not x.dim() or (x.shape[0] != 1 and x.shape[0] % batch):
+        return f"a tensor of shape {tuple(x.shape)} for a batch of {batch}"
+    if x.shape[0] != 1:
+        x = x.reshape(batch, -1, *x.shape[1:])[order].reshape(x.shape)
+    if x.is_floating_point():
+        scale = float(x.abs().max()) if x.numel() else 0.0
+        same = bool(((x - y).abs() <= _CLOSE * (1 + scale)).all())
+    else:
+        same = torch.equal(x, y)
+    return None if same else "other numbers for a row when the rows come in another order"
+
+
+def _seen(root: nn.Module, record: Adaptation, paths: set[str], args: Any, kwargs: Any) -> Seen:
+    """What the modules get and give in a forward of the base, in the order of their calls."""
+    thread, seen = threading.get_ident(), Seen()
+
+    def note(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            seen.setdefault(path, []).append((_first((args, kwargs)), _first(output)))
+
+    modules = named_modules(root)
+    with ExitStack() as stack:
+        for path in paths & modules.keys():
+            handle = modules[path].register_forward_hook(partial(note, path), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(_undisturbed(root))
+        stack.enter_context(HERE.call.only(record.switch.number, Selection()))
+        root(*args, **kwargs)
+    return seen
+
+
+@contextmanager
+def _undisturbed(root: nn.Module) -> Iterator[None]:
+    """Without dropout, gradients, and a trace in the states of random numbers."""
+    training = [module for module in root.modules() if module.training]
+    devices = {p.device for p in root.parameters() if p.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng([device.index or 0 for device in devices]):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _first(value: Any) -> Tensor | None:
+    """A copy of the first tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return next((found for item in items if (found := _first(item)) is not None), None)

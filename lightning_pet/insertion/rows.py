@@ -1,0 +1,315 @@
+"""Rows of one batch with different deltas: taken apart and joined again.
+
+The rule is batch-major: a list of B names belongs to any tensor whose first dimension is k · B, where k consecutive
+entries belong to one row (beams, windows, tokens that were flattened). B is known from the list, never guessed from a
+tensor. Deltas that change what a host returns act on its one product: all groups at once where their kind has such a
+form, else group by group. Where the parameters themselves differ, or the call is wrapped, each group has a call of
+its own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pet.errors import TargetError
+from lightning_pet.insertion.effective import KEPT, Kept, of_host
+from lightning_pet.insertion.slot import Acting, Deltas
+from lightning_pet.layers.delta import Delta
+from lightning_pet.model.call import HERE, Rows
+from lightning_pet.model.naming import CHILD
+
+Found = tuple[int, Rows]
+
+_SIMPLE = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def differing_at(module: nn.Module) -> Found | None:
+    """The choice of rows, if attributes of this module are not the same for all of them."""
+    kept: Kept | None = module.__dict__.get(KEPT)
+    if kept is None:
+        return None
+    selection = of_host(module).get(kept.switch.number)
+    if selection is None or selection.rows is None or selection.rows.differing.isdisjoint(kept.names.values()):
+        return None
+    return kept.switch.number, selection.rows
+
+
+class Division:
+    """How the first dimension of a tensor is divided among groups of rows.
+
+    Attributes:
+        index: of each group, where its entries are.
+        inverse: where each entry is in what the groups give, one after the other.
+    """
+
+    def __init__(self, rows: Rows, each: int, device: torch.device) -> None:
+        ids = torch.tensor(rows.ids).repeat_interleave(each)
+        groups = [(ids == group).nonzero()[:, 0] for group in range(len(rows.names))]
+        self.index = [index.to(device) for index in groups]
+        self.inverse = torch.cat(groups).argsort().to(device)
+
+
+def division(rows: Rows, size: int, device: torch.device, what: nn.Module) -> Division:
+    """The division of this many entries.
+
+    Raises:
+        TargetError: if they are not a multiple of the rows.
+    """
+    batch = len(rows.ids)
+    if size < batch or size % batch:
+        raise TargetError(
+            f"{named(rows, what)} was called with {size} rows, but rows were chosen for a batch of {batch}. Give one "
+            "name per row of the batch; the first dimension of what this module gets must be a multiple of it."
+        )
+    key = (size // batch, device)
+    if key not in rows.known:
+        rows.known[key] = Division(rows, size // batch, device)
+    found: Division = rows.known[key]
+    return found
+
+
+def row_ids(rows: Rows, device: torch.device) -> Tensor:
+    """Of each row of the batch, the number of its group."""
+    if device not in rows.known:
+        rows.known[device] = torch.tensor(rows.ids, device=device)
+    found: Tensor = rows.known[device]
+    return found
+
+
+def named(rows: Rows, module: nn.Module) -> str:
+    """What messages call a module."""
+    path = rows.places.get(id(module))
+    return f"{type(module).__name__}" if path is None else f"{path!r} ({type(module).__name__})"
+
+
+# --- a call for each group ----------------------------------------------------------------------------------
+
+
+def apart(
+    module: nn.Module, chosen: Found | Deltas, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run each group of rows alone, and join what they give.
+
+    Raises:
+        TargetError: if the call cannot be taken apart.
+    """
+    found = chosen.rows() if isinstance(chosen, Deltas) else chosen
+    assert found is not None
+    number, rows = found
+    tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+    if not tensors:
+        raise TargetError(
+            f"{named(rows, module)} was called without any tensor that has rows, and what it gives is not the same "
+            "for all rows. Use these deltas one after the other: `adapted.using(name)`."
+        )
+    _refuse_objects(rows, module, (args, kwargs))
+    _refuse_checkpoints(rows, module)
+    if tensors[0].shape[0] == 1 and is_shared(rows, module):
+        args, kwargs = _for_each((args, kwargs), len(rows.ids))
+        tensors[0] = tensors[0].expand(len(rows.ids), *tensors[0].shape[1:])
+    size, here = tensors[0].shape[0], HERE.call
+    divided = division(rows, size, tensors[0].device, module)
+    handed, outputs = len(here.handed), []
+    state = 1 if isinstance(module, nn.RNNBase) else 0  # recurrent states are layers × rows × features
+    for group, part in enumerate(rows.parts):
+        index = divided.index[group]
+        own = [_pick(x, size, len(rows.ids), index, 0 if not i else state) for i, x in enumerate(args)]
+        named_own = {k: _pick(x, size, len(rows.ids), index, state if k == "hx" else 0, k) for k, x in kwargs.items()}
+        with here.only(number, part):
+            outputs.append(call(*own, **named_own))
+    if len(here.handed) > handed:
+        raise TargetError(
+            f"{named(rows, module)} hands its input on to a delta outside of it, and cannot be taken apart. Use "
+            "these deltas one after the other: `adapted.using(name)`."
+        )
+    if state and isinstance(outputs[0], tuple):
+        first = _joined([output[0] for output in outputs], rows, module)
+        rest = [_moved(output[1]) for output in outputs]
+        return first, _moved(_joined(rest, rows, module))
+    return _joined(outputs, rows, module)
+
+
+def _refuse_objects(rows: Rows, module: nn.Module, given: Any) -> None:
+    """A cache, or whatever else may hold something of all rows, cannot be divided."""
+    for leaf in _leaves(given):
+        if not isinstance(leaf, _SIMPLE):
+            raise TargetError(
+                f"{named(rows, module)} is run once for each delta, and was given a {type(leaf).__name__}, which "
+                "cannot be divided by rows. Use these deltas one after the other: `adapted.using(name)`."
+            )
+
+
+def _refuse_checkpoints(rows: Rows, module: nn.Module) -> None:
+    """What checkpointing inside of the call would repeat, it would repeat with all rows' deltas."""
+    if torch.is_grad_enabled() and module.training:
+        for inner in module.modules():
+            if inner.__dict__.get("gradient_checkpointing") is True:
+                raise TargetError(
+                    f"{named(rows, module)} is run once for each delta, and checkpoints inside of it would be repeated "
+                    "with the wrong ones. Switch gradient checkpointing off, or use these deltas one after the other."
+                )
+
+
+def is_shared(rows: Rows, module: nn.Module) -> bool:
+    """Whether a module is known to compute once what all rows of any batch get, such as embeddings of positions."""
+    return rows.places.get(id(module)) in rows.shared and len(rows.ids) > 1
+
+
+def _for_each(value: Any, batch: int) -> Any:
+    """The same with one entry per row in place of one for all."""
+    if isinstance(value, Tensor):
+        return value.expand(batch, *value.shape[1:]) if value.dim() and value.shape[0] == 1 else value
+    if type(value) is dict:
+        return {key: _for_each(item, batch) for key, item in value.items()}
+    return type(value)(_for_each(item, batch) for item in value) if type(value) in (tuple, list) else value
+
+
+def _leaves(value: Any) -> list[Any]:
+    if type(value) is dict:
+        return [leaf for item in value.values() for leaf in _leaves(item)]
+    if type(value) in (tuple, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value]
+
+
+def _moved(value: Any) -> Any:
+    """Recurrent states with their rows first, or back."""
+    return tuple(x.transpose(0, 1) for x in value) if isinstance(value, tuple) else value.transpose(0, 1)
+
+
+def _pick(value: Any, size: int, batch: int, index: Tensor, dim: int, name: str = "") -> Any:
+    """A group's share of an argument: of tensors with as many rows."""
+    if isinstance(value, Tensor):
+        fits = value.dim() > dim and value.shape[dim] == size and name != "cache_position"
+        return value.index_select(dim, index.to(value.device)) if fits else value
+    if type(value) is dict:
+        return {key: _pick(item, size, batch, index, dim, str(key)) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_pick(item, size, batch, index, dim) for item in value)
+    return value
+
+
+def _joined(outputs: list[Any], rows: Rows, module: nn.Module) -> Any:
+    """What the groups give, in the order of the rows."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return _joined_tensors(outputs, rows, module)
+    if isinstance(first, dict):
+        joined = {key: _joined([output[key] for output in outputs], rows, module) for key in first}
+        return joined if type(first) is dict else type(first)(**joined)
+    if isinstance(first, tuple | list):
+        items = [_joined(list(column), rows, module) for column in zip(*outputs, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if all(output is first or (isinstance(first, int | float | str | bool) and output == first) for output in outputs):
+        return first
+    raise TargetError(
+        f"{named(rows, module)} gives a {type(first).__name__}, which cannot be joined from groups of rows. Use these "
+        "deltas one after the other: `adapted.using(name)`."
+    )
+
+
+def _joined_tensors(outputs: list[Tensor], rows: Rows, module: nn.Module) -> Tensor:
+    counts = [rows.ids.count(group) for group in range(len(rows.names))]
+    each = outputs[0].shape[0] // counts[0] if outputs[0].dim() else 0
+    if not each or any(x.shape[:1] != (each * n,) for x, n in zip(outputs, counts, strict=True)):
+        raise TargetError(
+            f"{named(rows, module)} gives something of shape {tuple(outputs[0].shape)}, which has no part for each "
+            "row. Use these deltas one after the other: `adapted.using(name)`."
+        )
+    shapes = {tuple(x.shape[1:]): name for x, name in zip(outputs, rows.names, strict=True)}
+    if len(shapes) > 1:
+        found = ", ".join(f"{shape} for {name!r}" for shape, name in shapes.items())
+        raise TargetError(
+            f"{named(rows, module)} gives rows of different shapes: {found}. Rows of one batch need heads of one "
+            "size; use these deltas one after the other: `adapted.using(name)`."
+        )
+    divided = division(rows, each * len(rows.ids), outputs[0].device, module)
+    return torch.cat(outputs).index_select(0, divided.inverse)
+
+
+# --- on one product -----------------------------------------------------------------------------------------
+
+
+def changed_rows(
+    host: nn.Module,
+    groups: Sequence[Acting],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    weight_and_bias: Callable[[], tuple[Tensor, Tensor | None]],
+) -> Any:
+    """What the deltas of each group make of its rows of the output.
+
+    Args:
+        host: called with ``args`` and ``kwargs``.
+        groups: what acts.
+        args: of the call.
+        kwargs: of the call.
+        output: of the base.
+        weight_and_bias: the host's, for deltas that read them.
+
+    Raises:
+        TargetError: if what the host gets or gives has no part for each row.
+    """
+    if not any(group.activation for group in groups):
+        return output
+    pet: Any = host._modules[CHILD]
+    _, rows = pet.rows()
+    several = isinstance(output, tuple | list)
+    tensor = output[0] if several else output
+    value = args[0] if args else next(iter(kwargs.values()), None)
+    own = cast(dict[str, Delta], pet._modules)
+    deltas = [[own[key] for key in group.activation] for group in groups]
+    slots = dict.fromkeys(delta.slot for group in deltas for delta in group if delta.slot is not None)
+    taken = {slot: slot.take() for slot in slots}
+    if tensor.shape[0] == 1 and is_shared(rows, host):
+        tensor, value = _for_each(tensor, len(rows.ids)), _for_each(value, len(rows.ids))
+    divided = division(rows, tensor.shape[0], tensor.device, host)
+    for x in (value, *taken.values()):
+        if isinstance(x, Tensor):
+            division(rows, x.shape[0] if x.dim() else 0, x.device, host)
+    changed = None if taken else _at_once(deltas, row_ids(rows, tensor.device), value, tensor)
+    if changed is None:
+        parts = []
+        for number, (group, index) in enumerate(zip(deltas, divided.index, strict=True)):
+            part = tensor.index_select(0, index)
+            for delta in group:
+                x = value if delta.slot is None else taken[delta.slot]
+                if isinstance(x, Tensor):
+                    x = x.index_select(0, division(rows, x.shape[0], x.device, host).index[number])
+                part = delta(x, part, *weight_and_bias()) if delta.reads_weight else delta(x, part)
+            parts.append(part)
+        changed = torch.cat(parts).index_select(0, divided.inverse)
+    if not several:
+        return changed
+    return (changed, *output[1:]) if isinstance(output, tuple) else [changed, *output[1:]]
+
+
+def _form(deltas: Sequence[Sequence[Delta]]) -> tuple[Any, list[Delta | None]]:
+    """The form for all groups at once, if each has at most one delta, and all are of one class."""
+    if any(len(group) > 1 for group in deltas):
+        return None, []
+    each = [group[0] if group else None for group in deltas]
+    kinds = {type(delta) for delta in each if delta is not None}
+    return (kinds.pop().row_form, each) if len(kinds) == 1 else (None, [])
+
+
+def _at_once(deltas: Sequence[Sequence[Delta]], ids: Tensor, x: Any, output: Tensor) -> Tensor | None:
+    form, each = _form(deltas)
+    if form is None or not isinstance(x, Tensor):
+        return None
+    changed: Tensor | None = form(each, ids, x, output)
+    return changed
+
+
+def around_form(host: nn.Module, groups: Sequence[Acting]) -> Any:
+    """What runs a call that deltas wrap for all groups at once, as ``form(call, args, kwargs)``, if there is such."""
+    pet: Any = host._modules[CHILD]
+    own = cast(dict[str, Delta], pet._modules)
+    form, each = _form([[own[key] for key in group.around] for group in groups])
+    if form is None:
+        return None
+    device = next((p.device for delta in each if delta is not None for p in delta.parameters()), torch.device("cpu"))
+    return form(each, row_ids(pet.rows()[1], device), pet)

@@ -1,0 +1,1 @@
+"""Arithmetic on delta files, without the model."""

@@ -1,0 +1,208 @@
+"""Arithmetic on delta files: several deltas of one base become one, without the base.
+
+What is added is the change that a delta makes to the base, not its parameters: ``Σ w ΔW``. A method without a rule
+(:data:`~lightning_pet.operations.combining.rules.RULES`) has no arithmetic without the base, and is refused.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError
+from lightning_pet.layers import combining as arithmetic
+from lightning_pet.model.naming import by_delta
+from lightning_pet.operations.combining.rules import (
+    DENSITIES,
+    ELECTING,
+    HOWS,
+    OF_A_RANK,
+    RULES,
+    Combination,
+    How,
+    Options,
+    Result,
+)
+from lightning_pet.store.delta_file import write_delta
+from lightning_pet.store.entry import written_by
+from lightning_pet.store.manifest import Manifest
+from lightning_pet.store.paths import expanded
+from lightning_pet.store.reader import PathLike, Stored, read
+
+
+def combine_deltas(
+    sources: Sequence[PathLike],
+    path: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    how: How = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    notes: Mapping[str, str] | None = None,
+) -> Combination:
+    """Combine delta files (or training checkpoints) of one base into a delta file. No model is needed.
+
+    * LoRA (also PiSSA, OLoRA and AdaLoRA): everything, on ``ΔW = s B A``. ``"linear"`` (or ``"cat"``) is exact and
+      adds up ranks; ``"svd"`` is the best approximation of a rank; ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and
+      ``"magnitude_prune"`` work on the entries of ΔW, and the result is approximated by a rank. ``"peft_linear"`` and
+      ``"peft_ties"`` repeat what HF PEFT calls so, on A and B apart.
+    * (IA)³ and fixed diff pruning: ``"linear"``, exactly.
+    * Adapters, AdapterBias, Compacter: ``"linear"`` with weights that are not negative and sum to one: an average of
+      parameters, which means something for runs from one initialisation only.
+    * Prefixes and prompts: ``"cat"``, one behind the other.
+    * Trained heads, biases and other weights of the base: their average, for every ``how``. Weights that do not sum
+      to one need the base's own values, and are refused unless all files hold the same.
+
+    Args:
+        sources: the files; one is enough to scale, prune or approximate it.
+        path: the file to write; replaced if it exists, but not one of the sources.
+        weights: a number for each file, negative to unlearn; default: equal ones that sum to one.
+        how: what to do.
+        rank: of the result where it is an approximation; default: the largest of the files for ``"svd"``, else as many
+            as ``"linear"`` has.
+        density: share of entries that is kept; default: 0.2 for TIES, else 0.5.
+        seed: of DARE.
+        notes: free text for people, beside what is noted of the sources.
+
+    Returns:
+        What was written, with the error of the approximation.
+
+    Raises:
+        ArgumentError: if an argument is out of range, or means nothing for the methods in the files.
+        BaseMismatchError: if they were trained on different bases.
+        DeltaFileError: if a file is damaged, or they hold what cannot be combined.
+    """
+    options = _checked(len(sources), weights, how, rank, density, seed)
+    if any(_same_file(source, path) for source in sources):
+        raise ArgumentError(f"{path} is one of the files that are combined; give the result another name.")
+    files = [read(source) for source in sources]
+    _check_methods(files)
+    _check_trained(files)
+    _check_bases(files)
+    made = Combination(path=os.fspath(path))
+    result = Result(files, options, made)
+    records = tuple(result.add(index) for index in range(len(files[0].methods)))
+    tensors = result.tensors | _values(files, options, result.values)
+    noted = {**(notes or {}), "combined": _provenance(files, options)[:2048]}
+    first = files[0]
+    manifest = Manifest(records, base=first.base, root=first.root, notes=noted, written_by=written_by())
+    size = write_delta(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest)
+    error = math.sqrt(result.lost / result.whole) if result.whole > 0 else 0.0
+    return replace(made, size=size, error=error)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def _checked(
+    count: int, weights: Sequence[float] | None, how: How, rank: int | None, density: float | None, seed: int
+) -> Options:
+    if how not in HOWS:
+        raise ArgumentError(f"how={how!r}: use one of {', '.join(HOWS)}.")
+    if count < 1:
+        raise ArgumentError("there is nothing to combine: give the paths of one or more delta files.")
+    if weights is not None and len(weights) != count:
+        raise ArgumentError(f"{len(weights)} weights for {count} files: give one for each.")
+    own = tuple(float(weight) for weight in weights) if weights is not None else (1 / count,) * count
+    if not all(math.isfinite(weight) for weight in own):
+        raise ArgumentError(f"weights={list(own)}: every weight must be a finite number.")
+    if how in ELECTING and how != "peft_ties" and (min(own) < 0 or not any(own)):
+        raise ArgumentError(
+            f"weights={list(own)}: {how} takes the mean of the entries that agree, for which weights have to be at "
+            "least zero and not all zero. Use how='linear' to subtract."
+        )
+    if rank is not None and (how not in OF_A_RANK or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ArgumentError(f"rank={rank!r} with how={how!r}: a positive integer, with one of {', '.join(OF_A_RANK)}.")
+    if density is not None and (how not in DENSITIES or not 0 < density <= 1):
+        raise ArgumentError(f"density={density!r} with how={how!r}: in (0, 1], with one of {', '.join(DENSITIES)}.")
+    return Options(how, own, weights is not None, rank, density or DENSITIES.get(how, 1.0), seed)
+
+
+def _same_file(source: PathLike, path: PathLike) -> bool:
+    try:
+        return os.path.samefile(expanded(source), expanded(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _check_bases(files: Sequence[Stored]) -> None:
+    known = [file for file in files if file.base is not None]
+    for file in known[1:]:
+        first, other = known[0].base, file.base
+        assert first is not None
+        assert other is not None
+        if (first.structure, first.sample) != (other.structure, other.sample):
+            what = "values" if first.structure == other.structure else "names or shapes"
+            raise BaseMismatchError(
+                f"{file.path} and {known[0].path} were trained on bases that differ in their {what}, or train other "
+                "parts of one base: changes of different weights cannot be added. Combine deltas of one base."
+            )
+
+
+def _check_methods(files: Sequence[Stored]) -> None:
+    def named(file: Stored) -> list[str]:
+        return [f"{record.method}:{record.name}" for record in file.methods]
+
+    for file in files[1:]:
+        if named(file) != named(files[0]):
+            raise DeltaFileError(
+                f"{files[0].path} holds {', '.join(named(files[0]))}, {file.path} holds {', '.join(named(file))}: only "
+                "deltas of the same methods and names are combined into one.",
+                "mismatch",
+            )
+    for record in files[0].methods:
+        if record.method not in RULES:
+            raise DeltaFileError(
+                f"{files[0].path} holds {record.method}:{record.name}, which has no arithmetic on files: it is not "
+                f"linear in what it holds. Combined are {', '.join(RULES)}.",
+                "mismatch",
+            )
+
+
+def _check_trained(files: Sequence[Stored]) -> None:
+    shapes = [{name: t.shape for name, t in by_delta(file.tensors).get("", {}).items()} for file in files]
+    for file, own in zip(files[1:], shapes[1:], strict=True):
+        if odd := sorted(dict(own.items() ^ shapes[0].items())):
+            raise DeltaFileError(
+                f"{odd[0]} trains in one of {files[0].path} and {file.path} only, or has another shape: heads of "
+                "different tasks are no sum. Combine deltas that train the same parts of the base (modules_to_save), "
+                "with heads of one size.",
+                "mismatch",
+            )
+
+
+def _provenance(files: Sequence[Stored], options: Options) -> str:
+    def digest(file: Stored) -> str:
+        text = "".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(file.tensors.items()))
+        found = hashlib.sha256(text.encode())
+        for _, tensor in sorted(file.tensors.items()):
+            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        return found.hexdigest()[:12]
+
+    parts = [f"{w:g} x {f.path.name} ({digest(f)})" for w, f in zip(options.weights, files, strict=True)]
+    extra = f", density {options.density:g}" if options.how in DENSITIES else ""
+    extra += f", seed {options.seed}" if options.how.startswith("dare") else ""
+    return f"{options.how}{extra}: {' + '.join(parts)}"
+
+
+def _values(files: Sequence[Stored], options: Options, names: set[str]) -> dict[str, Tensor]:
+    """Trained parts of the base: ``Σ w θ`` is ``θ0 + Σ w (θ − θ0)`` where the weights sum to one."""
+    found: dict[str, Tensor] = {}
+    for name in sorted(names):
+        tensors = [file.tensors[name] for file in files]
+        if all(torch.equal(tensor, tensors[0]) for tensor in tensors[1:]) and len(tensors) > 1:
+            found[name] = tensors[0]
+        elif not tensors[0].is_floating_point() or not math.isclose(sum(options.weights), 1, rel_tol=1e-6):
+            raise ArgumentError(
+                f"weights={list(options.weights)}: {name} trains as a part of the base, and its change is not known "
+                "without the base. Give weights that sum to one, for the average of the values."
+            )
+        else:
+            mean = arithmetic.weighted_sum([tensor.double() for tensor in tensors], options.weights)
+            found[name] = mean.to(tensors[0].dtype)
+    return found
