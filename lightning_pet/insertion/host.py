@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.effective import KEPT, READ_AS, Kept, differing, effective, held, repeats_itself
-from lightning_pet.insertion.rows import apart, around_form, changed_rows, differing_at
+from lightning_pet.insertion.rows import apart, around_form, changed_rows, differing_at, generating
 from lightning_pet.insertion.slot import SEQUENCES, Acting, Deltas, Slot, WithoutDeltas, replica_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Switch
@@ -241,7 +241,10 @@ def _with_signature(function: Any, like: Any) -> Any:
 
 def _generate(self: _Host, *args: Any, **kwargs: Any) -> Any:
     call: Any = partial(cast(Any, type(self).__pet_base__).generate, self)
-    for key in self.pet.acting().generate:
+    acting = self.pet.acting()
+    if acting.groups is not None:
+        return generating(self, acting.groups, call, args, kwargs)
+    for key in acting.generate:
         call = partial(self.pet[key], call)
     return call(*args, **kwargs)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.layers.delta import Delta
-from lightning_pet.layers.prompt import VirtualTokens, lengths_before
+from lightning_pet.layers.delta import Delta, the_first_for_all
+from lightning_pet.layers.prompt import VirtualTokens
 from lightning_pet.model.call import HERE
 
 IDS = ("input_ids", "ids", "tokens", "input", "x")
@@ -72,6 +72,32 @@ class PromptCall(Delta):
         starts = self._starts(given, batch, size)
         output = call(**self._extended(given, batch, size, starts))
         return cut(output, self.length, batch, size, starts) if self.cuts else output
+
+    @staticmethod
+    def row_form(deltas: Sequence["PromptCall | None"], ids: Tensor, owner: Any) -> Callable[..., Any] | None:
+        """The first one's call, in which every row gets its own prompt's ids; all are of one length."""
+        own = [delta for delta in deltas if delta is not None]
+        if len(own) < len(deltas) or len({delta.length for delta in own}) > 1:
+            return None
+        first = own[0]
+        begin = first.__dict__["rows"].first
+        shifts = torch.tensor([delta.__dict__["rows"].first - begin for delta in own], device=ids.device)[ids]
+
+        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def with_own(*args: Any, **kwargs: Any) -> Any:
+                given = {**dict(zip(first.names, args, strict=False)), **kwargs}
+                tokens = given.get(first.ids_name)
+                if not isinstance(tokens, Tensor) or tokens.shape[0] % len(shifts):
+                    raise TargetError(
+                        "rows with different prompts need token ids (not inputs_embeds), and one name per row."
+                    )
+                shift = shifts.to(tokens.device).repeat_interleave(tokens.shape[0] // len(shifts))[:, None]
+                virtual = (tokens >= begin) & (tokens < begin + first.length)
+                return call(**given | {first.ids_name: torch.where(virtual, tokens + shift.to(tokens.dtype), tokens)})
+
+            return first(with_own, *args, **kwargs)
+
+        return run
 
     def _starts(self, given: dict[str, Any], batch: int, size: int) -> Tensor | None:
         """The column of each row's first real token; ``None``: no row has padding on the left.
@@ -141,10 +167,20 @@ class PromptCall(Delta):
             return given
         # One of each row of the user's batch; beams repeat each row.
         starts = rows.to(ids.device).repeat_interleave(ids.shape[0] // rows.shape[0])
-        begin = starts + lengths_before(self.__dict__["host"], self, PromptCall) - cached_length(given)
+        begin = starts + self._before() - cached_length(given)
         place = torch.arange(ids.shape[1], device=ids.device) - begin[:, None]
         first = self.__dict__["rows"].first
         return given | {self.ids_name: torch.where((place >= 0) & (place < self.length), first + place, ids)}
+
+    def _before(self) -> int:
+        """Positions of the prompts that act and come before this one on the same host."""
+        before = 0
+        for other in () if self.__dict__["host"] is None else self.__dict__["host"].pet.active("around"):
+            inner = other._modules.get("_fsdp_wrapped_module") or other
+            if inner is self:
+                break
+            before += inner.length if isinstance(inner, PromptCall) else 0
+        return before
 
     @contextmanager
     def placing(self, starts: Tensor) -> Iterator[None]:
@@ -171,6 +207,8 @@ class PromptMemory(Delta):
     def __init__(self, length: int, names: Sequence[str]) -> None:
         super().__init__()
         self.length, self.names = length, tuple(names)
+
+    row_form = staticmethod(the_first_for_all)
 
     def reset_parameters(self) -> None:
         """Nothing of its own."""
@@ -199,6 +237,8 @@ class PromptGenerate(Delta):
         super().__init__()
         self.decoder, self.known = decoder, known
         self.__dict__ |= {"consumer": consumer, "host": None}
+
+    row_form = staticmethod(the_first_for_all)
 
     def reset_parameters(self) -> None:
         """Nothing of its own."""

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.choice import LOCK
 from lightning_pet.insertion.host import deltas_of, expose, is_swapped_by_others
-from lightning_pet.insertion.stand_in import close, placed_values, places_of, wanted_by
+from lightning_pet.insertion.stand_in import close, leaving_for, placed_values, places_of, wanted_by
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import Rows
@@ -38,7 +38,7 @@ def using_rows(
     tuples = [() if name is None else (name,) for name in groups]
     with ExitStack() as exposed:
         with LOCK:
-            wanted = [wanted_by(root, record, deltas) for deltas in tuples]
+            wanted = _wanted_by_each(root, record, groups)
             differing = {name for values in wanted for name in values}
             everything = differing | set(record.held_by(record.names))
             modules = named_modules(root)
@@ -50,7 +50,7 @@ def using_rows(
                 )
             parts = [record.selection(deltas) for deltas in tuples]
             for part, values in zip(parts, wanted, strict=True):
-                part.values.update(placed_values(root, values))
+                part.values.update(placed_values(root, values) if values else {})
             paths = {id(module): path for path, module in modules.items()}
             ids = tuple(groups.index(name) for name in names)
             rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, shared)
@@ -64,3 +64,16 @@ def using_rows(
         finally:
             for module, attributes in places:
                 close(module, attributes, switch, block.made_a_graph)
+
+
+def _wanted_by_each(root: nn.Module, record: Adaptation, groups: Sequence[str | None]) -> list[dict[str, Tensor]]:
+    """What each delta would have in place of what the model holds; a look at the model for all that do not act now."""
+    leaving: set[str] | None = None
+    found = []
+    for name in groups:
+        if name is None or name in record.active:
+            found.append(wanted_by(root, record, () if name is None else (name,)))
+            continue
+        leaving = leaving_for(root, record, (name,)) if leaving is None else leaving
+        found.append({n: record.originals[n] for n in leaving} | record.values.get(name, {}))
+    return found

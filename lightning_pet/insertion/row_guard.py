@@ -22,7 +22,7 @@ from lightning_pet.model.delta_names import check_known
 from lightning_pet.model.naming import named_modules
 from lightning_pet.probe.inputs import candidate_inputs, random_batch
 
-_WITHOUT_ROWS = {"prompt_tuning": "its virtual tokens", "auto_prompt": "its trigger"}
+_LONGER = ("prompt_tuning", "auto_prompt")
 _ROWS, _TOKENS, _BATCHES = 3, 7, 3
 _CLOSE = 1e-4
 
@@ -74,12 +74,18 @@ def check_rows(names: Any, record: Adaptation) -> None:
         raise ArgumentError(f"rows({names!r}): expected a list with the name of a delta, or None, for each row.")
     wanted = [name for name in dict.fromkeys(names) if name is not None]
     check_known(wanted, record.names)
-    for applied in record.applied:
-        if applied.delta in wanted and applied.method in _WITHOUT_ROWS:
-            raise TargetError(
-                f"{applied.label}: {_WITHOUT_ROWS[applied.method]} would make its rows longer than the others'. Use "
-                f"`adapted.using({applied.delta!r})` for the rows that want it."
-            )
+    longer = [applied for applied in record.applied if applied.method in _LONGER]
+    lengths = {name: [a.config.get("length") for a in longer if a.delta == name] for name in wanted}
+    several = any(len(own) > 1 for own in lengths.values())
+    known = not any(a.method == "auto_prompt" for a in longer if a.delta in wanted)
+    alike = all(own == next(iter(lengths.values())) for own in lengths.values()) and None not in names
+    if any(lengths.values()) and (several or not known or not alike):
+        shown = ", ".join(f"{name!r}: {sum(filter(None, own))}" for name, own in lengths.items())
+        raise TargetError(
+            f"rows of one batch need prompts of one length, and these have virtual tokens of different number ({shown}"
+            f"{', None: 0' if None in names else ''}), or a trigger. Use these deltas one after the other: "
+            "`adapted.using(name)`."
+        )
 
 
 @contextmanager

@@ -304,6 +304,23 @@ def _at_once(deltas: Sequence[Sequence[Delta]], ids: Tensor, x: Any, output: Ten
     return changed
 
 
+def generating(host: nn.Module, groups: Sequence[Acting], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Generate with rows that use different deltas.
+
+    Raises:
+        TargetError: if deltas around ``generate`` cannot be told apart by rows.
+    """
+    if not any(group.generate for group in groups):
+        return call(*args, **kwargs)
+    form = around_form(host, [group._replace(around=group.generate) for group in groups])
+    if form is None:
+        raise TargetError(
+            f"{type(host).__name__}: what deltas do around generate differs from row to row. Use these deltas one "
+            "after the other: `adapted.using(name)`."
+        )
+    return form(call, args, kwargs)
+
+
 def around_form(host: nn.Module, groups: Sequence[Acting]) -> Any:
     """What runs a call that deltas wrap for all groups at once, as ``form(call, args, kwargs)``, if there is such."""
     pet: Any = host._modules[CHILD]

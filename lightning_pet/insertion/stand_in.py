@@ -56,13 +56,18 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
 
 def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
     """What the model would hold in place of what it holds, if these deltas acted for all."""
-    leaving = {name for delta in record.active if delta not in deltas for name in owned(root, record, delta)}
-    if not deltas or not record.active:
-        leaving |= changed_buffers(root).keys()
-    found = {name: record.originals[name] for name in leaving}
+    found = {name: record.originals[name] for name in leaving_for(root, record, deltas)}
     for delta in deltas:
         found |= record.values.get(delta, {})
     return found
+
+
+def leaving_for(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> set[str]:
+    """Tensors that would hold no longer what they do, if these deltas acted; the same for all that do not act now."""
+    leaving = {name for delta in record.active if delta not in deltas for name in owned(root, record, delta)}
+    if not deltas or not record.active:
+        leaving |= changed_buffers(root).keys()
+    return leaving
 
 
 def close(module: nn.Module, names: Iterable[str], switch: Switch, made_a_graph: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, the_first_for_all
 from lightning_pet.layers.sharding import whole
 from lightning_pet.layers.transforms import is_transformed
 
@@ -169,6 +169,8 @@ class IdGuard(Delta):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+
+    row_form = staticmethod(the_first_for_all)
 
     def reset_parameters(self) -> None:
         """Nothing of its own."""

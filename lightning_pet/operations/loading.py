@@ -49,9 +49,12 @@ def insert(
         The adapted root.
 
     Raises:
-        ArgumentError: if a delta of this name, or a method of this name of this delta, is in the model already.
+        ArgumentError: if a delta of this name, or a method of this name of this delta, is in the model already, or
+            ``heads`` is no truth value.
         DeltaFileError: if the delta is not sound, or does not fit. The model is untouched then.
     """
+    if not isinstance(heads, bool):
+        raise ArgumentError(f"heads={heads!r}: expected True or False; False leaves out all heads of the delta.")
     root_path, root = root_of(model)
     present = record_of(root) or Adaptation()
     delta = _name_of(present, stored, name)

@@ -361,9 +361,16 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         ({"density": 0.5}, "density=0.5 with how='linear'"),
         ({"how": "ties", "density": 0.0}, r"in \(0, 1\]"),
         ({"how": "svd", "rank": 0}, "positive integer"),
+        ({"weights": 0.5}, "expected a list with one number for each file"),
+        ({"weights": "0.5"}, "expected a list with one number for each file"),
+        ({"weights": ["much", 1]}, "expected a list with one number for each file"),
+        ({"how": "ties", "density": "0.5"}, "expected a number"),
+        ({"how": "dare_linear", "seed": "one"}, "expected an integer"),
     ):
         with pytest.raises(lp.ArgumentError, match=message):
             lp.combine_deltas([a, b], c, **options)
+    with pytest.raises(lp.ArgumentError, match="expected a list of paths"):
+        lp.combine_deltas(a, c)  # type: ignore[arg-type]
     with pytest.raises(lp.ArgumentError, match="nothing to combine"):
         lp.combine_deltas([], c)
     with pytest.raises(lp.ArgumentError, match="is one of the files"):

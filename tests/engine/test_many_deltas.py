@@ -277,6 +277,8 @@ def test_copies_choose_for_themselves(files):
 
 def test_a_delta_without_its_head(files, tmp_path):
     net, adapted = loaded(files, "a")
+    with pytest.raises(ArgumentError, match="expected True or False"):
+        load_delta(net, files["b"][0], name="b", heads="no")  # type: ignore[arg-type]
     load_delta(net, files["b"][0], name="b", heads=False)
     with pytest.raises(ArgumentError, match=r"'b' and 'a' have each its own values for norm\."):  # of the statistics
         adapted.activate("b", "a")

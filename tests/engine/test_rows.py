@@ -252,11 +252,33 @@ def test_bad_rows_are_refused(tmp_path: Path) -> None:
         assert net(torch.randn(4, 6)).shape == (4, 3)  # two entries to a row
 
 
-def test_prompts_are_refused_by_name() -> None:
-    net, _ = zoo.llama()
-    adapted = apply(net, [PromptTuningCallback(length=2)])
-    with pytest.raises(TargetError, match="virtual tokens"), adapted.rows(["default", None]):
-        pass
+@pytest.mark.parametrize("model", ["bert", "gpt2", "llama", "t5"])
+def test_prompts_of_one_length(model: str, tmp_path: Path) -> None:
+    builds = [[PromptTuningCallback(length=2, **NONE)], [PromptTuningCallback(length=2, **NONE), LoRACallback(**NONE)]]
+    net, adapted = several(model, builds, tmp_path)
+    check(net, adapted, inputs(model), ["d1", "d0", "d0", "d1", "d0"])
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_prompts_generate(how: dict, model: str, tmp_path: Path) -> None:
+    net, adapted = several(model, [[PromptTuningCallback(length=2, **NONE)] for _ in range(2)], tmp_path)
+    ids, names = inputs("llama", 3)["input_ids"], ["d1", "d0", "d1"]
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **how}
+    with adapted.rows(names):
+        found = net.generate(ids, attention_mask=mask, **options)
+    for row, name in enumerate(names):
+        with adapted.using(name):
+            alone = net.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        assert torch.equal(found[row, : alone.shape[1]], alone[0])
+
+
+def test_prompts_of_different_lengths_are_refused_by_name(tmp_path: Path) -> None:
+    _, adapted = several("llama", [[PromptTuningCallback(length=n, **NONE)] for n in (2, 3)], tmp_path)
+    for names in (["d0", None], ["d0", "d1"]):
+        with pytest.raises(TargetError, match="prompts of one length"), adapted.rows(names):
+            pass
 
 
 class SequenceFirst(nn.Module):
@@ -314,6 +336,7 @@ def test_the_look_leaves_no_trace(tmp_path: Path) -> None:
     net, adapted = several("bert", [METHODS["lora"](0)], tmp_path)
     net.train()
     state = {name: value.clone() for name, value in net.state_dict().items()}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
     torch.manual_seed(3)
     with adapted.rows(["d0", None]):
         pass
@@ -322,7 +345,7 @@ def test_the_look_leaves_no_trace(tmp_path: Path) -> None:
     assert torch.equal(drawn, torch.rand(1))
     assert all(module.training for module in net.modules())
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()] == hooks
 
 
 def test_the_stack_is_made_once_while_nobody_trains(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_pet.arguments import is_whole
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError
 from lightning_pet.layers import combining as arithmetic
 from lightning_pet.model.naming import by_delta
@@ -77,6 +80,9 @@ def combine_deltas(
         BaseMismatchError: if they were trained on different bases.
         DeltaFileError: if a file is damaged, or they hold what cannot be combined.
     """
+    if isinstance(sources, str | os.PathLike):
+        raise ArgumentError(f"sources={os.fspath(sources)!r}: expected a list of paths of delta files.")
+    _check_kinds(weights, density, seed)
     options = _checked(len(sources), weights, how, rank, density, seed)
     if any(_same_file(source, path) for source in sources):
         raise ArgumentError(f"{path} is one of the files that are combined; give the result another name.")
@@ -97,6 +103,19 @@ def combine_deltas(
 
 
 # --- what is refused -----------------------------------------------------------------------------
+
+
+def _check_kinds(weights: Any, density: Any, seed: Any) -> None:
+    try:
+        if isinstance(weights, str):
+            raise TypeError
+        [float(weight) for weight in (() if weights is None else weights)]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"weights={weights!r}: expected a list with one number for each file.") from None
+    if density is not None and not isinstance(density, Real):
+        raise ArgumentError(f"density={density!r}: expected a number in (0, 1].")
+    if not is_whole(seed):
+        raise ArgumentError(f"seed={seed!r}: expected an integer.")
 
 
 def _checked(
