@@ -19,7 +19,7 @@ from lightning_pet.layers.delta import Delta, Part, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
 
 _GAIN = math.sqrt(2)
-_FORMED = 1 << 10  # numbers of a matrix that is formed: beyond it products with it take longer than calls
+_FORMED = 1 << 9  # numbers of a matrix that is formed: beyond it products with it take longer than calls
 _LARGEST_ADVISED = 1_000_000  # sizes beyond it are not searched for divisors
 
 
@@ -186,7 +186,7 @@ class PHMLinear(Part):
         else:
             product = phm_product if len(factors) == 1 else factored_phm_product
             y = product(flat, self._rule().to(dtype), *factors) + bias
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(bias))
 
     def _factors(self) -> list[nn.Parameter]:
         return [factor for factor in (self.weight, self.left, self.right) if factor is not None]
