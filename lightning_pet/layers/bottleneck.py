@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -97,15 +97,16 @@ class Bottleneck(Delta):
     def update(self, h: Tensor) -> Tensor:
         """Up, before it is scaled: [..., width] in the dtype in which the product ran."""
         dtype = compute_dtype(h)
-        h = h.to(dtype)
+        flat = _cast(h, dtype).reshape(-1, h.shape[-1])  # once, and not in both layers
         if self.norm_weight is not None:
-            h = F.layer_norm(h, h.shape[-1:], self.norm_weight.to(dtype), _cast(self.norm_bias, dtype))
-        hidden = activation(self.non_linearity)(F.linear(h, self.down.to(dtype), _cast(self.down_bias, dtype)))
-        return F.linear(hidden, self.up.to(dtype), _cast(self.up_bias, dtype))
+            flat = F.layer_norm(flat, flat.shape[1:], _cast(self.norm_weight, dtype), _cast(self.norm_bias, dtype))
+        hidden = F.linear(flat, _cast(self.down, dtype), _cast(self.down_bias, dtype))
+        hidden = activation(self.non_linearity)(hidden)
+        return F.linear(hidden, _cast(self.up, dtype), _cast(self.up_bias, dtype)).view(h.shape)
 
     def added(self, h: Tensor, seen: Tensor) -> Tensor:
         """``h + s · update(seen)`` in the dtype of ``h``."""
-        return torch.add(h, self.update(seen).to(h.dtype), alpha=self.scale)
+        return torch.add(h, _cast(self.update(seen), h.dtype), alpha=self.scale)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Adapt ``output`` [..., width]; the host's input is not used."""
@@ -139,5 +140,17 @@ class BehindNorm(Bottleneck):
         return normed if self.dropped else call(self.added(s, normed), *args, **kwargs)
 
 
-def _cast(parameter: nn.Parameter | None, dtype: torch.dtype) -> Tensor | None:
-    return None if parameter is None else parameter.to(dtype)
+@overload
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+@overload
+def _cast(tensor: None, dtype: torch.dtype) -> None: ...
+
+
+@overload
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

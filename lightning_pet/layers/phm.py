@@ -2,8 +2,9 @@ r"""Parametrised hypercomplex multiplication (PHM), and the bottleneck adapters 
 
 A PHM layer multiplies by a sum of Kronecker products, :math:`y = x \sum_i A_i \otimes B_i`, with a *rule* of n
 small matrices A_i [n, n] and n *slices* B_i [in/n, out/n]. A *factored* layer has B_i = L_i R_i of a rank r.
-The products below never form the sum: x is read as n blocks, and a Kronecker product is a product of every block
-with B_i followed by one across the blocks with A_i, in either order.
+The sum of a small layer is formed: one product with it takes less time than calling several. Beyond that x is read
+as n blocks, and a Kronecker product is a product of every block with B_i followed by one across the blocks with A_i, in
+either order.
 """
 
 import math
@@ -18,6 +19,7 @@ from lightning_pet.layers.delta import Delta, Part, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
 
 _GAIN = math.sqrt(2)
+_FORMED = 1 << 9  # numbers of a matrix that is formed: beyond it products with it take longer than calls
 _LARGEST_ADVISED = 1_000_000  # sizes beyond it are not searched for divisors
 
 
@@ -67,6 +69,19 @@ def factored_phm_product(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) -
         inner = x.reshape(-1, n * rows) @ wide.reshape(n * rows, n * n * r)
         y = inner.view(-1, n * r) @ right.reshape(n * r, columns)
     return y.reshape(*x.shape[:-1], n * columns)
+
+
+def phm_matrix(rule: Tensor, *factors: Tensor) -> Tensor:
+    """``sum(kron(rule[i], weight[i]))``, [in, out].
+
+    Args:
+        rule: [n, n, n]: matrix, row, column.
+        *factors: the slices [n, in/n, out/n], or left [n, in/n, r] and right [n, r, out/n] factors of them.
+    """
+    weight = factors[0] if len(factors) == 1 else torch.bmm(*factors)
+    n, rows, columns = weight.shape
+    blocks = rule.reshape(n, n * n).t() @ weight.reshape(n, rows * columns)
+    return blocks.view(n, n, rows, columns).transpose(1, 2).reshape(n * rows, n * columns)
 
 
 class PHMRule(Delta):
@@ -160,13 +175,18 @@ class PHMLinear(Part):
         """Apply the layer to x [..., in]; returns [..., out] in the dtype in which the product ran."""
         dtype = compute_dtype(x)
         factors = [factor.to(dtype) for factor in self._factors()]
-        x = x.to(dtype)
+        bias, flat = self.bias.to(dtype), x.to(dtype).reshape(-1, x.shape[-1])
         if self.n == 1:
-            for factor in factors:
-                x = x @ factor[0]
-            return x + self.bias.to(dtype)
-        product = phm_product if len(factors) == 1 else factored_phm_product
-        return product(x, self._rule().to(dtype), *factors) + self.bias.to(dtype)
+            *first, last = (factor[0] for factor in factors)
+            for factor in first:
+                flat = flat @ factor
+            y = torch.addmm(bias, flat, last)
+        elif flat.shape[1] * len(bias) <= _FORMED:
+            y = torch.addmm(bias, flat, phm_matrix(self._rule().to(dtype), *factors))
+        else:
+            product = phm_product if len(factors) == 1 else factored_phm_product
+            y = product(flat, self._rule().to(dtype), *factors) + bias
+        return y.view(*x.shape[:-1], len(bias))
 
     def _factors(self) -> list[nn.Parameter]:
         return [factor for factor in (self.weight, self.left, self.right) if factor is not None]
