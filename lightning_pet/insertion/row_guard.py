@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.insertion.row_leaves import ROWS, Leaves, Sides, close, ordered, tensors_in
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import HERE, Selection
 from lightning_pet.model.delta_names import check_known
 from lightning_pet.model.naming import named_modules
 from lightning_pet.probe.inputs import candidate_inputs, random_batch
+from lightning_pet.probe.row_leaves import ROWS, Leaves, Sides, close, ordered, tensors_in
 
 _LONGER = ("prompt_tuning", "auto_prompt")
 _ROWS, _TOKENS, _BATCHES = 3, 7, 3

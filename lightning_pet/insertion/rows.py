@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.effective import KEPT, Kept, of_host
-from lightning_pet.insertion.row_leaves import ROWS, SHARED, Key, tensors_in
 from lightning_pet.insertion.slot import Acting, Deltas
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Rows
 from lightning_pet.model.naming import CHILD
+from lightning_pet.probe.row_leaves import ROWS, SHARED, Key, tensors_in
 
 Found = tuple[int, Rows]
 
