@@ -66,7 +66,7 @@ class Sides:
             one_row: a first dimension of 1 is a batch of one for all, as no other dimension has this length.
         """
         for key, x in one.items():
-            if (y := other.get(key)) is None or not x.dim():
+            if (y := other.get(key)) is None or not _is_plain(x) or not _is_plain(y):
                 continue
             if y.shape == x.shape and x.shape[0] == 1:
                 self._rule(path, key, frozenset({ROWS}) if one_row else _EITHER)
@@ -80,7 +80,7 @@ class Sides:
     def grown(self, path: str, batch: int, more: int, one: Leaves, other: Leaves) -> None:
         """Compare with a batch of more rows: only lengths, as kernels may round otherwise."""
         for key, x in one.items():
-            if (y := other.get(key)) is None or not x.dim() or x.shape[0] == 1:
+            if (y := other.get(key)) is None or not _is_plain(x) or not _is_plain(y) or x.shape[0] == 1:
                 continue
             follows = x.shape[0] % batch == 0 and y.shape[:1] == (x.shape[0] // batch * more,)
             self._rule(path, key, frozenset([ROWS] * follows + [SHARED] * (y.shape == x.shape)))
@@ -88,6 +88,11 @@ class Sides:
     def _rule(self, path: str, key: Key, possible: frozenset[str]) -> None:
         own = self.possible.setdefault(path, {})
         own[key] = own.get(key, _EITHER) & possible
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the first dimension can be divided."""
+    return x.dim() > 0 and x.layout is torch.strided and not x.is_nested
 
 
 def ordered(x: Tensor, batch: int, order: Sequence[int]) -> Tensor:
@@ -99,5 +104,7 @@ def close(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors of one shape have the same numbers, up to rounding."""
     if not x.is_floating_point():
         return torch.equal(x, y)
+    if x.dtype.itemsize == 1:  # there is no arithmetic on 8 bits
+        x, y = x.float(), y.float()
     scale = float(x.abs().max()) if x.numel() else 0.0
     return bool(((x == y) | ((x - y).abs() <= CLOSE * (1 + scale))).all())

@@ -170,6 +170,21 @@ def test_generate(how: dict, tmp_path: Path) -> None:
         assert torch.equal(found[row, : alone.shape[1]], alone[0])
 
 
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_whole_weights_generate_with_beams_as_long_as_the_batch(model: str, tmp_path: Path) -> None:
+    net, adapted = several(model, [METHODS["full"](i) for i in range(2)], tmp_path)
+    ids, names = inputs(model, 6)["input_ids"], ["d1", "d0", None, "d1", "d0", "d0"]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    with adapted.rows(names):
+        found = net.generate(ids, attention_mask=mask, **options)
+    for row, name in enumerate(names):
+        with adapted.using(*filter(None, [name])):
+            alone = net.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        assert torch.equal(found[row, : alone.shape[1]], alone[0])
+
+
 def test_sampling_is_the_rows_own(tmp_path: Path) -> None:
     net, adapted = several("llama", [METHODS["lora"](i) for i in range(2)], tmp_path)
     ids = inputs("llama", 3)["input_ids"]
