@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -96,11 +97,20 @@ def test_the_short_mode_runs(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert len(lines(capsys.readouterr().out)) >= 3 + len(SHORT[name])
 
 
+MEMORY = """
+import peak_memory as memory
+peak, whole = memory.step_peak(memory.MODEL, "LoRA", "lightning_pet", "short")
+assert 0 <= peak <= whole + 50
+assert memory.in_a_copy(memory.merge_peak, memory.MODEL, "LoRA", "PEFT", "short") >= 0
+"""
+
+
 def test_the_short_mode_of_memory_runs() -> None:
-    memory = importlib.import_module("peak_memory")
-    peak, whole = memory.step_peak(memory.MODEL, "LoRA", "lightning_pet", "short")
-    assert 0 <= peak <= whole + 50
-    assert memory.in_a_copy(memory.merge_peak, memory.MODEL, "LoRA", "PEFT", "short") >= 0
+    """In a process of its own, as it is meant: it copies itself, and autograd's threads cannot be copied."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_tables_of_a_gpu_run_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
