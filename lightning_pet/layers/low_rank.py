@@ -48,6 +48,7 @@ class LowRankLinear(OwnBias):
 
     fuses_linear: ClassVar[bool] = True
     _bare = False
+    _direct = False
 
     def __init__(
         self,
@@ -84,7 +85,8 @@ class LowRankLinear(OwnBias):
         )
         # A and B as they are, and nothing else: decided once, because generation asks in every layer for every token.
         own = type(self)._flat_a is LowRank._flat_a
-        self._bare = own and self.rows is None and self.a0 is None and not bias and not use_dora
+        self._direct = self.rows is None and self.a0 is None and not bias and not use_dora
+        self._bare = own and self._direct
 
     def forward(
         self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
@@ -103,10 +105,11 @@ class LowRankLinear(OwnBias):
         Raises:
             ArgumentError: if neither output nor weight is given, or DoRA does not get the weight.
         """
-        if self._bare and output is None and weight is not None:
+        if self._direct and output is None and weight is not None:
             own, matrix = self._parameters, weight.t() if self.transposed else weight
             dropout = self.dropout if self.training else 0.0
-            direct = low_rank_directly(x, matrix, bias, own.get("a"), own.get("b"), self.scale, dropout)
+            made = None if self._bare else self._flat_a
+            direct = low_rank_directly(x, matrix, bias, own.get("a"), own.get("b"), self.scale, dropout, made)
             if direct is not None:
                 return direct
         if weight is None and (output is None or self.use_dora):

@@ -302,12 +302,14 @@ def low_rank_directly(
     b: Tensor | None,
     scale: float,
     dropout: float = 0.0,
+    made: Callable[[], Tensor] | None = None,
 ) -> Tensor | None:
     """:func:`low_rank_linear`, to the bit, where a node of ours does not pay, and nothing must be converted.
 
     That is where nobody wants a gradient (in generation a call has one token, and what is not arithmetic costs more
     than the products), and where the layer is small: autograd's own nodes run without Python then, and need no more
-    memory. Returns ``None`` where it is not as simple; arguments as there, of any dtype.
+    memory. Returns ``None`` where it is not as simple; arguments as there, of any dtype. ``made`` gives what acts in
+    the place of A; it is asked only where the product is computed here, because asking may count (a penalty).
     """
     dtype, shape = x.dtype, x.shape
     if (
@@ -324,6 +326,8 @@ def low_rank_directly(
     grows = torch.is_grad_enabled()
     if not is_small(x, weight) and (grows or dropout or prefers_merged(x, weight)):
         return None
+    if made is not None:
+        a = made()
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     # Dropped before it is flattened: what is drawn goes by the memory of x.
     output = F.linear(flat, weight, bias)

@@ -34,7 +34,6 @@ class SvdLowRank(LowRank):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._bare = False  # A acts times e
         self.e = nn.Parameter(torch.empty(self.a.shape[:-1], device=self.a.device, dtype=self.a.dtype))
         self.register_buffer("kept", torch.empty(self.e.shape, device=self.a.device, dtype=torch.int32))
         self.penalty = Penalty(orthogonality, orthogonality_gradient, 0.0, orthogonality_gradients)
