@@ -12,7 +12,7 @@ convolutions. ``tests/core/test_graph.py`` pins them.
 import heapq
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +227,22 @@ class Graph:
         Depthwise convolutions are walked through: they refine a projection, they are not one.
         Where one of the gemms lies above another, only the lower one is kept.
         """
+        found = self._nearest_gemms(start, stop, lambda i: self.data[i])
+        lower = {j for i in found for j in self.ancestors(self.data[i], min(found)) if j != i}
+        return sorted(found - lower)
+
+    def gemms_below(self, start: int, stop: frozenset[int] = frozenset()) -> list[int]:
+        """The nearest gemms below ``start``; nodes in ``stop`` and products without a weight are not crossed."""
+
+        def onward(i: int) -> Iterable[int]:
+            return self.successors[i] if not self.is_product(i) or self.depthwise(i) else ()
+
+        return sorted(self._nearest_gemms(self.successors[start], stop, onward))
+
+    def _nearest_gemms(
+        self, start: Iterable[int], stop: Container[int], onward: Callable[[int], Iterable[int]]
+    ) -> set[int]:
+        """The first gemms on every way from ``start`` along ``onward``; nodes in ``stop`` are not crossed."""
         found: set[int] = set()
         seen: set[int] = set()
         todo = list(start)
@@ -238,25 +254,8 @@ class Graph:
             if i in self.gemms and not self.depthwise(i):
                 found.add(i)
             else:
-                todo.extend(self.data[i])
-        lower = {j for i in found for j in self.ancestors(self.data[i], min(found)) if j != i}
-        return sorted(found - lower)
-
-    def gemms_below(self, start: int, stop: frozenset[int] = frozenset()) -> list[int]:
-        """The nearest gemms below ``start``; nodes in ``stop`` and products without a weight are not crossed."""
-        found: set[int] = set()
-        seen: set[int] = set()
-        todo = list(self.successors[start])
-        while todo:
-            i = todo.pop()
-            if i in seen or i in stop:
-                continue
-            seen.add(i)
-            if i in self.gemms and not self.depthwise(i):
-                found.add(i)
-            elif not self.is_product(i) or self.depthwise(i):
-                todo.extend(self.successors[i])
-        return sorted(found)
+                todo.extend(onward(i))
+        return found
 
     def gradient_edge(self, edge: Edge) -> GradientEdge:
         """The edge in the form that :func:`torch.autograd.grad` takes."""
