@@ -21,7 +21,7 @@ from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.delta_names import check_known, delta_of
 from lightning_pet.model.gate import between_forwards
-from lightning_pet.model.naming import modules_on_the_way, named_tensors
+from lightning_pet.model.naming import named_tensors, tensors_at
 
 LOCK: Final = threading.RLock()
 """Held while values are exchanged, and while a block notes which ones it reads."""
@@ -150,19 +150,6 @@ def owned(root: nn.Module, record: Adaptation, delta: str) -> tuple[str, ...]:
 
 
 # --- exchanging values ----------------------------------------------------------------------------------
-
-
-def tensors_at(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and buffers of these canonical names, each followed part by part; what is not there is left out."""
-    found: dict[str, Tensor] = {}
-    for name in names:
-        path, _, own = name.rpartition(".")
-        *above, module = modules_on_the_way(root, path)
-        if len(above) == (path.count(".") + 1 if path else 0):
-            tensor = module._parameters.get(own, module._buffers.get(own))
-            if tensor is not None:
-                found[name] = tensor
-    return found
 
 
 def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

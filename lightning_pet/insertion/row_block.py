@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.choice import LOCK
-from lightning_pet.insertion.host import deltas_of, expose, is_swapped_by_others
+from lightning_pet.insertion.host import expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
-from lightning_pet.insertion.stand_in import close, leaving_for, placed_values, places_of, wanted_by
+from lightning_pet.insertion.stand_in import belong, close, leaving_for, placed_values, places_of, wanted_by
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import Rows
@@ -31,8 +31,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
         TargetError: if the values of what was trained in place cannot be read side by side here.
     """
     switch = record.switch
-    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
-        deltas_of(inserted.host).belong(inserted.key, switch)
+    belong(root, record)
     groups = tuple(dict.fromkeys(names))
     tuples = [() if name is None else (name,) for name in groups]
     with ExitStack() as exposed:
@@ -40,7 +39,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
             wanted = _wanted_by_each(root, record, groups)
             differing = {name for values in wanted for name in values}
             everything = differing | set(record.held_by(record.names))
-            modules = named_modules(root)
+            modules = named_modules(root, of_base=True)
             places, _ = places_of(modules, everything, aside=False)
             if differing and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
                 raise TargetError(

@@ -15,7 +15,7 @@ from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import Switch
 from lightning_pet.model.fast_paths import set_aside
-from lightning_pet.model.naming import join, named_modules, named_tensors
+from lightning_pet.model.naming import join, named_modules, named_tensors, tensors_at
 
 _Places = list[tuple[nn.Module, dict[str, str]]]
 
@@ -27,15 +27,14 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
     What is trained in place keeps its values: this thread reads others. Only where an engine holds parts of the
     parameters are the values exchanged, for all threads: there every process runs one forward at a time.
     """
-    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
-        deltas_of(inserted.host).belong(inserted.key, record.switch)
+    belong(root, record)
     selection = record.selection(deltas)
     with ExitStack() as stack, ExitStack() as exposed:
         with LOCK:
             wanted = wanted_by(root, record, deltas)
             # What other deltas have of their own is read through this selection as well: they may be activated.
             names = {*wanted, *record.held_by(record.names)}
-            modules = named_modules(root) if names or not deltas else {}
+            modules = named_modules(root, of_base=True) if names or not deltas else {}
             places, values = places_of(modules, names, aside=not deltas)
             if wanted and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
                 stack.callback(copy_in, root, _exchange(root, wanted))
@@ -52,6 +51,14 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
         finally:
             for module, attributes in places:
                 close(module, attributes, record.switch, block.made_a_graph)
+
+
+def belong(root: nn.Module, record: Adaptation) -> None:
+    """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
+    for host, keys in record.hosts(root):
+        deltas = deltas_of(host)
+        for key in keys:
+            deltas.belong(key, record.switch)
 
 
 def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
@@ -108,8 +115,8 @@ def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Te
     """Copies of values, placed as the present ones: the base may write into its buffers."""
     found, precisions = {}, read_precisions(root)
     with torch.no_grad():
-        for name, tensor in named_tensors(root):
-            if name in values and not values[name].is_meta:
+        for name, tensor in tensors_at(root, values).items():
+            if not values[name].is_meta:
                 dtype = precisions.get(id(tensor), tensor.dtype)
                 found[name] = values[name].detach().to(tensor.device, dtype, copy=True)
     return found

@@ -15,7 +15,15 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import Selection, Switch
 from lightning_pet.model.delta_names import DEFAULT, delta_of, host_key
 from lightning_pet.model.marks import Mark
-from lightning_pet.model.naming import canonical, delta_path, modules_on_the_way, named_tensors, names_below
+from lightning_pet.model.naming import (
+    CHILD,
+    canonical,
+    delta_path,
+    modules_on_the_way,
+    named_tensors,
+    names_below,
+    unwrapped,
+)
 from lightning_pet.model.structure import Target
 
 RECORD = "_pet"  # attribute of the adapted root
@@ -172,8 +180,11 @@ class Adaptation:
     def held_by(self, deltas: Iterable[str]) -> dict[str, list[str]]:
         """Tensors of the base of which these deltas have values of their own, with the deltas that do."""
         found: dict[str, list[str]] = {}
+        trained: dict[str, list[str]] = {}
+        for applied in self.applied:
+            trained.setdefault(applied.delta, []).extend(applied.trained)
         for delta in deltas:
-            own = (*self.trained_by(delta), *self.values.get(delta, ()), *self.claims.get(delta, ()))
+            own = (*trained.get(delta, ()), *self.values.get(delta, ()), *self.claims.get(delta, ()))
             for name in dict.fromkeys(own):
                 found.setdefault(name, []).append(delta)
         return found
@@ -244,12 +255,34 @@ class Adaptation:
         Raises:
             KeyError: with the path of a delta that is gone.
         """
-        for applied, target, path in self.places():
-            way = list(modules_on_the_way(root, path))
-            if len(way) == path.count(".") + 2:
-                yield Inserted(applied, target, way[-3], cast(Delta, way[-1]), path)
-            elif not pass_over_gone:
-                raise KeyError(path)
+        hosts: dict[str, tuple[nn.Module, nn.Module] | None] = {}  # many deltas have the same
+        for applied in self.applied:
+            for target, (host, key) in zip(applied.targets, applied.hosts, strict=False):
+                if host not in hosts:
+                    hosts[host] = _host_at(root, host)
+                found = hosts[host]
+                delta = found[1]._modules.get(key) if found is not None else None
+                if found is not None and delta is not None:
+                    inner = cast(Delta, unwrapped(delta))
+                    yield Inserted(applied, target, found[0], inner, delta_path(host, key))
+                elif not pass_over_gone:
+                    raise KeyError(delta_path(host, key))
+
+    def hosts(self, root: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+        """Every module that holds deltas, with their keys.
+
+        Raises:
+            KeyError: with the path of a module that holds none.
+        """
+        keys: dict[str, list[str]] = {}
+        for applied in self.applied:
+            for host, key in applied.hosts:
+                keys.setdefault(host, []).append(key)
+        for host, own in keys.items():
+            found = _host_at(root, host)
+            if found is None:
+                raise KeyError(delta_path(host, own[0]))
+            yield found[0], own
 
     def places(self) -> Iterator[tuple[Applied, Target, str]]:
         """The same by name: (method, target, path of the delta), whether the modules are there or not."""
@@ -260,6 +293,13 @@ class Adaptation:
     def host_paths(self) -> set[str]:
         """Paths of the modules that hold deltas."""
         return {path for applied in self.applied for path, _ in applied.hosts}
+
+
+def _host_at(root: nn.Module, path: str) -> tuple[nn.Module, nn.Module] | None:
+    """The module of this path, and what holds its deltas, if there are such."""
+    *above, host = modules_on_the_way(root, path)
+    pet = host._modules.get(CHILD)
+    return (host, unwrapped(pet)) if pet is not None and len(above) == (path.count(".") + 1 if path else 0) else None
 
 
 def deltas_in(root: nn.Module) -> Iterator[Inserted]:

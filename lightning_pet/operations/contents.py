@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
-from lightning_pet.insertion.choice import tensors_at
 from lightning_pet.insertion.commit import changed_buffers
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_known, delta_of, in_file
-from lightning_pet.model.naming import join, named_tensors
+from lightning_pet.model.naming import join, named_tensors, tensors_at
 from lightning_pet.model.outside import changed_outside, outside_parameters
 
 

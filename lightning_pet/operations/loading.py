@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
-from lightning_pet.insertion.choice import LOCK, exchange, owned, record_at, show_in_blocks, tensors_at
+from lightning_pet.insertion.choice import LOCK, exchange, owned, record_at, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.widening import widen
@@ -15,7 +15,7 @@ from lightning_pet.layers.sharding import without_values
 from lightning_pet.model.adaptation import Adaptation, Applied, record_of
 from lightning_pet.model.delta_names import check_delta_name, check_known, delta_of
 from lightning_pet.model.gate import between_forwards, set_gate
-from lightning_pet.model.naming import by_delta, join, named_tensors
+from lightning_pet.model.naming import by_delta, join, named_tensors, tensors_at
 from lightning_pet.model.outside import note_changed
 from lightning_pet.operations.base_check import check_base, check_beside
 from lightning_pet.operations.file_fitting import Fit, faults_of, fitted, methods_of
