@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_pet as lp
-from lightning_pet.insertion import effective, slot
 from lightning_pet.insertion import host as insertion
+from lightning_pet.insertion import slot
 from lightning_pet.layers import low_rank_product
 from lightning_pet.model import call
 

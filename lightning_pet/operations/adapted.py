@@ -7,15 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, PETError
-from lightning_pet.insertion.choice import activate, refuse_in_use, remove_all
+from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable
+from lightning_pet.insertion.choice import activate, refuse_in_use, remove_all, using, using_rows
 from lightning_pet.insertion.commit import check_sum, commit, copy_in
-from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
-from lightning_pet.insertion.row_block import using_rows
 from lightning_pet.insertion.row_guard import check_rows, guarded
-from lightning_pet.insertion.stand_in import using
-from lightning_pet.insertion.together import check_acting
 from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
 from lightning_pet.model.delta_names import check_known
 from lightning_pet.model.outside import note_changed

@@ -10,10 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.checks import check_fires
 from lightning_pet.insertion.commit import commit, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import prepare
-from lightning_pet.insertion.together import check_fires
 from lightning_pet.insertion.widening import widen
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.operations.adapted import Adapted

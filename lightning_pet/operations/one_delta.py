@@ -6,8 +6,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
+from lightning_pet.insertion.checks import check_intact, check_restorable
 from lightning_pet.insertion.choice import place, record_at, refuse_in_use, remove, remove_all, tensors_at
-from lightning_pet.insertion.intact import check_intact, check_restorable
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_known
 from lightning_pet.operations.contents import tensors_of

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, PETError
+from lightning_pet.insertion.checks import check_intact
 from lightning_pet.insertion.choice import record_at
-from lightning_pet.insertion.intact import check_intact
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import delta_of, in_file

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.insertion.commit import take_forms
-from lightning_pet.insertion.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.layers.delta import Excerpt
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.naming import canonical, join, named_tensors, split_below
@@ -25,6 +24,9 @@ from lightning_pet.strategies.strategy import Named
 from lightning_pet.training.resume import ExactResume
 from lightning_pet.training.run import Run
 from lightning_pet.training.state_excerpts import (
+    as_held,
+    as_stored,
+    excerpts_of,
     held_schedule,
     held_states,
     stored_names,

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.insertion.checks import resizable
 from lightning_pet.insertion.commit import (
     freeze,
     leave_out,
@@ -22,7 +23,6 @@ from lightning_pet.insertion.commit import (
     take_out,
     undo,
 )
-from lightning_pet.insertion.intact import resizable
 from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
