@@ -99,8 +99,9 @@ def _present(root: nn.Module, leaving: Collection[str], deltas: Collection[str])
 
 # --- while they are in: their hosts are those that were planned for -------------------------------
 
-# Vocabularies grow: transformers' ``resize_token_embeddings`` resizes the input embedding in place and puts a new output
-# layer in, and users replace embeddings by hand. A delta on them would be lost, or of another size than its host.
+# Vocabularies grow: transformers' ``resize_token_embeddings`` resizes the input embedding in place and puts a new
+# output layer in, and users replace embeddings by hand. A delta on them would be lost, or of another size than its
+# host.
 
 
 _RESIZE = "resize_token_embeddings"

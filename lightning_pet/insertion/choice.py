@@ -29,7 +29,6 @@ from lightning_pet.model.fast_paths import set_aside
 from lightning_pet.model.gate import between_forwards
 from lightning_pet.model.naming import join, modules_on_the_way, named_modules, named_tensors
 
-
 LOCK: Final = threading.RLock()
 """Held while values are exchanged, and while a block notes which ones it reads."""
 

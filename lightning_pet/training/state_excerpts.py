@@ -1,4 +1,4 @@
-"""Deltas that train fewer numbers than their parameters have, and files that hold these only: parameters, optimizers, schedules.
+"""Deltas that train fewer numbers than their parameters have, and files and optimizer states that hold these only.
 
 An engine that shards keeps every parameter it was given until the run ends. A delta that needs fewer entries from
 some step on says which (:attr:`~lightning_pet.layers.delta.Delta.excerpts`), and files hold what they would hold
