@@ -22,7 +22,6 @@ from lightning_pet.strategies.hyper_parameters import make_plain
 from lightning_pet.strategies.sealed import seal
 from lightning_pet.strategies.strategy import Named
 from lightning_pet.training.resume import ExactResume
-from lightning_pet.training.run import Run
 from lightning_pet.training.state_excerpts import (
     as_held,
     as_stored,
@@ -33,7 +32,7 @@ from lightning_pet.training.state_excerpts import (
     stored_schedule,
     stored_states,
 )
-from lightning_pet.training.watch import Watch
+from lightning_pet.training.watch import Run, Watch
 
 _STATES = ("state_dict", "current_model_state")  # the second is of averaging callbacks
 

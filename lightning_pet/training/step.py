@@ -1,18 +1,24 @@
-"""Keeps what trains in the precision it was made in, whatever the base is cast to."""
+"""How a step computes: in which precision, from inputs that pass gradients, and how its loss is scaled."""
 
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.insertion.widening import is_narrow, narrow, trained_in_place, widen
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded
+from lightning_pet.layers.side_loss import Penalty, forget_scale, measure
 from lightning_pet.model.adaptation import adapted_roots
+from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import shown, trainable_of
 from lightning_pet.strategies.strategy import StrategyAdapter
+
+# --- what trains keeps the precision it was made in, whatever the base is cast to -----------------
 
 
 def keep_precision(trainer: pl.Trainer, adapter: StrategyAdapter[Any]) -> None:
@@ -85,3 +91,87 @@ def _restore(part: nn.Module, name: str, data: Tensor) -> None:
 
 def _narrowed(now: Tensor, before: Tensor) -> bool:
     return now.dtype.itemsize < before.dtype.itemsize
+
+
+# --- reentrant gradient checkpointing -------------------------------------------------------------
+
+
+def let_inputs_require_grad(root: nn.Module) -> Callable[[], None]:
+    """With a frozen input embedding, nothing before the first layer would require a gradient: see to it that it does.
+
+    Only for transformers models with reentrant checkpointing switched on, which tell their input embedding.
+
+    Returns:
+        A function that undoes it.
+    """
+    handles = []
+    if any([private.checkpoints_reentrantly(module) for module in root.modules()]):
+        for embedding in _input_embeddings(root):
+            handles.append(embedding.register_forward_hook(_require_grad))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _input_embeddings(root: nn.Module) -> list[nn.Module]:
+    found: dict[int, nn.Module] = {}
+    for module in root.modules():
+        getter = getattr(module, "get_input_embeddings", None)
+        try:
+            embedding = getter() if getter is not None else None
+        except NotImplementedError:
+            continue
+        if isinstance(embedding, nn.Module):
+            found[id(embedding)] = embedding
+    return list(found.values())
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Any) -> None:
+    if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+
+
+# --- the scale of the loss, for penalties that methods add beside it ------------------------------
+
+
+def measure_losses(module: pl.LightningModule, root: nn.Module) -> Callable[[], None]:
+    """Look at what ``training_step`` returns and ``manual_backward`` is given; nothing if no delta has a penalty.
+
+    A loss that is passed to ``torch``'s own ``backward`` is not scaled by anyone, and needs no measuring.
+
+    Args:
+        module: the LightningModule.
+        root: the adapted root in it.
+
+    Returns:
+        A function that undoes it.
+    """
+    if not any(isinstance(value, Penalty) for part in root.modules() for value in vars(part).values()):
+        return lambda: None
+    undo = [private.replace_method(module, "manual_backward", _measured_argument)]
+    original = module.training_step
+    undo.append(private.replace_method(module, "training_step", _measured_result))
+    module.training_step.__wrapped__ = original  # type: ignore[attr-defined]  # Lightning reads the signature
+
+    def back() -> None:
+        for undone in undo:
+            undone()
+        forget_scale()
+
+    return back
+
+
+def _measured_result(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    output = original(*args, **kwargs)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if isinstance(loss, Tensor):
+        measure(loss)
+    return output
+
+
+def _measured_argument(original: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    measure(loss)
+    original(loss, *args, **kwargs)
