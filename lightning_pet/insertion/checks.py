@@ -5,13 +5,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
+from lightning_pet.model.layer_kinds import base_class
+from lightning_pet.model.named_roles import named_places
 from lightning_pet.model.naming import delta_prefix, has_module, named_modules, named_tensors
+from lightning_pet.model.quantised import format_of, is_quantised, is_repacked
 from lightning_pet.model.structure import Structure, Target, overlap
 
 # --- before: what was planned can act, side by side on one layer, and at all ----------------------
@@ -95,6 +99,40 @@ def _present(root: nn.Module, leaving: Collection[str], deltas: Collection[str])
         for applied, target, _, delta, _ in deltas_in(root)
         if applied.key not in leaving and applied.delta in deltas
     ]
+
+
+def lack_of_gradient(root: nn.Module) -> str | None:
+    """Why what is before a quantised layer could not train, and what to do; ``None`` if all of them pass a gradient.
+
+    Formats that also quantise activations have no derivative in some libraries: their output does not depend on
+    their input as far as autograd can see, and training would go wrong without a word.
+    """
+    seen: set[tuple[type, str]] = set()
+    for path, module in named_places(root).items():
+        weight: Any = module._parameters.get("weight")
+        if weight is not None and is_repacked(weight):
+            return (
+                f"{path} is stored as {format_of(weight)}: in that form its product has no gradient, so nothing before "
+                "it would train. Load the base again, and evaluate it only with the delta in it."
+            )
+        flatten = getattr(weight, "__tensor_flatten__", None)
+        if flatten is None or not is_quantised(weight) or base_class(module) is not nn.Linear:
+            continue
+        key = type(weight), str(flatten()[1])
+        if key not in seen and not _passes_gradient(module, weight):
+            return (
+                f"{path} is stored as {format_of(weight)} in a form whose product has no gradient with respect to its "
+                "input (activations are quantised too), so nothing before it would train. Use a weight-only format, "
+                "such as Int8WeightOnlyConfig or IntxWeightOnlyConfig."
+            )
+        seen.add(key)
+    return None
+
+
+def _passes_gradient(module: Any, weight: Any) -> bool:
+    x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return bool(nn.Linear.forward(module, x).requires_grad)
 
 
 # --- while they are in: their hosts are those that were planned for -------------------------------

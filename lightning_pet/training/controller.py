@@ -31,7 +31,6 @@ from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, start
-from lightning_pet.operations.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.operations.plan import Plan, show_plan
 from lightning_pet.operations.roots import batch_forward, default_root, root_of
 from lightning_pet.store.reader import read
@@ -58,7 +57,16 @@ from lightning_pet.training.frozen import (
 )
 from lightning_pet.training.resume import ExactResume
 from lightning_pet.training.run_log import log_options
-from lightning_pet.training.step import keep_precision, let_inputs_require_grad, measure_losses, warn_of_rounding
+from lightning_pet.training.step import (
+    convert,
+    keep_precision,
+    let_inputs_require_grad,
+    measure_losses,
+    outside_of_init,
+    refuse_without_gradient,
+    replaces_layers,
+    warn_of_rounding,
+)
 from lightning_pet.training.watch import Firing, Trained, Watch, refuse_meddlers
 
 _ATTRIBUTE = "_pet_controller"

@@ -15,8 +15,7 @@ from lightning_pet.insertion.prepare import target_patterns
 from lightning_pet.model.adaptation import Adaptation, Applied, deltas_in, record_of
 from lightning_pet.model.naming import CHILD, delta_prefix, is_below, join, named_parameters
 from lightning_pet.model.structure import Target
-from lightning_pet.operations.base_check import digest_of
-from lightning_pet.operations.contents import packed
+from lightning_pet.operations.saved import digest_of, packed
 from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import shown
 from lightning_pet.targets.heads import HEAD, is_small, parameters_below
