@@ -1,19 +1,146 @@
-"""Whether the modules that deltas sit on, and those that train, are still those that were planned for.
+"""What must hold of deltas and their hosts: before anything is inserted, and as long as they are in the model."""
 
-Vocabularies grow: transformers' ``resize_token_embeddings`` resizes the input embedding in place and puts a new output
-layer in, and users replace embeddings by hand. A delta on them would be lost, or of another size than its host.
-"""
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from lightning_pet.errors import PETError, TargetError
-from lightning_pet.model.adaptation import Adaptation, record_of
+from lightning_pet.errors import DeadSiteError, PETError, TargetError
+from lightning_pet.insertion.method import Insertion
+from lightning_pet.layers.delta import Delta
+from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
+from lightning_pet.model.layer_kinds import base_class
+from lightning_pet.model.named_roles import named_places
 from lightning_pet.model.naming import delta_prefix, has_module, module_at, named_modules, tensors_at
+from lightning_pet.model.quantised import format_of, is_quantised, is_repacked
+from lightning_pet.model.structure import Structure, Target, overlap
+
+# --- before: what was planned can act, side by side on one layer, and at all ----------------------
+
+
+def check_together(root: nn.Module, insertions: Sequence[Insertion], beside: Collection[str] = ()) -> None:
+    """Refuse a delta that rescales the base product of a layer beside others that change what it returns.
+
+    Args:
+        root: the adapted root.
+        insertions: what is to come beside what is there.
+        beside: names of the deltas that it is to act with.
+
+    Raises:
+        TargetError: naming the layer.
+    """
+    coming = [(insertion.target, insertion.delta) for insertion in insertions]
+    leaving = {key for insertion in insertions for key in insertion.replaces}
+    _check([*_present(root, leaving, beside), *coming])
+
+
+def check_acting(root: nn.Module, deltas: Collection[str]) -> None:
+    """Refuse to let deltas act together that cannot.
+
+    Raises:
+        TargetError: naming the layer.
+    """
+    _check(_present(root, (), deltas))
+
+
+def _check(places: Sequence[tuple[Target, Delta]]) -> None:
+    if not any(delta.reads_weight for _, delta in places):
+        return
+    by_host: dict[str, list[tuple[Target, Delta]]] = {}
+    for target, delta in places:
+        if delta.path in ("activation", "weight"):
+            by_host.setdefault(target.module, []).append((target, delta))
+    for path, present in by_host.items():
+        for index, (target, delta) in enumerate(present):
+            others = [other for at, (other, _) in enumerate(present) if at != index]
+            if delta.reads_weight and any(_meet(target, other) for other in others):
+                raise TargetError(
+                    f"{path!r} would have DoRA and another delta on the same outputs, but DoRA rescales the base's own "
+                    "product by its weight's own norm. Set use_dora=False, or take the other delta off this layer "
+                    "(exclude_modules)."
+                )
+
+
+def check_fires(insertions: Sequence[Insertion], structure: Structure) -> None:
+    """Refuse deltas none of which would act in the forward that was looked at; single ones may be for other batches.
+
+    Args:
+        insertions: all that is to come.
+        structure: as the forward showed it.
+
+    Raises:
+        DeadSiteError: naming the places.
+    """
+    if structure.called is None or not insertions:
+        return
+    for insertion in insertions:
+        target, path = insertion.target, insertion.delta.path
+        if path not in ("activation", "weight") or target.module in structure.called:
+            return
+        if path == "weight" and structure.reader(target.module, target.parameter) is not None:
+            return
+    shown = ", ".join(dict.fromkeys(insertion.target.path for insertion in insertions[:4]))
+    raise DeadSiteError(
+        f"none of the {len(insertions)} deltas would act: in the forward that was given, nobody called or read "
+        f"{shown}{' …' if len(insertions) > 4 else ''}. Give a forward that runs them, or name other targets."
+    )
+
+
+def _meet(target: Target, other: Target) -> bool:
+    return target.rows is None or other.rows is None or overlap(target.rows, other.rows)
+
+
+def _present(root: nn.Module, leaving: Collection[str], deltas: Collection[str]) -> list[tuple[Target, Delta]]:
+    return [
+        (target, delta)
+        for applied, target, _, delta, _ in deltas_in(root)
+        if applied.key not in leaving and applied.delta in deltas
+    ]
+
+
+def lack_of_gradient(root: nn.Module) -> str | None:
+    """Why what is before a quantised layer could not train, and what to do; ``None`` if all of them pass a gradient.
+
+    Formats that also quantise activations have no derivative in some libraries: their output does not depend on
+    their input as far as autograd can see, and training would go wrong without a word.
+    """
+    seen: set[tuple[type, str]] = set()
+    for path, module in named_places(root).items():
+        weight: Any = module._parameters.get("weight")
+        if weight is not None and is_repacked(weight):
+            return (
+                f"{path} is stored as {format_of(weight)}: in that form its product has no gradient, so nothing before "
+                "it would train. Load the base again, and evaluate it only with the delta in it."
+            )
+        flatten = getattr(weight, "__tensor_flatten__", None)
+        if flatten is None or not is_quantised(weight) or base_class(module) is not nn.Linear:
+            continue
+        key = type(weight), str(flatten()[1])
+        if key not in seen and not _passes_gradient(module, weight):
+            return (
+                f"{path} is stored as {format_of(weight)} in a form whose product has no gradient with respect to its "
+                "input (activations are quantised too), so nothing before it would train. Use a weight-only format, "
+                "such as Int8WeightOnlyConfig or IntxWeightOnlyConfig."
+            )
+        seen.add(key)
+    return None
+
+
+def _passes_gradient(module: Any, weight: Any) -> bool:
+    x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return bool(nn.Linear.forward(module, x).requires_grad)
+
+
+# --- while they are in: their hosts are those that were planned for -------------------------------
+
+# Vocabularies grow: transformers' ``resize_token_embeddings`` resizes the input embedding in place and puts a new
+# output layer in, and users replace embeddings by hand. A delta on them would be lost, or of another size than its
+# host.
+
 
 _RESIZE = "resize_token_embeddings"
 # Not shapes of parameters: a sharding engine changes those.
