@@ -19,8 +19,8 @@ from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
 from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.unbuilt import without_memory
-from lightning_pet.operations.base_check import check_base
-from lightning_pet.operations.file_options import method_of
+from lightning_pet.operations.file_terms import method_of
+from lightning_pet.operations.saved import check_base
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import read

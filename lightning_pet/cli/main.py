@@ -116,7 +116,7 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
         model_class: class of transformers to load the base with; auto: the first that its config.json names.
         base_check: what to do about another base model: error, warn or off.
     """
-    from lightning_pet.operations.merged_folder import merge_into_folder
+    from lightning_pet.operations.delta import merge_into_folder
 
     written = merge_into_folder(Path(path), Path(base), Path(output), model_class, base_check)
     print(f"merged model: {written}")

@@ -4,17 +4,17 @@ What may fail has failed before (:mod:`lightning_pet.insertion.prepare`); if any
 put back as it was.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
+from lightning_pet.insertion.checks import guard, resized, unguard
 from lightning_pet.insertion.host import attach, conceal, detach
-from lightning_pet.insertion.intact import guard, resized, unguard
 from lightning_pet.insertion.method import delta_name
 from lightning_pet.insertion.prepare import Prepared
 from lightning_pet.insertion.widening import narrow, read_precisions
@@ -36,6 +36,52 @@ from lightning_pet.model.naming import (
 )
 from lightning_pet.model.outside import mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
+
+# --- saves of other libraries, which do not know what a delta is ----------------------------------
+
+
+_NAME = "save_pretrained"
+
+
+class WatchedSave:
+    """In place of a model's ``save_pretrained`` while it has a delta: says what the folder will not hold, and writes.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Warn, and write as the model's class does."""
+        warnings.warn(
+            f"{_NAME} of an adapted {type(self.module).__name__}: the folder will hold the base, from which "
+            "from_pretrained makes a model without the delta. Keep the delta with lightning_pet.save_delta(model, "
+            "path); or call lightning_pet.Adapted(model).merge_() first, to write the sum.",
+            stacklevel=2,
+        )
+        return getattr(type(self.module), _NAME)(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WatchedSave":
+        return WatchedSave(deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WatchedSave, (self.module,)
+
+
+def watch_saves(root: nn.Module) -> None:
+    """Let every model in an adapted root that can write itself say what the delta is to that."""
+    for module in root.modules():
+        if callable(getattr(type(module), _NAME, None)):
+            module.__dict__.setdefault(_NAME, WatchedSave(module))
+
+
+def leave_saves(root: nn.Module) -> None:
+    """Put the models' own methods back."""
+    for module in root.modules():
+        if isinstance(module.__dict__.get(_NAME), WatchedSave):
+            del module.__dict__[_NAME]
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared], *, acts: bool = True) -> Adaptation:

@@ -23,9 +23,22 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.insertion.effective import KEPT, READ_AS, Kept, differing, effective, held, repeats_itself
 from lightning_pet.insertion.rows import apart, around_form, changed_rows, differing_at, generating
-from lightning_pet.insertion.slot import SEQUENCES, Acting, Deltas, Slot, WithoutDeltas, replica_of
+from lightning_pet.insertion.slot import (
+    KEPT,
+    READ_AS,
+    SEQUENCES,
+    Acting,
+    Deltas,
+    Kept,
+    Slot,
+    WithoutDeltas,
+    differing,
+    effective,
+    held,
+    repeats_itself,
+    replica_of,
+)
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Switch
 from lightning_pet.model.fast_paths import forbid, restore

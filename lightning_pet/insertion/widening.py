@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.insertion.effective import KEPT, READ_AS
 from lightning_pet.insertion.host import (
     WeightHost,
     deltas_of,
@@ -22,7 +21,7 @@ from lightning_pet.insertion.host import (
     let_read_no_more,
     swap,
 )
-from lightning_pet.insertion.slot import SEQUENCES, Deltas
+from lightning_pet.insertion.slot import KEPT, READ_AS, SEQUENCES, Deltas
 from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.fast_paths import forbid

@@ -14,7 +14,6 @@ from lightning_pet.model.structure import is_shared
 from lightning_pet.report.values import verified_norms
 from lightning_pet.store.container import TYPES, TensorRecord
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.training.titled import show_table
 
 
 def summarize_delta(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -89,7 +88,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         for option, value in method["config"].items():
             if value is not None:
                 table.add_row(option, str(value))
-        show_table(f"{method['method']}:{method['name']}", table, console)
+        title = f"{method['method']}:{method['name']}"
+        console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
     heads = [name for name in summary["tensors"] if ".pet." not in f".{name}"]
     if heads:
         console.print(f"trained as they are: {', '.join(heads)}", soft_wrap=True)

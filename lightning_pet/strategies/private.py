@@ -62,8 +62,8 @@ name                                                      used for
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
 ``torch.utils._python_dispatch``,                         masks on the meta device, in ``probe/inputs.py``;
-``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``operations/trial_step.py``
-``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``insertion/budget.py``;
+``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``operations/roots.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``callbacks/base.py``;
 ``torch.utils._pytree``                                   a step without values, in ``report/memory/rehearsal.py``
 ``torch._foreach_mul``, ``_foreach_add_``,                 work on many tensors in one call, in ``layers/`` and
 ``_foreach_sub_``, ``_foreach_abs_``, ``_foreach_copy_``  ``callbacks/``

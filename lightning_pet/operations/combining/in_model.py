@@ -8,8 +8,8 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, NotMergeableError, PETError
+from lightning_pet.insertion.checks import check_intact, refuse_lost
 from lightning_pet.insertion.choice import LOCK, record_at, tensors_at
-from lightning_pet.insertion.intact import check_intact
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_delta_name, check_known, delta_of
@@ -23,9 +23,8 @@ from lightning_pet.operations.combining.rules import (
     Originals,
 )
 from lightning_pet.operations.combining.weights import through_weights
-from lightning_pet.operations.contents import packed
 from lightning_pet.operations.loading import insert
-from lightning_pet.operations.one_delta import refuse_lost
+from lightning_pet.operations.saved import packed
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored
 from lightning_pet.targets.heads import HEAD

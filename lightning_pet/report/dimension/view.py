@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.operations.plan import show_table
 from lightning_pet.report.dimension.search import Dimension, Point
-from lightning_pet.training.titled import show_table
 
 
 def show_dimension(found: Dimension, metric: str, console: Console | None = None) -> None:

@@ -28,7 +28,7 @@ from lightning_pet.report.memory.activations import estimate
 from lightning_pet.report.memory.engines import Bytes, Engine, EngineName, Inventory, Part, bytes_under
 from lightning_pet.report.memory.rehearsal import Stage, Step, is_packed, rehearse, rehearse_optimizer
 from lightning_pet.strategies import optimizers as optim
-from lightning_pet.training.reentrant import let_inputs_require_grad
+from lightning_pet.training.step import let_inputs_require_grad
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
