@@ -24,9 +24,8 @@ from lightning_pet.insertion.commit import check_sum, commit, copy_in
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
 from lightning_pet.insertion.row_guard import check_rows, guarded
-from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
-from lightning_pet.model.delta_names import check_known
-from lightning_pet.model.outside import note_changed
+from lightning_pet.model.adaptation import Adaptation, adapted_roots, note_changed, record_of
+from lightning_pet.model.naming import check_known
 from lightning_pet.model.structure import Structure
 from lightning_pet.operations.combining.in_model import combine
 from lightning_pet.operations.combining.rules import Combination, How

@@ -15,16 +15,21 @@ from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
 from lightning_pet.insertion.widening import widen
-from lightning_pet.layers.delta import Delta, wrong_kinds, wrong_names, wrong_shapes
+from lightning_pet.layers.delta import Delta, filled_later, without_memory, wrong_kinds, wrong_names, wrong_shapes
 from lightning_pet.layers.sharding import without_values
-from lightning_pet.model.adaptation import Adaptation, Applied, record_of
-from lightning_pet.model.delta_names import check_delta_name, check_known, delta_of
-from lightning_pet.model.gate import between_forwards, set_gate
+from lightning_pet.model.adaptation import Adaptation, Applied, note_changed, outside_parameters, record_of
+from lightning_pet.model.call import between_forwards, set_gate
 from lightning_pet.model.layer_kinds import weight_of
-from lightning_pet.model.naming import by_delta, join, named_modules, named_tensors
-from lightning_pet.model.outside import note_changed, outside_parameters
+from lightning_pet.model.naming import (
+    by_delta,
+    check_delta_name,
+    check_known,
+    delta_of,
+    join,
+    named_modules,
+    named_tensors,
+)
 from lightning_pet.model.structure import Target
-from lightning_pet.model.unbuilt import filled_later, without_memory
 from lightning_pet.operations.file_terms import Rename, back, check_rename, for_model, method_of, note_of, without_heads
 from lightning_pet.operations.roots import root_of
 from lightning_pet.operations.saved import check_base, check_beside
