@@ -19,9 +19,8 @@ from lightning_pet.insertion.low_rank_places import fitted, largest_rank
 from lightning_pet.insertion.method import suffix_of
 from lightning_pet.layers.delta import delta_dtype
 from lightning_pet.model.adaptation import Adaptation
-from lightning_pet.model.delta_names import delta_of
 from lightning_pet.model.layer_kinds import host_kind
-from lightning_pet.model.naming import delta_path, join, named_tensors
+from lightning_pet.model.naming import delta_of, delta_path, join, named_tensors
 from lightning_pet.model.quantised import dense_values
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.combining.files import values_over
