@@ -23,11 +23,17 @@ from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.call import Rows, Switch
-from lightning_pet.model.delta_names import check_known, delta_of
-from lightning_pet.model.fast_paths import set_aside
-from lightning_pet.model.gate import between_forwards
-from lightning_pet.model.naming import join, named_modules, named_tensors, tensors_at
+from lightning_pet.model.call import Rows, Switch, between_forwards
+from lightning_pet.model.naming import (
+    check_known,
+    delta_of,
+    join,
+    module_at,
+    named_modules,
+    named_tensors,
+    tensors_at,
+)
+from lightning_pet.model.undisturbed import set_aside
 
 LOCK: Final = threading.RLock()
 """Held while values are exchanged, and while a block notes which ones it reads."""
@@ -295,9 +301,13 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
 
 def belong(root: nn.Module, record: Adaptation) -> None:
     """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
-    for host, keys in record.hosts(root):
-        deltas = deltas_of(host)
-        for key in keys:
+    keys: dict[str, list[str]] = {}
+    for applied in record.applied:
+        for host, key in applied.hosts:
+            keys.setdefault(host, []).append(key)
+    for host, own in keys.items():
+        deltas = deltas_of(module_at(root, host))
+        for key in own:
             deltas.belong(key, record.switch)
 
 

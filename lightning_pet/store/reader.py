@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_pet.model.delta_names import in_file
-from lightning_pet.model.naming import split_below
+from lightning_pet.model.naming import in_file, split_below
 from lightning_pet.store.archive import load_checkpoint
 from lightning_pet.store.delta_file import read_delta, read_manifest
 from lightning_pet.store.entry import MARK, check_tensors, methods_of, read_entry, saved_fingerprint
