@@ -162,7 +162,7 @@ def _forget(record: Adaptation) -> None:
     """Let go of what was noted of deltas that are gone."""
     names = record.names
     noted: dict[str, Any]
-    for noted in (record.waiting, record.values, record.claims, record.beside):
+    for noted in (record.waiting, record.values, record.claims, record.beside, record.combined):
         for name in [name for name in noted if name not in names]:
             del noted[name]
     record.active = tuple(name for name in record.active if name in names)

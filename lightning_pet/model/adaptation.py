@@ -201,6 +201,7 @@ class Adaptation:
         values: of every delta that is not active, what it has in place of tensors of the base, by name.
         claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
         beside: of each delta, the others that acted when it was trained, with digests of their values.
+        combined: of each delta that was made of others, how.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -220,6 +221,7 @@ class Adaptation:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     claims: dict[str, frozenset[str]] = field(default_factory=dict)
     beside: dict[str, dict[str, str]] = field(default_factory=dict)
+    combined: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -357,8 +357,15 @@ def _fill(model: nn.Module, root: nn.Module, record: Adaptation, stored: Stored,
         copy_in(root, values)
     if delta in record.active:
         note_changed(root, values)
+    _note(record, stored, delta)
+
+
+def _note(record: Adaptation, stored: Stored, delta: str) -> None:
+    """What a file says of where its values come from."""
     if stored.base is not None and stored.base.beside:
         record.beside[delta] = dict(stored.base.beside)
+    if "combined" in stored.notes:
+        record.combined[delta] = stored.notes["combined"]
 
 
 def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str = "error") -> None:
@@ -421,8 +428,8 @@ def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str 
         show_in_blocks(root, record, delta, gone | values)
     record.claims[delta] = frozenset(values.keys() - trained)
     record.beside.pop(delta, None)
-    if stored.base is not None and stored.base.beside:
-        record.beside[delta] = dict(stored.base.beside)
+    record.combined.pop(delta, None)
+    _note(record, stored, delta)
 
 
 def _differ(applied: Applied, record: MethodRecord) -> bool:

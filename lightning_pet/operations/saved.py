@@ -331,7 +331,8 @@ def save(
     delta = meant(record, name)
     view = record.of(delta)
     methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied)
-    manifest = Manifest(methods, root=root_path, notes=dict(notes or {}), written_by=written_by())
+    noted = {"combined": record.combined[delta]} if delta in record.combined else {}
+    manifest = Manifest(methods, root=root_path, notes={**noted, **(notes or {})}, written_by=written_by())
     if (adapter := _gathering_adapter(model)) is not None:
         return _save_gathered(adapter, root, view, path, manifest, exact)
     if holds_parts(root):
