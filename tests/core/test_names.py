@@ -14,8 +14,8 @@ from lightning_pet.model.named_roles import (
     without_numbers,
 )
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.probe.consensus import merge
 from lightning_pet.probe.probe import analyse
+from lightning_pet.probe.roles import merge
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "t5", "bart", "vit", "mixtral", "phi3", "gpt_neox", "distilbert", "electra"]
 
