@@ -21,8 +21,8 @@ from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import HERE, Selection
 from lightning_pet.model.naming import check_known, named_modules
-from lightning_pet.probe.inputs import candidate_inputs, random_batch
 from lightning_pet.probe.row_leaves import ROWS, Leaves, Sides, close, ordered, tensors_in
+from lightning_pet.probe.trace import candidate_inputs, random_batch
 
 _LONGER = ("prompt_tuning", "auto_prompt")
 _ROWS, _TOKENS, _BATCHES = 3, 7, 3

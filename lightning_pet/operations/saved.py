@@ -28,11 +28,9 @@ from lightning_pet.model.naming import (
 )
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import describe, written_by
-from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
-from lightning_pet.store.manifest import Manifest, MethodRecord
+from lightning_pet.store.fingerprint import Verdict, compare, digest, fingerprint
+from lightning_pet.store.manifest import Fingerprint, Manifest, MethodRecord
 from lightning_pet.store.reader import PathLike
-from lightning_pet.store.remembered import Fingerprint
-from lightning_pet.store.tensors import digest
 from lightning_pet.strategies.agreement import together
 from lightning_pet.strategies.strategy import StrategyAdapter
 

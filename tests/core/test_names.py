@@ -15,8 +15,8 @@ from lightning_pet.model.named_roles import (
 )
 from lightning_pet.model.naming import canonical, named_modules, named_tensors, walk
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.probe.consensus import merge
 from lightning_pet.probe.probe import analyse
+from lightning_pet.probe.roles import merge
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "t5", "bart", "vit", "mixtral", "phi3", "gpt_neox", "distilbert", "electra"]
 
