@@ -8,10 +8,10 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.checks import check_together
 from lightning_pet.insertion.host import check_attachable
 from lightning_pet.insertion.method import Insertion, Method, delta_name, key_of
 from lightning_pet.insertion.tasks.own_values import OwnValues, insertions_for, started, wants_own_values
-from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import is_made, reader_of
