@@ -10,14 +10,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, record_at, show_in_blocks
+from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
 from lightning_pet.insertion.widening import widen
 from lightning_pet.layers.delta import Delta, filled_later, without_memory, wrong_kinds, wrong_names, wrong_shapes
 from lightning_pet.layers.sharding import without_values
-from lightning_pet.model.adaptation import Adaptation, Applied, note_changed, outside_parameters, record_of
+from lightning_pet.model.adaptation import Adaptation, Applied, record_at, record_of
 from lightning_pet.model.call import between_forwards, set_gate
 from lightning_pet.model.layer_kinds import weight_of
 from lightning_pet.model.naming import (
@@ -30,13 +30,14 @@ from lightning_pet.model.naming import (
     named_tensors,
     tensors_at,
 )
+from lightning_pet.model.outside import note_changed, outside_parameters
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.file_terms import Rename, back, check_rename, for_model, method_of, note_of, without_heads
 from lightning_pet.operations.roots import root_of
 from lightning_pet.operations.saved import check_base, check_beside
-from lightning_pet.operations.unaccompanied import accompany_runs
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import PathLike, Stored
+from lightning_pet.strategies.strategy import accompany_runs
 
 # --- whether it fits: decided without memory that follows the numbers of the file -----------------
 
