@@ -16,14 +16,18 @@ from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.low_rank_places import Forms, Options, fitted
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores, updated
 from lightning_pet.layers.side_loss import TOGETHER
 from lightning_pet.layers.svd_low_rank import (
+    Importance,
     SvdConvWeight,
     SvdLowRank,
     SvdLowRankConv,
     SvdLowRankLinear,
     SvdLowRankParameter,
+    allocate,
+    rank_budget,
+    triplet_scores,
+    updated,
 )
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import host_kind, matrix_of

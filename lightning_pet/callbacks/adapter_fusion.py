@@ -20,10 +20,9 @@ from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.file_terms import method_of
 from lightning_pet.operations.saved import check_base
-from lightning_pet.store.manifest import MethodRecord
-from lightning_pet.store.paths import expanded
+from lightning_pet.store.files import expanded
+from lightning_pet.store.manifest import Fingerprint, MethodRecord
 from lightning_pet.store.reader import read
-from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.training.controller import Controller
 

@@ -14,7 +14,7 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
 from lightning_pet.model.layer_kinds import base_class
 from lightning_pet.model.named_roles import named_places
-from lightning_pet.model.naming import delta_prefix, has_module, named_modules, named_tensors
+from lightning_pet.model.naming import delta_prefix, has_module, module_at, named_modules, tensors_at
 from lightning_pet.model.quantised import format_of, is_quantised, is_repacked
 from lightning_pet.model.structure import Structure, Target, overlap
 
@@ -155,9 +155,15 @@ def sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]
 
 def sizes_of(root: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Any, ...]]:
     """Declared sizes of these modules, as far as they have any."""
-    modules = named_modules(root)
-    found = {path: tuple(getattr(modules[path], size, None) for size in _SIZES) for path in paths if path in modules}
+    modules = {path: module_at(root, path) for path in paths if has_module(root, path)}
+    found = {path: tuple(_size(module, size) for size in _SIZES) for path, module in modules.items()}
     return {path: sizes for path, sizes in found.items() if any(isinstance(size, int) for size in sizes)}
+
+
+def _size(module: nn.Module, name: str) -> Any:
+    # Not getattr at once: a module looks for what it does not have among its parameters, buffers and children.
+    own = module.__dict__
+    return own[name] if name in own else getattr(module, name, None) if hasattr(type(module), name) else None
 
 
 def resized(root: nn.Module, record: Adaptation) -> list[str]:
@@ -172,10 +178,11 @@ def check_intact(root: nn.Module, record: Adaptation) -> None:
     Raises:
         PETError: naming them.
     """
-    names = {name for name, _ in named_tensors(root)}
-    absent = {*record.delta_names, *record.trained_names} - names
     # A delta may hold other tensors than when it was noted: what it may not be is gone.
-    lost = sorted(name for name in absent if not (delta := delta_prefix(name)) or not has_module(root, delta))
+    there = {inserted.path for inserted in record.deltas(root, pass_over_gone=True)}
+    gone = {path for applied in record.applied for path in applied.paths} - there
+    lost = sorted(name for name in (record.delta_names if gone else ()) if delta_prefix(name) in gone)
+    lost += sorted({*record.trained_names} - tensors_at(root, record.trained_names).keys())
     if lost:
         raise PETError(
             f"modules of {type(root).__name__} that carry a delta, or train, were replaced: {', '.join(lost[:4])} "

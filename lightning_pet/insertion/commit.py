@@ -31,6 +31,7 @@ from lightning_pet.model.naming import (
     join,
     named_parameters,
     named_tensors,
+    tensors_at,
 )
 from lightning_pet.model.quantised import check_hosts, initialize
 from lightning_pet.model.undisturbed import forbid_repacking, restore_repacking
@@ -436,10 +437,11 @@ def changed_buffers(root: nn.Module) -> dict[str, Tensor]:
     if record is None:
         return {}
     trained = {*record.trained_names, *record.trained_in_place}
+    there = tensors_at(root, record.originals.keys() - trained)
     return {
-        name: tensor
-        for name, tensor in named_tensors(root)
-        if name in record.originals and name not in trained and not _same(tensor, record.originals[name])
+        name: there[name]
+        for name in record.originals
+        if name in there and not _same(there[name], record.originals[name])
     }
 
 

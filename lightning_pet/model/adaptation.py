@@ -20,10 +20,11 @@ from lightning_pet.model.naming import (
     canonical,
     delta_of,
     delta_path,
+    host_at,
     host_key,
-    modules_on_the_way,
     named_tensors,
     names_below,
+    unwrapped,
 )
 from lightning_pet.model.structure import Target
 
@@ -264,8 +265,11 @@ class Adaptation:
     def held_by(self, deltas: Iterable[str]) -> dict[str, list[str]]:
         """Tensors of the base of which these deltas have values of their own, with the deltas that do."""
         found: dict[str, list[str]] = {}
+        trained: dict[str, list[str]] = {}
+        for applied in self.applied:
+            trained.setdefault(applied.delta, []).extend(applied.trained)
         for delta in deltas:
-            own = (*self.trained_by(delta), *self.values.get(delta, ()), *self.claims.get(delta, ()))
+            own = (*trained.get(delta, ()), *self.values.get(delta, ()), *self.claims.get(delta, ()))
             for name in dict.fromkeys(own):
                 found.setdefault(name, []).append(delta)
         return found
@@ -336,12 +340,18 @@ class Adaptation:
         Raises:
             KeyError: with the path of a delta that is gone.
         """
-        for applied, target, path in self.places():
-            way = list(modules_on_the_way(root, path))
-            if len(way) == path.count(".") + 2:
-                yield Inserted(applied, target, way[-3], cast(Delta, way[-1]), path)
-            elif not pass_over_gone:
-                raise KeyError(path)
+        hosts: dict[str, tuple[nn.Module, nn.Module] | None] = {}  # many deltas have the same
+        for applied in self.applied:
+            for target, (host, key) in zip(applied.targets, applied.hosts, strict=False):
+                if host not in hosts:
+                    hosts[host] = host_at(root, host)
+                found = hosts[host]
+                delta = found[1]._modules.get(key) if found is not None else None
+                if found is not None and delta is not None:
+                    inner = cast(Delta, unwrapped(delta))
+                    yield Inserted(applied, target, found[0], inner, delta_path(host, key))
+                elif not pass_over_gone:
+                    raise KeyError(delta_path(host, key))
 
     def places(self) -> Iterator[tuple[Applied, Target, str]]:
         """The same by name: (method, target, path of the delta), whether the modules are there or not."""

@@ -16,7 +16,6 @@ from lightning_pet.insertion.choice import (
     refuse_in_use,
     remove,
     remove_all,
-    tensors_at,
     using,
     using_rows,
 )
@@ -25,7 +24,7 @@ from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
 from lightning_pet.insertion.row_guard import check_rows, guarded
 from lightning_pet.model.adaptation import Adaptation, adapted_roots, note_changed, record_of
-from lightning_pet.model.naming import check_known
+from lightning_pet.model.naming import check_known, tensors_at
 from lightning_pet.model.structure import Structure
 from lightning_pet.operations.combining.in_model import combine
 from lightning_pet.operations.combining.rules import Combination, How

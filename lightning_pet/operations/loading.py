@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, record_at, show_in_blocks, tensors_at
+from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, record_at, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
@@ -28,6 +28,7 @@ from lightning_pet.model.naming import (
     join,
     named_modules,
     named_tensors,
+    tensors_at,
 )
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.file_terms import Rename, back, check_rename, for_model, method_of, note_of, without_heads

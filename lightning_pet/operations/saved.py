@@ -11,19 +11,26 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
 from lightning_pet.insertion.checks import check_intact
-from lightning_pet.insertion.choice import record_at, tensors_at
+from lightning_pet.insertion.choice import record_at
 from lightning_pet.insertion.commit import changed_buffers
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation, changed_outside, outside_parameters, record_of, renormalised
-from lightning_pet.model.naming import canonical, check_known, delta_of, in_file, join, named_tensors, split_below
+from lightning_pet.model.naming import (
+    canonical,
+    check_known,
+    delta_of,
+    in_file,
+    join,
+    named_tensors,
+    split_below,
+    tensors_at,
+)
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import describe, written_by
-from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
-from lightning_pet.store.manifest import Manifest, MethodRecord
+from lightning_pet.store.fingerprint import Verdict, compare, digest, fingerprint
+from lightning_pet.store.manifest import Fingerprint, Manifest, MethodRecord
 from lightning_pet.store.reader import PathLike
-from lightning_pet.store.remembered import Fingerprint
-from lightning_pet.store.tensors import digest
 from lightning_pet.strategies.agreement import together
 from lightning_pet.strategies.strategy import StrategyAdapter
 

@@ -36,10 +36,9 @@ from lightning_pet.store.reader import read
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
-from lightning_pet.strategies.choice import adapter_for
-from lightning_pet.strategies.hyper_parameters import warn_left_out
 from lightning_pet.strategies.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.strategies.plain import warn_left_out
+from lightning_pet.strategies.strategy import StrategyAdapter, adapter_for
 from lightning_pet.targets.placement import host_parameter
 from lightning_pet.training.checkpoint import Checkpoints
 from lightning_pet.training.durable_io import install as install_durable_io

@@ -35,8 +35,8 @@ from lightning_pet.operations.combining.rules import (
 )
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import written_by
+from lightning_pet.store.files import expanded
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import PathLike, Stored, read
 
 

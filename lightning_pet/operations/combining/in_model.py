@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, NotMergeableError, PETError
 from lightning_pet.insertion.checks import check_intact, refuse_lost
-from lightning_pet.insertion.choice import LOCK, record_at, tensors_at
+from lightning_pet.insertion.choice import LOCK, record_at
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
-from lightning_pet.model.naming import check_delta_name, check_known, delta_of
+from lightning_pet.model.naming import check_delta_name, check_known, delta_of, tensors_at
 from lightning_pet.operations.combining.files import by_rules, checked_options, provenance
 from lightning_pet.operations.combining.rules import (
     ENTRYWISE,
