@@ -417,7 +417,23 @@ def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str 
     if stored.base is not None:
         check_base(stored.base, root, record, stored.path, base_check, values)
         check_beside(stored.base, root, record, stored.path, base_check)
+    write_values(root, delta, stored)
+
+
+def write_values(root: nn.Module, delta: str, stored: Stored) -> None:
+    """The same without a look at the form, for values that are known to have that of the delta.
+
+    Args:
+        root: the adapted root.
+        delta: name of the delta.
+        stored: its values, under the names that they have in this model.
+    """
+    record = record_at(root)
+    view, found = record.of(delta), by_delta(stored.tensors)
+    values = {name: tensor for name, tensor in stored.tensors.items() if delta_of(name) is None}
+    trained = record.trained_by(delta).keys()
     with between_forwards(root), LOCK:
+        own = record.values[delta] if delta in record.values else tensors_at(root, owned(root, record, delta))
         for inserted in view.deltas(root):
             if inserted.path in found:
                 inserted.delta.unpack(found[inserted.path])
