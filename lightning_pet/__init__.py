@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
     from lightning_pet.operations.adapted import Adapted as Adapted
     from lightning_pet.operations.apply import apply as apply
+    from lightning_pet.operations.combining.choosing import choose_weights as choose_weights
     from lightning_pet.operations.combining.files import combine_deltas as combine_deltas
     from lightning_pet.operations.delta import inspect_delta as inspect_delta
     from lightning_pet.operations.delta import load_delta as load_delta
@@ -68,6 +69,7 @@ _WHERE = {
     "TasksCallback": "callbacks.tasks",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
+    "choose_weights": "operations.combining.choosing",
     "combine_deltas": "operations.combining.files",
     "inspect_delta": "operations.delta",
     "load_delta": "operations.delta",

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.checks import check_acting, sizes_of
-from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, keys_of, take_out, undo
+from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
 from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts, whole_shape
-from lightning_pet.model.adaptation import Adaptation, record_of
+from lightning_pet.model.adaptation import Adaptation, record_at
 from lightning_pet.model.call import Rows, Switch, between_forwards
 from lightning_pet.model.naming import (
     check_known,
@@ -33,6 +33,7 @@ from lightning_pet.model.naming import (
     named_tensors,
     tensors_at,
 )
+from lightning_pet.model.outside import changed_buffers
 from lightning_pet.model.undisturbed import set_aside
 
 LOCK: Final = threading.RLock()
@@ -40,14 +41,6 @@ LOCK: Final = threading.RLock()
 
 _SIZES: Final = ("out_features", "num_embeddings", "out_channels")
 """What modules say of the first dimension of their parameters."""
-
-
-def record_at(root: nn.Module) -> Adaptation:
-    """The record of an adapted root."""
-    record = record_of(root)
-    if record is None:
-        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
-    return record
 
 
 def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:

@@ -9,22 +9,14 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable, refuse_lost
-from lightning_pet.insertion.choice import (
-    activate,
-    place,
-    record_at,
-    refuse_in_use,
-    remove,
-    remove_all,
-    using,
-    using_rows,
-)
+from lightning_pet.insertion.choice import activate, place, refuse_in_use, remove, remove_all, using, using_rows
 from lightning_pet.insertion.commit import check_sum, commit, copy_in
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
 from lightning_pet.insertion.row_guard import check_rows, guarded
-from lightning_pet.model.adaptation import Adaptation, adapted_roots, note_changed, record_of
+from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_at, record_of
 from lightning_pet.model.naming import check_known, tensors_at
+from lightning_pet.model.outside import note_changed
 from lightning_pet.model.structure import Structure
 from lightning_pet.operations.combining.in_model import combine
 from lightning_pet.operations.combining.rules import Combination, How

@@ -20,9 +20,9 @@ from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.delta import Fill, start_from
 from lightning_pet.operations.roots import example_forward, root_of, scope_in
 from lightning_pet.operations.saved import Whole
-from lightning_pet.operations.unaccompanied import accompany_runs
 from lightning_pet.probe.probe import analyse
 from lightning_pet.store.reader import Stored, read
+from lightning_pet.strategies.strategy import accompany_runs
 
 _log = logging.getLogger(__name__)
 _OTHER_LOOK = (

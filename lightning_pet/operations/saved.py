@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
 from lightning_pet.insertion.checks import check_intact
-from lightning_pet.insertion.choice import record_at
-from lightning_pet.insertion.commit import changed_buffers
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.insertion.tasks.own_values import as_base_names, is_own
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation, changed_outside, outside_parameters, record_of, renormalised
+from lightning_pet.model.adaptation import Adaptation, record_at, record_of
 from lightning_pet.model.naming import (
     canonical,
     check_known,
@@ -27,6 +25,7 @@ from lightning_pet.model.naming import (
     split_below,
     tensors_at,
 )
+from lightning_pet.model.outside import changed_buffers, changed_outside, outside_parameters, renormalised
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import describe, written_by
 from lightning_pet.store.fingerprint import Verdict, compare, digest, fingerprint

@@ -12,7 +12,7 @@ convolutions. ``tests/core/test_graph.py`` pins them.
 import heapq
 import itertools
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,6 @@ _PART = re.compile(r"^(?:Slice|Select|Split|SplitWithSizes|Narrow|Unbind|Index|I
                    r"|Roll|ConstantPadNd|Chunk|Cat|Stack|Flip)(?:Backward)?\d*$")  # fmt: skip
 _SCALE = re.compile(r"^(?:Mul|Div)Backward\d*$")
 _MAX_WEIGHT_CHAIN = 12
-
-
-def sequence_number() -> int:
-    """Number that the next node created in this thread will carry at least."""
-    return int(torch._C._autograd._get_sequence_nr())
 
 
 def is_view_name(name: str) -> bool:
@@ -302,21 +297,6 @@ def _in_order(nodes: list[Node]) -> list[Node]:
             if not missing[user]:
                 heapq.heappush(ready, (_sequence(user), next(ticket), user))
     return ordered
-
-
-def tensors(nest: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of mappings, sequences and dataclass-like outputs, in order."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, Mapping):
-        for value in nest.values():
-            yield from tensors(value)
-    elif isinstance(nest, list | tuple | set | frozenset):
-        for value in nest:
-            yield from tensors(value)
-    elif hasattr(nest, "__dataclass_fields__"):
-        for name in nest.__dataclass_fields__:
-            yield from tensors(getattr(nest, name))
 
 
 # --- which columns of a projection feed which use of it, and whether a piece of the graph mixes positions ---

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,7 +14,6 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_pet.model.named_roles import named_places
-from lightning_pet.probe.graph import sequence_number, tensors
 
 # --- small inputs for models that describe themselves (Hugging Face's ``PreTrainedModel`` and its like) ---
 
@@ -355,3 +354,23 @@ def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
 
     named = {name: value if "mask" in name else convert(value) for name, value in kwargs.items()}
     return tuple(convert(value) for value in args), named
+
+
+def sequence_number() -> int:
+    """Number that the next node created in this thread will carry at least."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def tensors(nest: Any) -> Iterator[Tensor]:
+    """All tensors in a nest of mappings, sequences and dataclass-like outputs, in order."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, Mapping):
+        for value in nest.values():
+            yield from tensors(value)
+    elif isinstance(nest, list | tuple | set | frozenset):
+        for value in nest:
+            yield from tensors(value)
+    elif hasattr(nest, "__dataclass_fields__"):
+        for name in nest.__dataclass_fields__:
+            yield from tensors(getattr(nest, name))
