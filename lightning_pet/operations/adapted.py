@@ -324,7 +324,7 @@ class Adapted(Mapping[str, OneDelta]):
         base_check: str = "error",
     ) -> OneDelta:
         """Load one more delta, beside those that are there; see :func:`lightning_pet.load_delta`."""
-        insert(self.root, read(source), base_check, name=name, heads=heads, rename=rename)
+        insert(self.root, read(source, name), base_check, name=name, heads=heads, rename=rename)
         return self[name]
 
     def replace(self, name: str, source: PathLike, *, base_check: str = "error") -> None:
@@ -339,7 +339,7 @@ class Adapted(Mapping[str, OneDelta]):
             BaseMismatchError: if it was trained on another base.
         """
         check_intact(self.root, self.record)
-        replace_values(self.root, name, read(source), base_check)
+        replace_values(self.root, name, read(source, name), base_check)
 
     def combine(
         self,

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.checks import check_fires, lack_of_gradient
 from lightning_pet.insertion.commit import commit, undo
-from lightning_pet.insertion.method import Method, key_of
+from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.prepare import prepare
 from lightning_pet.insertion.widening import widen
 from lightning_pet.model.adaptation import record_of
@@ -136,7 +136,7 @@ def insert_methods(
 def start(
     model: nn.Module,
     methods: Sequence[Method],
-    files: Mapping[str, Stored] | None = None,
+    files: Mapping[tuple[str, str], Stored] | None = None,
     whole: Whole = iter,
     fill: Fill | None = None,
 ) -> None:
@@ -145,14 +145,16 @@ def start(
     Args:
         model: the adapted model.
         methods: those that were just inserted.
-        files: what was read before, by path.
+        files: what was read before, by path and delta.
         whole: gathers base tensors of which an engine left this process parts only.
         fill: writes whole values into such tensors.
     """
     adapted = Adapted(root_of(model)[1])
     for method in methods:
         if (path := method.start_from) is not None:
-            start_from(adapted, method, files[path] if files else read(path), method.base_check, whole, fill)
+            key = (path, delta_name(method))
+            stored = files[key] if files else read(*key)
+            start_from(adapted, method, stored, method.base_check, whole, fill)
 
 
 def is_applied(root: nn.Module, method: Method) -> bool:

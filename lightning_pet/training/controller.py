@@ -201,7 +201,11 @@ class Controller:
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_precision(self.trainer, self.adapter)
-        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
+        install_durable_io(
+            self.trainer.strategy,
+            any(method.delta_files for method in self.methods),
+            self.tasks.names if self.tasks is not None else (),
+        )
         keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
@@ -317,12 +321,12 @@ class Controller:
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
-        paths = [method.start_from for method in self._new if method.start_from]
+        paths = {(method.start_from, delta_name(method)) for method in self._new if method.start_from}
         if not paths:
             return
         self.adapter.check_start(self._root()[1])
         with self.adapter.undisturbed():
-            files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
+            files = self.adapter.agreed("reading start_from", lambda: {key: read(*key) for key in paths})
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from models import CLASSES, WIDTH, Net, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import CLASSES, WIDTH, Net, lora, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForSequenceClassification
@@ -15,6 +16,7 @@ from lightning_pet import (
     AdapterCallback,
     ArgumentError,
     BitFitCallback,
+    DeltaFileError,
     FullFineTuningCallback,
     IA3Callback,
     LayerFreezingCallback,
@@ -22,8 +24,10 @@ from lightning_pet import (
     PETError,
     PrefixTuningCallback,
     TasksCallback,
+    extract_delta,
     inspect_delta,
     load_delta,
+    load_from_checkpoint,
 )
 
 TASKS = ("odd", "even")
@@ -119,8 +123,9 @@ def _double() -> Any:
 def fitted(net: nn.Module, *callbacks: L.Callback, data: Any = None, **options: Any) -> tuple[Module, L.Trainer]:
     torch.manual_seed(3)
     module = Module(net, **{k: options.pop(k) for k in ("optimizer", "reduction") if k in options})
+    ckpt = options.pop("ckpt", None)
     run = trainer(*callbacks, **{"max_epochs": 2, **options})
-    run.fit(module, loader() if data is None else data, ckpt_path=options.get("ckpt"))
+    run.fit(module, loader() if data is None else data, ckpt_path=ckpt)
     return module, run
 
 
@@ -306,3 +311,66 @@ def load(path: Any) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+class Dropping(Module):
+    """A schedule, and dropout in the net: what a resume has to get right."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, epochs):
+    def go(**options: Any) -> tuple[Module, L.Trainer]:
+        torch.manual_seed(3)
+        module = Dropping(Net(dropout=0.3, norm=True))
+        saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = (lora(dropout=0.2, delta_files=True), TasksCallback(tasks=list(TASKS)))
+        ckpt = options.pop("ckpt", None)
+        run = trainer(*callbacks, saves, **{"max_epochs": 3, **options})
+        run.fit(module, loader(), ckpt_path=ckpt)
+        return module, run
+
+    whole, _ = go()
+    (tmp_path / "whole").mkdir()
+    for file in tmp_path.glob("*.ckpt"):
+        file.rename(tmp_path / "whole" / file.name)
+    half, _ = go(max_epochs=epochs)
+    torch.rand(5)
+    again, run = go(ckpt=tmp_path / f"epoch={epochs - 1}.ckpt")
+    assert half.losses + again.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+
+    source = tmp_path / "epoch=2.ckpt"
+    assert sorted(path.name for path in tmp_path.glob("epoch=2.*")) == [
+        "epoch=2.ckpt",
+        "epoch=2.even.pet.safetensors",
+        "epoch=2.odd.pet.safetensors",
+    ]
+    with pytest.raises(DeltaFileError, match="holds the deltas of 2 tasks: 'odd', 'even'"):
+        load_delta(Module(Net(norm=True)), source)
+    everything = load_from_checkpoint(Module(Net(norm=True)), source)
+    assert list(Adapted(everything)) == list(TASKS)
+    x = torch.randn(4, WIDTH)
+    for task in TASKS:
+        fresh = Module(Net(norm=True))
+        load_delta(fresh, source, name=task)
+        beside = Module(Net(norm=True))
+        load_delta(beside, tmp_path / f"epoch=2.{task}.pet.safetensors")
+        at_end = Module(Net(norm=True))
+        load_delta(at_end, tmp_path / f"{task}.pet.safetensors")
+        extract_delta(source, tmp_path / "x.pet.safetensors", delta=task)
+        assert load(tmp_path / "x.pet.safetensors").keys() == load(tmp_path / f"{task}.pet.safetensors").keys()
+        with Adapted(again).using(task), Adapted(everything).using(task), torch.no_grad():
+            found = [module.eval()(x) for module in (again, fresh, beside, at_end, everything)]
+        assert all(torch.equal(found[0], other) for other in found)
+    del run
+
+
+def test_a_run_with_other_tasks_is_refused(tmp_path):
+    saves = ModelCheckpoint(tmp_path, filename="x")
+    fitted(Net(), METHODS["lora"](), TasksCallback(tasks=list(TASKS)), saves, max_epochs=1)
+    with pytest.raises(DeltaFileError, match=r"lora:default of odd.*lora:default of even.*lora:default of third"):
+        fitted(Net(), METHODS["lora"](), TasksCallback(tasks=["odd", "third"]), ckpt=tmp_path / "x.ckpt")

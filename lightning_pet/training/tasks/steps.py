@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.insertion.tasks.own_values import VALUE
-from lightning_pet.model.adaptation import deltas_in
+from lightning_pet.model.adaptation import adapted_root, deltas_in, record_of
+from lightning_pet.model.naming import VALUE
 from lightning_pet.strategies import private
 from lightning_pet.training.tasks.routing import check_size, joined, named_rows, part_of, size_of, taken, weighted
 from lightning_pet.training.tasks.tasks import Tasks
@@ -29,6 +29,7 @@ class Steps:
     def __init__(self, run: Run, tasks: Tasks) -> None:
         self._run, self._tasks = run, tasks
         self._alike: bool | None = None
+        self._inserted = False
 
     def install(self) -> Callable[[], None]:
         """Put it around the steps; returns what takes it off."""
@@ -48,6 +49,8 @@ class Steps:
 
     def _step(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batch, rest = (args[0], args[1:]) if args else (kwargs.pop("batch"), ())
+        if not self._begun():  # a look at the model on a part of a batch, before there are deltas
+            return original(batch if self._tasks.every_row else taken(batch, self._tasks.key)[1], *rest, **kwargs)
         if self._tasks.every_row:
             everything = list(range(size_of(batch) or 1))
             return self._apart(name, original, batch, {task: everything for task in self._tasks.names}, rest, kwargs)
@@ -71,6 +74,13 @@ class Steps:
             with adapted.rows(names):
                 return original(batch, *rest, **kwargs)
         return self._apart(name, original, batch, rows, rest, kwargs)
+
+    def _begun(self) -> bool:
+        if not self._inserted:
+            found = adapted_root(self._run.module)
+            record = None if found is None else record_of(found[1])
+            self._inserted = record is not None and set(self._tasks.names) <= set(record.names)
+        return self._inserted
 
     def _apart(
         self,
