@@ -27,7 +27,7 @@ from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation, described, record_of
-from lightning_pet.model.naming import by_delta, delta_of, delta_prefix, join, modules_on_the_way, named_parameters
+from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
@@ -99,7 +99,7 @@ class Controller:
         self.firing = Firing(self)
         self._given: tuple[str, ...] = ()  # names of what was applied before this run
         self.tasks: Tasks | None = None
-        self._undo_steps: list[Callable[[], None]] = []
+        self._undo_steps: Callable[[], None] = lambda: None
 
     # --- finding the controller -----------------------------------------------------------------
 
@@ -150,6 +150,11 @@ class Controller:
         return tuple(dict.fromkeys(delta_name(method) for method in self.methods))
 
     @property
+    def resting(self) -> frozenset[str]:
+        """Deltas of tasks that have had no row in this fit."""
+        return self.tasks.unseen if self.tasks is not None else frozenset()
+
+    @property
     def base_check(self) -> str:
         """The strictest choice among the callbacks."""
         return min((method.base_check for method in self.methods), key=["exact", "error", "warn", "off"].index)
@@ -189,7 +194,7 @@ class Controller:
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
         if self.tasks is not None:
-            self._undo_steps.append(Steps(self, self.tasks).install())
+            self._undo_steps = Steps(self, self.tasks).install()
         self._converts = replaces_layers(self.trainer.precision_plugin)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
@@ -201,11 +206,8 @@ class Controller:
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_precision(self.trainer, self.adapter)
-        install_durable_io(
-            self.trainer.strategy,
-            any(method.delta_files for method in self.methods),
-            self.tasks.names if self.tasks is not None else (),
-        )
+        names = self.tasks.names if self.tasks is not None else ()
+        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods), names)
         keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
@@ -382,8 +384,8 @@ class Controller:
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
         if self.tasks is not None:
-            own_rates = {name: self.tasks.of_optimizer(delta_of(name)) for name in record.delta_names}
-            options |= {(n := join(prefix, name)): {**options.get(n, {}), **own} for name, own in own_rates.items()}
+            for name, own_options in self.tasks.of_optimizer(record.delta_names).items():
+                options.setdefault(join(prefix, name), {}).update(own_options)
         warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
@@ -481,9 +483,8 @@ class Controller:
         What is on the strategy stays: ``save_checkpoint`` works after fit.
         """
         self._undo_all()
-        for undone in self._undo_steps:
-            undone()
-        self._undo_steps = []
+        self._undo_steps()
+        self._undo_steps = lambda: None
         self.resume.teardown(self.trainer)
         self._warn_changed_form()
         root = self._root()[1]

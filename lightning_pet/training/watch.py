@@ -1,7 +1,7 @@
 """What a run is watched for: nothing trains but the plan, everything planned does, and nothing is built anew."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import DeadSiteError, OptimizerMismatchError, PETError, UnsupportedStrategyError
 from lightning_pet.insertion.commit import required_gradients
 from lightning_pet.model.adaptation import Mark, adapted_root, compare, mark, record_of
-from lightning_pet.model.naming import CHILD, canonical, is_inside, join, named_tensors
+from lightning_pet.model.naming import CHILD, canonical, delta_of, is_inside, join, named_tensors
 from lightning_pet.model.outside import frozen_parameters
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.strategies import private
@@ -41,6 +41,11 @@ class Run(Protocol):
     @property
     def root_path(self) -> str:
         """Path of the adapted root in the LightningModule."""
+        ...
+
+    @property
+    def resting(self) -> Collection[str]:
+        """Deltas of tasks that have had no row in this fit."""
         ...
 
 
@@ -288,6 +293,8 @@ class Firing:
         self._idle |= {name: own[name] for name in sorted(silent)}
         if not self._idle or self._others_wait(wanted):
             return
+        if self._fired and not self._places():
+            return
         if not self._fired:
             raise DeadSiteError(
                 f"no delta received a gradient in the first step: {shown(self._places())}. {_REASONS}. Exclude these "
@@ -329,7 +336,9 @@ class Firing:
         return False
 
     def _places(self) -> list[str]:
-        return list(dict.fromkeys(name.partition(f".{CHILD}.")[0] for name in self._idle))
+        resting = self._run.resting  # it is said of these that they had no rows
+        idle = [name for name in self._idle if delta_of(name) not in resting]
+        return list(dict.fromkeys(name.partition(f".{CHILD}.")[0] for name in idle))
 
     def report(self, when: str) -> None:
         """Say which never fired, and look no more.
@@ -341,7 +350,7 @@ class Firing:
             return
         silent = self._run.adapter.everywhere(set(self._idle))
         self._idle = {name: p for name, p in self._idle.items() if name in silent}
-        if self._idle:
+        if self._places():
             rank_zero_warn(
                 f"{len(self._places())} deltas never received a gradient {when}: {shown(self._places())}. They are as "
                 f"they were at the start. {_REASONS}. If the model does not use these hosts, exclude_modules leaves "
