@@ -342,7 +342,7 @@ def changed_rows(
     if not any(group.activation for group in groups):
         return output
     pet: Any = host._modules[CHILD]
-    _, rows = pet.rows()
+    root, rows = pet.rows()
     several = isinstance(output, tuple | list)
     tensor = output[0] if several else output
     value = args[0] if args else next(iter(kwargs.values()), None)
@@ -361,11 +361,12 @@ def changed_rows(
         parts = []
         for number, (group, index) in enumerate(zip(deltas, divided.index, strict=True)):
             part = tensor.index_select(0, index)
-            for delta in group:
-                x = value if delta.slot is None else taken[delta.slot]
-                if isinstance(x, Tensor):
-                    x = x.index_select(0, division(rows, x.shape[0], x.device, host).index[number])
-                part = delta(x, part, *weight_and_bias()) if delta.reads_weight else delta(x, part)
+            with HERE.call.only(root, rows.parts[number]):  # whose rows these are: random numbers may be its own
+                for delta in group:
+                    x = value if delta.slot is None else taken[delta.slot]
+                    if isinstance(x, Tensor):
+                        x = x.index_select(0, division(rows, x.shape[0], x.device, host).index[number])
+                    part = delta(x, part, *weight_and_bias()) if delta.reads_weight else delta(x, part)
             parts.append(part)
         changed = torch.cat(parts).index_select(0, divided.inverse)
     if not several:
