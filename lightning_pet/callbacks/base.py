@@ -2,8 +2,9 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
@@ -27,6 +28,7 @@ from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.run_log import log_figures, norm_of
+from lightning_pet.training.tasks.tasks import tasks_of
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
 Scalar = Literal["norm", "rank", "density"]
@@ -87,6 +89,13 @@ class PETCallback(Callback):
     mirrors: ClassVar[bool] = True
     """Its deltas can be had twice: a copy of the model that the user keeps (for averages) gets the same, untrained."""
 
+    own_values: bool = False
+    """It is one of several that train side by side: what it trains of the base is a parameter of its own."""
+    outputs: int | None = None
+    """Number of labels of its own head."""
+    start_seed: int | None = None
+    """Seed of its random start."""
+
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""
 
@@ -144,6 +153,8 @@ class PETCallback(Callback):
             METHODS[cls.method] = cls
         if "__init__" in cls.__dict__:
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+        if "setup" in cls.__dict__:
+            cls.setup = _for_tasks(cls.setup)  # type: ignore[method-assign]
 
     # --- what a method answers ------------------------------------------------------------------
 
@@ -250,6 +261,43 @@ class PETCallback(Callback):
         """The same, where options by pattern are in a form that files can hold; see :func:`patterns.settled`."""
         return self.config()
 
+    # --- several tasks in one run ---------------------------------------------------------------
+
+    @property
+    def not_for_tasks(self) -> str | None:
+        """Why this method, with these options, cannot train several deltas in one run; ``None`` if it can."""
+        return None
+
+    def for_task(self, task: str, options: Mapping[str, Any]) -> "PETCallback":
+        """The same for the delta of one task.
+
+        Args:
+            task: its name.
+            options: arguments of the task's own; those that this method does not take are passed over.
+
+        Raises:
+            ArgumentError: if this method cannot be one of several.
+        """
+        if self.delta != DEFAULT:
+            raise ArgumentError(
+                f"{type(self).__name__}(delta={self.delta!r}) beside TasksCallback: each task is a delta under its own "
+                "name. Leave delta out."
+            )
+        if (reason := self.not_for_tasks) is not None:
+            raise ArgumentError(f"{type(self).__name__} beside TasksCallback: {reason}")
+        known = set(self.options())
+        own = {name: value for name, value in options.items() if name in known}
+        mine = type(self)(**{**self._arguments(), **own, "delta": task})
+        mine.own_values, mine.outputs, mine.start_seed = True, options.get("labels"), options.get("seed")
+        return mine
+
+    def _first_for_tasks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """The callback that stands in the place of this one, if the Trainer has tasks."""
+        if (tasks := tasks_of(trainer)) is None:
+            return None
+        self._of_run = pl_module
+        return tasks.first_of(trainer, self, PETCallback)
+
     # --- sizing by a budget ---------------------------------------------------------------------
 
     def set_width(self, width: int) -> None:
@@ -307,6 +355,9 @@ class PETCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""
+        if (first := self._first_for_tasks(trainer, pl_module)) is not None:
+            first.setup(trainer, pl_module, stage)
+            return
         methods = [callback for callback in trainer.callbacks if isinstance(callback, PETCallback)]  # type: ignore[attr-defined]
         controller = Controller.of(trainer, pl_module, methods)
         self._of_run = pl_module
@@ -373,6 +424,17 @@ class PETCallback(Callback):
         """Leave no wrapper behind."""
         if (controller := Controller.get(trainer)).leads(self):
             controller.teardown()
+
+
+def _for_tasks(setup: Callable[..., None]) -> Callable[..., None]:
+    """Let a method's own ``setup`` run for the callbacks of single tasks, where there are such."""
+
+    @wraps(setup)
+    def run(self: PETCallback, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        first = self._first_for_tasks(trainer, pl_module)
+        (partial(setup, self) if first is None else first.setup)(trainer, pl_module, stage)
+
+    return run
 
 
 def _many(value: Any) -> Any:

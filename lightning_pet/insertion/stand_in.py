@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.insertion.choice import LOCK, owned
+from lightning_pet.insertion.choice import LOCK, owned, shared
 from lightning_pet.insertion.commit import changed_buffers, copy_in
 from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.insertion.widening import read_precisions
@@ -67,6 +67,8 @@ def leaving_for(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) ->
     leaving = {name for delta in record.active if delta not in deltas for name in owned(root, record, delta)}
     if not deltas or not record.active:
         leaving |= changed_buffers(root).keys()
+    if record.together and set(record.together).isdisjoint(deltas):
+        leaving |= set(shared(root, record))
     return leaving
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.insertion.choice import tensors_at
 from lightning_pet.insertion.commit import changed_buffers
+from lightning_pet.insertion.tasks.own_values import as_base_names
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import check_known, delta_of, in_file
 from lightning_pet.model.naming import join, named_tensors
@@ -51,8 +52,8 @@ def changed_besides(root: nn.Module, record: Adaptation, delta: str) -> dict[str
     """Buffers, and parameters beside the base, that have changed under an active delta, or that it has brought."""
     changed: dict[str, Tensor] = {**changed_buffers(root), **changed_outside(root)}
     mine = record.claims.get(delta, frozenset())
-    others = record.held_by(name for name in record.names if name != delta)
-    keeps = delta == record.keeper
+    others = record.held_by(name for name in record.names if name not in (delta, *record.together))
+    keeps = delta == record.keeper or delta in record.together
     found = {name: t for name, t in changed.items() if name in mine or (keeps and name not in others)}
     return found | tensors_at(root, mine - found.keys())
 
@@ -62,7 +63,7 @@ def packed(root: nn.Module, record: Adaptation, delta: str) -> dict[str, Tensor]
     tensors = {name: t for name, t in tensors_of(root, record, delta).items() if delta_of(name) is None}
     for inserted in record.of(delta).deltas(root):
         tensors |= {join(inserted.path, name): tensor for name, tensor in inserted.delta.packed().items()}
-    return in_file(tensors)
+    return in_file(as_base_names(tensors))
 
 
 def check_fit(

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.choice import record_at
 from lightning_pet.insertion.intact import check_intact
+from lightning_pet.insertion.tasks.own_values import as_base_names, is_own
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.delta_names import delta_of, in_file
@@ -48,7 +49,7 @@ def save(
     record = record_at(root)
     delta = meant(record, name)
     view = record.of(delta)
-    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied)
+    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied if not is_own(a))
     manifest = Manifest(methods, root=root_path, notes=dict(notes or {}), written_by=written_by())
     if (adapter := _gathering_adapter(model)) is not None:
         return _save_gathered(adapter, root, view, path, manifest, exact)
@@ -108,7 +109,8 @@ def _save_gathered(
         )
     # As for a checkpoint: outside of the writing process nothing but shapes is kept.
     tensors, _ = split_below(strategy.lightning_module_state_dict(), manifest.root)
-    tensors = in_file({n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)})
+    own = {n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)}
+    tensors = in_file(as_base_names(own))
     manifest = replace(manifest, base=base_fingerprint(root, record, tensors, exact, adapter.whole))
     write = strategy.is_global_zero
     size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)
