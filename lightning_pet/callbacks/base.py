@@ -95,6 +95,8 @@ class PETCallback(Callback):
     """Number of labels of its own head."""
     start_seed: int | None = None
     """Seed of its random start."""
+    stream: Any = None
+    """The random numbers of the run that it is a part of, if it is one of several; see :mod:`training.runs`."""
 
     shards: bool = False
     """Tests show that it trains under strategies that shard parameters over processes."""

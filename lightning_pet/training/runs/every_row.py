@@ -84,7 +84,7 @@ class EveryRow:
         return output
 
     def _alone(self, name: str, original: Callable[..., Any], batch: Any, rest: Any, kwargs: Any) -> Any:
-        with self._streams.own[name].drawing(self._devices()), self._run.adapted.using(name):
+        with self._streams.alone(name, self._devices()), self._run.adapted.using(name):
             return original(batch, *rest, **kwargs)
 
     def _one_by_one(self, original: Callable[..., Any], batch: Any, rest: Any, kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class EveryRow:
         return {**outputs[0], "loss": total} if isinstance(outputs[0], dict) else total
 
     def _measured(self, original: Callable[..., Any], batch: Any, several: Any, rest: Any, kwargs: Any) -> float:
-        streams, before = self._streams, self._streams.state()
+        streams, before, common = self._streams, self._streams.state(), torch.get_rng_state()
 
         def together() -> Tensor:
             streams.load_state(before)
@@ -112,6 +112,7 @@ class EveryRow:
                 factor = measured_factor(together, alone, self._names, parameters)
         finally:
             streams.load_state(before)
+            torch.set_rng_state(common)
         self._draws = streams.drew
         return factor
 

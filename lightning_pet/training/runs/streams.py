@@ -4,11 +4,12 @@ All rows of all runs go through one forward. What is drawn at random there, one 
 all rows (dropout), is drawn block by block, each from the stream of its run; what deltas draw for the rows of one run
 comes from that run's stream. The stream of a run begins with its seed, or where torch's own generator stood when its
 deltas were built, and its first numbers make their random start. So it goes on as in a run alone; numbers that others
-draw between the steps (the loader its seeds) are drawn from every stream, too.
+draw between the steps (the loader its seeds) are drawn from every stream, too. And torch's own generator moves on as if
+one run were alone, so that the loader's next order is what it would have been.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ _ROW_BY_ROW: Final = frozenset(
 _PROBABILITY: Final = ("dropout_p", "dropout")
 _BLOCK: Final = 624  # numbers that torch's generator of the CPU makes at a time
 _BLOCKS: Final = 256  # of them that are looked through for what others have drawn
-_HEAD: Final = 24  # bytes before the numbers themselves, in the state of that generator
+_CPU: Final = torch.device("cpu")
 
 
 class Stream:
@@ -42,7 +43,7 @@ class Stream:
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
         self.states: dict[str, Tensor] = {}
-        self.at(torch.device("cpu"))
+        self.at(_CPU)
 
     def at(self, device: torch.device) -> Tensor:
         """Its state on a device."""
@@ -85,14 +86,16 @@ class Streams:
 
     Args:
         seeds: of each run; see :class:`Stream`.
+        leader: the run after whose deltas' draws torch's own generator moves on; ``None``: after none.
 
     Attributes:
         own: by the names of the runs.
         drew: whether rows of several runs have drawn anything.
     """
 
-    def __init__(self, seeds: Mapping[str, int | None]) -> None:
+    def __init__(self, seeds: Mapping[str, int | None], leader: str | None = None) -> None:
         self.own = {name: Stream(seed) for name, seed in seeds.items()}
+        self.leader = leader
         self.drew = False
         self._repeatable = _Repeatable(torch.get_rng_state())
         self._common = torch.get_rng_state()  # of torch's own generator, at the last look
@@ -103,12 +106,25 @@ class Streams:
 
         What gradient checkpointing will repeat is remembered for :meth:`backward`.
         """
-        self._repeatable = _Repeatable(torch.get_rng_state())
+        self._repeatable, common = _Repeatable(torch.get_rng_state()), Stream()
         try:
-            with _Drawing(self, tuple(names), rows, self._repeatable):
+            with _Drawing(self, tuple(names), rows, self._repeatable, common):
                 yield
         finally:
-            torch.set_rng_state(self._repeatable.begin)
+            torch.set_rng_state(common.at(_CPU))
+
+    @contextmanager
+    def alone(self, name: str, devices: Iterable[torch.device]) -> Iterator[None]:
+        """Within the block all that is drawn on these devices is one run's."""
+        common = Stream()
+        try:
+            with ExitStack() as stack:
+                if name == self.leader:
+                    stack.enter_context(_Shadow(common))
+                stack.enter_context(self.own[name].drawing(devices))
+                yield
+        finally:
+            torch.set_rng_state(common.at(_CPU))
 
     @contextmanager
     def backward(self, names: Sequence[str], rows: int) -> Iterator[None]:
@@ -118,7 +134,7 @@ class Streams:
             return
         before, states = torch.get_rng_state(), self.state()
         try:
-            with _Drawing(self, tuple(names), rows, self._repeatable):
+            with _Drawing(self, tuple(names), rows, self._repeatable, Stream()):
                 yield
         finally:
             torch.set_rng_state(before)
@@ -134,7 +150,7 @@ class Streams:
         """Draw from every stream as many numbers as others have drawn from torch's own generator since :meth:`look`."""
         drawn = numbers_between(self._common, torch.get_rng_state())
         for stream in self.own.values() if drawn else ():
-            stream.draw(torch.device("cpu"), lambda: torch.empty(drawn, dtype=torch.int32).random_())
+            stream.draw(_CPU, lambda: torch.empty(drawn, dtype=torch.int32).random_())
         self.look()
 
     # --- kept ---------------------------------------------------------------------------------------
@@ -221,9 +237,12 @@ def _left(state: Tensor) -> int:
 class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation of this thread below autograd; those that draw are given to the streams."""
 
-    def __init__(self, streams: Streams, names: tuple[str, ...], rows: int, repeatable: _Repeatable) -> None:
+    def __init__(
+        self, streams: Streams, names: tuple[str, ...], rows: int, repeatable: _Repeatable, common: Stream
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.streams, self.names, self.rows, self.repeatable = streams, names, rows, repeatable
+        self.streams, self.names, self.rows = streams, names, rows
+        self.repeatable, self.common = repeatable, common
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -233,6 +252,8 @@ class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.repeatable.note(self.streams)
         owner = self._owner()
         if owner is not None:
+            if owner == self.streams.leader:
+                _draw_besides(self.common, func, args, kwargs)
             return self.streams.own[owner].draw(_device(args, kwargs), lambda: func(*args, **kwargs))
         return self._by_rows(func, args, kwargs)
 
@@ -245,8 +266,7 @@ class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def _by_rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = func._schema.name.partition("::")[2]
-        in_place = name.endswith("_") and bool(args) and isinstance(args[0], Tensor)
+        name, in_place = func._schema.name.partition("::")[2], _is_in_place(func, args)
         size = _rows(args)
         if size == 0 or size % (len(self.names) * self.rows) or not (in_place or name in _ROW_BY_ROW):
             what = f"a tensor whose first dimension is {size}" if size else "something that has no rows"
@@ -256,6 +276,7 @@ class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "dropout inside of a fused attention: attn_implementation='eager'), or train these runs one by one."
             )
         each, device, parts = size // len(self.names), _device(args, kwargs), []
+        _draw_besides(self.common, func, tuple(_block(value, size, 0, each) for value in args), kwargs)
         for block, owner in enumerate(self.names):
             own = [_block(value, size, block, each) for value in args]
             parts.append(self.streams.own[owner].draw(device, lambda own=own: func(*own, **kwargs)))  # type: ignore[misc]
@@ -264,6 +285,32 @@ class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts)
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+class _Shadow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws once more, from another stream, whatever is drawn."""
+
+    def __init__(self, common: Stream) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.common = common
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _draws(func) and kwargs.get("generator") is None:
+            _draw_besides(self.common, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _draw_besides(common: Stream, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Draw as many numbers from another stream; those of the CPU are what loaders depend on."""
+    if (device := _device(args, kwargs)).type == "cpu":
+        if _is_in_place(func, args):
+            args = (torch.empty_like(args[0]), *args[1:])
+        common.draw(device, lambda: func(*args, **kwargs))
+
+
+def _is_in_place(func: Any, args: tuple[Any, ...]) -> bool:
+    return func._schema.name.endswith("_") and bool(args) and isinstance(args[0], Tensor)
 
 
 @cache
