@@ -5,28 +5,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Data, Module, Net, adamw, ckpt, every_step, trainer
+from models import Data, Module, Net, ckpt, every_step, trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification
+from torch.utils.data import TensorDataset
 
 from lightning_pet import (
-    AdaLoRACallback,
-    AdapterCallback,
     Adapted,
-    ArgumentError,
-    BitFitCallback,
-    CompacterCallback,
-    DiffPruningCallback,
-    FullFineTuningCallback,
-    IA3Callback,
     LoRACallback,
     PETError,
-    PrefixTuningCallback,
-    TargetError,
     TasksCallback,
-    load_delta,
 )
 
 STEPS = 50
