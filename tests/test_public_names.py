@@ -37,6 +37,7 @@ NAMES = [
     "TasksCallback",
     "UnsupportedStrategyError",
     "apply",
+    "choose_weights",
     "combine_deltas",
     "extract_delta",
     "inspect_delta",

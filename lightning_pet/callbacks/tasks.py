@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 from lightning.pytorch import Callback
 
 from lightning_pet.arguments import checked
-from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.tasks.files import SUFFIX, folder_of, write
 from lightning_pet.training.tasks.tasks import Tasks
@@ -63,7 +62,7 @@ class TasksCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put one PET callback per task in the place of each."""
-        self._tasks.spread(trainer, PETCallback)
+        self._tasks.spread(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the random numbers of runs stand (``every_row``)."""

@@ -8,10 +8,10 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.checks import check_together
 from lightning_pet.insertion.host import check_attachable
 from lightning_pet.insertion.method import Insertion, Method, delta_name, key_of
 from lightning_pet.insertion.tasks.own_values import OwnValues, insertions_for, started, wants_own_values
-from lightning_pet.insertion.together import check_together
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import is_made, reader_of
@@ -21,8 +21,8 @@ from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.structure import is_shared as is_shared
 from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
 from lightning_pet.targets.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
-from lightning_pet.targets.parameters import seen_reader
 from lightning_pet.targets.patterns import KINDS, is_role, name_matcher
+from lightning_pet.targets.targets import seen_reader
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import TargetError
-from lightning_pet.insertion.effective import KEPT, Kept, of_host
-from lightning_pet.insertion.slot import Acting, Deltas
+from lightning_pet.insertion.slot import KEPT, Acting, Deltas, Kept, of_host
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Rows
 from lightning_pet.model.naming import CHILD

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.layers.activations import activation
+from lightning_pet.layers.bottleneck import activation
 from lightning_pet.layers.delta import Delta, Part, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
 
@@ -236,7 +236,7 @@ class PHMBottleneck(Delta):
         bottleneck: features in between.
         n: number of Kronecker products; 1 for a low-rank (or dense) adapter.
         rank: rank of the slices; ``None`` for full ones.
-        non_linearity: a name in :data:`~lightning_pet.layers.activations.ACTIVATIONS`.
+        non_linearity: a name in :data:`~lightning_pet.layers.bottleneck.ACTIVATIONS`.
         rule: a rule that all adapters share; ``None``: two of its own.
         rule_std: standard deviation of own rules at the start.
         device: where the parameters live.

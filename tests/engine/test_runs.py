@@ -15,6 +15,8 @@ from lightning_pet import (
     PETError,
     TasksCallback,
 )
+from lightning_pet.insertion.tasks.own_values import as_base_names
+from lightning_pet.model.naming import in_file
 
 STEPS = 50
 Runs = dict[str, dict[str, Any]]
@@ -91,9 +93,6 @@ def alone(own: dict[str, Any], dtype: torch.dtype, kind: str = "adamw", **option
 
 def tensors(module: L.LightningModule, name: str) -> dict[str, Tensor]:
     """As a file has them."""
-    from lightning_pet.insertion.tasks.own_values import as_base_names
-    from lightning_pet.model.delta_names import in_file
-
     return {key: tensor.clone() for key, tensor in in_file(as_base_names(Adapted(module)[name].state_dict())).items()}
 
 

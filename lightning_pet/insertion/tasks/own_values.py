@@ -18,11 +18,10 @@ from lightning_pet.insertion.method import Insertion, delta_name, suffix_of
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.value import Value
 from lightning_pet.model.adaptation import Adaptation, Applied
-from lightning_pet.model.delta_names import own_key
-from lightning_pet.model.naming import join, named_parameters
+from lightning_pet.model.naming import join, named_parameters, own_key
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.heads import HEAD
-from lightning_pet.targets.parameters import seen_reader
+from lightning_pet.targets.targets import seen_reader
 
 VALUE: Final = "value"
 """Short name of the method; no file holds it."""

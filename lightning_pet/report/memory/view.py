@@ -6,8 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_pet.operations.plan import show_table
 from lightning_pet.report.memory.planner import MemoryPlan
-from lightning_pet.training.titled import show_table
 
 LABELS = {
     "base": "base",

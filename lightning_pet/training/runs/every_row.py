@@ -1,23 +1,23 @@
 """Every row of a batch goes to every run: one forward for all of them, and each is what it would be alone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_pet.errors import ArgumentError, PETError, TargetError, UnsupportedStrategyError
-from lightning_pet.model.delta_names import delta_of
+from lightning_pet.model.naming import delta_of
 from lightning_pet.strategies import private
-from lightning_pet.training.run import Run
 from lightning_pet.training.runs.clipping import clip_each
 from lightning_pet.training.runs.losses import loss_in, measured_factor, scaled, unnoticed
 from lightning_pet.training.runs.repeat import repeated, rows_of
 from lightning_pet.training.runs.streams import Streams, state_of
+from lightning_pet.training.watch import Run
 
-_ONE_BY_ONE = "split=True runs them one after the other in each step, which takes as long as running them apart."
+_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_ONE_BY_ONE: Final = "split=True runs them one after the other in each step, which takes as long as running them apart."
 
 
 class EveryRow:
@@ -164,7 +164,7 @@ def _refuse_shared(trainer: pl.Trainer, module: pl.LightningModule, shards: bool
             "precision '16-mixed' leaves out a step where a gradient overflows, and would leave it out for all runs. "
             "Use 'bf16-mixed' or '32-true'."
         )
-    norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.training]
+    norms = [name for name, part in module.named_modules() if isinstance(part, _NORMS) and part.training]
     if norms:
         raise TargetError(
             f"{norms[0]} ({type(module.get_submodule(norms[0])).__name__}) is in training mode: it mixes the rows of a "

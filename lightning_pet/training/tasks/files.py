@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.operations.saving import save
-from lightning_pet.training.run import Run
+from lightning_pet.operations.saved import save
+from lightning_pet.training.watch import Run
 
 SUFFIX = ".pet.safetensors"
 

@@ -11,10 +11,10 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.tasks.own_values import VALUE
 from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.strategies import private
-from lightning_pet.training.run import Run
 from lightning_pet.training.runs.every_row import EveryRow
 from lightning_pet.training.tasks.routing import check_size, joined, named_rows, part_of, size_of, taken, weighted
 from lightning_pet.training.tasks.tasks import Tasks
+from lightning_pet.training.watch import Run
 
 _STEPS: Final = ("training_step", "validation_step", "test_step", "predict_step")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +14,7 @@ from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.choice import gather
 from lightning_pet.insertion.method import key_of
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.delta_names import check_delta_name
+from lightning_pet.model.naming import check_delta_name
 from lightning_pet.training.runs.streams import Streams
 from lightning_pet.training.tasks.routing import Key
 
@@ -25,19 +25,6 @@ OF_HEAD: Final = ("labels",)
 _OF_ONE_FORM: Final = frozenset((*OF_OPTIMIZER, *OF_START, *OF_HEAD, "r", "alpha"))
 """Options that do not change how much is drawn at random in a step."""
 _REFUSED: Final = ("name", "delta", "module", "base_check", "delta_files", "verbose", "scalars")
-
-
-class Template(Protocol):
-    """A PET callback as the user gave it."""
-
-    @classmethod
-    def options(cls) -> list[str]:
-        """Names of all arguments of the constructor."""
-        ...
-
-    def for_task(self, task: str, options: Mapping[str, Any]) -> "Template":
-        """The same for one task."""
-        ...
 
 
 class Tasks:
@@ -72,7 +59,7 @@ class Tasks:
         """Whether a callback is one of those that were made for a task."""
         return any(callback is own for own in self._copies)
 
-    def spread(self, trainer: pl.Trainer, kind: type[Any]) -> None:
+    def spread(self, trainer: pl.Trainer) -> None:
         """Put one callback per task in the place of each PET callback of a Trainer, in its list.
 
         The list is changed where it is: Lightning goes through it while it sets callbacks up.
@@ -82,7 +69,7 @@ class Tasks:
             PETError: if there is none.
         """
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        templates = [callback for callback in callbacks if isinstance(callback, kind) and not self.knows(callback)]
+        templates = [callback for callback in callbacks if hasattr(callback, "for_task") and not self.knows(callback)]
         if not templates:
             if not any(self.knows(callback) for callback in callbacks):
                 raise PETError(
@@ -103,16 +90,16 @@ class Tasks:
             for copy in self._copies:
                 copy.stream = self.streams.own[copy.delta]
 
-    def first_of(self, trainer: pl.Trainer, template: object, kind: type[Any]) -> Any:
+    def first_of(self, trainer: pl.Trainer, template: object) -> Any:
         """The callback that stands first in the place of a PET callback; ``None`` if this is one of those made."""
         if self.knows(template):
             return None
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         place = next(index for index, callback in enumerate(callbacks) if callback is template)
-        self.spread(trainer, kind)
+        self.spread(trainer)
         return callbacks[place]
 
-    def _check_options(self, templates: Sequence[Template]) -> None:
+    def _check_options(self, templates: Sequence[Any]) -> None:
         known = {option for template in templates for option in template.options()} - set(_REFUSED)
         known |= {*OF_OPTIMIZER, *OF_START, *OF_HEAD}
         for task, options in self.options.items():
