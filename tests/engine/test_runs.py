@@ -5,14 +5,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from models import Data, Module, Net, ckpt, every_step, trainer
+from models import Data, Module, Net, trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_pet import (
     Adapted,
     LoRACallback,
-    PETError,
     TasksCallback,
 )
 from lightning_pet.insertion.tasks.own_values import as_base_names
@@ -128,15 +127,3 @@ def test_a_run_more_or_less_changes_no_other() -> None:
                 assert distance(tensors(fewer, name), tensors(every, name)) < 1e-12
     one = fitted({"c": runs["c"]}, torch.float64)
     assert distance(tensors(one, "c"), tensors(every, "c")) < 1e-12
-
-
-def test_resumed_it_goes_on_with_the_same_numbers(tmp_path: Any) -> None:
-    whole = fitted(SEEDED, torch.float64, callbacks=[every_step(tmp_path)], max_epochs=2)
-    again = fitted(SEEDED, torch.float64, ckpt=ckpt(tmp_path, 7), max_epochs=2)
-    for name in SEEDED:
-        assert all(
-            torch.equal(one, other)
-            for one, other in zip(tensors(whole, name).values(), tensors(again, name).values(), strict=True)
-        )
-    with pytest.raises(PETError):
-        fitted({"a": {}, "x": {}}, torch.float64, ckpt=ckpt(tmp_path, 7), max_epochs=2)
