@@ -434,7 +434,7 @@ def test_the_stack_is_made_once_while_nobody_trains(tmp_path: Path) -> None:
             assert len(made) == first > 0
             next(p for n, p in net.named_parameters() if n.endswith("lora_default@d0.b")).add_(1.0)
             net(**given)
-            assert len(made) == first + 3  # A, B and the bias that there is not
+            assert len(made) == first + 4  # A, B and two vectors that there are not
     finally:
         row_forms._stack = original
 
