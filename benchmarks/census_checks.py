@@ -12,10 +12,9 @@ import lightning_pet
 from lightning_pet import Adapted, PETCallback, PETError
 from lightning_pet.model.named_roles import is_linear
 from lightning_pet.model.naming import canonical
-from lightning_pet.model.structure import Structure
+from lightning_pet.model.structure import Structure, host_parameter
 from lightning_pet.operations.adapted import adapt
 from lightning_pet.probe.probe import analyse
-from lightning_pet.targets.placement import host_parameter
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ NAMES = [
     "TargetError",
     "UnsupportedStrategyError",
     "apply",
+    "choose_weights",
     "combine_deltas",
     "extract_delta",
     "inspect_delta",

@@ -14,12 +14,12 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.insertion.prompt_places import Where, prompt_insertions, prompt_targets
-from lightning_pet.layers.trigger import TriggerRows, best_tokens, first_order_scores
+from lightning_pet.layers.prompt import TriggerRows, best_tokens, first_order_scores
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.operations.roots import silenced
-from lightning_pet.strategies.choice import adapter_for
+from lightning_pet.strategies.strategy import adapter_for
 from lightning_pet.training.controller import Controller
 
 

@@ -5,13 +5,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
-from lightning_pet.model.naming import delta_prefix, has_module, named_modules, named_tensors
+from lightning_pet.model.layer_kinds import base_class
+from lightning_pet.model.named_roles import named_places
+from lightning_pet.model.naming import delta_prefix, has_module, module_at, named_modules, tensors_at
+from lightning_pet.model.quantised import format_of, is_quantised, is_repacked
 from lightning_pet.model.structure import Structure, Target, overlap
 
 # --- before: what was planned can act, side by side on one layer, and at all ----------------------
@@ -97,6 +101,40 @@ def _present(root: nn.Module, leaving: Collection[str], deltas: Collection[str])
     ]
 
 
+def lack_of_gradient(root: nn.Module) -> str | None:
+    """Why what is before a quantised layer could not train, and what to do; ``None`` if all of them pass a gradient.
+
+    Formats that also quantise activations have no derivative in some libraries: their output does not depend on
+    their input as far as autograd can see, and training would go wrong without a word.
+    """
+    seen: set[tuple[type, str]] = set()
+    for path, module in named_places(root).items():
+        weight: Any = module._parameters.get("weight")
+        if weight is not None and is_repacked(weight):
+            return (
+                f"{path} is stored as {format_of(weight)}: in that form its product has no gradient, so nothing before "
+                "it would train. Load the base again, and evaluate it only with the delta in it."
+            )
+        flatten = getattr(weight, "__tensor_flatten__", None)
+        if flatten is None or not is_quantised(weight) or base_class(module) is not nn.Linear:
+            continue
+        key = type(weight), str(flatten()[1])
+        if key not in seen and not _passes_gradient(module, weight):
+            return (
+                f"{path} is stored as {format_of(weight)} in a form whose product has no gradient with respect to its "
+                "input (activations are quantised too), so nothing before it would train. Use a weight-only format, "
+                "such as Int8WeightOnlyConfig or IntxWeightOnlyConfig."
+            )
+        seen.add(key)
+    return None
+
+
+def _passes_gradient(module: Any, weight: Any) -> bool:
+    x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return bool(nn.Linear.forward(module, x).requires_grad)
+
+
 # --- while they are in: their hosts are those that were planned for -------------------------------
 
 # Vocabularies grow: transformers' ``resize_token_embeddings`` resizes the input embedding in place and puts a new
@@ -117,9 +155,15 @@ def sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]
 
 def sizes_of(root: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Any, ...]]:
     """Declared sizes of these modules, as far as they have any."""
-    modules = named_modules(root)
-    found = {path: tuple(getattr(modules[path], size, None) for size in _SIZES) for path in paths if path in modules}
+    modules = {path: module_at(root, path) for path in paths if has_module(root, path)}
+    found = {path: tuple(_size(module, size) for size in _SIZES) for path, module in modules.items()}
     return {path: sizes for path, sizes in found.items() if any(isinstance(size, int) for size in sizes)}
+
+
+def _size(module: nn.Module, name: str) -> Any:
+    # Not getattr at once: a module looks for what it does not have among its parameters, buffers and children.
+    own = module.__dict__
+    return own[name] if name in own else getattr(module, name, None) if hasattr(type(module), name) else None
 
 
 def resized(root: nn.Module, record: Adaptation) -> list[str]:
@@ -134,10 +178,11 @@ def check_intact(root: nn.Module, record: Adaptation) -> None:
     Raises:
         PETError: naming them.
     """
-    names = {name for name, _ in named_tensors(root)}
-    absent = {*record.delta_names, *record.trained_names} - names
     # A delta may hold other tensors than when it was noted: what it may not be is gone.
-    lost = sorted(name for name in absent if not (delta := delta_prefix(name)) or not has_module(root, delta))
+    there = {inserted.path for inserted in record.deltas(root, pass_over_gone=True)}
+    gone = {path for applied in record.applied for path in applied.paths} - there
+    lost = sorted(name for name in (record.delta_names if gone else ()) if delta_prefix(name) in gone)
+    lost += sorted({*record.trained_names} - tensors_at(root, record.trained_names).keys())
     if lost:
         raise PETError(
             f"modules of {type(root).__name__} that carry a delta, or train, were replaced: {', '.join(lost[:4])} "
@@ -147,6 +192,20 @@ def check_intact(root: nn.Module, record: Adaptation) -> None:
         raise PETError(
             f"{', '.join(other[:4])} of {type(root).__name__} had another size when the deltas were inserted, so that "
             f"they do not fit any more. {_ADVICE}."
+        )
+
+
+def refuse_lost(record: Adaptation, verb: str) -> None:
+    """Refuse what needs the original values of tensors that never had any in memory.
+
+    Raises:
+        PETError: naming one.
+    """
+    lost = [name for name in record.trained_names if record.originals[name].is_meta]
+    if lost:
+        raise PETError(
+            f"the delta cannot be {verb}: the original values of {lost[0]} were never in memory, because the "
+            "model was on the meta device when the delta was inserted. Load the base model again."
         )
 
 

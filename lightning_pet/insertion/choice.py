@@ -17,31 +17,30 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import PETError, TargetError
 from lightning_pet.insertion.checks import check_acting, sizes_of
-from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, keys_of, take_out, undo
+from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
 from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts, whole_shape
-from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.call import Rows, Switch
-from lightning_pet.model.delta_names import check_known, delta_of
-from lightning_pet.model.fast_paths import set_aside
-from lightning_pet.model.gate import between_forwards
-from lightning_pet.model.naming import join, modules_on_the_way, named_modules, named_tensors
+from lightning_pet.model.adaptation import Adaptation, record_at
+from lightning_pet.model.call import Rows, Switch, between_forwards
+from lightning_pet.model.naming import (
+    check_known,
+    delta_of,
+    join,
+    module_at,
+    named_modules,
+    named_tensors,
+    tensors_at,
+)
+from lightning_pet.model.outside import changed_buffers
+from lightning_pet.model.undisturbed import set_aside
 
 LOCK: Final = threading.RLock()
 """Held while values are exchanged, and while a block notes which ones it reads."""
 
 _SIZES: Final = ("out_features", "num_embeddings", "out_channels")
 """What modules say of the first dimension of their parameters."""
-
-
-def record_at(root: nn.Module) -> Adaptation:
-    """The record of an adapted root."""
-    record = record_of(root)
-    if record is None:
-        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
-    return record
 
 
 def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
@@ -158,19 +157,6 @@ def owned(root: nn.Module, record: Adaptation, delta: str) -> tuple[str, ...]:
 # --- exchanging values ----------------------------------------------------------------------------------
 
 
-def tensors_at(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and buffers of these canonical names, each followed part by part; what is not there is left out."""
-    found: dict[str, Tensor] = {}
-    for name in names:
-        path, _, own = name.rpartition(".")
-        *above, module = modules_on_the_way(root, path)
-        if len(above) == (path.count(".") + 1 if path else 0):
-            tensor = module._parameters.get(own, module._buffers.get(own))
-            if tensor is not None:
-                found[name] = tensor
-    return found
-
-
 def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put these values into the model, and return those that were there; blocks that are open go on reading them.
 
@@ -280,15 +266,14 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
     What is trained in place keeps its values: this thread reads others. Only where an engine holds parts of the
     parameters are the values exchanged, for all threads: there every process runs one forward at a time.
     """
-    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
-        deltas_of(inserted.host).belong(inserted.key, record.switch)
+    belong(root, record)
     selection = record.selection(deltas)
     with ExitStack() as stack, ExitStack() as exposed:
         with LOCK:
             wanted = wanted_by(root, record, deltas)
             # What other deltas have of their own is read through this selection as well: they may be activated.
             names = {*wanted, *record.held_by(record.names)}
-            modules = named_modules(root) if names or not deltas else {}
+            modules = named_modules(root, of_base=True) if names or not deltas else {}
             places, values = places_of(modules, names, aside=not deltas)
             if wanted and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
                 stack.callback(copy_in, root, _exchange(root, wanted))
@@ -305,6 +290,18 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
         finally:
             for module, attributes in places:
                 close(module, attributes, record.switch, block.made_a_graph)
+
+
+def belong(root: nn.Module, record: Adaptation) -> None:
+    """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
+    keys: dict[str, list[str]] = {}
+    for applied in record.applied:
+        for host, key in applied.hosts:
+            keys.setdefault(host, []).append(key)
+    for host, own in keys.items():
+        deltas = deltas_of(module_at(root, host))
+        for key in own:
+            deltas.belong(key, record.switch)
 
 
 def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
@@ -361,8 +358,8 @@ def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Te
     """Copies of values, placed as the present ones: the base may write into its buffers."""
     found, precisions = {}, read_precisions(root)
     with torch.no_grad():
-        for name, tensor in named_tensors(root):
-            if name in values and not values[name].is_meta:
+        for name, tensor in tensors_at(root, values).items():
+            if not values[name].is_meta:
                 dtype = precisions.get(id(tensor), tensor.dtype)
                 found[name] = values[name].detach().to(tensor.device, dtype, copy=True)
     return found
@@ -392,8 +389,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
         TargetError: if the values of what was trained in place cannot be read side by side here.
     """
     switch = record.switch
-    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
-        deltas_of(inserted.host).belong(inserted.key, switch)
+    belong(root, record)
     groups = tuple(dict.fromkeys(names))
     tuples = [() if name is None else (name,) for name in groups]
     with ExitStack() as exposed:
@@ -401,7 +397,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
             wanted = _wanted_by_each(root, record, groups)
             differing = {name for values in wanted for name in values}
             everything = differing | set(record.held_by(record.names))
-            modules = named_modules(root)
+            modules = named_modules(root, of_base=True)
             places, _ = places_of(modules, everything, aside=False)
             if differing and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
                 raise TargetError(

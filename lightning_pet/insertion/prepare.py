@@ -20,8 +20,8 @@ from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.structure import is_shared as is_shared
 from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
 from lightning_pet.targets.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
-from lightning_pet.targets.parameters import seen_reader
 from lightning_pet.targets.patterns import KINDS, is_role, name_matcher
+from lightning_pet.targets.targets import seen_reader
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,54 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, get_args, overload
+from functools import partial
+from typing import Any, ClassVar, Final, Literal, get_args, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.layers.activations import activation
 from lightning_pet.layers.delta import Delta, Host, Path, check_scale
 from lightning_pet.layers.low_rank_product import compute_dtype
 from lightning_pet.layers.row_forms import Parts, bottleneck_rows, stacks_of
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS: Final[dict[str, Activation]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leakyrelu": F.leaky_relu,
+    "linear": _identity,
+}
+
+
+def activation(name: str) -> Activation:
+    """The function of that name.
+
+    Raises:
+        ArgumentError: if there is none.
+    """
+    if name not in ACTIVATIONS:
+        raise ArgumentError(f"non_linearity={name!r}: use one of {', '.join(map(repr, ACTIVATIONS))}.")
+    return ACTIVATIONS[name]
+
+
+# --- bottlenecks ----------------------------------------------------------------------------------
+
 
 Init = Literal["normal", "lora"]
 
@@ -25,7 +62,7 @@ class Bottleneck(Delta):
     Args:
         width: features of h, d.
         bottleneck: features in between, k.
-        non_linearity: a name in :data:`~lightning_pet.layers.activations.ACTIVATIONS`.
+        non_linearity: a name in :data:`~lightning_pet.layers.bottleneck.ACTIVATIONS`.
         scale: factor s.
         bias: train biases of both layers: k + d more parameters.
         inner_norm: normalise h on the way in, with trained weight and bias: 2d more parameters.
@@ -192,7 +229,7 @@ def _added_by_rows(deltas: Sequence[Bottleneck | None], ids: Tensor, h: Tensor, 
     if not _are_alike(deltas):
         return None
     stacks = stacks_of(deltas, compute_dtype(seen), lambda delta: delta.row_parts())
-    return bottleneck_rows(h, seen, ids, own.non_linearity, stacks)
+    return bottleneck_rows(h, seen, ids, activation(own.non_linearity), stacks)
 
 
 @overload

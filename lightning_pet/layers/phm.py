@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.layers.activations import activation
+from lightning_pet.layers.bottleneck import activation
 from lightning_pet.layers.delta import Delta, Host, Part, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
 from lightning_pet.layers.row_forms import Parts, bottleneck_rows, kept, own_tensors, stacks_of
@@ -250,7 +250,7 @@ class PHMBottleneck(Delta):
         bottleneck: features in between.
         n: number of Kronecker products; 1 for a low-rank (or dense) adapter.
         rank: rank of the slices; ``None`` for full ones.
-        non_linearity: a name in :data:`~lightning_pet.layers.activations.ACTIVATIONS`.
+        non_linearity: a name in :data:`~lightning_pet.layers.bottleneck.ACTIVATIONS`.
         rule: a rule that all adapters share; ``None``: two of its own.
         rule_std: standard deviation of own rules at the start.
         device: where the parameters live.
@@ -309,7 +309,7 @@ class PHMBottleneck(Delta):
         if len({delta.non_linearity for delta in own}) > 1:
             return None
         stacks = stacks_of(deltas, compute_dtype(output), PHMBottleneck._row_parts, PHMBottleneck._made_of)
-        return bottleneck_rows(output, output, ids, own[0].non_linearity, stacks)
+        return bottleneck_rows(output, output, ids, activation(own[0].non_linearity), stacks)
 
     def _made_of(self) -> list[Tensor]:
         return [*self.down.made_of(), *self.up.made_of()]

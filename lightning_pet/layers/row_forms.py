@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_pet.layers.activations import activation
 from lightning_pet.layers.low_rank_product import compute_dtype
 from lightning_pet.layers.transforms import is_transformed
 
@@ -187,14 +186,16 @@ def low_rank_rows(
     return torch.baddbmm(flat, inner.to(flat.dtype), gathered(b, ids).mT.to(flat.dtype)).view(output.shape)
 
 
-def bottleneck_rows(h: Tensor, seen: Tensor, ids: Tensor, non_linearity: str, stacks: Stacks) -> Tensor:
+def bottleneck_rows(
+    h: Tensor, seen: Tensor, ids: Tensor, non_linearity: Callable[[Tensor], Tensor], stacks: Stacks
+) -> Tensor:
     """``h + up(act(down(norm(seen))))``.
 
     Args:
         h: [rows · k, ..., width], batch-major.
         seen: of the same shape.
         ids: of every row, its place in the stacks.
-        non_linearity: a name of :mod:`lightning_pet.layers.activations`.
+        non_linearity: between the layers.
         stacks: weight and bias of the norm [groups, width], down [groups, k, width], its bias, up [groups, width, k],
             its bias; the last two with the factor of the delta.
     """
@@ -205,7 +206,7 @@ def bottleneck_rows(h: Tensor, seen: Tensor, ids: Tensor, non_linearity: str, st
     if norm is not None and shift is not None:
         x = torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, x.shape[-1:]), norm.unsqueeze(1))
     hidden = _product(x, down, down_bias)
-    hidden = activation(non_linearity)(hidden)
+    hidden = non_linearity(hidden)
     if up_bias is None and h.dtype == up.dtype:
         return torch.baddbmm(by_rows(h, ids), hidden, up.mT).view(h.shape)
     return h + _product(hidden, up, up_bias).view(h.shape).to(h.dtype)

@@ -15,15 +15,10 @@ from lightning_pet.model.named_roles import named_places
 from lightning_pet.model.structure import AttentionCore, Output, Role, Rows, Site, Structure, Target
 from lightning_pet.model.undisturbed import undisturbed
 from lightning_pet.probe.attention_observer import Observer, Seen, with_routes
-from lightning_pet.probe.columns import count, rows_feeding
-from lightning_pet.probe.consensus import merge
-from lightning_pet.probe.graph import Edge, Graph, tensors
-from lightning_pet.probe.inputs import candidate_forwards, is_self_describing
-from lightning_pet.probe.residual import Addition, find_additions
-from lightning_pet.probe.roles import Use, Uses, attention_uses, ffn_uses, weighing
-from lightning_pet.probe.sites import Taps, build_sites
-from lightning_pet.probe.softmaxes import Softmax, find_softmaxes
-from lightning_pet.probe.trace import Trace, Tracer, accepts_mask
+from lightning_pet.probe.graph import Edge, Graph, count, rows_feeding
+from lightning_pet.probe.roles import Use, Uses, attention_uses, ffn_uses, merge, weighing
+from lightning_pet.probe.sites import Addition, Softmax, Taps, build_sites, find_additions, find_softmaxes
+from lightning_pet.probe.trace import Trace, Tracer, accepts_mask, candidate_forwards, is_self_describing, tensors
 
 _ORDER: tuple[Role, ...] = (
     "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down", "embedding"

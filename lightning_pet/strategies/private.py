@@ -33,7 +33,7 @@ name                                                      used for
 ``_LoggerConnector.should_update_logs``
 ``LBFGS._params``, ``LBFGS._numel_cache``                 optimizers that use their first group only
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``probe/graph.py`` and
-``Node._input_metadata``, ``Node._saved_groups``,         ``probe/columns.py``; guarded by ``tests/core/test_graph.py``
+``Node._input_metadata``, ``Node._saved_groups``,         ``probe/graph.py``; guarded by ``tests/core/test_graph.py``
 ``Node._saved_weight``, ``torch._C._autograd``
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
@@ -61,8 +61,8 @@ name                                                      used for
 ``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
-``torch.utils._python_dispatch``,                         masks on the meta device, in ``probe/inputs.py``;
-``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``operations/trial_step.py``
+``torch.utils._python_dispatch``,                         masks on the meta device, in ``probe/trace.py``;
+``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``operations/roots.py``
 ``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``callbacks/base.py``;
 ``torch.utils._pytree``                                   a step without values, in ``report/memory/rehearsal.py``
 ``torch._foreach_mul``, ``_foreach_add_``,                 work on many tensors in one call, in ``layers/`` and

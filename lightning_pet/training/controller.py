@@ -29,20 +29,18 @@ from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation, described, record_of
 from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
 from lightning_pet.model.outside import mark_anew
+from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, start
-from lightning_pet.operations.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
 from lightning_pet.operations.plan import Plan, show_plan
 from lightning_pet.operations.roots import batch_forward, default_root, root_of
 from lightning_pet.store.reader import read
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
-from lightning_pet.strategies.choice import adapter_for
-from lightning_pet.strategies.hyper_parameters import warn_left_out
 from lightning_pet.strategies.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.strategies.strategy import StrategyAdapter
-from lightning_pet.targets.placement import host_parameter
+from lightning_pet.strategies.plain import warn_left_out
+from lightning_pet.strategies.strategy import StrategyAdapter, adapter_for
 from lightning_pet.training.checkpoint import Checkpoints
 from lightning_pet.training.durable_io import install as install_durable_io
 from lightning_pet.training.durable_io import keep_last_linked, save_after_module
@@ -58,7 +56,16 @@ from lightning_pet.training.frozen import (
 )
 from lightning_pet.training.resume import ExactResume
 from lightning_pet.training.run_log import log_options
-from lightning_pet.training.step import keep_precision, let_inputs_require_grad, measure_losses, warn_of_rounding
+from lightning_pet.training.step import (
+    convert,
+    keep_precision,
+    let_inputs_require_grad,
+    measure_losses,
+    outside_of_init,
+    refuse_without_gradient,
+    replaces_layers,
+    warn_of_rounding,
+)
 from lightning_pet.training.watch import Firing, Trained, Watch, refuse_meddlers
 
 _ATTRIBUTE = "_pet_controller"

@@ -1,19 +1,28 @@
-"""How a step computes: in which precision, from inputs that pass gradients, and how its loss is scaled."""
+"""How a step computes: in which formats and precision, from inputs that pass gradients, and how its loss is scaled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_pet.errors import PETError, UnsupportedStrategyError
+from lightning_pet.insertion.checks import lack_of_gradient
 from lightning_pet.insertion.widening import is_narrow, narrow, trained_in_place, widen
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded
 from lightning_pet.layers.side_loss import Penalty, forget_scale, measure
-from lightning_pet.model.adaptation import adapted_roots
+from lightning_pet.model.adaptation import adapted_roots, record_of
+from lightning_pet.model.layer_kinds import base_class
+from lightning_pet.model.naming import named_modules
+from lightning_pet.model.quantised import is_quantised, waits_for_its_device
+from lightning_pet.operations.roots import root_of
 from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import shown, trainable_of
 from lightning_pet.strategies.strategy import StrategyAdapter
@@ -175,3 +184,80 @@ def _measured_result(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def _measured_argument(original: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any) -> None:
     measure(loss)
     original(loss, *args, **kwargs)
+
+
+# --- layers that a precision plug-in replaces, and layers whose weights are quantised -------------
+
+
+def replaces_layers(plugin: object) -> bool:
+    """Whether a precision plug-in may put other modules in the place of layers: Lightning's own only cast, but for two.
+
+    Such a plug-in converts the complete model, and converts it once. So it has its turn before anything is inserted.
+    """
+    if isinstance(plugin, BitsandbytesPrecision | TransformerEnginePrecision):
+        return True
+    owner = next(cls for cls in type(plugin).__mro__ if "convert_module" in vars(cls))
+    return not owner.__module__.startswith("lightning.")
+
+
+def convert(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let the precision plug-in replace layers now; its second turn, in the strategy's set-up, changes nothing.
+
+    Layers of bitsandbytes quantise their weight when they move to the device. They do it now too: whoever starts
+    from a weight starts from the one that the run computes with, and a resumed run sees the base it was saved with.
+
+    Raises:
+        PETError: if deltas are in layers that would be replaced.
+    """
+    _refuse_early_deltas(trainer, module)
+    trainer.precision_plugin.convert_module(module)
+    if any(waits_for_its_device(parameter) for parameter in module.parameters()):
+        module.to(trainer.strategy.root_device)
+
+
+def _refuse_early_deltas(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    root = root_of(module)[1]
+    record, modules = record_of(root), named_modules(root)
+    hosts = record.host_paths() if record else set()
+    plain = sorted(path for path in hosts if base_class(modules[path]) is nn.Linear)
+    converted = any(is_quantised(p) for p in root.parameters()) or any(_of_engine(m) for m in root.modules())
+    if plain and not converted:
+        raise PETError(
+            f"{plain[0]!r} has a delta already, and {type(trainer.precision_plugin).__name__} would replace the layer. "
+            "Pass the callback to the Trainer instead of calling lightning_pet.apply or load_delta before (start_from "
+            "loads a delta), or quantise the model before you apply the delta."
+        )
+
+
+def _of_engine(module: nn.Module) -> bool:
+    return base_class(module).__module__.startswith("transformer_engine")
+
+
+@contextmanager
+def outside_of_init(dtype: torch.dtype) -> Iterator[None]:
+    """Within ``configure_model`` plug-ins exchange ``torch.nn.Linear`` and the default dtype: not for what is inserted.
+
+    Args:
+        dtype: the default dtype outside of ``configure_model``.
+    """
+    inside = torch.get_default_dtype()
+    names = {name: getattr(nn, name) for name in ("Linear", "LayerNorm")}
+    try:
+        torch.set_default_dtype(dtype)
+        for name in names:
+            setattr(nn, name, getattr(nn.modules, name))
+        yield
+    finally:
+        torch.set_default_dtype(inside)
+        for name, cls in names.items():
+            setattr(nn, name, cls)
+
+
+def refuse_without_gradient(root: nn.Module) -> None:
+    """No layer may stop the gradient on its way to what trains before it.
+
+    Raises:
+        UnsupportedStrategyError: naming the first layer that does.
+    """
+    if (reason := lack_of_gradient(root)) is not None:
+        raise UnsupportedStrategyError(reason)
