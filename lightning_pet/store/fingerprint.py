@@ -171,10 +171,10 @@ def _spec(spec: TensorSpec) -> str:
 
 
 def _differences(**groups: list[str]) -> str:
-    return "; ".join(f"{len(names)} {kind} tensors: {preview(names)}" for kind, names in groups.items() if names)
+    return "; ".join(f"{len(names)} {kind} tensors: {_preview(names)}" for kind, names in groups.items() if names)
 
 
-def preview(names: list[str] | tuple[str, ...], count: int = 5) -> str:
+def _preview(names: list[str] | tuple[str, ...], count: int = 5) -> str:
     """The first ``count`` names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
@@ -292,7 +292,7 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
         return _values_differ(judged[Verdict.DIFFERENT], len(seen))
     if names := judged[Verdict.UNVERIFIED]:
         kinds = ", ".join(sorted({f"{base[name].kind} then, {seen[name].kind} now" for name in names}))
-        text = f"{len(names)} of {len(seen)} base tensors have no comparable values ({kinds}): {preview(names)}."
+        text = f"{len(names)} of {len(seen)} base tensors have no comparable values ({kinds}): {_preview(names)}."
         return Comparison(Verdict.UNVERIFIED, tuple(names[:_SHOWN]), text)
     if names := judged[Verdict.CAST]:
         kinds = ", ".join(sorted({f"{base[name].kind} then, {seen[name].kind} now" for name in names}))
@@ -315,7 +315,7 @@ def _equal(expected: Fingerprint, digest: str | None, seen: dict[str, _Facts], e
 
 
 def _values_differ(names: list[str], count: int) -> Comparison:
-    text = f"the values of {len(names)} of {count} base tensors differ: {preview(names, _SHOWN)}."
+    text = f"the values of {len(names)} of {count} base tensors differ: {_preview(names, _SHOWN)}."
     return Comparison(Verdict.DIFFERENT, tuple(names[:_SHOWN]), text)
 
 
@@ -330,7 +330,7 @@ def _misfits(base: Mapping[str, Remembered], seen: Mapping[str, _Facts]) -> Comp
     if not (missing or extra or misshapen):
         return None
     groups = {"missing": missing, "extra": extra, "of another shape": misshapen}
-    parts = [f"{len(names)} {kind}: {preview(names, 3)}" for kind, names in groups.items() if names]
+    parts = [f"{len(names)} {kind}: {_preview(names, 3)}" for kind, names in groups.items() if names]
     names = (missing + extra + [text.split(" ")[0] for text in misshapen])[:_SHOWN]
     return Comparison(Verdict.DIFFERENT, tuple(names), f"the base has other parameters ({'; '.join(parts)}).")
 
