@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -65,6 +66,7 @@ _WHERE = {
     "LoRACallback": "callbacks.lora",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "TasksCallback": "callbacks.tasks",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
     "choose_weights": "operations.combining.choosing",

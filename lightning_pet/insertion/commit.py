@@ -17,6 +17,7 @@ from lightning_pet.insertion.checks import guard, resized, unguard
 from lightning_pet.insertion.host import attach, conceal, detach
 from lightning_pet.insertion.method import delta_name
 from lightning_pet.insertion.prepare import Prepared
+from lightning_pet.insertion.tasks.own_values import is_own
 from lightning_pet.insertion.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
@@ -167,6 +168,7 @@ def _forget(record: Adaptation) -> None:
         for name in [name for name in noted if name not in names]:
             del noted[name]
     record.active = tuple(name for name in record.active if name in names)
+    record.together = tuple(name for name in record.together if name in names)
 
 
 def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
@@ -340,6 +342,8 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     if record is None:
         return
     leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
+    staying = {applied.delta for applied in record.applied if applied not in leaving and not is_own(applied)}
+    leaving += [a for a in record.applied if is_own(a) and a.delta not in staying and a not in leaving]
     places = {path: host for applied in leaving for path, host in zip(applied.paths, applied.hosts, strict=True)}
     gone = {name for name in record.delta_names if delta_prefix(name) in places}
     detach(root, [host for path, host in places.items() if has_module(root, path)])

@@ -203,6 +203,8 @@ class Adaptation:
         values: of every delta that is not active, what it has in place of tensors of the base, by name.
         claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
         beside: of each delta, the others that acted when it was trained, with digests of their values.
+        together: deltas that train in one run, each on rows of its own. Nothing acts on rows that no block has given to
+            one of them. What changes beside the plan (buffers, what the user trains outside of the base) is shared.
         combined: of each delta that was made of others, how.
     """
 
@@ -223,6 +225,7 @@ class Adaptation:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     claims: dict[str, frozenset[str]] = field(default_factory=dict)
     beside: dict[str, dict[str, str]] = field(default_factory=dict)
+    together: tuple[str, ...] = ()
     combined: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -251,7 +254,7 @@ class Adaptation:
         others = {name for delta in self.names if delta not in deltas for name in self.trained_by(delta)}
         others |= {name for delta, own in self.claims.items() if delta not in deltas for name in own}
         asleep = [name for delta in deltas for name in self.waiting.get(delta, ())]
-        user = self.keeper in deltas
+        user = self.keeper in deltas or not set(self.together).isdisjoint(deltas)
         return replace(
             self,
             applied=applied,
@@ -296,7 +299,10 @@ class Adaptation:
     def act(self, deltas: tuple[str, ...]) -> None:
         """These deltas act where a thread has chosen nothing, in this order."""
         self.active = deltas
-        self.switch.selection = None if deltas == self.names else self.selection(deltas)
+        if self.together:
+            self.switch.selection = self.selection(())
+        else:
+            self.switch.selection = None if deltas == self.names else self.selection(deltas)
 
     def selection(self, deltas: tuple[str, ...]) -> Selection:
         """What acts where these deltas do."""
