@@ -38,18 +38,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {code: getattr(torch, name) for code,
 CODES: Final[Mapping[torch.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
 
 
-class TensorSpec(NamedTuple):
-    """What is known of a tensor before its values are read.
-
-    Attributes:
-        dtype: the element type.
-        shape: the extents.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor in main memory, without a copy."""
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
@@ -129,45 +117,6 @@ def require_finite(name: str, tensor: Tensor, *, where: str) -> None:
     bad = int(torch.isfinite(tensor).logical_not_().sum())
     if bad:
         raise not_finite(name, bad, tensor.numel(), where)
-
-
-def specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """The dtype and shape of each tensor; meta tensors are welcome."""
-    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def require_exact_keys(
-    found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], *, where: str = "the file"
-) -> None:
-    """Check that exactly the expected tensors were found.
-
-    A floating dtype may stand for another one (a float32 delta enters a bfloat16 model); an integer
-    dtype never stands for a floating one.
-
-    Args:
-        found: what the file holds.
-        expected: what the method builds on this base, best taken on the meta device.
-        where: what was read, for the error.
-
-    Raises:
-        DeltaFileError: code ``mismatch``, naming the missing, extra and misshapen tensors.
-    """
-    misfits = []
-    for name in sorted(found.keys() & expected.keys()):
-        have, want = found[name], expected[name]
-        same_kind = have.dtype == want.dtype or (have.dtype.is_floating_point and want.dtype.is_floating_point)
-        if not same_kind or have.shape != want.shape:
-            misfits.append(f"{name} (found {_spec(have)}, expected {_spec(want)})")
-    missing, extra = apart(expected.keys(), found.keys())
-    if misfits or missing or extra:
-        differences = _differences(missing=missing, extra=extra, misshapen=misfits)
-        raise fault(
-            where, f"{differences}. Load it onto the base it was trained on, with the method it names.", "mismatch"
-        )
-
-
-def _spec(spec: TensorSpec) -> str:
-    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 
 
 def _differences(**groups: list[str]) -> str:
