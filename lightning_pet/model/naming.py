@@ -277,7 +277,7 @@ def delta_in(key: str) -> str:
     return key.partition(_SIGN)[2] or DEFAULT
 
 
-def _own_key(key: str) -> str:
+def own_key(key: str) -> str:
     """The key as files have it."""
     return key.partition(_SIGN)[0]
 
@@ -314,7 +314,7 @@ def _renamed(name: str, delta: str) -> str:
     parts = name.split(".")
     if CHILD in parts[:-1]:
         place = parts.index(CHILD) + 1
-        parts[place] = host_key(_own_key(parts[place]), delta)
+        parts[place] = host_key(own_key(parts[place]), delta)
     return ".".join(parts)
 
 
