@@ -79,7 +79,7 @@ def inspect(path: str, json_output: bool = False) -> None:
         json_output: print JSON instead of a table.
     """
     from lightning_pet.report.delta_summary import print_summary, summarize_delta
-    from lightning_pet.store.paths import is_delta_file
+    from lightning_pet.store.files import is_delta_file
 
     if is_delta_file(path):
         summary = summarize_delta(path)
@@ -100,7 +100,7 @@ def extract(path: str, output: str) -> None:
         path: training checkpoint (.ckpt).
         output: delta file to write, usually .pet.safetensors; replaced if it exists.
     """
-    from lightning_pet.store.extraction import extract_delta
+    from lightning_pet.store.reader import extract_delta
 
     size = extract_delta(path, output)
     print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
@@ -116,7 +116,7 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
         model_class: class of transformers to load the base with; auto: the first that its config.json names.
         base_check: what to do about another base model: error, warn or off.
     """
-    from lightning_pet.operations.merged_folder import merge_into_folder
+    from lightning_pet.operations.delta import merge_into_folder
 
     written = merge_into_folder(Path(path), Path(base), Path(output), model_class, base_check)
     print(f"merged model: {written}")

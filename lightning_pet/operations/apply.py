@@ -10,20 +10,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.checks import check_fires, lack_of_gradient
 from lightning_pet.insertion.commit import commit, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import prepare
-from lightning_pet.insertion.together import check_fires
 from lightning_pet.insertion.widening import widen
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.base_check import Whole
 from lightning_pet.operations.delta import Fill, start_from
-from lightning_pet.operations.layer_formats import lack_of_gradient
 from lightning_pet.operations.roots import example_forward, root_of, scope_in
-from lightning_pet.operations.unaccompanied import accompany_runs
+from lightning_pet.operations.saved import Whole
 from lightning_pet.probe.probe import analyse
 from lightning_pet.store.reader import Stored, read
+from lightning_pet.strategies.strategy import accompany_runs
 
 _log = logging.getLogger(__name__)
 _OTHER_LOOK = (
@@ -61,7 +60,7 @@ def apply(
         DeadSiteError: if no target is called or read in ``forward``.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    new = insert_methods(model, methods_in(callbacks), forward, strict=True)
+    new = insert_methods(model, _methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
         widen(root, model=model)
@@ -74,7 +73,7 @@ def apply(
     return Adapted(root)
 
 
-def methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
+def _methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
     """One method or several as a list.
 
     Raises:

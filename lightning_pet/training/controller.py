@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.insertion.checks import resizable
 from lightning_pet.insertion.commit import (
     freeze,
     leave_out,
@@ -22,43 +23,52 @@ from lightning_pet.insertion.commit import (
     take_out,
     undo,
 )
-from lightning_pet.insertion.intact import resizable
 from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation, described, record_of
-from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
+from lightning_pet.model.naming import by_delta, delta_of, delta_prefix, join, modules_on_the_way, named_parameters
 from lightning_pet.model.outside import mark_anew
+from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, start
-from lightning_pet.operations.layer_formats import convert, outside_of_init, refuse_without_gradient, replaces_layers
-from lightning_pet.operations.plan import Plan
+from lightning_pet.operations.plan import Plan, show_plan
 from lightning_pet.operations.roots import batch_forward, default_root, root_of
 from lightning_pet.store.reader import read
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
-from lightning_pet.strategies.choice import adapter_for
-from lightning_pet.strategies.hyper_parameters import warn_left_out
 from lightning_pet.strategies.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.strategies.strategy import StrategyAdapter
-from lightning_pet.targets.placement import host_parameter
-from lightning_pet.training.averaging import refuse_averaging_first, refuse_outdated_averages, share_frozen
-from lightning_pet.training.beside import let_rest, train_beside
+from lightning_pet.strategies.plain import warn_left_out
+from lightning_pet.strategies.strategy import StrategyAdapter, adapter_for
 from lightning_pet.training.checkpoint import Checkpoints
 from lightning_pet.training.durable_io import install as install_durable_io
-from lightning_pet.training.durable_io import keep_last_linked
-from lightning_pet.training.firing import Firing
-from lightning_pet.training.left_out import left_out, warn_left_out_deltas, warn_of_frozen_base
-from lightning_pet.training.precision import keep_precision, warn_of_rounding
-from lightning_pet.training.rebuilt import Trained
-from lightning_pet.training.reentrant import let_inputs_require_grad
+from lightning_pet.training.durable_io import keep_last_linked, save_after_module
+from lightning_pet.training.frozen import (
+    left_out,
+    let_rest,
+    refuse_averaging_first,
+    refuse_outdated_averages,
+    share_frozen,
+    train_beside,
+    warn_left_out_deltas,
+    warn_of_frozen_base,
+)
 from lightning_pet.training.resume import ExactResume
 from lightning_pet.training.run_log import log_options
-from lightning_pet.training.save_order import save_after_module
-from lightning_pet.training.side_loss import measure_losses
-from lightning_pet.training.table import show_plan
-from lightning_pet.training.watch import Watch, refuse_meddlers
+from lightning_pet.training.step import (
+    convert,
+    keep_precision,
+    let_inputs_require_grad,
+    measure_losses,
+    outside_of_init,
+    refuse_without_gradient,
+    replaces_layers,
+    warn_of_rounding,
+)
+from lightning_pet.training.tasks.steps import Steps
+from lightning_pet.training.tasks.tasks import Tasks, tasks_of
+from lightning_pet.training.watch import Firing, Trained, Watch, refuse_meddlers
 
 _ATTRIBUTE = "_pet_controller"
 
@@ -88,6 +98,8 @@ class Controller:
         self.watch = Watch(self)
         self.firing = Firing(self)
         self._given: tuple[str, ...] = ()  # names of what was applied before this run
+        self.tasks: Tasks | None = None
+        self._undo_steps: list[Callable[[], None]] = []
 
     # --- finding the controller -----------------------------------------------------------------
 
@@ -162,6 +174,7 @@ class Controller:
     def setup(self, stage: str) -> None:
         """Insert now if the model is complete, else right after the hook that completes it."""
         refuse_averaging_first(self.trainer.callbacks, self.methods[0])  # type: ignore[attr-defined]
+        self.tasks = tasks_of(self.trainer)
         if stage == "fit":
             refuse_meddlers(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.adapter = adapter_for(self.trainer)
@@ -175,6 +188,8 @@ class Controller:
         self.firing.new_run()
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
+        if self.tasks is not None:
+            self._undo_steps.append(Steps(self, self.tasks).install())
         self._converts = replaces_layers(self.trainer.precision_plugin)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
@@ -271,8 +286,10 @@ class Controller:
             if last:
                 raise
             return False
-        root = self._root()[1]
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        root, fitting = self._root()[1], self.trainer.state.fn == TrainerFn.FITTING
+        if self.tasks is not None:
+            self.tasks.gather(root, train=fitting)
+        elif fitting:
             train_beside(root, self._deltas())
         freeze(root)
         self.adapter.settle()
@@ -360,6 +377,9 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
+        if self.tasks is not None:
+            own_rates = {name: self.tasks.of_optimizer(delta_of(name)) for name in record.delta_names}
+            options |= {(n := join(prefix, name)): {**options.get(n, {}), **own} for name, own in own_rates.items()}
         warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
@@ -457,6 +477,9 @@ class Controller:
         What is on the strategy stays: ``save_checkpoint`` works after fit.
         """
         self._undo_all()
+        for undone in self._undo_steps:
+            undone()
+        self._undo_steps = []
         self.resume.teardown(self.trainer)
         self._warn_changed_form()
         root = self._root()[1]

@@ -1,17 +1,19 @@
-"""Training checkpoints that survive a kill, a full disk and a power loss.
+"""Training checkpoints that survive a kill, a full disk and a power loss, and when they are written.
 
 Lightning writes a checkpoint to the system's temporary folder and moves it. Where that folder is another
 file system the move is a copy: a kill tears it, and a full disk costs the last good file. This writer
-goes through :func:`lightning_pet.store.writer.atomic_write` instead.
+goes through :func:`lightning_pet.store.files.atomic_write` instead.
 """
 
 import io
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Final
 from weakref import WeakSet
 
+import lightning.pytorch as pl
 import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -22,11 +24,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.store.entry import KEY
-from lightning_pet.store.extraction import delta_path, write_delta_of
-from lightning_pet.store.writer import DISK, atomic_write, durable_link, reap_once
+from lightning_pet.store.files import DISK, atomic_write, durable_link, reap_once
+from lightning_pet.store.reader import delta_path, write_delta_of
 from lightning_pet.strategies import private
 
 _told: WeakSet[Strategy] = WeakSet()
@@ -206,3 +209,43 @@ def _local(path: Path) -> str | None:
     """Return the plain path of a local file; ``None`` for a remote one."""
     system, plain = url_to_fs(str(path))
     return str(plain) if isinstance(system, LocalFileSystem) else None
+
+
+# --- after the hook of the module, not before it --------------------------------------------------
+
+# Lightning calls a hook of all callbacks, then that of the LightningModule. A checkpoint of the end of a batch would
+# lack what the module does there (moving an average of its weights), and a run that resumes from it does not do it
+# again.
+
+
+_HOOKS: Final = ("on_train_batch_end", "on_validation_end")  # at an epoch's end Lightning keeps this order itself
+
+
+def save_after_module(trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[], None]:
+    """Let the checkpoint callbacks wait for those hooks that the module has; returns what undoes it."""
+    undo: list[Callable[[], None]] = []
+    for hook in _HOOKS:
+        if not is_overridden(hook, module):
+            continue
+        waiting: list[Callable[[], None]] = []
+        for callback in trainer.checkpoint_callbacks:
+            undo.append(private.replace_method(callback, hook, partial(_wait, waiting)))
+        undo.append(private.replace_method(module, hook, partial(_then_save, waiting)))
+
+    def back() -> None:
+        for undone in reversed(undo):
+            undone()
+
+    return back
+
+
+def _wait(waiting: list[Callable[[], None]], original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    waiting.append(partial(original, *args, **kwargs))
+
+
+def _then_save(waiting: list[Callable[[], None]], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    out = original(*args, **kwargs)
+    due, waiting[:] = list(waiting), []
+    for save in due:
+        save()
+    return out
