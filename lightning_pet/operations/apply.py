@@ -60,7 +60,7 @@ def apply(
         DeadSiteError: if no target is called or read in ``forward``.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    new = insert_methods(model, methods_in(callbacks), forward, strict=True)
+    new = insert_methods(model, _methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
         widen(root, model=model)
@@ -73,7 +73,7 @@ def apply(
     return Adapted(root)
 
 
-def methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
+def _methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
     """One method or several as a list.
 
     Raises:
