@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from lightning_pet.operations.delta import load_from_checkpoint as load_from_checkpoint
     from lightning_pet.operations.delta import save_delta as save_delta
     from lightning_pet.report.memory.planner import plan_memory as plan_memory
-    from lightning_pet.store.extraction import extract_delta as extract_delta
-    from lightning_pet.store.last_good import last_good as last_good
+    from lightning_pet.store.reader import extract_delta as extract_delta
+    from lightning_pet.store.reader import last_good as last_good
 
 _WHERE = {
     "AdaLoRACallback": "callbacks.adalora",
@@ -80,8 +80,8 @@ _WHERE = {
     "PETError": "errors",
     "TargetError": "errors",
     "UnsupportedStrategyError": "errors",
-    "extract_delta": "store.extraction",
-    "last_good": "store.last_good",
+    "extract_delta": "store.reader",
+    "last_good": "store.reader",
     "plan_memory": "report.memory.planner",
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -19,7 +19,7 @@ from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.operations.roots import silenced
-from lightning_pet.strategies.choice import adapter_for
+from lightning_pet.strategies.strategy import adapter_for
 from lightning_pet.training.controller import Controller
 
 

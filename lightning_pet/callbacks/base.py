@@ -18,8 +18,15 @@ from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.method import METHODS, Insertion, key_of, suffix_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import deltas_in, record_of
-from lightning_pet.model.delta_names import DEFAULT, check_delta_name
-from lightning_pet.model.naming import canonical, delta_prefix, join, named_modules, named_parameters
+from lightning_pet.model.naming import (
+    DEFAULT,
+    canonical,
+    check_delta_name,
+    delta_prefix,
+    join,
+    named_modules,
+    named_parameters,
+)
 from lightning_pet.model.quantised import numbers_in
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.adapted import Adapted

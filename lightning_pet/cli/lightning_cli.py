@@ -42,7 +42,7 @@ from lightning_pet.recipes import config_folder, with_shipped
 from lightning_pet.report.console import quiet, with_defaults
 from lightning_pet.report.dimension.search import Runs, search
 from lightning_pet.report.dimension.view import plot_dimension, show_dimension
-from lightning_pet.store.last_good import last_good
+from lightning_pet.store.reader import last_good
 
 LAST_GOOD = "last-good"
 """``fit --ckpt_path=last-good`` goes on from the newest checkpoint that verifies, or begins if there is none."""

@@ -79,7 +79,7 @@ def inspect(path: str, json_output: bool = False) -> None:
         json_output: print JSON instead of a table.
     """
     from lightning_pet.report.delta_summary import print_summary, summarize_delta
-    from lightning_pet.store.paths import is_delta_file
+    from lightning_pet.store.files import is_delta_file
 
     if is_delta_file(path):
         summary = summarize_delta(path)
@@ -100,7 +100,7 @@ def extract(path: str, output: str) -> None:
         path: training checkpoint (.ckpt).
         output: delta file to write, usually .pet.safetensors; replaced if it exists.
     """
-    from lightning_pet.store.extraction import extract_delta
+    from lightning_pet.store.reader import extract_delta
 
     size = extract_delta(path, output)
     print(f"delta file: {output} ({size / 1024:,.0f} KiB)")

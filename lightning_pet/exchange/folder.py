@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.archive import load_plain
+from lightning_pet.store.entry import load_plain
 from lightning_pet.store.container import DEFAULT, Limits, open_regular, read_exact
 from lightning_pet.store.delta_file import read_tensors
-from lightning_pet.store.paths import expanded
+from lightning_pet.store.files import expanded
 from lightning_pet.store.strict_json import check_type, fault, parse
 from lightning_pet.store.tensors import require_finite
 

@@ -188,6 +188,20 @@ def check_intact(root: nn.Module, record: Adaptation) -> None:
         )
 
 
+def refuse_lost(record: Adaptation, verb: str) -> None:
+    """Refuse what needs the original values of tensors that never had any in memory.
+
+    Raises:
+        PETError: naming one.
+    """
+    lost = [name for name in record.trained_names if record.originals[name].is_meta]
+    if lost:
+        raise PETError(
+            f"the delta cannot be {verb}: the original values of {lost[0]} were never in memory, because the "
+            "model was on the meta device when the delta was inserted. Load the base model again."
+        )
+
+
 def check_restorable(root: nn.Module, record: Adaptation) -> None:
     """Refuse to put original values back into modules that have another size now.
 

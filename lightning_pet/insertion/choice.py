@@ -23,11 +23,9 @@ from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.call import Rows, Switch
-from lightning_pet.model.delta_names import check_known, delta_of
-from lightning_pet.model.fast_paths import set_aside
-from lightning_pet.model.gate import between_forwards
-from lightning_pet.model.naming import join, modules_on_the_way, named_modules, named_tensors
+from lightning_pet.model.call import Rows, Switch, between_forwards
+from lightning_pet.model.naming import check_known, delta_of, join, modules_on_the_way, named_modules, named_tensors
+from lightning_pet.model.undisturbed import set_aside
 
 LOCK: Final = threading.RLock()
 """Held while values are exchanged, and while a block notes which ones it reads."""

@@ -20,22 +20,20 @@ from lightning_pet.insertion.prepare import Prepared
 from lightning_pet.insertion.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
-from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, record_of
-from lightning_pet.model.call import Switch
-from lightning_pet.model.delta_names import delta_of
-from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
-from lightning_pet.model.gate import take_gate
+from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, mark_outside, record_of
+from lightning_pet.model.call import Switch, take_gate
 from lightning_pet.model.naming import (
     by_delta,
     canonical,
+    delta_of,
     delta_prefix,
     has_module,
     join,
     named_parameters,
     named_tensors,
 )
-from lightning_pet.model.outside import mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
+from lightning_pet.model.undisturbed import forbid_repacking, restore_repacking
 
 # --- saves of other libraries, which do not know what a delta is ----------------------------------
 
@@ -164,7 +162,7 @@ def _forget(record: Adaptation) -> None:
     """Let go of what was noted of deltas that are gone."""
     names = record.names
     noted: dict[str, Any]
-    for noted in (record.waiting, record.values, record.claims, record.beside):
+    for noted in (record.waiting, record.values, record.claims, record.beside, record.combined):
         for name in [name for name in noted if name not in names]:
             del noted[name]
     record.active = tuple(name for name in record.active if name in names)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import HERE, Selection
-from lightning_pet.model.delta_names import check_known
-from lightning_pet.model.naming import named_modules
+from lightning_pet.model.naming import check_known, named_modules
 from lightning_pet.probe.inputs import candidate_inputs, random_batch
 from lightning_pet.probe.row_leaves import ROWS, Leaves, Sides, close, ordered, tensors_in
 

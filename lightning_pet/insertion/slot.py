@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta, Path
 from lightning_pet.model.call import HERE, Chosen, Rows, Switch
-from lightning_pet.model.delta_names import delta_in
-from lightning_pet.model.naming import CHILD
+from lightning_pet.model.naming import CHILD, delta_in
 
 # --- parameters, read through the weight deltas of their host: properties in the place of a look-up ---
 

@@ -24,7 +24,6 @@ from lightning_pet.insertion.host import (
 from lightning_pet.insertion.slot import KEPT, READ_AS, SEQUENCES, Deltas
 from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.fast_paths import forbid
 from lightning_pet.model.layer_kinds import base_class, has_plain_forward
 from lightning_pet.model.naming import (
     CHILD,
@@ -35,6 +34,7 @@ from lightning_pet.model.naming import (
     named_parameters,
 )
 from lightning_pet.model.quantised import is_quantised
+from lightning_pet.model.undisturbed import forbid
 
 
 class _NarrowHost(WeightHost):

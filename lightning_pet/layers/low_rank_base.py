@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers import rows as ranges
+from lightning_pet.layers.combining import factored
 from lightning_pet.layers.delta import Delta, check_scale
 from lightning_pet.layers.low_rank_product import add_product_, is_plain
 from lightning_pet.layers.sharding import whole
@@ -168,6 +169,21 @@ class LowRank(Delta):
                 rounds_twice=self.path == "weight",  # as the effective weight is: to the bit
             )
             used = own.stop
+
+    @torch.no_grad()
+    def approximation(self, change: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The best A and B for a change of the host's weight, with a scale of one; nothing of its own is changed.
+
+        Args:
+            change: in the shape of the weight.
+
+        Returns:
+            A and B by name, and ‖change − B A‖² (Frobenius).
+        """
+        matrix = self._matrix(change)
+        (a, b), lost = factored(matrix, self.r)
+        found = {"a": a.reshape(self.a.shape), "b": b.reshape(self.b.shape)}
+        return {name: tensor.to(self.a.dtype) for name, tensor in found.items()}, lost
 
     def _adds_in_place(self, weight: Tensor) -> bool:
         """Whether the product can be added into this memory: the matrix is a view of it."""

@@ -7,16 +7,106 @@ sharding engines and compilers they could not be recovered later.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import is_sharded, ordinary_parts
 from lightning_pet.model.call import Selection, Switch
-from lightning_pet.model.delta_names import DEFAULT, delta_of, host_key
-from lightning_pet.model.marks import Mark
-from lightning_pet.model.naming import canonical, delta_path, modules_on_the_way, named_tensors, names_below
+from lightning_pet.model.naming import (
+    DEFAULT,
+    canonical,
+    delta_of,
+    delta_path,
+    host_key,
+    modules_on_the_way,
+    named_tensors,
+    names_below,
+)
 from lightning_pet.model.structure import Target
+
+# --- marks: what tensors held at one moment, remembered without keeping them ----------------------
+
+# A version counter would be free, but writes through ``.data``, as averages of weights are usually kept, do not count.
+# So the values are read: once, at the speed of memory.
+
+
+_ROW: Final = 8192  # bytes that are summed into one number
+_SMALL: Final = 2 * _ROW  # bytes up to which a tensor is kept as it is
+
+Form = tuple[torch.Size, torch.dtype]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What one tensor held: its bytes if they are few, else their sums row by row, as whole numbers.
+
+    Of a tensor that an engine has split, it is about the part that this process holds.
+    """
+
+    forms: tuple[Form, ...]
+    sums: tuple[Tensor, ...]
+
+
+def mark(tensor: Tensor) -> Mark | None:
+    """Remember what a tensor holds; ``None`` if its values cannot be read."""
+    parts = _parts(tensor)
+    return Mark(tuple(map(_form, parts)), tuple(map(_sums, parts))) if parts else None
+
+
+def compare(pairs: Iterable[tuple[Tensor, Mark | None]]) -> list[bool | None]:
+    """Whether each tensor holds something else than when it was marked.
+
+    ``None`` where that cannot be told: it was not marked, or has another form now (an engine has split or gathered
+    it, it was cast).
+    """
+    answers: list[bool | None] = []
+    found: list[Tensor] = []
+    places: list[int] = []
+    for tensor, before in pairs:
+        parts = _parts(tensor)
+        comparable = before is not None and bool(parts) and before.forms == tuple(map(_form, parts))
+        answers.append(False if comparable else None)
+        if comparable and before is not None:
+            for part, sums in zip(parts, before.sums, strict=True):
+                found.append((_sums(part) != sums.to(part.device)).any())
+                places.append(len(answers) - 1)
+    # All at once: reading one answer of a GPU waits for it.
+    devices = {flag.device for flag in found}
+    for device in devices:
+        here = [i for i, flag in enumerate(found) if flag.device == device]
+        for i, flag in zip(here, torch.stack([found[i] for i in here]).tolist(), strict=True):
+            answers[places[i]] = bool(answers[places[i]]) or flag
+    return answers
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    # ZeRO-3 keeps a process's part beside the parameter, which is empty or whole as the engine needs it.
+    held: Tensor = getattr(tensor, "ds_tensor", tensor)
+    return ordinary_parts(held.detach().to_local() if is_sharded(held) else held)  # type: ignore[attr-defined]
+
+
+def _form(part: Tensor) -> Form:
+    return part.shape, part.dtype
+
+
+@torch.no_grad()
+def _sums(part: Tensor) -> Tensor:
+    data = part.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() <= _SMALL:
+        return data.clone()
+    if data.storage_offset() % 8:
+        data = data.clone()
+    rows, words = data.numel() // _ROW, data.numel() // 8
+    numbers = data[: words * 8].view(torch.int64)
+    whole = rows * (_ROW // 8)
+    return torch.cat([numbers[:whole].view(rows, -1).sum(1), numbers[whole:], data[words * 8 :].to(torch.int64)])
+
+
+# --- the record -----------------------------------------------------------------------------------
+
 
 RECORD = "_pet"  # attribute of the adapted root
 
@@ -111,6 +201,7 @@ class Adaptation:
         values: of every delta that is not active, what it has in place of tensors of the base, by name.
         claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
         beside: of each delta, the others that acted when it was trained, with digests of their values.
+        combined: of each delta that was made of others, how.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -130,6 +221,7 @@ class Adaptation:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     claims: dict[str, frozenset[str]] = field(default_factory=dict)
     beside: dict[str, dict[str, str]] = field(default_factory=dict)
+    combined: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -298,3 +390,91 @@ def described(root: nn.Module) -> list[str]:
         *(f"{name} of shape {tuple(tensor.shape)}" for name, tensor in named_tensors(root) if name in own),
         *(f"{name}, trained" for name in record.trained_names),
     ]
+
+
+# --- what a model holds beside its base, and what of it has changed -------------------------------
+
+# A method covers the base. Beside it the user's code may write into parameters that no optimizer holds (the slow copy
+# of BYOL, MoCo or a mean teacher). What has changed there since the first delta came belongs to the delta.
+
+
+Parameters = dict[str, nn.Parameter]
+
+
+def outside_parameters(root: nn.Module, record: Adaptation) -> Parameters:
+    """Parameters beside the base, under all of their names; one that is tied to a base parameter is of the base."""
+    named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
+    own = {*record.delta_names, *record.of_base(dict(named))}
+    inside = {id(p) for name, p in named if name in own}
+    return {name: p for name, p in named if id(p) not in inside}
+
+
+def frozen_parameters(root: nn.Module, record: Adaptation) -> Parameters:
+    """Parameters of the base that do not train, each under one name.
+
+    A table that renormalises its rows as it looks them up (``max_norm``) is left out: it does so on any base alike.
+    """
+    named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
+    planned = {*record.delta_names, *record.trained_names}
+    skip = {id(p) for name, p in named if name in planned} | renormalised(root)
+    base = record.of_base(dict(named))
+    found = {id(p): (name, p) for name, p in reversed(named) if id(p) not in skip and name in base}
+    return dict(reversed(list(found.values())))
+
+
+def renormalised(root: nn.Module) -> set[int]:
+    """``id`` of each table that scales its rows down as it looks them up (``max_norm``).
+
+    What it holds depends on what was looked up, and what it returns does not: two such bases are one.
+    """
+    return {id(m.weight) for m in root.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")}
+
+
+def mark_outside(root: nn.Module) -> None:
+    """Remember what the parameters beside the base hold, of those that are not remembered yet and do not train."""
+    record = record_of(root)
+    if record is None:
+        return
+    trained = set(record.trained_names)
+    for name, parameter in outside_parameters(root, record).items():
+        if name not in record.marks and name not in trained:
+            record.marks[name] = mark(parameter)
+
+
+def changed_outside(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters beside the base that hold something else than when the first delta came, or may do so.
+
+    Those that train are not among them: the record has their names.
+    """
+    record = record_of(root)
+    if record is None:
+        return {}
+    trained = set(record.trained_names)
+    found = {name: p for name, p in outside_parameters(root, record).items() if name not in trained}
+    answers = compare((p, record.marks.get(name)) for name, p in found.items())
+    return {name: p for (name, p), changed in zip(found.items(), answers, strict=True) if changed is not False}
+
+
+def note_changed(root: nn.Module, names: Iterable[str]) -> None:
+    """Parameters beside the base got their values from a file: they belong to the delta from now on."""
+    record = record_of(root)
+    for name in names if record else ():
+        if record is not None and name in record.marks:
+            record.marks[name] = None
+
+
+def mark_anew(root: nn.Module) -> None:
+    """A Trainer has set the model up (split it, cast it): remember what it is now.
+
+    What has changed before stays known as changed.
+    """
+    record = record_of(root)
+    if record is None:
+        return
+    found = outside_parameters(root, record)
+    known = [(name, p, record.marks[name]) for name, p in found.items() if name in record.marks]
+    answers = compare((p, before) for _, p, before in known)
+    for (name, parameter, before), changed in zip(known, answers, strict=True):
+        marks: dict[bool | None, Mark | None] = {True: None, False: before}
+        record.marks[name] = marks[changed] if changed is not None else (mark(parameter) if before else None)
+    mark_outside(root)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, PETError
-from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable
+from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable, refuse_lost
 from lightning_pet.insertion.choice import (
     activate,
     place,
@@ -24,10 +24,11 @@ from lightning_pet.insertion.commit import check_sum, commit, copy_in
 from lightning_pet.insertion.method import Method
 from lightning_pet.insertion.prepare import is_shared, prepare
 from lightning_pet.insertion.row_guard import check_rows, guarded
-from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
-from lightning_pet.model.delta_names import check_known
-from lightning_pet.model.outside import note_changed
+from lightning_pet.model.adaptation import Adaptation, adapted_roots, note_changed, record_of
+from lightning_pet.model.naming import check_known
 from lightning_pet.model.structure import Structure
+from lightning_pet.operations.combining.in_model import combine
+from lightning_pet.operations.combining.rules import Combination, How
 from lightning_pet.operations.loading import insert, replace_values
 from lightning_pet.operations.merging import Merge, signals_wait
 from lightning_pet.operations.plan import Plan, plan_of
@@ -112,20 +113,6 @@ class OneDelta:
         refuse_in_use(record, self.name, "merged")
         check_intact(self.root, record)
         merge(self.root, (self.name,), dequantize)
-
-
-def refuse_lost(record: Adaptation, verb: str) -> None:
-    """Refuse what needs the original values of tensors that never had any in memory.
-
-    Raises:
-        PETError: naming one.
-    """
-    lost = [name for name in record.trained_names if record.originals[name].is_meta]
-    if lost:
-        raise PETError(
-            f"the delta cannot be {verb}: the original values of {lost[0]} were never in memory, because the "
-            "model was on the meta device when the delta was inserted. Load the base model again."
-        )
 
 
 def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) -> None:
@@ -362,6 +349,42 @@ class Adapted(Mapping[str, OneDelta]):
         """
         check_intact(self.root, self.record)
         replace_values(self.root, name, read(source), base_check)
+
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float] | Sequence[str],
+        method: How = "linear",
+        *,
+        rank: int | None = None,
+        density: float | None = None,
+        seed: int = 0,
+    ) -> Combination:
+        """Make one more delta of several: of the changes that they make to the base, not of their parameters.
+
+        What can be had from the parameters alone is (LoRA of different ranks, (IA)³, averages of adapters, prefixes one
+        behind the other), all else that merges through the change of each weight: DoRA, diff pruning, deltas of
+        different methods, and TIES and DARE on heads and biases. Where no rank is asked for, the result of that is the
+        change itself, dense or sparse. The result waits, as one more delta that is loaded does.
+
+        Args:
+            name: of the result.
+            weights: a number for each delta, ``{"tone": 0.7, "topic": 0.3}``, negative to unlearn; or their names
+                alone, for equal weights that sum to one.
+            method: what to do; see :func:`lightning_pet.combine_deltas`.
+            rank: of the result, where it is approximated (``"svd"``, ``"ties"``, …).
+            density: share of entries that is kept; default: 0.2 for TIES, else 0.5.
+            seed: of DARE.
+
+        Returns:
+            The error of the approximation, and the ranks.
+
+        Raises:
+            ArgumentError: if there is no such delta, there is one of this name, or what is asked for means nothing.
+            DeltaFileError: if they cannot be combined.
+            PETError: if an engine holds parts of the parameters. In all cases the model is as it was.
+        """
+        return combine(self.root, name, weights, method, rank, density, seed)
 
     # --- what is there ----------------------------------------------------------------------------
 

@@ -24,10 +24,10 @@ from lightning_pet.operations.file_terms import for_model
 from lightning_pet.operations.loading import deltas_of, insert
 from lightning_pet.operations.module_from_file import beside, build
 from lightning_pet.operations.saved import Named, Whole, check_base, save
-from lightning_pet.store.archive import load_checkpoint
+from lightning_pet.store.entry import load_checkpoint
+from lightning_pet.store.files import atomic_folder, is_delta_file, reap_once
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.reader import PathLike, Stored, delta_of, is_delta_file, manifest_of, read
-from lightning_pet.store.writer import atomic_folder, reap_once
+from lightning_pet.store.reader import PathLike, Stored, delta_of, manifest_of, read
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]

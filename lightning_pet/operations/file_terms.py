@@ -10,8 +10,7 @@ from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.insertion.method import METHODS, Method
-from lightning_pet.model.delta_names import DEFAULT, in_model, is_delta_name
-from lightning_pet.model.naming import CHILD, is_below
+from lightning_pet.model.naming import CHILD, DEFAULT, in_model, is_below, is_delta_name
 from lightning_pet.model.structure import Target
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored

@@ -15,16 +15,21 @@ from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
 from lightning_pet.insertion.widening import widen
-from lightning_pet.layers.delta import Delta, wrong_kinds, wrong_names, wrong_shapes
+from lightning_pet.layers.delta import Delta, filled_later, without_memory, wrong_kinds, wrong_names, wrong_shapes
 from lightning_pet.layers.sharding import without_values
-from lightning_pet.model.adaptation import Adaptation, Applied, record_of
-from lightning_pet.model.delta_names import check_delta_name, check_known, delta_of
-from lightning_pet.model.gate import between_forwards, set_gate
+from lightning_pet.model.adaptation import Adaptation, Applied, note_changed, outside_parameters, record_of
+from lightning_pet.model.call import between_forwards, set_gate
 from lightning_pet.model.layer_kinds import weight_of
-from lightning_pet.model.naming import by_delta, join, named_modules, named_tensors
-from lightning_pet.model.outside import note_changed, outside_parameters
+from lightning_pet.model.naming import (
+    by_delta,
+    check_delta_name,
+    check_known,
+    delta_of,
+    join,
+    named_modules,
+    named_tensors,
+)
 from lightning_pet.model.structure import Target
-from lightning_pet.model.unbuilt import filled_later, without_memory
 from lightning_pet.operations.file_terms import Rename, back, check_rename, for_model, method_of, note_of, without_heads
 from lightning_pet.operations.roots import root_of
 from lightning_pet.operations.saved import check_base, check_beside
@@ -352,8 +357,15 @@ def _fill(model: nn.Module, root: nn.Module, record: Adaptation, stored: Stored,
         copy_in(root, values)
     if delta in record.active:
         note_changed(root, values)
+    _note(record, stored, delta)
+
+
+def _note(record: Adaptation, stored: Stored, delta: str) -> None:
+    """What a file says of where its values come from."""
     if stored.base is not None and stored.base.beside:
         record.beside[delta] = dict(stored.base.beside)
+    if "combined" in stored.notes:
+        record.combined[delta] = stored.notes["combined"]
 
 
 def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str = "error") -> None:
@@ -416,8 +428,8 @@ def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str 
         show_in_blocks(root, record, delta, gone | values)
     record.claims[delta] = frozenset(values.keys() - trained)
     record.beside.pop(delta, None)
-    if stored.base is not None and stored.base.beside:
-        record.beside[delta] = dict(stored.base.beside)
+    record.combined.pop(delta, None)
+    _note(record, stored, delta)
 
 
 def _differ(applied: Applied, record: MethodRecord) -> bool:

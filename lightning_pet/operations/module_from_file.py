@@ -22,9 +22,9 @@ from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.model.naming import canonical, named_tensors
 from lightning_pet.operations.roots import root_of
 from lightning_pet.store.entry import KEY
-from lightning_pet.store.paths import expanded
+from lightning_pet.store.files import expanded
 from lightning_pet.store.reader import PathLike
-from lightning_pet.strategies.hyper_parameters import OMEGACONF
+from lightning_pet.strategies.plain import OMEGACONF
 
 # --- modules that LightningCLI built: from what it noted, without importing anything by a name in a file ---
 

@@ -15,17 +15,13 @@ from lightning_pet.insertion.choice import record_at, tensors_at
 from lightning_pet.insertion.commit import changed_buffers
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.delta_names import check_known, delta_of, in_file
-from lightning_pet.model.naming import canonical, join, named_tensors, split_below
-from lightning_pet.model.outside import changed_outside, outside_parameters, renormalised
+from lightning_pet.model.adaptation import Adaptation, changed_outside, outside_parameters, record_of, renormalised
+from lightning_pet.model.naming import canonical, check_known, delta_of, in_file, join, named_tensors, split_below
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import describe, written_by
-from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
-from lightning_pet.store.manifest import Manifest, MethodRecord
+from lightning_pet.store.fingerprint import Verdict, compare, digest, fingerprint
+from lightning_pet.store.manifest import Fingerprint, Manifest, MethodRecord
 from lightning_pet.store.reader import PathLike
-from lightning_pet.store.remembered import Fingerprint
-from lightning_pet.store.tensors import digest
 from lightning_pet.strategies.agreement import together
 from lightning_pet.strategies.strategy import StrategyAdapter
 
@@ -335,7 +331,8 @@ def save(
     delta = meant(record, name)
     view = record.of(delta)
     methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied)
-    manifest = Manifest(methods, root=root_path, notes=dict(notes or {}), written_by=written_by())
+    noted = {"combined": record.combined[delta]} if delta in record.combined else {}
+    manifest = Manifest(methods, root=root_path, notes={**noted, **(notes or {})}, written_by=written_by())
     if (adapter := _gathering_adapter(model)) is not None:
         return _save_gathered(adapter, root, view, path, manifest, exact)
     if holds_parts(root):

@@ -6,10 +6,10 @@ from typing import Any
 from lightning_pet.report.delta_summary import described, summarize_delta
 from lightning_pet.report.delta_summary import print_summary as print_summary
 from lightning_pet.report.values import norm
+from lightning_pet.store.files import is_delta_file
+from lightning_pet.store.fingerprint import describe
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.paths import is_delta_file
 from lightning_pet.store.reader import read
-from lightning_pet.store.tensors import describe
 
 
 def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:

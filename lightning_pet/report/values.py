@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lightning_pet.store.container import DEFAULT, DIGEST_BYTES, TYPES, Entry, fill, open_regular, read_header
+from lightning_pet.store.files import expanded
 from lightning_pet.store.manifest import Manifest, manifest_in
-from lightning_pet.store.paths import expanded
 from lightning_pet.store.strict_json import damaged_tensor, not_finite
 
 

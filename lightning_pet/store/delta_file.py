@@ -16,11 +16,8 @@ from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.container import DEFAULT, Entry, Limits, fill, open_regular, read_header
-from lightning_pet.store.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, encode_manifest, manifest_in
-from lightning_pet.store.manifest import read_manifest as read_manifest
-from lightning_pet.store.paths import expanded
-from lightning_pet.store.strict_json import canonical, check_name, damaged_tensor, fault
-from lightning_pet.store.tensors import (
+from lightning_pet.store.files import atomic_write, expanded, reap_once
+from lightning_pet.store.fingerprint import (
     CODES,
     DTYPES,
     TensorSpec,
@@ -31,7 +28,8 @@ from lightning_pet.store.tensors import (
     specs,
     to_host,
 )
-from lightning_pet.store.writer import atomic_write, reap_once
+from lightning_pet.store.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, encode_manifest, manifest_in
+from lightning_pet.store.strict_json import canonical, check_name, damaged_tensor, fault
 
 _ALIGNMENT: Final = 8
 
@@ -50,7 +48,7 @@ class DeltaFile:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """The dtype and shape of each tensor, for :func:`~lightning_pet.store.tensors.require_exact_keys`."""
+        """The dtype and shape of each tensor, for :func:`~lightning_pet.store.fingerprint.require_exact_keys`."""
         return specs(self.tensors)
 
 
@@ -89,7 +87,7 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
     """Read a delta file from an untrusted source, by copy, checking every byte.
 
     What remains for the caller: that the base is the right one, and that the tensors are exactly the
-    ones that the method builds on it (:func:`~lightning_pet.store.tensors.require_exact_keys`).
+    ones that the method builds on it (:func:`~lightning_pet.store.fingerprint.require_exact_keys`).
 
     Args:
         path: the file, or a symbolic link to it.

@@ -3,7 +3,7 @@
 A :class:`StrategyAdapter` replaces methods on the strategy *instance*, once, and reads everything
 else from the controller at call time, so that it serves every later run of the same Trainer. These
 methods are the last stop before the disk: they also serve ``save_weights_only=True``, where no
-callback hook runs. Engines that shard have adapters of their own; :mod:`lightning_pet.strategies.choice`
+callback hook runs. Engines that shard have adapters of their own; :mod:`lightning_pet.strategies.strategy`
 knows which is whose.
 """
 
@@ -11,22 +11,32 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import import_module
 from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import Tensor, nn
 
 from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.model.naming import named_tensors
-from lightning_pet.store.archive import read_checkpoint
+from lightning_pet.store.entry import read_checkpoint
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import agreed
 from lightning_pet.strategies.parameter_groups import clip_norm, groups_of
-from lightning_pet.strategies.sealed import unseal
+from lightning_pet.strategies.plain import unseal
 
 _ATTRIBUTE = "_pet_adapter"
 Named = Iterable[tuple[str, Tensor]]
@@ -342,3 +352,46 @@ def each_whole(modules: Sequence[M], whole: Callable[[Named], Named] = iter) -> 
 def flat_names(groups: Sequence[Sequence[str]]) -> list[str]:
     """The names of all groups in the order of an optimizer's state dict."""
     return [name for group in groups for name in group]
+
+
+# --- which adapter serves a strategy; those of engines that shard are imported when one is in use ---
+
+
+ADAPTERS: list[tuple[type[Strategy], tuple[str, str] | None]] = [
+    (SingleDeviceXLAStrategy, None),
+    (XLAStrategy, None),
+    (DeepSpeedStrategy, ("deepspeed", "DeepSpeedAdapter")),
+    (FSDPStrategy, ("fsdp", "FSDPAdapter")),
+    (ModelParallelStrategy, ("model_parallel", "ModelParallelAdapter")),
+    (SingleDeviceStrategy, ("strategy", "StrategyAdapter")),
+    (DDPStrategy, ("ddp", "DDPAdapter")),
+]
+"""Strategy class → module and class of its adapter; the first match by ``isinstance`` decides."""
+
+
+def adapter_for(trainer: pl.Trainer) -> StrategyAdapter[Any]:
+    """The adapter of the Trainer's strategy.
+
+    Raises:
+        UnsupportedStrategyError: if there is none.
+    """
+    if any(kind.__module__.partition(".")[0] == "pytorch_lightning" for kind in type(trainer).__mro__):
+        raise UnsupportedStrategyError(
+            "this Trainer is of the package pytorch_lightning, whose classes are others than those of lightning. "
+            "Import Trainer, LightningModule and callbacks from lightning: import lightning as L, or import "
+            "lightning.pytorch as pl."
+        )
+    strategy = trainer.strategy
+    if (found := StrategyAdapter.installed(strategy)) is not None:
+        return found
+    adapter = next((adapter for kind, adapter in ADAPTERS if isinstance(strategy, kind)), None)
+    if adapter is None:
+        supported = ", ".join(kind.__name__ for kind, adapter in ADAPTERS if adapter is not None)
+        raise UnsupportedStrategyError(
+            f"{type(strategy).__name__} cannot train a delta: its checkpoints would not hold it, or parameters that "
+            f"are replaced after set-up are lost to it. Supported: {supported}; for one process or several, "
+            "strategy='auto' or 'ddp'."
+        )
+    module, name = adapter
+    made: StrategyAdapter[Any] = getattr(import_module(f"lightning_pet.strategies.{module}"), name)(strategy)
+    return made

@@ -26,9 +26,8 @@ from lightning_pet.insertion.commit import (
 from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation, described, record_of
+from lightning_pet.model.adaptation import Adaptation, described, mark_anew, record_of
 from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
-from lightning_pet.model.outside import mark_anew
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, start
 from lightning_pet.operations.plan import Plan, show_plan
@@ -37,10 +36,9 @@ from lightning_pet.store.reader import read
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
-from lightning_pet.strategies.choice import adapter_for
-from lightning_pet.strategies.hyper_parameters import warn_left_out
 from lightning_pet.strategies.parameter_groups import Exchange, exchange, names_of
-from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.strategies.plain import warn_left_out
+from lightning_pet.strategies.strategy import StrategyAdapter, adapter_for
 from lightning_pet.targets.placement import host_parameter
 from lightning_pet.training.checkpoint import Checkpoints
 from lightning_pet.training.durable_io import install as install_durable_io

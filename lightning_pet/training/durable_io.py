@@ -2,7 +2,7 @@
 
 Lightning writes a checkpoint to the system's temporary folder and moves it. Where that folder is another
 file system the move is a copy: a kill tears it, and a full disk costs the last good file. This writer
-goes through :func:`lightning_pet.store.writer.atomic_write` instead.
+goes through :func:`lightning_pet.store.files.atomic_write` instead.
 """
 
 import io
@@ -28,8 +28,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.store.entry import KEY
-from lightning_pet.store.extraction import delta_path, write_delta_of
-from lightning_pet.store.writer import DISK, atomic_write, durable_link, reap_once
+from lightning_pet.store.files import DISK, atomic_write, durable_link, reap_once
+from lightning_pet.store.reader import delta_path, write_delta_of
 from lightning_pet.strategies import private
 
 _told: WeakSet[Strategy] = WeakSet()

@@ -15,10 +15,9 @@ from store_samples import base_of, generation_in, join, manifest_of, resign, sam
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.model.structure import Target
 from lightning_pet.store.container import Limits
-from lightning_pet.store.delta_file import read_delta, read_manifest, write_delta
-from lightning_pet.store.fingerprint import fingerprint
-from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.tensors import DTYPES, describe
+from lightning_pet.store.delta_file import read_delta, write_delta
+from lightning_pet.store.fingerprint import DTYPES, describe, fingerprint
+from lightning_pet.store.manifest import Manifest, MethodRecord, read_manifest
 
 
 @pytest.fixture

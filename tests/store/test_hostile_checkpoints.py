@@ -18,8 +18,8 @@ import lightning_pet as pet
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.operations.saved import base_fingerprint
 from lightning_pet.store.entry import KEY, make_entry
+from lightning_pet.store.fingerprint import digest
 from lightning_pet.store.reader import read
-from lightning_pet.store.tensors import digest
 
 SECONDS, MEGABYTES = 2.0, 256
 

@@ -5,7 +5,7 @@ import torch
 from store_samples import tensors_of
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.tensors import TensorSpec, describe, digest, require_exact_keys, specs, verify_digests
+from lightning_pet.store.fingerprint import TensorSpec, describe, digest, require_exact_keys, specs, verify_digests
 
 DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn]
 

@@ -23,9 +23,8 @@ from lightning_pet.layers.hard_concrete import HardConcrete, mixed
 from lightning_pet.layers.sparse_difference import Kind, SparseDifference
 from lightning_pet.model.naming import named_modules, named_parameters
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.strategies.choice import adapter_for
 from lightning_pet.strategies.parameter_groups import Exchange, set_option
-from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.strategies.strategy import StrategyAdapter, adapter_for
 from lightning_pet.targets.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.training.controller import Controller

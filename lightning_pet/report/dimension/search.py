@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.store.writer import atomic_write
+from lightning_pet.store.files import atomic_write
 
 Measure = Callable[[int | None, int], float]
 """``(dimension, seed) -> metric``, larger is better; ``None`` is full fine-tuning, 0 the model as it is."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_pet import LoRACallback, apply, extract_delta, inspect_delta, last_good, load_delta, save_delta
 from lightning_pet.errors import ArgumentError, DeltaFileError
-from lightning_pet.store.writer import atomic_folder, atomic_write, durable_link, reap_stale
+from lightning_pet.store.files import atomic_folder, atomic_write, durable_link, reap_stale
 
 
 def write(content: bytes):

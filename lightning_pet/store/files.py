@@ -1,5 +1,6 @@
-"""Durable writes: after a kill, a full disk or a power loss a file is the old one or the new one, never a torn one.
+"""Files: their paths as people write them, and durable writes.
 
+After a kill, a full disk or a power loss a file is the old one or the new one, never a torn one.
 A save goes create (in the destination folder) → write → fsync → close → rename → fsync of the folder.
 The temporary file lies beside its target because a rename is atomic within one file system only; a
 temporary folder elsewhere turns the last step into a copy, which a kill tears.
@@ -14,8 +15,46 @@ import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Final, cast
 
-from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.paths import expanded
+from lightning_pet.errors import ArgumentError, DeltaFileError
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def expanded(path: str | bytes | os.PathLike[str]) -> str:
+    """The path as text, with ``~`` for the home folder.
+
+    >>> expanded("a/b"), expanded("~/x") == os.path.join(os.path.expanduser("~"), "x")
+    ('a/b', True)
+
+    Raises:
+        ArgumentError: if it is no path at all.
+        DeltaFileError: ``io`` for a path that no file can have.
+    """
+    try:
+        text = os.fsdecode(os.path.expanduser(os.fspath(path)))
+    except TypeError as error:
+        raise ArgumentError(f"{path!r} is no path of a file: give one as text or as a pathlib.Path.") from error
+    if "\0" in text:
+        raise DeltaFileError(f"{text!r}: no file has a name with a NUL in it. Check the path.", "io")
+    return text
+
+
+def is_delta_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is to be read as a delta file; otherwise it is a training checkpoint."""
+    # A .ckpt is a zip archive; everything else (a pipe, too) is for the strict reader to accept or refuse.
+    try:
+        if not os.path.isfile(expanded(path)):
+            return True
+        with open(expanded(path), "rb") as file:
+            return file.read(2) != b"PK"
+    except ValueError:  # no path of any file, such as one with a NUL
+        return True
+    except OSError as error:
+        raise DeltaFileError(f"{path}: {error.strerror}. Give the path of a delta file or checkpoint.", "io") from error
+
+
+# --- writes ---------------------------------------------------------------------------------------
+
 
 STALE_AFTER_S: Final = 3600.0
 _NAME_BYTES: Final = 200  # of the 255 that file systems allow; the rest is for pid, random part and suffix
