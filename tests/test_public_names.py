@@ -37,6 +37,7 @@ NAMES = [
     "apply",
     "combine_deltas",
     "extract_delta",
+    "import_delta",
     "inspect_delta",
     "last_good",
     "load_delta",

@@ -1,21 +1,22 @@
 """A folder of another library: its configuration and its tensors, read as strictly as our own files."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.entry import load_plain
+from lightning_pet.errors import ArgumentError, DeltaFileError
+from lightning_pet.model.structure import Structure
 from lightning_pet.store.container import DEFAULT, Limits, open_regular, read_exact
 from lightning_pet.store.delta_file import read_tensors
+from lightning_pet.store.entry import load_plain
 from lightning_pet.store.files import expanded
+from lightning_pet.store.fingerprint import require_finite
 from lightning_pet.store.strict_json import check_type, fault, parse
-from lightning_pet.store.tensors import require_finite
 
 Kind = Literal["peft", "adapters"]
 CONFIG: Final = "adapter_config.json"
@@ -42,6 +43,19 @@ class Folder:
     kind: Kind
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a folder is read for.
+
+    Attributes:
+        root: what would be adapted.
+        structure: what a forward of it shows; asked for only where names do not tell.
+    """
+
+    root: nn.Module
+    structure: Callable[[], Structure]
 
 
 def is_folder(path: object) -> bool:
@@ -75,10 +89,44 @@ def read_folder(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Fo
     return Folder(where, kind, config, _tensors(where, kind, limits))
 
 
+PREFIX: Final = "base_model.model."
+
+
+def renamed(folder: Folder, rename: Mapping[str, str] | None) -> Folder:
+    """The same folder for a model whose paths begin otherwise; what PEFT puts before all of them stays.
+
+    Raises:
+        ArgumentError: if nothing in the folder begins with one of the prefixes.
+    """
+    if not rename:
+        return folder
+    head = PREFIX if folder.kind == "peft" else ""
+    pairs = sorted(rename.items(), key=lambda pair: -len(pair[0]))
+    used: set[str] = set()
+
+    def moved(name: str) -> str:
+        own = name.removeprefix(head)
+        for old, new in pairs:
+            if own.startswith(old):
+                used.add(old)
+                return f"{head}{new}{own.removeprefix(old)}"
+        return name
+
+    tensors = {moved(name): tensor for name, tensor in folder.tensors.items()}
+    if unknown := [old for old in rename if old not in used]:
+        raise ArgumentError(
+            f"rename: nothing in {folder.path} begins with {unknown[0]!r}; it has "
+            f"{', '.join(name.removeprefix(head) for name in list(folder.tensors)[:3])} …"
+        )
+    return replace(folder, tensors=tensors)
+
+
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
-        below = sorted(child.name for child in folder.iterdir() if (child / CONFIG).is_file()) if folder.is_dir() else []
+        below = (
+            sorted(child.name for child in folder.iterdir() if (child / CONFIG).is_file()) if folder.is_dir() else []
+        )
         if below:
             raise fault(
                 str(folder),

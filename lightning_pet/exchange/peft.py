@@ -5,45 +5,45 @@ from typing import Any, Final
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.exchange import peft_layers, peft_prompts
-from lightning_pet.exchange.folder import CONFIG, Folder
-from lightning_pet.exchange.peft_layers import Read
-from lightning_pet.exchange.peft_prompts import Base
+from lightning_pet.exchange.folder import CONFIG, Base, Folder
+from lightning_pet.exchange.peft_hosts import Read
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
 
-_COMMON: Final = frozenset(
+
+def _options(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_COMMON: Final = _options(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode modules_to_save "
     "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out init_weights runtime_config "
-    "ensure_weight_tying".split()
+    "ensure_weight_tying"
 )
-_LOW_RANK: Final = frozenset(
+_LOW_RANK: Final = _options(
     "r lora_alpha lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
-    "target_parameters loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size "
-    "layer_replication".split()
+    "target_parameters loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size"
 )
-_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
-"""Values of options that are nothing asked for."""
-_REFUSED: Final = frozenset({"layer_replication"})
-_PROMPT: Final = frozenset(
-    "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers num_frozen_layers".split()
+_ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step")
+_VIRTUAL: Final = _options(
+    "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers num_frozen_layers"
 )
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
-    "ADALORA": _LOW_RANK
-    | frozenset("init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step rank_pattern".split()),
-    "IA3": frozenset({"feedforward_modules", "init_ia3_weights"}),
-    "PROMPT_TUNING": _PROMPT
-    | frozenset("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()),
-    "P_TUNING": _PROMPT
-    | frozenset(
-        "encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout".split()
-    ),
-    "PREFIX_TUNING": _PROMPT | frozenset({"encoder_hidden_size", "prefix_projection"}),
+    "ADALORA": _LOW_RANK | _ADAPTIVE,
+    "IA3": _options("feedforward_modules init_ia3_weights"),
+    "PROMPT_TUNING": _VIRTUAL
+    | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
+    "P_TUNING": _VIRTUAL
+    | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
+    "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
 }
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+"""Values of options that ask for nothing."""
 _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
-    "LORA": lambda folder, base: peft_layers.lora(folder, base and base.root),
-    "ADALORA": lambda folder, base: peft_layers.adalora(folder, base and base.root),
-    "IA3": lambda folder, base: peft_layers.ia3(folder, base and base.root),
+    "LORA": peft_layers.lora,
+    "ADALORA": peft_layers.adalora,
+    "IA3": peft_layers.ia3,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -78,7 +78,7 @@ def _check_options(folder: Folder, kind: str) -> None:
     known = _COMMON | _KNOWN[kind]
     for option, value in folder.config.items():
         asked = bool(value) and value not in _HARMLESS.get(option, ())
-        if asked and (option not in known or option in _REFUSED):
+        if asked and option not in known:
             raise _unknown(folder, option, value)
 
 

@@ -1,35 +1,21 @@
 """Virtual tokens of HF PEFT, in terms of ours: prompt tuning, P-tuning, prefix tuning."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pet.attention.prefix import PrefixSite
-from lightning_pet.exchange.folder import CONFIG, Folder, unused
-from lightning_pet.exchange.peft_layers import Read, heads_of, record_of
+from lightning_pet.exchange.folder import CONFIG, Base, Folder, unused
+from lightning_pet.exchange.peft_hosts import Read, heads_of, record_of
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.naming import CHILD, join, module_at
-from lightning_pet.model.structure import Structure, Target
+from lightning_pet.model.structure import Target
 from lightning_pet.store.strict_json import fault
 
 _EMBEDDINGS: Final = "prompt_embeddings"
 _PREFIX: Final = "base_model."
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that a folder is read for.
-
-    Attributes:
-        root: what would be adapted.
-        structure: what a forward of it shows; asked for only where names do not tell.
-    """
-
-    root: nn.Module
-    structure: Callable[[], Structure]
 
 
 def prompt(folder: Folder, base: Base | None) -> Read:
