@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
     from lightning_pet.operations.adapted import Adapted as Adapted
     from lightning_pet.operations.apply import apply as apply
+    from lightning_pet.operations.combining.choosing import choose_weights as choose_weights
     from lightning_pet.operations.combining.files import combine_deltas as combine_deltas
     from lightning_pet.operations.delta import inspect_delta as inspect_delta
     from lightning_pet.operations.delta import load_delta as load_delta
@@ -65,8 +67,10 @@ _WHERE = {
     "LoRACallback": "callbacks.lora",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "TasksCallback": "callbacks.tasks",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
+    "choose_weights": "operations.combining.choosing",
     "combine_deltas": "operations.combining.files",
     "import_delta": "operations.exchanging",
     "inspect_delta": "operations.delta",

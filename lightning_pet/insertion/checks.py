@@ -14,7 +14,7 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
 from lightning_pet.model.layer_kinds import base_class
 from lightning_pet.model.named_roles import named_places
-from lightning_pet.model.naming import delta_prefix, has_module, named_modules, named_tensors
+from lightning_pet.model.naming import delta_prefix, has_module, module_at, named_modules, tensors_at
 from lightning_pet.model.quantised import format_of, is_quantised, is_repacked
 from lightning_pet.model.structure import Structure, Target, overlap
 
@@ -148,21 +148,27 @@ _SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features", "in_
 _ADVICE = "Resize or replace layers before the deltas are inserted (call remove() first, or start from the base again)"
 
 
-def sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]:
+def _sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]:
     """Declared sizes of the modules that host a delta or train as they are, by path."""
     return sizes_of(root, record.host_paths() | {name.rpartition(".")[0] for name in record.trained_names})
 
 
 def sizes_of(root: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Any, ...]]:
     """Declared sizes of these modules, as far as they have any."""
-    modules = named_modules(root)
-    found = {path: tuple(getattr(modules[path], size, None) for size in _SIZES) for path in paths if path in modules}
+    modules = {path: module_at(root, path) for path in paths if has_module(root, path)}
+    found = {path: tuple(_size(module, size) for size in _SIZES) for path, module in modules.items()}
     return {path: sizes for path, sizes in found.items() if any(isinstance(size, int) for size in sizes)}
+
+
+def _size(module: nn.Module, name: str) -> Any:
+    # Not getattr at once: a module looks for what it does not have among its parameters, buffers and children.
+    own = module.__dict__
+    return own[name] if name in own else getattr(module, name, None) if hasattr(type(module), name) else None
 
 
 def resized(root: nn.Module, record: Adaptation) -> list[str]:
     """Paths of modules whose sizes are no longer those for which the deltas were made."""
-    now = sizes_now(root, record)
+    now = _sizes_now(root, record)
     return sorted(path for path, sizes in record.sizes.items() if path in now and now[path] != sizes)
 
 
@@ -172,10 +178,11 @@ def check_intact(root: nn.Module, record: Adaptation) -> None:
     Raises:
         PETError: naming them.
     """
-    names = {name for name, _ in named_tensors(root)}
-    absent = {*record.delta_names, *record.trained_names} - names
     # A delta may hold other tensors than when it was noted: what it may not be is gone.
-    lost = sorted(name for name in absent if not (delta := delta_prefix(name)) or not has_module(root, delta))
+    there = {inserted.path for inserted in record.deltas(root, pass_over_gone=True)}
+    gone = {path for applied in record.applied for path in applied.paths} - there
+    lost = sorted(name for name in (record.delta_names if gone else ()) if delta_prefix(name) in gone)
+    lost += sorted({*record.trained_names} - tensors_at(root, record.trained_names).keys())
     if lost:
         raise PETError(
             f"modules of {type(root).__name__} that carry a delta, or train, were replaced: {', '.join(lost[:4])} "
@@ -218,7 +225,7 @@ def check_restorable(root: nn.Module, record: Adaptation) -> None:
 
 def guard(root: nn.Module, record: Adaptation) -> None:
     """Note the sizes, and let models of transformers refuse a new vocabulary that a delta would not fit."""
-    record.sizes = sizes_now(root, record) | record.sizes
+    record.sizes = _sizes_now(root, record) | record.sizes
     for module in root.modules():
         if callable(getattr(type(module), _RESIZE, None)):
             module.__dict__[_RESIZE] = partial(_resize, root, module)

@@ -15,16 +15,25 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.errors import PETError, TargetError
+from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.checks import check_acting, sizes_of
-from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, keys_of, take_out, undo
+from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
 from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts, whole_shape
-from lightning_pet.model.adaptation import Adaptation, record_of
+from lightning_pet.model.adaptation import Adaptation, record_at
 from lightning_pet.model.call import Rows, Switch, between_forwards
-from lightning_pet.model.naming import check_known, delta_of, join, modules_on_the_way, named_modules, named_tensors
+from lightning_pet.model.naming import (
+    check_known,
+    delta_of,
+    join,
+    module_at,
+    named_modules,
+    named_tensors,
+    tensors_at,
+)
+from lightning_pet.model.outside import changed_buffers
 from lightning_pet.model.undisturbed import set_aside
 
 LOCK: Final = threading.RLock()
@@ -32,14 +41,6 @@ LOCK: Final = threading.RLock()
 
 _SIZES: Final = ("out_features", "num_embeddings", "out_channels")
 """What modules say of the first dimension of their parameters."""
-
-
-def record_at(root: nn.Module) -> Adaptation:
-    """The record of an adapted root."""
-    record = record_of(root)
-    if record is None:
-        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
-    return record
 
 
 def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
@@ -67,6 +68,9 @@ def place(root: nn.Module, deltas: tuple[str, ...]) -> None:
     check_sum(record, deltas)
     if len(deltas) > 1:
         check_acting(root, deltas)
+    if record.together:
+        part(root, next((name for name in deltas if name in record.together), record.together[-1]))
+        check_sum(record, deltas)
     with between_forwards(root), LOCK:
         leaving = {name: owned(root, record, name) for name in record.active if name not in deltas}
         coming = [name for name in deltas if name not in record.active]
@@ -110,7 +114,7 @@ def remove(root: nn.Module, delta: str) -> None:
     record = record_at(root)
     check_known((delta,), record.names)
     refuse_in_use(record, delta, "removed")
-    if delta in record.active and len(record.names) > 1:
+    if delta in record.active and len(record.names) > 1 and delta not in record.together:
         place(root, tuple(name for name in record.active if name != delta))
     take_out(root, keys_of(root, (delta,)))
 
@@ -146,27 +150,57 @@ def owned(root: nn.Module, record: Adaptation, delta: str) -> tuple[str, ...]:
     if delta in record.values:
         return tuple(record.values[delta])
     own = dict.fromkeys((*record.trained_by(delta), *record.claims.get(delta, ())))
-    if delta == record.keeper:
+    if delta == record.keeper and not record.together:
         others = record.held_by(name for name in record.active if name != delta)
         beside = (name for name in record.trained_names if name not in record.trained_in_place)
         own |= dict.fromkeys(name for name in (*beside, *changed_buffers(root)) if name not in others)
     return tuple(name for name in own if name in record.originals)
 
 
+# --- deltas that train together ---------------------------------------------------------------------------
+
+
+def gather(root: nn.Module, deltas: tuple[str, ...], *, train: bool = True) -> None:
+    """Let these deltas train together: each acts on the rows that a block gives it, and none elsewhere.
+
+    Raises:
+        ArgumentError: if another delta acts.
+    """
+    record = record_at(root)
+    check_known(deltas, record.names)
+    if others := [name for name in record.active if name not in deltas]:
+        raise ArgumentError(
+            f"the delta {others[0]!r} acts, and each row of this run uses the delta of its task alone: "
+            f"{', '.join(map(repr, deltas))}. Let none act before: adapted.activate()."
+        )
+    record.together = deltas
+    record.act(deltas)
+    if train:
+        let_train(root, deltas)
+
+
+def shared(root: nn.Module, record: Adaptation) -> tuple[str, ...]:
+    """What changes beside the plan of deltas that train together, and belongs to each of them."""
+    others = record.held_by(name for name in record.names if name not in record.together)
+    beside = [name for name in record.trained_names if name not in record.trained_in_place]
+    return tuple(n for n in dict.fromkeys((*beside, *changed_buffers(root))) if n not in others)
+
+
+def part(root: nn.Module, stays: str) -> None:
+    """Deltas that have trained together are ordinary ones from now on, of which one acts."""
+    record = record_at(root)
+    with between_forwards(root), LOCK:
+        names = shared(root, record)
+        present = tensors_at(root, names)
+        for name in record.together:
+            record.claims[name] = record.claims.get(name, frozenset()) | frozenset(present)
+            if name != stays:
+                record.values[name] = {n: tensor.detach().clone() for n, tensor in present.items()}
+        record.together = ()
+        record.act((stays,))
+
+
 # --- exchanging values ----------------------------------------------------------------------------------
-
-
-def tensors_at(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and buffers of these canonical names, each followed part by part; what is not there is left out."""
-    found: dict[str, Tensor] = {}
-    for name in names:
-        path, _, own = name.rpartition(".")
-        *above, module = modules_on_the_way(root, path)
-        if len(above) == (path.count(".") + 1 if path else 0):
-            tensor = module._parameters.get(own, module._buffers.get(own))
-            if tensor is not None:
-                found[name] = tensor
-    return found
 
 
 def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -278,15 +312,14 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
     What is trained in place keeps its values: this thread reads others. Only where an engine holds parts of the
     parameters are the values exchanged, for all threads: there every process runs one forward at a time.
     """
-    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
-        deltas_of(inserted.host).belong(inserted.key, record.switch)
+    belong(root, record)
     selection = record.selection(deltas)
     with ExitStack() as stack, ExitStack() as exposed:
         with LOCK:
             wanted = wanted_by(root, record, deltas)
             # What other deltas have of their own is read through this selection as well: they may be activated.
             names = {*wanted, *record.held_by(record.names)}
-            modules = named_modules(root) if names or not deltas else {}
+            modules = named_modules(root, of_base=True) if names or not deltas else {}
             places, values = places_of(modules, names, aside=not deltas)
             if wanted and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
                 stack.callback(copy_in, root, _exchange(root, wanted))
@@ -305,6 +338,18 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
                 close(module, attributes, record.switch, block.made_a_graph)
 
 
+def belong(root: nn.Module, record: Adaptation) -> None:
+    """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
+    keys: dict[str, list[str]] = {}
+    for applied in record.applied:
+        for host, key in applied.hosts:
+            keys.setdefault(host, []).append(key)
+    for host, own in keys.items():
+        deltas = deltas_of(module_at(root, host))
+        for key in own:
+            deltas.belong(key, record.switch)
+
+
 def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
     """What the model would hold in place of what it holds, if these deltas acted for all."""
     found = {name: record.originals[name] for name in leaving_for(root, record, deltas)}
@@ -318,6 +363,8 @@ def leaving_for(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) ->
     leaving = {name for delta in record.active if delta not in deltas for name in owned(root, record, delta)}
     if not deltas or not record.active:
         leaving |= changed_buffers(root).keys()
+    if record.together and set(record.together).isdisjoint(deltas):
+        leaving |= set(shared(root, record))
     return leaving
 
 
@@ -359,8 +406,8 @@ def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Te
     """Copies of values, placed as the present ones: the base may write into its buffers."""
     found, precisions = {}, read_precisions(root)
     with torch.no_grad():
-        for name, tensor in named_tensors(root):
-            if name in values and not values[name].is_meta:
+        for name, tensor in tensors_at(root, values).items():
+            if not values[name].is_meta:
                 dtype = precisions.get(id(tensor), tensor.dtype)
                 found[name] = values[name].detach().to(tensor.device, dtype, copy=True)
     return found
@@ -390,8 +437,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
         TargetError: if the values of what was trained in place cannot be read side by side here.
     """
     switch = record.switch
-    for inserted in record.deltas(root):  # user code may have put a copy of a host in its place
-        deltas_of(inserted.host).belong(inserted.key, switch)
+    belong(root, record)
     groups = tuple(dict.fromkeys(names))
     tuples = [() if name is None else (name,) for name in groups]
     with ExitStack() as exposed:
@@ -399,7 +445,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
             wanted = _wanted_by_each(root, record, groups)
             differing = {name for values in wanted for name in values}
             everything = differing | set(record.held_by(record.names))
-            modules = named_modules(root)
+            modules = named_modules(root, of_base=True)
             places, _ = places_of(modules, everything, aside=False)
             if differing and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
                 raise TargetError(

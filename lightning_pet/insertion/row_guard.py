@@ -21,8 +21,8 @@ from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import HERE, Selection
 from lightning_pet.model.naming import check_known, named_modules
-from lightning_pet.probe.inputs import candidate_inputs, random_batch
 from lightning_pet.probe.row_leaves import ROWS, Leaves, Sides, close, ordered, tensors_in
+from lightning_pet.probe.trace import candidate_inputs, random_batch
 
 _LONGER = ("prompt_tuning", "auto_prompt")
 _ROWS, _TOKENS, _BATCHES = 3, 7, 3
@@ -136,9 +136,15 @@ def guarded(root: nn.Module, record: Adaptation, names: Any) -> Iterator[Manners
 
 
 def _check_size(
-    manners: Manners, batch: int, thread: int, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    manners: Manners,
+    batch: int,
+    thread: int,
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Refuse another number of rows than names, unless somebody makes more of the rows: a beam search, a wrapper."""
+    # Torch registers a hook first, and then that it wants keywords: a thread that calls in between gives none.
     if torch.compiler.is_compiling() or threading.get_ident() != thread or HERE.call.part is not None:
         return
     leaves = {key: x for key, x in tensors_in({"gets": (args, kwargs)}).items() if x.dim()}
@@ -233,11 +239,12 @@ def _look_at_call(
     thread: int,
     module: nn.Module,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    kwargs: dict[str, Any] | None = None,
 ) -> None:
     """The same on the user's own batch, before the root runs on it."""
     if threading.get_ident() != thread or HERE.call.part is not None or len(set(names)) == 1:
         return
+    kwargs = kwargs or {}
     if record.switch.manners is not None:
         manners.take(record.switch.manners)
         return
@@ -294,8 +301,9 @@ def _seen(root: nn.Module, record: Adaptation, paths: set[str], args: Any, kwarg
     """What the modules get and give in a forward of the base, in the order of their calls."""
     thread, seen = threading.get_ident(), Seen()
 
-    def note(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def note(path: str, module: nn.Module, args: Any, *rest: Any) -> None:
         if threading.get_ident() == thread:
+            kwargs, output = rest  # other threads may come before torch knows that the hook takes both
             found = tensors_in({"gets": (args, kwargs), **({"gives": output} if path in paths else {})})
             seen.setdefault(path, []).append({key: tensor.detach().clone() for key, tensor in found.items()})
 

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_pet.errors import PETError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded, ordinary_parts
 from lightning_pet.model.call import Selection, Switch
@@ -20,10 +21,11 @@ from lightning_pet.model.naming import (
     canonical,
     delta_of,
     delta_path,
+    host_at,
     host_key,
-    modules_on_the_way,
     named_tensors,
     names_below,
+    unwrapped,
 )
 from lightning_pet.model.structure import Target
 
@@ -201,6 +203,8 @@ class Adaptation:
         values: of every delta that is not active, what it has in place of tensors of the base, by name.
         claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
         beside: of each delta, the others that acted when it was trained, with digests of their values.
+        together: deltas that train in one run, each on rows of its own. Nothing acts on rows that no block has given to
+            one of them. What changes beside the plan (buffers, what the user trains outside of the base) is shared.
         combined: of each delta that was made of others, how.
     """
 
@@ -221,6 +225,7 @@ class Adaptation:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     claims: dict[str, frozenset[str]] = field(default_factory=dict)
     beside: dict[str, dict[str, str]] = field(default_factory=dict)
+    together: tuple[str, ...] = ()
     combined: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -249,7 +254,7 @@ class Adaptation:
         others = {name for delta in self.names if delta not in deltas for name in self.trained_by(delta)}
         others |= {name for delta, own in self.claims.items() if delta not in deltas for name in own}
         asleep = [name for delta in deltas for name in self.waiting.get(delta, ())]
-        user = self.keeper in deltas
+        user = self.keeper in deltas or not set(self.together).isdisjoint(deltas)
         return replace(
             self,
             applied=applied,
@@ -264,8 +269,11 @@ class Adaptation:
     def held_by(self, deltas: Iterable[str]) -> dict[str, list[str]]:
         """Tensors of the base of which these deltas have values of their own, with the deltas that do."""
         found: dict[str, list[str]] = {}
+        trained: dict[str, list[str]] = {}
+        for applied in self.applied:
+            trained.setdefault(applied.delta, []).extend(applied.trained)
         for delta in deltas:
-            own = (*self.trained_by(delta), *self.values.get(delta, ()), *self.claims.get(delta, ()))
+            own = (*trained.get(delta, ()), *self.values.get(delta, ()), *self.claims.get(delta, ()))
             for name in dict.fromkeys(own):
                 found.setdefault(name, []).append(delta)
         return found
@@ -291,7 +299,10 @@ class Adaptation:
     def act(self, deltas: tuple[str, ...]) -> None:
         """These deltas act where a thread has chosen nothing, in this order."""
         self.active = deltas
-        self.switch.selection = None if deltas == self.names else self.selection(deltas)
+        if self.together:
+            self.switch.selection = self.selection(())
+        else:
+            self.switch.selection = None if deltas == self.names else self.selection(deltas)
 
     def selection(self, deltas: tuple[str, ...]) -> Selection:
         """What acts where these deltas do."""
@@ -336,12 +347,18 @@ class Adaptation:
         Raises:
             KeyError: with the path of a delta that is gone.
         """
-        for applied, target, path in self.places():
-            way = list(modules_on_the_way(root, path))
-            if len(way) == path.count(".") + 2:
-                yield Inserted(applied, target, way[-3], cast(Delta, way[-1]), path)
-            elif not pass_over_gone:
-                raise KeyError(path)
+        hosts: dict[str, tuple[nn.Module, nn.Module] | None] = {}  # many deltas have the same
+        for applied in self.applied:
+            for target, (host, key) in zip(applied.targets, applied.hosts, strict=False):
+                if host not in hosts:
+                    hosts[host] = host_at(root, host)
+                found = hosts[host]
+                delta = found[1]._modules.get(key) if found is not None else None
+                if found is not None and delta is not None:
+                    inner = cast(Delta, unwrapped(delta))
+                    yield Inserted(applied, target, found[0], inner, delta_path(host, key))
+                elif not pass_over_gone:
+                    raise KeyError(delta_path(host, key))
 
     def places(self) -> Iterator[tuple[Applied, Target, str]]:
         """The same by name: (method, target, path of the delta), whether the modules are there or not."""
@@ -363,6 +380,14 @@ def deltas_in(root: nn.Module) -> Iterator[Inserted]:
 def record_of(root: nn.Module) -> Adaptation | None:
     """The record on this very module, or ``None``."""
     return root.__dict__.get(RECORD)
+
+
+def record_at(root: nn.Module) -> Adaptation:
+    """The record of an adapted root."""
+    record = record_of(root)
+    if record is None:
+        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
+    return record
 
 
 def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -390,91 +415,3 @@ def described(root: nn.Module) -> list[str]:
         *(f"{name} of shape {tuple(tensor.shape)}" for name, tensor in named_tensors(root) if name in own),
         *(f"{name}, trained" for name in record.trained_names),
     ]
-
-
-# --- what a model holds beside its base, and what of it has changed -------------------------------
-
-# A method covers the base. Beside it the user's code may write into parameters that no optimizer holds (the slow copy
-# of BYOL, MoCo or a mean teacher). What has changed there since the first delta came belongs to the delta.
-
-
-Parameters = dict[str, nn.Parameter]
-
-
-def outside_parameters(root: nn.Module, record: Adaptation) -> Parameters:
-    """Parameters beside the base, under all of their names; one that is tied to a base parameter is of the base."""
-    named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
-    own = {*record.delta_names, *record.of_base(dict(named))}
-    inside = {id(p) for name, p in named if name in own}
-    return {name: p for name, p in named if id(p) not in inside}
-
-
-def frozen_parameters(root: nn.Module, record: Adaptation) -> Parameters:
-    """Parameters of the base that do not train, each under one name.
-
-    A table that renormalises its rows as it looks them up (``max_norm``) is left out: it does so on any base alike.
-    """
-    named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
-    planned = {*record.delta_names, *record.trained_names}
-    skip = {id(p) for name, p in named if name in planned} | renormalised(root)
-    base = record.of_base(dict(named))
-    found = {id(p): (name, p) for name, p in reversed(named) if id(p) not in skip and name in base}
-    return dict(reversed(list(found.values())))
-
-
-def renormalised(root: nn.Module) -> set[int]:
-    """``id`` of each table that scales its rows down as it looks them up (``max_norm``).
-
-    What it holds depends on what was looked up, and what it returns does not: two such bases are one.
-    """
-    return {id(m.weight) for m in root.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")}
-
-
-def mark_outside(root: nn.Module) -> None:
-    """Remember what the parameters beside the base hold, of those that are not remembered yet and do not train."""
-    record = record_of(root)
-    if record is None:
-        return
-    trained = set(record.trained_names)
-    for name, parameter in outside_parameters(root, record).items():
-        if name not in record.marks and name not in trained:
-            record.marks[name] = mark(parameter)
-
-
-def changed_outside(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters beside the base that hold something else than when the first delta came, or may do so.
-
-    Those that train are not among them: the record has their names.
-    """
-    record = record_of(root)
-    if record is None:
-        return {}
-    trained = set(record.trained_names)
-    found = {name: p for name, p in outside_parameters(root, record).items() if name not in trained}
-    answers = compare((p, record.marks.get(name)) for name, p in found.items())
-    return {name: p for (name, p), changed in zip(found.items(), answers, strict=True) if changed is not False}
-
-
-def note_changed(root: nn.Module, names: Iterable[str]) -> None:
-    """Parameters beside the base got their values from a file: they belong to the delta from now on."""
-    record = record_of(root)
-    for name in names if record else ():
-        if record is not None and name in record.marks:
-            record.marks[name] = None
-
-
-def mark_anew(root: nn.Module) -> None:
-    """A Trainer has set the model up (split it, cast it): remember what it is now.
-
-    What has changed before stays known as changed.
-    """
-    record = record_of(root)
-    if record is None:
-        return
-    found = outside_parameters(root, record)
-    known = [(name, p, record.marks[name]) for name, p in found.items() if name in record.marks]
-    answers = compare((p, before) for _, p, before in known)
-    for (name, parameter, before), changed in zip(known, answers, strict=True):
-        marks: dict[bool | None, Mark | None] = {True: None, False: before}
-        record.marks[name] = marks[changed] if changed is not None else (mark(parameter) if before else None)
-    mark_outside(root)

@@ -41,9 +41,32 @@ def join(*parts: str) -> str:
     return ".".join(filter(None, parts))
 
 
-def named_modules(root: nn.Module) -> dict[str, nn.Module]:
+def walk(root: nn.Module, *, of_base: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its canonical name, in the order of ``nn.Module.named_modules``, each under all of its names.
+
+    Torch's own walk hands each module on through every level above it, and this is done whenever deltas are switched.
+
+    Args:
+        root: where to begin; its name is ``""``.
+        of_base: pass over deltas, of which there may be many times as many.
+    """
+    todo = [("", root)]
+    while todo:
+        path, module = todo.pop()
+        yield path, module
+        if module._modules:
+            dotted = f"{path}." if path else ""
+            below = [
+                (path if name in _WRAPPERS else dotted + name, child)
+                for name, child in module._modules.items()
+                if child is not None and not (of_base and name == CHILD)
+            ]
+            todo += reversed(below)
+
+
+def named_modules(root: nn.Module, *, of_base: bool = False) -> dict[str, nn.Module]:
     """Every module under its canonical name; a shared module appears under each of its names."""
-    return {canonical(name): module for name, module in root.named_modules(remove_duplicate=False)}
+    return dict(walk(root, of_base=of_base))
 
 
 def modules_on_the_way(root: nn.Module, path: str) -> Iterator[nn.Module]:
@@ -51,13 +74,13 @@ def modules_on_the_way(root: nn.Module, path: str) -> Iterator[nn.Module]:
 
     Takes as many steps as the name has parts: looking one name up in all names makes set-up quadratic.
     """
-    module = _unwrapped(root)
+    module = unwrapped(root)
     yield module
     for part in path.split(".") if path else ():
         child = module._modules.get(part)
         if child is None:
             return
-        module = _unwrapped(child)
+        module = unwrapped(child)
         yield module
 
 
@@ -78,7 +101,15 @@ def has_module(root: nn.Module, path: str) -> bool:
     return sum(1 for _ in modules_on_the_way(root, path)) == (path.count(".") + 2 if path else 1)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def host_at(root: nn.Module, path: str) -> tuple[nn.Module, nn.Module] | None:
+    """The module of a canonical name, and what holds its deltas; ``None`` where there is none, or it has none."""
+    *above, host = modules_on_the_way(root, path)
+    pet = host._modules.get(CHILD)
+    return (host, unwrapped(pet)) if pet is not None and len(above) == (path.count(".") + 1 if path else 0) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of what a compiler, shards or checkpointing put around it."""
     while not _WRAPPERS.isdisjoint(module._modules):
         inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
         if inner is None:
@@ -165,15 +196,27 @@ def named_parameters(root: nn.Module, *, every_name: bool = False) -> list[tuple
 
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and *persistent* buffers under canonical names, each tensor under each of its names."""
-    for path, module in root.named_modules(remove_duplicate=False):
-        prefix = f"{canonical(path)}." if path else ""
-        prefix = "" if prefix == "." else prefix  # the root is wrapped
+    for path, module in walk(root):
+        prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield prefix + name, parameter
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield prefix + name, buffer
+
+
+def tensors_at(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Parameters and buffers of these canonical names, each followed part by part; what is not there is left out."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        *above, module = modules_on_the_way(root, path)
+        if len(above) == (path.count(".") + 1 if path else 0):
+            tensor = module._parameters.get(own, module._buffers.get(own))
+            if tensor is not None:
+                found[name] = tensor
+    return found
 
 
 # --- names of deltas ------------------------------------------------------------------------------

@@ -10,24 +10,13 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable, refuse_lost
-from lightning_pet.insertion.choice import (
-    activate,
-    place,
-    record_at,
-    refuse_in_use,
-    remove,
-    remove_all,
-    tensors_at,
-    using,
-    using_rows,
-)
-from lightning_pet.insertion.commit import check_sum, commit, copy_in
-from lightning_pet.insertion.method import Method
-from lightning_pet.insertion.prepare import is_shared, prepare
+from lightning_pet.insertion.choice import activate, place, refuse_in_use, remove, remove_all, using, using_rows
+from lightning_pet.insertion.commit import check_sum, copy_in
+from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.insertion.row_guard import check_rows, guarded
-from lightning_pet.model.adaptation import Adaptation, adapted_roots, note_changed, record_of
-from lightning_pet.model.naming import check_known
-from lightning_pet.model.structure import Structure
+from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_at, record_of
+from lightning_pet.model.naming import check_known, tensors_at
+from lightning_pet.model.outside import note_changed
 from lightning_pet.operations.combining.in_model import combine
 from lightning_pet.operations.combining.rules import Combination, How
 from lightning_pet.operations.loading import load, replace_values
@@ -474,9 +463,3 @@ class Adapted(Mapping[str, OneDelta]):
             meant(Adaptation(applied=record.applied, waiting=dict.fromkeys(record.names, ())))
         refuse_in_use(record, record.names[0], "merged")
         merge(self.root, record.names, dequantize)
-
-
-def adapt(root: nn.Module, methods: Sequence[Method], structure: Structure | None = None) -> Adapted:
-    """Apply methods to a root whose structure is known. Plan, build, then mutate."""
-    commit(root, prepare(root, methods, structure))
-    return Adapted(root)

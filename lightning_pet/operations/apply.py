@@ -21,9 +21,9 @@ from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.delta import Fill, start_from
 from lightning_pet.operations.roots import base_of, example_forward, root_of, scope_in
 from lightning_pet.operations.saved import Whole
-from lightning_pet.operations.unaccompanied import accompany_runs
 from lightning_pet.probe.probe import analyse
 from lightning_pet.store.reader import Stored
+from lightning_pet.strategies.strategy import accompany_runs
 
 _log = logging.getLogger(__name__)
 _OTHER_LOOK = (
@@ -61,7 +61,7 @@ def apply(
         DeadSiteError: if no target is called or read in ``forward``.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    new = insert_methods(model, methods_in(callbacks), forward, strict=True)
+    new = insert_methods(model, _methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
         widen(root, model=model)
@@ -74,7 +74,7 @@ def apply(
     return Adapted(root)
 
 
-def methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
+def _methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
     """One method or several as a list.
 
     Raises:

@@ -11,12 +11,21 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
 from lightning_pet.insertion.checks import check_intact
-from lightning_pet.insertion.choice import record_at, tensors_at
-from lightning_pet.insertion.commit import changed_buffers
 from lightning_pet.insertion.method import METHODS
+from lightning_pet.insertion.tasks.own_values import as_base_names, is_own
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation, changed_outside, outside_parameters, record_of, renormalised
-from lightning_pet.model.naming import canonical, check_known, delta_of, in_file, join, named_tensors, split_below
+from lightning_pet.model.adaptation import Adaptation, record_at, record_of
+from lightning_pet.model.naming import (
+    canonical,
+    check_known,
+    delta_of,
+    in_file,
+    join,
+    named_tensors,
+    split_below,
+    tensors_at,
+)
+from lightning_pet.model.outside import changed_buffers, changed_outside, outside_parameters, renormalised
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import describe, written_by
 from lightning_pet.store.fingerprint import Verdict, compare, digest, fingerprint
@@ -66,8 +75,8 @@ def changed_besides(root: nn.Module, record: Adaptation, delta: str) -> dict[str
     """Buffers, and parameters beside the base, that have changed under an active delta, or that it has brought."""
     changed: dict[str, Tensor] = {**changed_buffers(root), **changed_outside(root)}
     mine = record.claims.get(delta, frozenset())
-    others = record.held_by(name for name in record.names if name != delta)
-    keeps = delta == record.keeper
+    others = record.held_by(name for name in record.names if name not in (delta, *record.together))
+    keeps = delta == record.keeper or delta in record.together
     found = {name: t for name, t in changed.items() if name in mine or (keeps and name not in others)}
     return found | tensors_at(root, mine - found.keys())
 
@@ -77,7 +86,7 @@ def packed(root: nn.Module, record: Adaptation, delta: str) -> dict[str, Tensor]
     tensors = {name: t for name, t in tensors_of(root, record, delta).items() if delta_of(name) is None}
     for inserted in record.of(delta).deltas(root):
         tensors |= {join(inserted.path, name): tensor for name, tensor in inserted.delta.packed().items()}
-    return in_file(tensors)
+    return in_file(as_base_names(tensors))
 
 
 def check_fit(
@@ -330,7 +339,7 @@ def save(
     record = record_at(root)
     delta = meant(record, name)
     view = record.of(delta)
-    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied)
+    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied if not is_own(a))
     noted = {"combined": record.combined[delta]} if delta in record.combined else {}
     manifest = Manifest(methods, root=root_path, notes={**noted, **(notes or {})}, written_by=written_by())
     if (adapter := _gathering_adapter(model)) is not None:
@@ -391,7 +400,8 @@ def _save_gathered(
         )
     # As for a checkpoint: outside of the writing process nothing but shapes is kept.
     tensors, _ = split_below(strategy.lightning_module_state_dict(), manifest.root)
-    tensors = in_file({n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)})
+    own = {n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)}
+    tensors = in_file(as_base_names(own))
     manifest = replace(manifest, base=base_fingerprint(root, record, tensors, exact, adapter.whole))
     write = strategy.is_global_zero
     size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)

@@ -5,9 +5,8 @@ from typing import Any
 
 from lightning_pet.exchange.folder import is_folder
 from lightning_pet.exchange.source import read_source
-from lightning_pet.report.delta_summary import described, summarize_delta
+from lightning_pet.report.delta_summary import described, norm, summarize_delta
 from lightning_pet.report.delta_summary import print_summary as print_summary
-from lightning_pet.report.values import norm
 from lightning_pet.store.files import is_delta_file
 from lightning_pet.store.fingerprint import describe
 from lightning_pet.store.manifest import Manifest

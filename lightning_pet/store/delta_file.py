@@ -20,12 +20,10 @@ from lightning_pet.store.files import atomic_write, expanded, reap_once
 from lightning_pet.store.fingerprint import (
     CODES,
     DTYPES,
-    TensorSpec,
     byte_view,
     describe,
     digest,
     require_finite,
-    specs,
     to_host,
 )
 from lightning_pet.store.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, encode_manifest, manifest_in
@@ -45,11 +43,6 @@ class DeltaFile:
 
     manifest: Manifest
     tensors: Mapping[str, Tensor]
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The dtype and shape of each tensor, for :func:`~lightning_pet.store.fingerprint.require_exact_keys`."""
-        return specs(self.tensors)
 
 
 def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Manifest) -> int:

@@ -94,10 +94,10 @@ def manifest_of(path: PathLike) -> Manifest:
     Raises:
         DeltaFileError: if it is damaged or not ours.
     """
-    return read_manifest(path) if is_delta_file(path) else checkpoint_manifest(load_checkpoint(path), path)
+    return read_manifest(path) if is_delta_file(path) else _checkpoint_manifest(load_checkpoint(path), path)
 
 
-def checkpoint_manifest(
+def _checkpoint_manifest(
     checkpoint: Mapping[str, Any], path: PathLike, notes: Mapping[str, str] | None = None
 ) -> Manifest:
     """What the contents of a training checkpoint say of their delta."""
@@ -157,7 +157,7 @@ def write_delta_of(
 ) -> int:
     """Write the delta in the contents of a training checkpoint; ``source`` names it in errors."""
     stored = delta_of(checkpoint, source)
-    manifest = replace(checkpoint_manifest(checkpoint, source, notes), written_by=written_by())
+    manifest = replace(_checkpoint_manifest(checkpoint, source, notes), written_by=written_by())
     return write_delta(path, {name: tensor.cpu().contiguous() for name, tensor in stored.tensors.items()}, manifest)
 
 

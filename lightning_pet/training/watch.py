@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import DeadSiteError, OptimizerMismatchError, PETError, UnsupportedStrategyError
 from lightning_pet.insertion.commit import required_gradients
-from lightning_pet.model.adaptation import Mark, adapted_root, compare, frozen_parameters, mark, record_of
+from lightning_pet.model.adaptation import Mark, adapted_root, compare, mark, record_of
 from lightning_pet.model.naming import CHILD, canonical, is_inside, join, named_tensors
+from lightning_pet.model.outside import frozen_parameters
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.unaccompanied import reads_checkpoint
 from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import shown, trainable_of
-from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.strategies.strategy import StrategyAdapter, reads_checkpoint
 from lightning_pet.targets.heads import HEAD
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, NotMergeableError, PETError
 from lightning_pet.insertion.checks import check_intact, refuse_lost
-from lightning_pet.insertion.choice import LOCK, record_at, tensors_at
+from lightning_pet.insertion.choice import LOCK
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation
-from lightning_pet.model.naming import check_delta_name, check_known, delta_of
+from lightning_pet.model.adaptation import Adaptation, record_at
+from lightning_pet.model.naming import check_delta_name, check_known, delta_of, tensors_at
 from lightning_pet.operations.combining.files import by_rules, checked_options, provenance
 from lightning_pet.operations.combining.rules import (
     ENTRYWISE,
@@ -44,21 +44,42 @@ def combine(
     """Make one delta of several; see :meth:`lightning_pet.Adapted.combine`."""
     record = record_at(root)
     check_delta_name(name)
+    refuse_taken(record, name)
+    names, options = options_of(record, weights, method, rank, density, seed)
+    stored, made = combined(root, names, options)
+    insert_combined(root, name, names, stored)
+    return made
+
+
+def refuse_taken(record: Adaptation, name: str) -> None:
+    """Refuse a name that another delta has.
+
+    Raises:
+        ArgumentError: saying what to do.
+    """
     if name in record.names:
         raise ArgumentError(
             f"name={name!r}: there is a delta of this name in this model already. Give the result another, or remove "
             f"that one first: adapted[{name!r}].remove()."
         )
-    names, options = options_of(record, weights, method, rank, density, seed)
-    with LOCK:
-        stored, made = combined(root, names, options)
+
+
+def insert_combined(root: nn.Module, name: str, names: Sequence[str], stored: Stored) -> None:
+    """Let what was made of some deltas be one more, which waits.
+
+    Args:
+        root: the adapted root.
+        name: what it is called.
+        names: of those that it was made of.
+        stored: what it holds.
+    """
     insert(root, stored, "off", name=name)
+    record = record_at(root)
     beside: dict[str, str] = {}
     for one in names:
         beside |= record.beside.get(one, {})
     if beside:
         record.beside[name] = beside
-    return made
 
 
 def options_of(
@@ -102,6 +123,13 @@ def combined(root: nn.Module, names: Sequence[str], options: Options) -> tuple[S
     """
     record = record_at(root)
     check_intact(root, record)
+    with LOCK:
+        return _combined(root, record, names, options)
+
+
+def _combined(
+    root: nn.Module, record: Adaptation, names: Sequence[str], options: Options
+) -> tuple[Stored, Combination]:
     if holds_parts(root):
         raise PETError(
             "the engine has left each process a part of the parameters, and deltas are combined whole. Save them "

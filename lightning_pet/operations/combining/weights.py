@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.insertion.choice import tensors_at
 from lightning_pet.insertion.low_rank_places import Options as Form
 from lightning_pet.insertion.low_rank_places import fitted, largest_rank
 from lightning_pet.insertion.method import suffix_of
 from lightning_pet.layers.delta import delta_dtype
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.layer_kinds import host_kind
-from lightning_pet.model.naming import delta_of, delta_path, join, named_tensors
+from lightning_pet.model.naming import delta_of, delta_path, join, named_tensors, tensors_at
 from lightning_pet.model.quantised import dense_values
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.combining.files import values_over
