@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import resizable
 from lightning_pet.insertion.commit import (
     freeze,
@@ -33,8 +34,7 @@ from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, start
 from lightning_pet.operations.plan import Plan, show_plan
-from lightning_pet.operations.roots import batch_forward, default_root, root_of
-from lightning_pet.store.reader import read
+from lightning_pet.operations.roots import base_of, batch_forward, default_root, root_of
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
@@ -324,7 +324,8 @@ class Controller:
             return
         self.adapter.check_start(self._root()[1])
         with self.adapter.undisturbed():
-            files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
+            base = base_of(self.module)
+            files = self.adapter.agreed("reading start_from", lambda: {path: read_source(path, base) for path in paths})
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
