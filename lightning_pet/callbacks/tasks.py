@@ -117,10 +117,13 @@ class TasksCallback(Callback):
         return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """The best values so far."""
-        return {"best": dict(self.best), "files": {task: str(path) for task, path in self.files.items()}}
+        """The best values so far, and where the random numbers of runs stand (``every_row``)."""
+        state = {"best": dict(self.best), "files": {task: str(path) for task, path in self.files.items()}}
+        return state if self._tasks.streams is None else {**state, **self._tasks.streams.saved()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
+        if self._tasks.streams is not None:
+            self._tasks.streams.load_saved(state_dict)
         self.best = {task: value for task, value in state_dict["best"].items() if task in self.tasks}
         self.files = {task: Path(path) for task, path in state_dict["files"].items() if task in self.tasks}

@@ -64,14 +64,14 @@ class PromptCall(Delta):
         starts = HERE.call.held_by(self)
         if starts is not None:
             return call(**self._placed(given, starts))
-        seen = cached_length(given)
+        seen = _cached_length(given)
         batch, size = tokens.shape[:2]
         self._check_limit(seen + size)
         if seen:
             return call(**self._continued(given, seen, size))
         starts = self._starts(given, batch, size)
         output = call(**self._extended(given, batch, size, starts))
-        return cut(output, self.length, batch, size, starts) if self.cuts else output
+        return _cut(output, self.length, batch, size, starts) if self.cuts else output
 
     @staticmethod
     def row_form(deltas: Sequence["PromptCall | None"], ids: Tensor, owner: Any) -> Callable[..., Any] | None:
@@ -135,17 +135,17 @@ class PromptCall(Delta):
         extended = dict(given)
         for name, value in given.items():
             if name == self.ids_name and value is not None:
-                extended[name] = placed_before(value, self.virtual(value, batch), starts)
+                extended[name] = _placed_before(value, self.virtual(value, batch), starts)
             elif name == "inputs_embeds" and value is not None:
-                extended[name] = placed_before(value, self.embedded(value, batch), starts)
+                extended[name] = _placed_before(value, self.embedded(value, batch), starts)
             elif name in _MASKS and value is not None:
-                extended[name] = with_ones(value, self.length, starts)
+                extended[name] = _with_ones(value, self.length, starts)
             elif name in _POSITIONS and value is not None:
-                extended[name] = with_positions(value, self.length, starts)
+                extended[name] = _with_positions(value, self.length, starts)
             elif name not in _OTHERS_LENGTH and _is_aligned(value, batch, size):
                 fill = IGNORED if name == "labels" else 0
                 columns = value.new_full((value.shape[0], self.length, *value.shape[2:]), fill)
-                extended[name] = placed_before(value, columns, starts)
+                extended[name] = _placed_before(value, columns, starts)
         return extended
 
     def _continued(self, given: dict[str, Any], seen: int, size: int) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class PromptCall(Delta):
             if value is None:
                 continue
             if name in _MASKS and isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] < seen + size:
-                continued[name] = with_ones(value, self.length, value.bool().int().argmax(1) if self.cuts else None)
+                continued[name] = _with_ones(value, self.length, value.bool().int().argmax(1) if self.cuts else None)
             elif name in _POSITIONS:
                 continued[name] = value + self.length
         return continued
@@ -167,7 +167,7 @@ class PromptCall(Delta):
             return given
         # One of each row of the user's batch; beams repeat each row.
         starts = rows.to(ids.device).repeat_interleave(ids.shape[0] // rows.shape[0])
-        begin = starts + self._before() - cached_length(given)
+        begin = starts + self._before() - _cached_length(given)
         place = torch.arange(ids.shape[1], device=ids.device) - begin[:, None]
         first = self.__dict__["rows"].first
         return given | {self.ids_name: torch.where((place >= 0) & (place < self.length), first + place, ids)}
@@ -218,7 +218,7 @@ class PromptMemory(Delta):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if isinstance(states, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] + self.length == states.shape[1]:
-            given["encoder_attention_mask"] = with_ones(mask, self.length)
+            given["encoder_attention_mask"] = _with_ones(mask, self.length)
         return call(**given)
 
 
@@ -261,8 +261,8 @@ class PromptGenerate(Delta):
         with consumer.placing(starts):
             result = call(**given)
         if isinstance(result, Tensor):
-            return without_columns(result, starts, consumer.length)
-        result.sequences = without_columns(result.sequences, starts, consumer.length)
+            return _without_columns(result, starts, consumer.length)
+        result.sequences = _without_columns(result.sequences, starts, consumer.length)
         return result
 
     def _room(self, given: dict[str, Any]) -> Tensor | None:
@@ -281,7 +281,7 @@ class PromptGenerate(Delta):
         starts = self._real(ids, given).int().argmax(1)
         # Copies of a token that is there anyway: penalties on what occurs see nothing new.
         stand_in = ids.gather(1, starts[:, None]).expand(-1, consumer.length)
-        given[key] = with_columns(ids, starts, stand_in)
+        given[key] = _with_columns(ids, starts, stand_in)
         _extend_aligned(given, consumer.length, ids.shape[:2], starts)
         return starts
 
@@ -296,7 +296,7 @@ class PromptGenerate(Delta):
             ids = self._start(batch, given, ("decoder_start_token_id", "bos_token_id"))
         given["decoder_input_ids"] = torch.cat([ids[:, :1].expand(-1, consumer.length), ids], 1)
         if given.get("decoder_attention_mask") is not None:
-            given["decoder_attention_mask"] = with_ones(given["decoder_attention_mask"], consumer.length)
+            given["decoder_attention_mask"] = _with_ones(given["decoder_attention_mask"], consumer.length)
         return torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
 
     def _start(self, batch: int, given: dict[str, Any], names: Sequence[str]) -> Tensor:
@@ -345,7 +345,7 @@ def _allowed(function: Callable[..., Any], length: int, batch: int, ids: Tensor)
 # --- pieces ---------------------------------------------------------------------------------------
 
 
-def cached_length(given: dict[str, Any]) -> int:
+def _cached_length(given: dict[str, Any]) -> int:
     """Positions in the cache that a call was given; 1 where a cache is in use but does not count them."""
     for name in CACHES:
         cache = given.get(name)
@@ -360,12 +360,12 @@ def cached_length(given: dict[str, Any]) -> int:
     return 0
 
 
-def with_ones(mask: Any, length: int, starts: Tensor | None = None) -> Tensor:
+def _with_ones(mask: Any, length: int, starts: Tensor | None = None) -> Tensor:
     """A batch × size mask with the prompt's positions before these columns, which are always visible."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
         raise ArgumentError(f"attention_mask {kind}: a prompt needs a mask of shape (batch, tokens), or none.")
-    return placed_before(mask, mask.new_ones(mask.shape[0], length), starts)
+    return _placed_before(mask, mask.new_ones(mask.shape[0], length), starts)
 
 
 def _is_aligned(value: Any, batch: int, size: int) -> bool:
@@ -373,34 +373,34 @@ def _is_aligned(value: Any, batch: int, size: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] in (1, batch) and value.shape[1] == size
 
 
-def with_positions(positions: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
+def _with_positions(positions: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
     """Positions along the last dimension: the prompt takes the first, the others move behind it."""
     own = torch.arange(length, device=positions.device, dtype=positions.dtype)
     if starts is None or positions.ndim != 2:
         return torch.cat([positions.amin(-1, keepdim=True) + own, positions + length], -1)
     positions = positions.expand(len(starts), -1)
     first = positions.gather(1, starts.to(positions.device)[:, None])
-    return with_columns(positions + length, starts, first + own)
+    return _with_columns(positions + length, starts, first + own)
 
 
-def placed_before(value: Tensor, columns: Tensor, starts: Tensor | None) -> Tensor:
+def _placed_before(value: Tensor, columns: Tensor, starts: Tensor | None) -> Tensor:
     """Columns (B × P × …) before column ``starts[b]`` of every row b, or in front; one row of either goes for all."""
     batch = max(value.shape[0], columns.shape[0]) if starts is None else len(starts)
     value, columns = (x.expand(batch, *x.shape[1:]) if x.shape[0] != batch else x for x in (value, columns))
-    return torch.cat([columns, value], 1) if starts is None else with_columns(value, starts, columns)
+    return torch.cat([columns, value], 1) if starts is None else _with_columns(value, starts, columns)
 
 
-def cut(output: Any, length: int, batch: int, size: int, starts: Tensor | None = None) -> Any:
+def _cut(output: Any, length: int, batch: int, size: int, starts: Tensor | None = None) -> Any:
     """An output without the prompt's positions, in whatever nest of tensors it comes."""
     if isinstance(output, Tensor):
         return _cut_tensor(output, length, batch, length + size, starts)
     if isinstance(output, dict):
         for name, value in output.items():
             if name not in CACHES and not name.startswith("encoder_"):
-                output[name] = cut(value, length, batch, size, starts)
+                output[name] = _cut(value, length, batch, size, starts)
         return output
     if isinstance(output, tuple | list):
-        values = [cut(value, length, batch, size, starts) for value in output]
+        values = [_cut(value, length, batch, size, starts) for value in output]
         return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
     return output
 
@@ -431,13 +431,13 @@ def _extend_aligned(given: dict[str, Any], length: int, shape: Sequence[int], st
         if not isinstance(value, Tensor) or name in ("inputs", "input_ids", "inputs_embeds"):
             continue
         if name in _POSITIONS:
-            given[name] = with_positions(value, length)
+            given[name] = _with_positions(value, length)
         elif name not in _OTHERS_LENGTH and tuple(value.shape[:2]) == tuple(shape):
             fill = (value.new_ones if name in _MASKS else value.new_zeros)((shape[0], length, *value.shape[2:]))
-            given[name] = torch.cat([fill, value], 1) if starts is None else with_columns(value, starts, fill)
+            given[name] = torch.cat([fill, value], 1) if starts is None else _with_columns(value, starts, fill)
 
 
-def with_columns(value: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
+def _with_columns(value: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     """Insert columns (B × P × …) before column ``starts[b]`` of every row b of a B × T × … tensor."""
     size, length = value.shape[1], columns.shape[1]
     starts = starts.to(value.device)[:, None]
@@ -449,7 +449,7 @@ def with_columns(value: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     return both[torch.arange(both.shape[0], device=value.device)[:, None], index]
 
 
-def without_columns(value: Tensor, starts: Tensor, length: int) -> Tensor:
+def _without_columns(value: Tensor, starts: Tensor, length: int) -> Tensor:
     """Take P columns out of a B·n × T tensor, from column ``starts[b]`` on; the n rows of b are alike."""
     starts = starts.to(value.device).repeat_interleave(value.shape[0] // starts.shape[0])[:, None]
     kept = torch.arange(value.shape[1] - length, device=value.device)

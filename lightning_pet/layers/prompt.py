@@ -36,7 +36,7 @@ class VirtualTokens(Delta):
     @property
     def first(self) -> int:
         """The id of the first row: prompts that share a table take their ids one after the other."""
-        return self.vocabulary + lengths_before(self.__dict__["host"], self, VirtualTokens)
+        return self.vocabulary + _lengths_before(self.__dict__["host"], self, VirtualTokens)
 
     def rows(self, call: Callable[..., Tensor]) -> Tensor:
         """What the host answers for the virtual ids, P × width; ``call`` looks real ids up."""
@@ -180,7 +180,7 @@ class IdGuard(Delta):
         return call(ids.masked_fill(ids >= self.vocabulary, 0), *args, **kwargs)
 
 
-def lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> int:
+def _lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> int:
     """Virtual tokens of the prompts that come before this one on the same host."""
     before = 0
     for other in () if host is None else cast(nn.ModuleDict, host.pet).values():

@@ -328,7 +328,7 @@ def _gradient(graph: Graph, edge: Edge, source: int, weight: Tensor | None = Non
     return torch.zeros(graph.shape(Edge(source, 0))) if gradient is None else gradient.detach()
 
 
-def feature_axis(graph: Graph, source: int) -> int:
+def _feature_axis(graph: Graph, source: int) -> int:
     """Axis of the output features: 1 for a convolution, else the last."""
     return 1 if "Convolution" in graph.names[source] else len(graph.shape(Edge(source, 0))) - 1
 
@@ -341,7 +341,7 @@ def rows_feeding(graph: Graph, edge: Edge, source: int) -> Rows | None:
     gradient = _gradient(graph, edge, source)
     if gradient is None:
         return None
-    axis = feature_axis(graph, source)
+    axis = _feature_axis(graph, source)
     others = [i for i in range(gradient.dim()) if i != axis]
     used = (gradient != 0).sum(others) > 0 if others else gradient != 0
     return ranges(used.tolist())
@@ -353,14 +353,14 @@ def mixes_positions(graph: Graph, edge: Edge, source: int) -> bool:
     metadata = graph.nodes[edge.node]._input_metadata[edge.output]
     if len(shape) < 2 or metadata.device.type == "meta":
         return False
-    axis = feature_axis(graph, edge.node) if edge.node in graph.gemms else len(shape) - 1
+    axis = _feature_axis(graph, edge.node) if edge.node in graph.gemms else len(shape) - 1
     weight = torch.zeros(shape, dtype=metadata.dtype, device=metadata.device)
     where = tuple(slice(None) if i == axis else size - 1 for i, size in enumerate(shape))
     weight[where] = torch.empty_like(weight[where]).uniform_(0.5, 1.5)
     gradient = _gradient(graph, edge, source, weight)
     if gradient is None:
         return False
-    source_axis = feature_axis(graph, source)
+    source_axis = _feature_axis(graph, source)
     return int((gradient != 0).any(source_axis).sum()) > 1
 
 

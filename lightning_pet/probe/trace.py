@@ -302,9 +302,10 @@ class Tracer:
         if not self._stack:
             args, kwargs = changed = _differentiable(args, kwargs)
         call = Call(self._paths[module], len(self._stack), sequence_number())
-        call.input = next((node for x in tensors((args, kwargs)) if (node := x.grad_fn) is not None), None)
-        given = [x.dtype for x in (*args, *map(kwargs.get, _IDS)) if isinstance(x, Tensor)]
-        ids = any([not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) for dtype in given])
+        with torch._C.DisableTorchFunction():  # else a mode that watches the forward is asked about each attribute
+            call.input = next((node for x in tensors((args, kwargs)) if (node := x.grad_fn) is not None), None)
+            given = [x.dtype for x in (*args, *map(kwargs.get, _IDS)) if isinstance(x, Tensor)]
+            ids = any([not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) for dtype in given])
         if ids and self.trace.embedding is None and isinstance(module, nn.Embedding):
             self.trace.embedding = call.path
             self.trace.consumer = next((outer.path for outer in reversed(self._stack) if outer.takes_ids), None)
@@ -323,10 +324,11 @@ class Tracer:
         else:
             return
         call.end = sequence_number()
-        for result in tensors(output):
-            if (node := result.grad_fn) is not None:
-                call.output, call.output_shape = node, tuple(result.shape)
-                break
+        with torch._C.DisableTorchFunction():
+            for result in tensors(output):
+                if (node := result.grad_fn) is not None:
+                    call.output, call.output_shape = node, tuple(result.shape)
+                    break
 
 
 def accepts_mask(module: nn.Module) -> bool:

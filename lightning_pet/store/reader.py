@@ -121,10 +121,12 @@ def manifest_of(path: PathLike, delta: str | None = None) -> Manifest:
     Raises:
         DeltaFileError: if it is damaged or not ours.
     """
-    return read_manifest(path) if is_delta_file(path) else checkpoint_manifest(load_checkpoint(path), path, delta=delta)
+    return (
+        read_manifest(path) if is_delta_file(path) else _checkpoint_manifest(load_checkpoint(path), path, delta=delta)
+    )
 
 
-def checkpoint_manifest(
+def _checkpoint_manifest(
     checkpoint: Mapping[str, Any],
     path: PathLike,
     notes: Mapping[str, str] | None = None,
@@ -194,7 +196,7 @@ def write_delta_of(
 ) -> int:
     """Write the delta in the contents of a training checkpoint; ``source`` names it in errors."""
     stored = delta_of(checkpoint, source, delta)
-    manifest = replace(checkpoint_manifest(checkpoint, source, notes, delta), written_by=written_by())
+    manifest = replace(_checkpoint_manifest(checkpoint, source, notes, delta), written_by=written_by())
     return write_delta(path, {name: tensor.cpu().contiguous() for name, tensor in stored.tensors.items()}, manifest)
 
 

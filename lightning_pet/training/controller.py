@@ -1,6 +1,7 @@
 """What happens around a model during a Trainer's run, for all PET callbacks of that Trainer together."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -31,10 +32,9 @@ from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.apply import insert_methods, is_applied, start
+from lightning_pet.operations.apply import insert_methods, is_applied, read_starts, start
 from lightning_pet.operations.plan import Plan, show_plan
 from lightning_pet.operations.roots import batch_forward, default_root, root_of
-from lightning_pet.store.reader import read
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
@@ -148,11 +148,6 @@ class Controller:
 
     def _deltas(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(delta_name(method) for method in self.methods))
-
-    @property
-    def resting(self) -> frozenset[str]:
-        """Deltas of tasks that have had no row in this fit."""
-        return self.tasks.unseen if self.tasks is not None else frozenset()
 
     @property
     def base_check(self) -> str:
@@ -315,6 +310,8 @@ class Controller:
         with self.adapter.planning(root):
             try:
                 self._new += insert_methods(self.module, self.methods)
+                if self.tasks is not None:
+                    self.tasks.draw_as_alone(root)
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
@@ -323,12 +320,11 @@ class Controller:
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
-        paths = {(method.start_from, delta_name(method)) for method in self._new if method.start_from}
-        if not paths:
+        if not any(method.start_from for method in self._new):
             return
         self.adapter.check_start(self._root()[1])
         with self.adapter.undisturbed():
-            files = self.adapter.agreed("reading start_from", lambda: {key: read(*key) for key in paths})
+            files = self.adapter.agreed("reading start_from", partial(read_starts, self.module, self._new))
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
@@ -383,13 +379,12 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
-        if self.tasks is not None:
-            for name, own_options in self.tasks.of_optimizer(record.delta_names).items():
-                options.setdefault(join(prefix, name), {}).update(own_options)
+        of_runs = self.tasks.of_optimizer(record.delta_names) if self.tasks is not None else {}
+        runs = {join(prefix, name): found for name, found in of_runs.items()}
         warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
-        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)
+        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options, runs)
         self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
 

@@ -1,7 +1,7 @@
 """What a run is watched for: nothing trains but the plan, everything planned does, and nothing is built anew."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -24,6 +24,7 @@ from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import shown, trainable_of
 from lightning_pet.strategies.strategy import StrategyAdapter, reads_checkpoint
 from lightning_pet.targets.heads import HEAD
+from lightning_pet.training.tasks.tasks import Tasks
 
 
 class Run(Protocol):
@@ -32,6 +33,7 @@ class Run(Protocol):
     trainer: pl.Trainer
     module: pl.LightningModule
     adapter: StrategyAdapter[Any]
+    tasks: Tasks | None
 
     @property
     def adapted(self) -> Adapted:
@@ -41,11 +43,6 @@ class Run(Protocol):
     @property
     def root_path(self) -> str:
         """Path of the adapted root in the LightningModule."""
-        ...
-
-    @property
-    def resting(self) -> Collection[str]:
-        """Deltas of tasks that have had no row in this fit."""
         ...
 
 
@@ -336,7 +333,9 @@ class Firing:
         return False
 
     def _places(self) -> list[str]:
-        resting = self._run.resting  # it is said of these that they had no rows
+        resting = (
+            self._run.tasks.unseen if self._run.tasks is not None else ()
+        )  # it is said of these that they had no rows
         idle = [name for name in self._idle if delta_of(name) not in resting]
         return list(dict.fromkeys(name.partition(f".{CHILD}.")[0] for name in idle))
 

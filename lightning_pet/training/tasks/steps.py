@@ -12,6 +12,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.model.adaptation import adapted_root, deltas_in, record_of
 from lightning_pet.model.naming import VALUE
 from lightning_pet.strategies import private
+from lightning_pet.training.runs.every_row import EveryRow
 from lightning_pet.training.tasks.figures import Figures
 from lightning_pet.training.tasks.routing import check_size, joined, named_rows, part_of, size_of, taken, weighted
 from lightning_pet.training.tasks.tasks import Tasks
@@ -34,10 +35,14 @@ class Steps:
         self._inserted = False
         self._sized: list[Any] | None = None
         self._figures = Figures(run.module, tasks.names)
+        self._every_row: EveryRow | None = None
+        if tasks.streams is not None:
+            self._every_row = EveryRow(run, tasks.names, tasks.streams, split=tasks.split)
 
     def install(self) -> Callable[[], None]:
         """Put it around the steps; returns what takes it off."""
         module, undo = self._run.module, [self._figures.install()]
+        undo += self._every_row.install() if self._every_row is not None else []
         self._tasks.begin()
         for name in _STEPS:
             if name != "predict_step" and not is_overridden(name, module):
@@ -56,6 +61,9 @@ class Steps:
         batch, rest = (args[0], args[1:]) if args else (kwargs.pop("batch"), ())
         if not self._begun():  # a look at the model on a part of a batch, before there are deltas
             return original(batch if self._tasks.every_row else taken(batch, self._tasks.key)[1], *rest, **kwargs)
+        if self._every_row is not None and name == "training_step":
+            self._tasks.note(self._tasks.names)
+            return self._every_row.step(original, batch, rest, kwargs)
         if self._tasks.every_row:
             everything = list(range(size_of(batch) or 1))
             return self._apart(name, original, batch, {task: everything for task in self._tasks.names}, rest, kwargs)

@@ -12,14 +12,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_pet.arguments import positive, whole
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.choice import gather
+from lightning_pet.insertion.method import key_of
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.naming import check_delta_name, delta_of
+from lightning_pet.training.runs.streams import Streams
 from lightning_pet.training.tasks.routing import Key
 
 OF_OPTIMIZER: Final = ("lr", "weight_decay")
 """Options of a task that its parameter groups have."""
 OF_START: Final = ("seed",)
 OF_HEAD: Final = ("labels",)
+_OF_ONE_FORM: Final = frozenset((*OF_OPTIMIZER, *OF_START, *OF_HEAD, "r", "alpha"))
+"""Options that do not change how much is drawn at random in a step."""
 _REFUSED: Final = ("name", "delta", "module", "base_check", "delta_files", "verbose", "scalars")
 
 
@@ -43,9 +47,11 @@ class Tasks:
         self._in_fit: set[str] = set()
         self._in_epoch: set[str] = set()
         self._copies: list[Any] = []
+        self._templates: list[Any] = []
+        self.streams: Streams | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_copies": [], "_in_fit": set(), "_in_epoch": set()}
+        return self.__dict__ | {"_copies": [], "_templates": [], "streams": None, "_in_fit": set(), "_in_epoch": set()}
 
     # --- callbacks of each task -------------------------------------------------------------------
 
@@ -76,7 +82,13 @@ class Tasks:
         for template in templates:
             place = next(index for index, callback in enumerate(callbacks) if callback is template)
             callbacks[place : place + 1] = made[id(template)]
-        self._copies = [copy for copies in made.values() for copy in copies]
+        self._copies, self._templates = [copy for copies in made.values() for copy in copies], templates
+        if self.every_row:
+            same = [task for task in self.names if self.options[task].keys() <= _OF_ONE_FORM]
+            seeds = {task: self.options[task].get("seed") for task in self.names}
+            self.streams = Streams(seeds, leader=next(iter(same), None))
+            for copy in self._copies:
+                copy.stream = self.streams.own[copy.delta]
 
     def first_of(self, trainer: pl.Trainer, template: object) -> Any:
         """The callback that stands first in the place of a PET callback; ``None`` if this is one of those made."""
@@ -100,6 +112,17 @@ class Tasks:
                     f"tasks: {task!r} has the option {option!r}, which {names} does not take for one task."
                     + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}.")
                 )
+
+    def draw_as_alone(self, root: Any) -> None:
+        """Let torch's own generator stand where one run alone would have left it, which draws its start from there."""
+        record = record_of(root)
+        if self.streams is None or record is None or any(p.is_meta for p in root.parameters()):
+            return
+        firsts = self._copies[:: len(self.names)]  # of each template, that of the first task
+        for template, key in zip(self._templates, map(key_of, firsts), strict=True):
+            targets = [target for applied, target, _ in record.places() if applied.key == key]
+            template.insertions(root, targets)
+        self.streams.look()
 
     # --- rows -----------------------------------------------------------------------------------------
 
@@ -140,13 +163,13 @@ class Tasks:
         if record is not None and set(self.names) <= set(record.names):
             gather(root, self.names, train=train)
 
-    def of_optimizer(self, names: Iterable[str]) -> dict[str, dict[str, float]]:
-        """The options that tensors of deltas have in their parameter groups, by name, where their task has some."""
-        own = {
-            task: {key: float(options[key]) for key in OF_OPTIMIZER if key in options}
+    def of_optimizer(self, names: Iterable[str]) -> dict[str, tuple[str, dict[str, float]]]:
+        """The task of each tensor of a delta, with the options that its parameter groups have, where it has some."""
+        own: dict[str, dict[str, float]] = {
+            task: {str(key): float(options[key]) for key in OF_OPTIMIZER if key in options}
             for task, options in self.options.items()
         }
-        return {name: dict(own[task]) for name in names if (task := delta_of(name)) in own and own[task]}
+        return {name: (task, own[task]) for name in names if own.get(task := delta_of(name) or "")}
 
 
 def tasks_of(trainer: pl.Trainer) -> Tasks | None:
