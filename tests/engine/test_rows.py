@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_pet.layers.prompt import TriggerRows
 from torch import Tensor, nn
 
 from lightning_pet import (
@@ -14,6 +15,7 @@ from lightning_pet import (
     AdapterBiasCallback,
     AdapterCallback,
     ArgumentError,
+    AutoPromptCallback,
     BitFitCallback,
     CompacterCallback,
     DiffPruningCallback,
@@ -367,6 +369,19 @@ def test_prompts_of_different_lengths(model: str, tmp_path: Path) -> None:
             alone = zoo.first_tensor(net(**{key: value[row : row + 1] for key, value in given.items()}))
         real = given["attention_mask"][row].bool() if model != "t5" else slice(None)
         assert torch.allclose(out[row][real], alone[0][real], rtol=0, atol=1e-12)
+
+
+def test_triggers_and_prompts_in_one_batch(tmp_path: Path) -> None:
+    for number, trigger in enumerate([[5, 6], [9, 7, 11]]):
+        base, _ = zoo.llama()
+        adapted = apply(base.double(), [AutoPromptCallback(length=len(trigger))])
+        rows = next(module for module in base.modules() if isinstance(module, TriggerRows))
+        rows.ids.copy_(torch.tensor(trigger))
+        adapted.save(tmp_path / f"t{number}.pet.safetensors")
+    net, adapted = several("llama", [[PromptTuningCallback(length=4, **NONE)]], tmp_path)
+    for number in range(2):
+        load_delta(net, tmp_path / f"t{number}.pet.safetensors", name=f"t{number}")
+    check(net, adapted, inputs("llama"), ["t1", "d0", None, "t0", "t1"])
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
