@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_pet.layers.prompt import TriggerRows
 from torch import Tensor, nn
 
 from lightning_pet import (
@@ -32,6 +31,7 @@ from lightning_pet import (
     apply,
     load_delta,
 )
+from lightning_pet.layers.prompt import TriggerRows
 from tests.methods import zoo
 from tests.methods.battery import in_threads, perturb
 
