@@ -168,6 +168,15 @@ def gather(root: nn.Module, deltas: tuple[str, ...], *, train: bool = True) -> N
     """
     record = record_at(root)
     check_known(deltas, record.names)
+    if record.together != deltas and (held := record.held_by(deltas)):
+        if not train:
+            return  # blocks read them side by side
+        name, (owner, *_) = next(iter(held.items()))
+        raise ArgumentError(
+            f"the delta {owner!r} of this model has values of its own for {name}, as one that was loaded or trained "
+            "alone has, and deltas that train together need a parameter each. Start from its file instead, in a model "
+            f"without it: TasksCallback(tasks={{{owner!r}: {{'start_from': path}}, …}})."
+        )
     if others := [name for name in record.active if name not in deltas]:
         raise ArgumentError(
             f"the delta {others[0]!r} acts, and each row of this run uses the delta of its task alone: "
