@@ -14,17 +14,21 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, M
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_pet import (
+    AdaLoRACallback,
     Adapted,
     AdapterCallback,
     ArgumentError,
     BitFitCallback,
+    CompacterCallback,
     DeltaFileError,
+    DiffPruningCallback,
     FullFineTuningCallback,
     IA3Callback,
     LayerFreezingCallback,
     LoRACallback,
     PETError,
     PrefixTuningCallback,
+    PromptTuningCallback,
     TasksCallback,
     extract_delta,
     inspect_delta,
@@ -141,6 +145,10 @@ METHODS = {
     "bitfit": lambda: BitFitCallback(**QUIET),
     "layers": lambda: LayerFreezingCallback(train_last=1, **QUIET),
     "full": lambda: FullFineTuningCallback(**QUIET),
+    "prompt": lambda: PromptTuningCallback(length=3, **QUIET),
+    "compacter": lambda: CompacterCallback(phm_dim=2, reduction_factor=4, **QUIET),
+    "adalora": lambda: AdaLoRACallback(target_r=1, init_r=2, total_step=8, tinit=1, tfinal=2, **QUIET),
+    "diff": lambda: DiffPruningCallback(density=0.2, **QUIET),
     "dora": lambda: LoRACallback(r=2, use_dora=True, target_modules=["fc1", "fc2"], **QUIET),
 }
 
@@ -148,7 +156,7 @@ METHODS = {
 @pytest.mark.usefixtures("_double")
 @pytest.mark.parametrize("method", METHODS)
 def test_each_task_is_as_if_it_were_alone(method, tmp_path):
-    words = method in ("adapter", "prefix", "ia3", "bitfit", "layers")
+    words = method not in ("lora", "full", "dora")
     net = bert if words else lambda: Net(dropout=0.0)
     torch.manual_seed(0)
     module, _ = fitted(
