@@ -309,6 +309,8 @@ class Controller:
         with self.adapter.planning(root):
             try:
                 self._new += insert_methods(self.module, self.methods)
+                if self.tasks is not None:
+                    self.tasks.draw_as_alone(root)
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
@@ -378,13 +380,15 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
-        if self.tasks is not None:
-            own_rates = {name: self.tasks.of_optimizer(delta_of(name)) for name in record.delta_names}
-            options |= {(n := join(prefix, name)): {**options.get(n, {}), **own} for name, own in own_rates.items()}
+        runs = {}
+        for name in record.delta_names if self.tasks is not None else ():
+            task = delta_of(name) or ""
+            if of_run := self.tasks.of_optimizer(task) if self.tasks is not None else {}:
+                runs[join(prefix, name)] = (task, of_run)
         warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
-        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)
+        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options, runs)
         self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
 
