@@ -16,7 +16,7 @@ from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import host_kind, matrix_of, transposed
-from lightning_pet.model.naming import by_delta, join, named_modules
+from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.targets.patterns import value_at
 
@@ -106,7 +106,7 @@ def _magnitude(export: Export, layer: Layer, target: Target, own: Tensor) -> Ten
         weight = host._parameters[target.parameter]
         assert weight is not None
         matrix = weight.detach().t() if transposed(host, target.parameter) else weight.detach()
-        layer.magnitude = matrix.float().norm(dim=1).to(own.dtype)
+        layer.magnitude = matrix.to(torch.promote_types(own.dtype, torch.float32)).norm(dim=1).to(own.dtype)
     filled, start = layer.magnitude.clone(), 0
     for first, end in target.rows:
         filled[first:end] = own[start : start + end - first]
@@ -122,7 +122,9 @@ def write_low_rank(export: Export, layers: Sequence[Layer], dora: bool, **config
     """
     if not layers:
         raise export.fault("found no low-rank delta in it.")
-    rank = max(layer.rank for layer in layers)
+    groups = [_groups(export, layer) for layer in layers]
+    rank = max(layer.rank * count for layer, count in zip(layers, groups, strict=True))
+    rank = math.lcm(*groups) * math.ceil(rank / math.lcm(*groups))
     attentions = {layer.target.module for layer in layers if layer.target.parameter == "in_proj_weight"}
     stacks = [layer for layer in layers if layer.is_stack]
     for layer in layers:
@@ -161,17 +163,12 @@ def _write_layer(export: Export, layer: Layer, rank: int, attentions: set[str]) 
     if layer.is_stack:
         _write_stack(export, layer, rank)
         return
-    a, b = torch.cat(layer.a), torch.cat(layer.b, 1)
-    a = _padded(a, rank, 0)
-    b = _padded(b, rank, 1)
-    module, kind = export.module(path), kind_at(export, target)
+    groups, kind = _groups(export, layer), kind_at(export, target)
+    a, b = _padded(torch.cat(layer.a), rank // groups, 0), _padded(torch.cat(layer.b, 1), rank // groups, 1)
     if kind is None and not layer.is_kernel and target.role not in (*PROJECTIONS, "embedding"):
         export.needed(path, "may be a linear layer or a table")
-    groups = getattr(module, "groups", 1) if kind == "conv" else 1
-    if layer.is_kernel and module is None:
-        export.needed(path, "is a convolution, which may have groups")
     if groups > 1:
-        a, b = _grouped(a, b, groups)
+        a = _reading_all(a, groups)
     inside, parent = False, path.rpartition(".")[0]
     if path.endswith("out_proj") and (parent in attentions or isinstance(export.module(parent), nn.MultiheadAttention)):
         inside = True
@@ -201,13 +198,20 @@ def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] else tensor
 
 
-def _grouped(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """One A for each group's own inputs becomes one that reads all: a copy for each group, zero elsewhere."""
+def _groups(export: Export, layer: Layer) -> int:
+    """Of a convolution; PEFT's A reads the inputs of all of them, and its rank counts for all."""
+    if not layer.is_kernel:
+        return 1
+    return int(getattr(export.needed(layer.target.module, "is a convolution, which may have groups"), "groups", 1))
+
+
+def _reading_all(a: Tensor, groups: int) -> Tensor:
+    """An A for the inputs of one group becomes a copy for each group, zero elsewhere."""
     rank, inputs = a.shape[:2]
     wide = a.new_zeros(groups * rank, groups * inputs, *a.shape[2:])
     for group in range(groups):
         wide[group * rank : (group + 1) * rank, group * inputs : (group + 1) * inputs] = a
-    return wide, b
+    return wide
 
 
 def _fill_attention(export: Export, path: str, rank: int) -> None:
@@ -281,7 +285,14 @@ def adalora(export: Export, left: dict[str, Tensor]) -> None:
 
 
 def targets_of(export: Export, paths: Sequence[str]) -> dict[str, Any]:
-    """Whole paths, and what PEFT would also take for them."""
-    known = [] if export.root is None else [path for path in named_modules(export.root) if path]
+    """Names that PEFT resolves to exactly these modules: the last parts of their paths if that does, else all."""
+    known = [] if export.root is None else [path for path in named_modules(export.root) if path and not _is_ours(path)]
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    if known and {path for path in known if path.rpartition(".")[2] in short} == {*paths}:
+        return {"target_modules": short, "exclude_modules": None}
     also = [other for other in known if other not in paths and any(other.endswith(f".{path}") for path in paths)]
     return {"target_modules": list(paths), "exclude_modules": also or None}
+
+
+def _is_ours(path: str) -> bool:
+    return CHILD in path.split(".")

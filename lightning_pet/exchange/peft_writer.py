@@ -13,7 +13,7 @@ from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, ki
 from lightning_pet.exchange.peft_prompts import scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
-from lightning_pet.model.naming import by_delta, join, named_modules
+from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault
@@ -166,22 +166,27 @@ def _virtual(export: Export, length: int, width: int, heads: int) -> dict[str, A
 
 
 def _heads(export: Export, left: dict[str, Tensor]) -> None:
+    """Modules that trained as they are, under the names by which PEFT finds them and nothing else."""
     virtual = "prompt_embeddings" in export.tensors
-    named = []
-    for target in export.record.targets:
-        if target.role != "head":
-            continue
-        own = [name for name in left if name == target.path or name.startswith(f"{target.path}.")]
-        for name in own:
+    named: dict[str, None] = {}
+    for name in [name for name in left if CHILD not in name.split(".")]:
+        if path := _head_around(export, name):
+            named[path] = None
             export.tensors[f"{'base_model.' if virtual else PREFIX}{name}"] = left.pop(name)
-        named += [target.module] if own else []
     paths = [] if export.root is None else [path for path in named_modules(export.root) if path]
     for path in named:
-        if others := [other for other in paths if other.endswith(path) and other != path]:
-            raise export.fault(
-                f"PEFT would take {others[0]} for the trained {path}, too. Merge it (to='transformers')."
-            )
-    export.config["modules_to_save"] = named or None
+        if others := [other for other in paths if other.endswith(path) and other != path and CHILD not in other]:
+            raise export.fault(f"PEFT would take {others[0]} for the trained {path}, too. Merge it.")
+    export.config["modules_to_save"] = [*named] or None
+
+
+def _head_around(export: Export, name: str) -> str:
+    """The module that a tensor trained with: a head, one that the user named, or the one that it is in."""
+    owners = [name.rsplit(".", cut)[0] for cut in range(name.count("."), 0, -1)]
+    heads = {target.module for target in export.record.targets if target.role == "head"}
+    saved = export.record.config.get("modules_to_save") or ()
+    named = [path for path in owners if path in heads or any(f".{path}".endswith(f".{own}") for own in saved)]
+    return (named or owners[-1:] or [""])[0]
 
 
 def _said_of_the_base(export: Export) -> dict[str, Any]:
@@ -205,3 +210,38 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
 }
+
+
+# --- for servers ---------------------------------------------------------------------------------------------
+
+_SERVED_HEADS: Final = ("classifier", "score")
+
+
+def for_server(export: Export, server: str) -> None:
+    """Check that a server reads all of a folder, which would be silent about some of what it does not.
+
+    Raises:
+        DeltaFileError: (``mismatch``) naming what it does not read, and the way out.
+    """
+    config = export.config
+    if config["peft_type"] != "LORA":
+        raise export.fault(f"{server} reads LoRA only, not {config['peft_type']}. {_WAY_OUT}")
+    for option in ("use_dora", "lora_bias"):
+        if config[option]:
+            raise export.fault(f"{server} does not read {option}. {_WAY_OUT}")
+    if config["bias"] != "none":
+        raise export.fault(f"{server} does not read biases. {_WAY_OUT}")
+    if config.get("target_parameters"):
+        raise export.fault(f"{server} is not known to read deltas on stacks of experts. {_WAY_OUT}")
+    heads = [path for path in config.get("modules_to_save") or () if server != "vllm" or path not in _SERVED_HEADS]
+    if heads:
+        raise export.fault(f"{server} does not read the trained {heads[0]}. {_WAY_OUT}")
+    odd = [name for name in export.tensors if WRAPPED in name]
+    if odd:
+        raise export.fault(f"{server} does not read {odd[0]}. {_WAY_OUT}")
+    tied = bool(getattr(getattr(export.root, "config", None), "tie_word_embeddings", False))
+    if server == "llama.cpp" and tied and any(".lm_head." in name for name in export.tensors):
+        raise export.fault(f"llama.cpp does not read a delta on an output layer that is tied. {_WAY_OUT}")
+
+
+_WAY_OUT: Final = "Merge it (to='transformers'), or approximate it (to='lora') if it only changes weights."
