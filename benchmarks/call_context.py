@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_pet as lp
-from lightning_pet.insertion import effective, slot
 from lightning_pet.insertion import host as insertion
+from lightning_pet.insertion import slot
 from lightning_pet.layers import low_rank_product
 from lightning_pet.model import call
 
@@ -96,10 +96,7 @@ def adapted(build: Callable[[], tuple[nn.Module, dict[str, Tensor]]], method: st
 def without_context() -> Iterator[None]:
     """Questions are answered at once."""
     nothing: call.Chosen = {}
-    with (
-        patch.object(slot, "of_host", lambda host: nothing),
-        patch.object(effective, "of_host", lambda host: nothing),
-    ):
+    with patch.object(slot, "of_host", lambda host: nothing):
         yield
 
 

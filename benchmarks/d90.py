@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import IntrinsicDimensionCallback, apply
-from lightning_pet.report.dimension.search import Dimension, Runs, search
-from lightning_pet.report.dimension.view import plot_dimension, sentence, show_dimension
+from lightning_pet.report.dimension import Dimension, Runs, plot_dimension, search, sentence, show_dimension
 
 WIDTH = 200
 FULL_RATE = 2e-3

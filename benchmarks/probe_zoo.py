@@ -26,8 +26,8 @@ from torch import nn
 from zoo import CHOICES, DEEP, SECONDS, deadline, running
 
 from lightning_pet.model.structure import Structure
-from lightning_pet.probe.consensus import merge
 from lightning_pet.probe.probe import analyse, probe
+from lightning_pet.probe.roles import merge
 
 ROLES = ("attention.q", "attention.k", "attention.v", "attention.o", "ffn.up", "ffn.down")
 ATTENTION = ROLES[:4]

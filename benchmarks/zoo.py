@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_pet.errors import TargetError
-from lightning_pet.probe.inputs import candidate_forwards
+from lightning_pet.probe.trace import candidate_forwards
 
 SECONDS = 90
 

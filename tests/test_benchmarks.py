@@ -22,6 +22,7 @@ PAGE = "before\n<!-- begin steps -->\n<!-- end steps -->\nafter\n"
 SHORT = {
     "train_step": ["BERT 2×128, 8×16: LoRA", "Llama 6×512, checkpointing: LoRA, all linear", "width 64: AdaLoRA"],
     "method_step": ["prompt 20"],
+    "many_deltas": ["q and v, 4 tasks in 4 rows: step", "Houlsby"],
     "growth": ["plan", "attach by role", "last_good"],
 }
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.crash import ROOT
-from lightning_pet.store.last_good import last_good
-from lightning_pet.store.reader import load_checkpoint
+from lightning_pet.store.reader import last_good, load_checkpoint
 
 EPOCHS, KILLS = 25, 8  # of eight steps
 

@@ -59,7 +59,7 @@ def run(folder: Path, short: bool) -> Iterator[dict[str, Any]]:
 
 def _tried(newest: Path, contents: list[bytes], base: Module, whole: bytes) -> dict[str, int]:
     """Files, those passed over for the next one with a reason, those harmless, and those taken though they differ."""
-    log, heard = logging.getLogger("lightning_pet.store.last_good"), Heard()
+    log, heard = logging.getLogger("lightning_pet.store.reader"), Heard()
     disabled = logging.root.manager.disable
     logging.disable(logging.NOTSET)
     log.addHandler(heard)

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.crash.children import Child, Say
 from benchmarks.crash.writers import Checkpoint, Delta, Folder, Stock, Writer
-from lightning_pet.store.writer import reap_stale
+from lightning_pet.store.files import reap_stale
 
 KILLS = 200
 

@@ -22,7 +22,7 @@ from models import Data, Module, lora, trainer
 
 from benchmarks.crash.ranks import JOIN_LIMIT_S, STEPS
 from lightning_pet import last_good
-from lightning_pet.store import writer
+from lightning_pet.store import files
 
 
 def rank() -> int:
@@ -60,7 +60,7 @@ class Die(L.Callback):
         """Rank 0 dies later, when it has written a part of the file."""
         if trainer.global_step == 3 and self.phase == "save":
             if trainer.is_global_zero:
-                writer.Disk.sync = lambda *_: self.now("save")  # type: ignore[assignment,method-assign,return-value]
+                files.Disk.sync = lambda *_: self.now("save")  # type: ignore[assignment,method-assign,return-value]
             else:
                 self.now("save")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lightning_pet.store.writer import Disk, atomic_folder, atomic_write, durable_link
+from lightning_pet.store.files import Disk, atomic_folder, atomic_write, durable_link
 
 OLD, NEW = b"old content", b"new content, and longer"
 WHOLE = {"weights": NEW, "more": {"config": OLD}}

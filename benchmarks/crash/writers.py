@@ -11,8 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from models import Data, Module, Net, lora, trainer
 from torch import nn
 
-from lightning_pet.operations.delta import save_delta
-from lightning_pet.operations.merged_folder import merge_into_folder
+from lightning_pet.operations.delta import merge_into_folder, save_delta
 from lightning_pet.store.reader import load_checkpoint, read
 
 

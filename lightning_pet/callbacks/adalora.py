@@ -16,23 +16,26 @@ from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.low_rank_places import Forms, Options, fitted
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores, updated
 from lightning_pet.layers.side_loss import TOGETHER
 from lightning_pet.layers.svd_low_rank import (
+    Importance,
     SvdConvWeight,
     SvdLowRank,
     SvdLowRankConv,
     SvdLowRankLinear,
     SvdLowRankParameter,
+    allocate,
+    rank_budget,
+    triplet_scores,
+    updated,
 )
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import host_kind, matrix_of
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.strategies.strategy import StrategyAdapter
-from lightning_pet.targets.parameters import with_readers
 from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.targets.targets import resolve_targets
+from lightning_pet.targets.targets import resolve_targets, with_readers
 from lightning_pet.training.controller import Controller
 
 _HOSTS = ("linear", "conv1d_hf", "conv", "weight")

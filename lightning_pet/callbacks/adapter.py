@@ -11,10 +11,9 @@ from torch import nn
 from lightning_pet.arguments import one_of, positive, some, whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.layers.activations import activation
-from lightning_pet.layers.bottleneck import BehindNorm, Bottleneck, Init, ParallelBottleneck
+from lightning_pet.layers.bottleneck import BehindNorm, Bottleneck, Init, ParallelBottleneck, activation
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.strategies.choice import adapter_for
+from lightning_pet.strategies.strategy import adapter_for
 from lightning_pet.targets.parameters import norm_parameters
 from lightning_pet.targets.patterns import listed_if_given, listed_layers
 from lightning_pet.targets.placement import Placement, Sublayer, check_narrower, delta_options, resolve_sites

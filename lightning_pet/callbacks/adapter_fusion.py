@@ -13,18 +13,16 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.insertion.method import Insertion, Method
 from lightning_pet.insertion.prepare import is_shared
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, without_memory
 from lightning_pet.layers.fusion import Fusable, Mixture, MixtureAround
 from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
 from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.model.unbuilt import without_memory
-from lightning_pet.operations.base_check import check_base
-from lightning_pet.operations.file_options import method_of
-from lightning_pet.store.manifest import MethodRecord
-from lightning_pet.store.paths import expanded
+from lightning_pet.operations.file_terms import method_of
+from lightning_pet.operations.saved import check_base
+from lightning_pet.store.files import expanded
+from lightning_pet.store.manifest import Fingerprint, MethodRecord
 from lightning_pet.store.reader import read
-from lightning_pet.store.remembered import Fingerprint
 from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.training.controller import Controller
 
@@ -232,6 +230,11 @@ class AdapterFusionCallback(PETCallback):
             check_base(found.base, root, record, found.source, self.base_check, rest, within=found.within)
 
     # --- when -------------------------------------------------------------------------------------
+
+    @property
+    def not_for_tasks(self) -> str | None:
+        """It takes the adapters of several tasks into one delta."""
+        return "it joins adapters that were trained before, for one target task. Train these with AdapterCallback."
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -14,12 +14,12 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, DeadSiteError, UnsupportedStrategyError
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.insertion.prompt_places import Where, prompt_insertions, prompt_targets
-from lightning_pet.layers.trigger import TriggerRows, best_tokens, first_order_scores
+from lightning_pet.layers.prompt import TriggerRows, best_tokens, first_order_scores
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.tokens import control_ids, load_tokenizer, sampled_ids, special_ids, text_ids
 from lightning_pet.operations.roots import silenced
-from lightning_pet.strategies.choice import adapter_for
+from lightning_pet.strategies.strategy import adapter_for
 from lightning_pet.training.controller import Controller
 
 
@@ -134,6 +134,11 @@ class AutoPromptCallback(PETCallback):
         """Build the trigger for a token table."""
         table = cast(nn.Embedding, module_at(root, target.module))
         return TriggerRows(self._start or self.length, table.num_embeddings, table.weight.device)
+
+    @property
+    def not_for_tasks(self) -> str | None:
+        """A search compares losses of whole batches."""
+        return "it searches words by the loss of whole batches. Search them in a run for each task."
 
     # --- the search -----------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, ClassVar, Literal, cast
 
@@ -10,16 +10,24 @@ import lightning.pytorch as pl
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightning_pet.arguments import checked, one_of, share, unknown_option
 from lightning_pet.errors import ArgumentError, PETError, TargetError
-from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable, delta_numbers, widest
 from lightning_pet.insertion.method import METHODS, Insertion, key_of, suffix_of
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import deltas_in, record_of
-from lightning_pet.model.delta_names import DEFAULT, check_delta_name
-from lightning_pet.model.naming import canonical, delta_prefix, join, named_modules, named_parameters
+from lightning_pet.model.naming import (
+    DEFAULT,
+    canonical,
+    check_delta_name,
+    delta_prefix,
+    join,
+    named_modules,
+    named_parameters,
+)
+from lightning_pet.model.quantised import numbers_in
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.strategies.private import logs_this_step
@@ -27,12 +35,13 @@ from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.run_log import log_figures, norm_of
+from lightning_pet.training.tasks.of_task import OfTask, for_tasks
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
 Scalar = Literal["norm", "rank", "density"]
 
 
-class PETCallback(Callback):
+class PETCallback(OfTask, Callback):
     """Base of all parameter-efficient tuning methods.
 
     In ``setup`` the callback rewrites the model (or as soon as the model exists, if the
@@ -144,6 +153,8 @@ class PETCallback(Callback):
             METHODS[cls.method] = cls
         if "__init__" in cls.__dict__:
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+        if "setup" in cls.__dict__:
+            cls.setup = for_tasks(cls.setup)  # type: ignore[method-assign]
 
     # --- what a method answers ------------------------------------------------------------------
 
@@ -219,7 +230,7 @@ class PETCallback(Callback):
     def __repr__(self) -> str:
         defaults = self._defaults()
         given = [
-            f"{name}={value!r}" for name, value in self._arguments().items() if _many(value) != _many(defaults[name])
+            f"{name}={value!r}" for name, value in self.arguments().items() if _many(value) != _many(defaults[name])
         ]
         return f"{type(self).__name__}({', '.join(given)})"
 
@@ -239,12 +250,13 @@ class PETCallback(Callback):
         """Names of all arguments of the constructor."""
         return list(cls._defaults())
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """All constructor arguments, as this instance has them."""
         return {name: getattr(self, name) for name in self._defaults()}
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
+        return {name: value for name, value in self.arguments().items() if name not in self.of_the_run}
 
     def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
         """The same, where options by pattern are in a form that files can hold; see :func:`patterns.settled`."""
@@ -305,6 +317,7 @@ class PETCallback(Callback):
         of = "" if self.delta == DEFAULT else f", 'delta': {self.delta!r}"
         return f"{type(self).__qualname__}{{'name': {self.name!r}{of}}}"
 
+    @for_tasks
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""
         methods = [callback for callback in trainer.callbacks if isinstance(callback, PETCallback)]  # type: ignore[attr-defined]
@@ -378,3 +391,85 @@ class PETCallback(Callback):
 def _many(value: Any) -> Any:
     """One name is a list of one, and pairs are lists: in these forms arguments are kept."""
     return [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
+
+
+# --- the largest width that spends no more than a share of the base -------------------------------
+
+
+def base_numbers(root: nn.Module) -> int:
+    """Numbers in the base model without deltas; a tied tensor counts once."""
+    record = record_of(root)
+    own = set(record.delta_names) if record else set()
+    return sum(numbers_in(p) for name, p in root.named_parameters() if canonical(name) not in own)
+
+
+def delta_numbers(root: nn.Module, build: Callable[[], Sequence[Insertion]]) -> int:
+    """Trained numbers of the deltas that ``build`` returns; a shared parameter counts once.
+
+    Shapes only: nothing is allocated, computed or drawn, so asking for many widths is cheap on a large model.
+    """
+    if any(parameter.is_meta for parameter in root.parameters()):
+        insertions = build()  # there is no memory to save, and fake tensors cannot stand for meta tensors
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            insertions = build()
+    trained = {id(p): p for i in insertions for p in i.delta.parameters() if p.requires_grad}
+    return sum(parameter.numel() for parameter in trained.values())
+
+
+def widest(numbers: Callable[[int], int | None], limit: int) -> int:
+    """The largest width, from 1, whose numbers are within a limit.
+
+    Args:
+        numbers: trained numbers at a width, not falling with it; ``None`` where the width is impossible.
+        limit: numbers that may be spent; those at width 1 are within it.
+
+    >>> widest(lambda width: 10 * width + 3, 95)
+    9
+    """
+    smallest = numbers(1) or 0
+    low, high, probe = 1, 0, 2
+    while high == 0 or high - low > 1:
+        found = numbers(probe)
+        if found is None or found > limit:
+            high = probe
+        elif found <= smallest:
+            break  # nothing at all depends on the width
+        else:
+            low = probe
+        if high:
+            probe = (low + high) // 2
+        elif found is not None:
+            # Most methods grow in proportion, so that the first jump lands on the answer.
+            probe = low + max(1, (limit - found) * (low - 1) // (found - smallest))
+    return low
+
+
+def affordable(budget: float, base: int) -> int:
+    """Numbers that a share of the base pays for."""
+    return int(budget * base * (1 + 1e-12))  # a share such as 0.07 of 100 must not fall to 6 by rounding
+
+
+def check_affordable(smallest: int, base: int, budget: float, width: str) -> None:
+    """Refuse a budget that does not pay for the smallest width.
+
+    Raises:
+        ArgumentError: naming the smallest budget that does.
+    """
+    if smallest > affordable(budget, base):
+        raise ArgumentError(
+            f"budget={budget}: {width} costs {smallest:,} numbers, which is more than that share of the base's "
+            f"{base:,}. The smallest budget that works is {smallest_share(smallest, base)}; or leave targets out."
+        )
+
+
+def smallest_share(numbers: int, base: int) -> float:
+    """A short decimal, rounded up, that is enough for so many numbers.
+
+    >>> smallest_share(1, 3)
+    0.334
+    """
+    scale = 1000
+    while numbers * scale < 100 * base:  # three significant digits
+        scale *= 10
+    return -(-numbers * scale // base) / scale

@@ -13,10 +13,9 @@ from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.added_bias import AddedBias, BiasBeside, BiasRows
 from lightning_pet.layers.delta import Delta, options_beside
 from lightning_pet.model.layer_kinds import base_class, bias_of, host_kind, reader_of
-from lightning_pet.model.named_roles import features, is_linear, is_norm, named_places
+from lightning_pet.model.named_roles import features, is_linear, is_norm, named_places, names_of_base
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.quantised import is_quantised
-from lightning_pet.model.stacks import names_of_base
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.patterns import listed, listed_if_given
 from lightning_pet.targets.targets import linear_targets, resolve_excluded, resolve_targets

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_pet.arguments import at_least, one_of, positive, whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.insertion.method import Insertion
-from lightning_pet.layers.activations import activation
+from lightning_pet.layers.bottleneck import activation
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.phm import PHMBottleneck, PHMRule, check_divisible
 from lightning_pet.model.structure import Structure, Target

@@ -8,9 +8,9 @@ from torch import nn
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.method import Insertion
+from lightning_pet.model.named_roles import names_of_base
 from lightning_pet.model.naming import named_parameters
 from lightning_pet.model.quantised import format_of, is_quantised
-from lightning_pet.model.stacks import names_of_base
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.heads import HEAD
 

@@ -10,9 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_pet.arguments import whole
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.base import PETCallback, affordable, base_numbers, check_affordable
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.insertion.budget import affordable, base_numbers, check_affordable
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Tied, delta_dtype
 from lightning_pet.layers.fastfood import LONGEST, padded_length

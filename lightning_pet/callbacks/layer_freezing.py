@@ -15,11 +15,10 @@ from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.commit import freeze
 from lightning_pet.insertion.method import Insertion, key_of
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.named_roles import is_norm
+from lightning_pet.model.named_roles import Stack, is_norm, layer_stacks, names_of_base, norms_inside, outside
 from lightning_pet.model.naming import canonical, named_modules, named_parameters
-from lightning_pet.model.stacks import Stack, layer_stacks, names_of_base, norms_inside, outside
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.strategies.choice import adapter_for
+from lightning_pet.strategies.strategy import adapter_for
 from lightning_pet.targets.heads import HEAD
 from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.targets.targets import suggest
@@ -219,6 +218,13 @@ class LayerFreezingCallback(PETCallback):
             for name in group:
                 ratios.setdefault(name, self.lr_decay**turn)
         return ratios
+
+    @property
+    def not_for_tasks(self) -> str | None:
+        """Layers that begin later, or train slower, are those of one run."""
+        if self.unfreeze_every is None and self.lr_decay == 1:
+            return None
+        return "unfreeze_every and lr_decay are told from layer to layer of one delta. Leave them out."
 
     # --- gradual unfreezing -----------------------------------------------------------------------
 

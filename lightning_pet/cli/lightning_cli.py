@@ -37,12 +37,11 @@ from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.modules.label_words import LabelWordClassifier
 from lightning_pet.modules.seq2seq import Seq2SeqModule
 from lightning_pet.modules.text_classification import TextClassifier
+from lightning_pet.operations.plan import show_table
 from lightning_pet.recipes import config_folder, with_shipped
 from lightning_pet.report.console import quiet, with_defaults
-from lightning_pet.report.dimension.search import Runs, search
-from lightning_pet.report.dimension.view import plot_dimension, show_dimension
-from lightning_pet.store.last_good import last_good
-from lightning_pet.training.titled import show_table
+from lightning_pet.report.dimension import Runs, plot_dimension, search, show_dimension
+from lightning_pet.store.reader import last_good
 
 LAST_GOOD = "last-good"
 """``fit --ckpt_path=last-good`` goes on from the newest checkpoint that verifies, or begins if there is none."""

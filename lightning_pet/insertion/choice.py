@@ -1,4 +1,4 @@
-"""Which of several deltas act where a thread has chosen nothing: their values go into the model, and out again.
+"""Which of several deltas act: where a thread has chosen nothing, in a block of one thread, and for single rows.
 
 Heads, biases and whole weights that a delta trains in place are the model's own parameters, of which it can hold one
 value each. Those of the deltas that act are there; those of the others lie in the record, and the base's own among the
@@ -7,35 +7,40 @@ else may hold its memory (an engine, other processes).
 """
 
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.errors import PETError
-from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, keys_of, take_out, undo
-from lightning_pet.insertion.intact import sizes_of
-from lightning_pet.insertion.together import check_acting
+from lightning_pet.errors import ArgumentError, PETError, TargetError
+from lightning_pet.insertion.checks import check_acting, sizes_of
+from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
+from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
+from lightning_pet.insertion.row_guard import Manners
+from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts, whole_shape
-from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.delta_names import check_known, delta_of
-from lightning_pet.model.gate import between_forwards
-from lightning_pet.model.naming import modules_on_the_way, named_tensors
+from lightning_pet.model.adaptation import Adaptation, record_at
+from lightning_pet.model.call import Rows, Switch, between_forwards
+from lightning_pet.model.naming import (
+    check_known,
+    delta_of,
+    join,
+    module_at,
+    named_modules,
+    named_tensors,
+    tensors_at,
+)
+from lightning_pet.model.outside import changed_buffers
+from lightning_pet.model.undisturbed import set_aside
 
 LOCK: Final = threading.RLock()
 """Held while values are exchanged, and while a block notes which ones it reads."""
 
 _SIZES: Final = ("out_features", "num_embeddings", "out_channels")
 """What modules say of the first dimension of their parameters."""
-
-
-def record_at(root: nn.Module) -> Adaptation:
-    """The record of an adapted root."""
-    record = record_of(root)
-    if record is None:
-        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
-    return record
 
 
 def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
@@ -63,6 +68,9 @@ def place(root: nn.Module, deltas: tuple[str, ...]) -> None:
     check_sum(record, deltas)
     if len(deltas) > 1:
         check_acting(root, deltas)
+    if record.together:
+        part(root, next((name for name in deltas if name in record.together), record.together[-1]))
+        check_sum(record, deltas)
     with between_forwards(root), LOCK:
         leaving = {name: owned(root, record, name) for name in record.active if name not in deltas}
         coming = [name for name in deltas if name not in record.active]
@@ -106,7 +114,7 @@ def remove(root: nn.Module, delta: str) -> None:
     record = record_at(root)
     check_known((delta,), record.names)
     refuse_in_use(record, delta, "removed")
-    if delta in record.active and len(record.names) > 1:
+    if delta in record.active and len(record.names) > 1 and delta not in record.together:
         place(root, tuple(name for name in record.active if name != delta))
     take_out(root, keys_of(root, (delta,)))
 
@@ -142,27 +150,57 @@ def owned(root: nn.Module, record: Adaptation, delta: str) -> tuple[str, ...]:
     if delta in record.values:
         return tuple(record.values[delta])
     own = dict.fromkeys((*record.trained_by(delta), *record.claims.get(delta, ())))
-    if delta == record.keeper:
+    if delta == record.keeper and not record.together:
         others = record.held_by(name for name in record.active if name != delta)
         beside = (name for name in record.trained_names if name not in record.trained_in_place)
         own |= dict.fromkeys(name for name in (*beside, *changed_buffers(root)) if name not in others)
     return tuple(name for name in own if name in record.originals)
 
 
+# --- deltas that train together ---------------------------------------------------------------------------
+
+
+def gather(root: nn.Module, deltas: tuple[str, ...], *, train: bool = True) -> None:
+    """Let these deltas train together: each acts on the rows that a block gives it, and none elsewhere.
+
+    Raises:
+        ArgumentError: if another delta acts.
+    """
+    record = record_at(root)
+    check_known(deltas, record.names)
+    if others := [name for name in record.active if name not in deltas]:
+        raise ArgumentError(
+            f"the delta {others[0]!r} acts, and each row of this run uses the delta of its task alone: "
+            f"{', '.join(map(repr, deltas))}. Let none act before: adapted.activate()."
+        )
+    record.together = deltas
+    record.act(deltas)
+    if train:
+        let_train(root, deltas)
+
+
+def shared(root: nn.Module, record: Adaptation) -> tuple[str, ...]:
+    """What changes beside the plan of deltas that train together, and belongs to each of them."""
+    others = record.held_by(name for name in record.names if name not in record.together)
+    beside = [name for name in record.trained_names if name not in record.trained_in_place]
+    return tuple(n for n in dict.fromkeys((*beside, *changed_buffers(root))) if n not in others)
+
+
+def part(root: nn.Module, stays: str) -> None:
+    """Deltas that have trained together are ordinary ones from now on, of which one acts."""
+    record = record_at(root)
+    with between_forwards(root), LOCK:
+        names = shared(root, record)
+        present = tensors_at(root, names)
+        for name in record.together:
+            record.claims[name] = record.claims.get(name, frozenset()) | frozenset(present)
+            if name != stays:
+                record.values[name] = {n: tensor.detach().clone() for n, tensor in present.items()}
+        record.together = ()
+        record.act((stays,))
+
+
 # --- exchanging values ----------------------------------------------------------------------------------
-
-
-def tensors_at(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters and buffers of these canonical names, each followed part by part; what is not there is left out."""
-    found: dict[str, Tensor] = {}
-    for name in names:
-        path, _, own = name.rpartition(".")
-        *above, module = modules_on_the_way(root, path)
-        if len(above) == (path.count(".") + 1 if path else 0):
-            tensor = module._parameters.get(own, module._buffers.get(own))
-            if tensor is not None:
-                found[name] = tensor
-    return found
 
 
 def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -259,3 +297,187 @@ def _fits(tensor: Tensor, value: Tensor, holders: Mapping[int, list[nn.Module]])
     modules = holders.get(id(tensor), [])
     sizes = [[module.__dict__.get(size) for size in _SIZES] for module in modules]
     return bool(modules) and all(tensor.shape[0] in size for size in sizes)
+
+
+# --- in a block of one thread ---------------------------------------------------------------------
+
+
+_Places = list[tuple[nn.Module, dict[str, str]]]
+
+
+@contextmanager
+def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Iterator[None]:
+    """Within the block these deltas act in this thread, in this order; none of them: it computes what the base did.
+
+    What is trained in place keeps its values: this thread reads others. Only where an engine holds parts of the
+    parameters are the values exchanged, for all threads: there every process runs one forward at a time.
+    """
+    belong(root, record)
+    selection = record.selection(deltas)
+    with ExitStack() as stack, ExitStack() as exposed:
+        with LOCK:
+            wanted = wanted_by(root, record, deltas)
+            # What other deltas have of their own is read through this selection as well: they may be activated.
+            names = {*wanted, *record.held_by(record.names)}
+            modules = named_modules(root, of_base=True) if names or not deltas else {}
+            places, values = places_of(modules, names, aside=not deltas)
+            if wanted and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
+                stack.callback(copy_in, root, _exchange(root, wanted))
+                places, values = places_of(modules, set(), aside=not deltas)
+            else:
+                values |= placed_values(root, wanted)
+            selection.values.update(values)
+            for module, attributes in places:
+                expose(module, attributes, record.switch)
+            block = exposed.enter_context(record.switch.using(selection))
+        try:
+            with exposed:
+                yield
+        finally:
+            for module, attributes in places:
+                close(module, attributes, record.switch, block.made_a_graph)
+
+
+def belong(root: nn.Module, record: Adaptation) -> None:
+    """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
+    keys: dict[str, list[str]] = {}
+    for applied in record.applied:
+        for host, key in applied.hosts:
+            keys.setdefault(host, []).append(key)
+    for host, own in keys.items():
+        deltas = deltas_of(module_at(root, host))
+        for key in own:
+            deltas.belong(key, record.switch)
+
+
+def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
+    """What the model would hold in place of what it holds, if these deltas acted for all."""
+    found = {name: record.originals[name] for name in leaving_for(root, record, deltas)}
+    for delta in deltas:
+        found |= record.values.get(delta, {})
+    return found
+
+
+def leaving_for(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> set[str]:
+    """Tensors that would hold no longer what they do, if these deltas acted; the same for all that do not act now."""
+    leaving = {name for delta in record.active if delta not in deltas for name in owned(root, record, delta)}
+    if not deltas or not record.active:
+        leaving |= changed_buffers(root).keys()
+    if record.together and set(record.together).isdisjoint(deltas):
+        leaving |= set(shared(root, record))
+    return leaving
+
+
+def close(module: nn.Module, names: Iterable[str], switch: Switch, made_a_graph: bool) -> None:
+    """Undo one :func:`expose`, unless gradient checkpointing could read these attributes again for the block."""
+    known = switch.exposed.setdefault(module, set()) if made_a_graph else set()
+    conceal(module, known & set(names) if made_a_graph else names)
+    known |= set(names)
+
+
+def places_of(modules: dict[str, nn.Module], changed: set[str], aside: bool) -> tuple[_Places, dict[str, Any]]:
+    """Modules with the attributes that are others in the base, by name from the root; values of what is no tensor.
+
+    Args:
+        modules: of the root.
+        changed: names of tensors.
+        aside: fast paths that were set aside are taken.
+    """
+    own = {join(path, name): t for path, module in modules.items() for name, t in _tensors(module).items()}
+    names = {id(own[name]): name for name in changed}  # by identity: a tied tensor is read under other names, too
+    places: _Places = []
+    values: dict[str, Any] = {}
+    for module, path in {module: path for path, module in modules.items()}.items():
+        read = {name: names[id(t)] for name, t in _tensors(module).items() if id(t) in names}
+        for name, value in set_aside(module).items() if aside else ():
+            read[name] = join(path, name)
+            values[join(path, name)] = value
+        if read:
+            places.append((module, read))
+    return places, values
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    both = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
+def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of values, placed as the present ones: the base may write into its buffers."""
+    found, precisions = {}, read_precisions(root)
+    with torch.no_grad():
+        for name, tensor in tensors_at(root, values).items():
+            if not values[name].is_meta:
+                dtype = precisions.get(id(tensor), tensor.dtype)
+                found[name] = values[name].detach().to(tensor.device, dtype, copy=True)
+    return found
+
+
+def _exchange(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put these values in, and return the present ones."""
+    present = {name: tensor.detach().clone() for name, tensor in named_tensors(root) if name in values}
+    copy_in(root, values)
+    return present
+
+
+# --- for single rows of a batch, in a block of one thread -----------------------------------------
+
+
+@contextmanager
+def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None], manners: Manners) -> Iterator[None]:
+    """Within the block every row of a batch uses its own delta in this thread; ``None``: none.
+
+    Args:
+        root: what is adapted.
+        record: its own.
+        names: one per row.
+        manners: what is known of how modules treat rows.
+
+    Raises:
+        TargetError: if the values of what was trained in place cannot be read side by side here.
+    """
+    switch = record.switch
+    belong(root, record)
+    groups = tuple(dict.fromkeys(names))
+    tuples = [() if name is None else (name,) for name in groups]
+    with ExitStack() as exposed:
+        with LOCK:
+            wanted = _wanted_by_each(root, record, groups)
+            differing = {name for values in wanted for name in values}
+            everything = differing | set(record.held_by(record.names))
+            modules = named_modules(root, of_base=True)
+            places, _ = places_of(modules, everything, aside=False)
+            if differing and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
+                raise TargetError(
+                    f"an engine holds parts of {', '.join(sorted(differing)[:4])}, and every delta has values of its "
+                    "own there: rows of one batch cannot read different ones. Use one after the other: `using(name)`."
+                )
+            parts = [record.selection(deltas) for deltas in tuples]
+            for part, values in zip(parts, wanted, strict=True):
+                part.values.update(placed_values(root, values) if values else {})
+            paths = {id(module): path for path, module in modules.items()}
+            ids = tuple(groups.index(name) for name in names)
+            rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, manners)
+            union = record.selection(tuple(name for name in groups if name is not None))
+            for module, attributes in places:
+                expose(module, attributes, switch, by_rows=True)
+            block = exposed.enter_context(switch.using(replace(union, rows=rows)))
+        try:
+            with exposed:
+                yield
+        finally:
+            for module, attributes in places:
+                close(module, attributes, switch, block.made_a_graph)
+
+
+def _wanted_by_each(root: nn.Module, record: Adaptation, groups: Sequence[str | None]) -> list[dict[str, Tensor]]:
+    """What each delta would have in place of what the model holds; a look at the model for all that do not act now."""
+    leaving: set[str] | None = None
+    found = []
+    for name in groups:
+        if name is None or name in record.active:
+            found.append(wanted_by(root, record, () if name is None else (name,)))
+            continue
+        leaving = leaving_for(root, record, (name,)) if leaving is None else leaving
+        found.append({n: record.originals[n] for n in leaving} | record.values.get(name, {}))
+    return found

@@ -4,38 +4,84 @@ What may fail has failed before (:mod:`lightning_pet.insertion.prepare`); if any
 put back as it was.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.insertion.foreign_saves import leave_saves, watch_saves
+from lightning_pet.insertion.checks import guard, resized, unguard
 from lightning_pet.insertion.host import attach, conceal, detach
-from lightning_pet.insertion.intact import guard, resized, unguard
 from lightning_pet.insertion.method import delta_name
 from lightning_pet.insertion.prepare import Prepared
+from lightning_pet.insertion.tasks.own_values import is_own
 from lightning_pet.insertion.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
 from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, record_of
-from lightning_pet.model.call import Switch
-from lightning_pet.model.delta_names import delta_of
-from lightning_pet.model.fast_paths import forbid_repacking, restore_repacking
-from lightning_pet.model.gate import take_gate
+from lightning_pet.model.call import Switch, take_gate
 from lightning_pet.model.naming import (
     by_delta,
     canonical,
+    delta_of,
     delta_prefix,
     has_module,
     join,
     named_parameters,
     named_tensors,
 )
-from lightning_pet.model.outside import mark_outside
+from lightning_pet.model.outside import changed_buffers, mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
+from lightning_pet.model.undisturbed import forbid_repacking, restore_repacking
+
+# --- saves of other libraries, which do not know what a delta is ----------------------------------
+
+
+_NAME = "save_pretrained"
+
+
+class WatchedSave:
+    """In place of a model's ``save_pretrained`` while it has a delta: says what the folder will not hold, and writes.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Warn, and write as the model's class does."""
+        warnings.warn(
+            f"{_NAME} of an adapted {type(self.module).__name__}: the folder will hold the base, from which "
+            "from_pretrained makes a model without the delta. Keep the delta with lightning_pet.save_delta(model, "
+            "path); or call lightning_pet.Adapted(model).merge_() first, to write the sum.",
+            stacklevel=2,
+        )
+        return getattr(type(self.module), _NAME)(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WatchedSave":
+        return WatchedSave(deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WatchedSave, (self.module,)
+
+
+def watch_saves(root: nn.Module) -> None:
+    """Let every model in an adapted root that can write itself say what the delta is to that."""
+    for module in root.modules():
+        if callable(getattr(type(module), _NAME, None)):
+            module.__dict__.setdefault(_NAME, WatchedSave(module))
+
+
+def leave_saves(root: nn.Module) -> None:
+    """Put the models' own methods back."""
+    for module in root.modules():
+        if isinstance(module.__dict__.get(_NAME), WatchedSave):
+            del module.__dict__[_NAME]
 
 
 def commit(root: nn.Module, prepared: Sequence[Prepared], *, acts: bool = True) -> Adaptation:
@@ -118,10 +164,11 @@ def _forget(record: Adaptation) -> None:
     """Let go of what was noted of deltas that are gone."""
     names = record.names
     noted: dict[str, Any]
-    for noted in (record.waiting, record.values, record.claims, record.beside):
+    for noted in (record.waiting, record.values, record.claims, record.beside, record.combined):
         for name in [name for name in noted if name not in names]:
             del noted[name]
     record.active = tuple(name for name in record.active if name in names)
+    record.together = tuple(name for name in record.together if name in names)
 
 
 def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
@@ -295,6 +342,8 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     if record is None:
         return
     leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
+    staying = {applied.delta for applied in record.applied if applied not in leaving and not is_own(applied)}
+    leaving += [a for a in record.applied if is_own(a) and a.delta not in staying and a not in leaving]
     places = {path: host for applied in leaving for path, host in zip(applied.paths, applied.hosts, strict=True)}
     gone = {name for name in record.delta_names if delta_prefix(name) in places}
     detach(root, [host for path, host in places.items() if has_module(root, path)])
@@ -384,22 +433,3 @@ def note_users_flags(root: nn.Module) -> bool:
     changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
     record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
     return changed
-
-
-def changed_buffers(root: nn.Module) -> dict[str, Tensor]:
-    """Persistent base buffers that differ from what they were when the first delta was inserted."""
-    record = record_of(root)
-    if record is None:
-        return {}
-    trained = {*record.trained_names, *record.trained_in_place}
-    return {
-        name: tensor
-        for name, tensor in named_tensors(root)
-        if name in record.originals and name not in trained and not _same(tensor, record.originals[name])
-    }
-
-
-def _same(tensor: Tensor, original: Tensor) -> bool:
-    if tensor.is_meta or original.is_meta:
-        return True
-    return torch.equal(tensor.detach(), original.to(tensor.device))

@@ -23,16 +23,29 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.insertion.effective import KEPT, READ_AS, Kept, differing, effective, held, repeats_itself
 from lightning_pet.insertion.rows import apart, around_form, changed_rows, differing_at, generating
-from lightning_pet.insertion.slot import SEQUENCES, Acting, Deltas, Slot, WithoutDeltas, replica_of
+from lightning_pet.insertion.slot import (
+    KEPT,
+    READ_AS,
+    SEQUENCES,
+    Acting,
+    Deltas,
+    Kept,
+    Slot,
+    WithoutDeltas,
+    differing,
+    effective,
+    held,
+    repeats_itself,
+    replica_of,
+)
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.call import HERE, Switch
-from lightning_pet.model.fast_paths import forbid, restore
 from lightning_pet.model.layer_kinds import base_class, has_plain_forward
 from lightning_pet.model.naming import CHILD, module_at, modules_on_the_way
 from lightning_pet.model.quantised import DENSE, dense_values, is_quantised
 from lightning_pet.model.structure import Target
+from lightning_pet.model.undisturbed import forbid, restore
 
 _READS = "_pet_reads"  # modules whose weights this one reads without calling them
 _TAPS = "_pet_taps"  # slots that take this module's input to deltas elsewhere

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import nn
 
 from lightning_pet.layers.delta import Delta
-from lightning_pet.model.delta_names import DEFAULT, host_key
-from lightning_pet.model.naming import delta_path
+from lightning_pet.model.naming import DEFAULT, delta_path, host_key
 from lightning_pet.model.structure import Structure, Target
 
 

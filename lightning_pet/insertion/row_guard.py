@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.prompt_rows import learn_padding
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import HERE, Selection
-from lightning_pet.model.delta_names import check_known
-from lightning_pet.model.naming import named_modules
-from lightning_pet.probe.inputs import candidate_inputs, random_batch
+from lightning_pet.model.naming import check_known, named_modules
 from lightning_pet.probe.row_leaves import ROWS, Leaves, Sides, close, ordered, tensors_in
+from lightning_pet.probe.trace import candidate_inputs, random_batch
 
 _LONGER = ("prompt_tuning", "auto_prompt")
 _ROWS, _TOKENS, _BATCHES = 3, 7, 3
@@ -40,6 +40,7 @@ class Manners:
         refused: those that do not keep rows apart, and why.
         shared: those that compute once what all rows get.
         sides: which tensors belong to rows.
+        told: paths of modules that take hidden columns in front of a row, and whether they are told positions.
     """
 
     def __init__(self, looked_at: set[str]) -> None:
@@ -47,6 +48,7 @@ class Manners:
         self.refused: dict[str, str] = {}
         self.alone: dict[str, bool] = {}
         self.sides = Sides()
+        self.told: dict[str, bool] = {}
 
     @property
     def shared(self) -> frozenset[str]:
@@ -98,16 +100,11 @@ def check_rows(names: Any, record: Adaptation) -> None:
     wanted = [name for name in dict.fromkeys(names) if name is not None]
     check_known(wanted, record.names)
     longer = [applied for applied in record.applied if applied.method in _LONGER]
-    lengths = {name: [a.config.get("length") for a in longer if a.delta == name] for name in wanted}
-    several = any(len(own) > 1 for own in lengths.values())
-    known = not any(a.method == "auto_prompt" for a in longer if a.delta in wanted)
-    alike = all(own == next(iter(lengths.values())) for own in lengths.values()) and None not in names
-    if any(lengths.values()) and (several or not known or not alike):
-        shown = ", ".join(f"{name!r}: {sum(filter(None, own))}" for name, own in lengths.items())
+    several = [name for name in wanted if sum(applied.delta == name for applied in longer) > 1]
+    if several:
         raise TargetError(
-            f"rows of one batch need prompts of one length, and these have virtual tokens of different number ({shown}"
-            f"{', None: 0' if None in names else ''}), or a trigger. Use these deltas one after the other: "
-            "`adapted.using(name)`."
+            f"{several[0]!r} has several prompts, or triggers, one behind the other, which rows of one batch cannot "
+            "have. Use it alone: `adapted.using(name)`."
         )
 
 
@@ -131,15 +128,24 @@ def guarded(root: nn.Module, record: Adaptation, names: Any) -> Iterator[Manners
             stack.callback(root.register_forward_pre_hook(look, with_kwargs=True).remove)
         else:
             _refuse(manners, record, names)
+        if any(applied.method in _LONGER and applied.delta in names for applied in record.applied):
+            with _undisturbed(root):
+                learn_padding(root, record, names, manners.told)
         check = partial(_check_size, manners, len(names), threading.get_ident())
         stack.callback(root.register_forward_pre_hook(check, with_kwargs=True).remove)
         yield manners
 
 
 def _check_size(
-    manners: Manners, batch: int, thread: int, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    manners: Manners,
+    batch: int,
+    thread: int,
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Refuse another number of rows than names, unless somebody makes more of the rows: a beam search, a wrapper."""
+    # Torch registers a hook first, and then that it wants keywords: a thread that calls in between gives none.
     if torch.compiler.is_compiling() or threading.get_ident() != thread or HERE.call.part is not None:
         return
     leaves = {key: x for key, x in tensors_in({"gets": (args, kwargs)}).items() if x.dim()}
@@ -234,11 +240,12 @@ def _look_at_call(
     thread: int,
     module: nn.Module,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    kwargs: dict[str, Any] | None = None,
 ) -> None:
     """The same on the user's own batch, before the root runs on it."""
     if threading.get_ident() != thread or HERE.call.part is not None or len(set(names)) == 1:
         return
+    kwargs = kwargs or {}
     if record.switch.manners is not None:
         manners.take(record.switch.manners)
         return
@@ -295,8 +302,9 @@ def _seen(root: nn.Module, record: Adaptation, paths: set[str], args: Any, kwarg
     """What the modules get and give in a forward of the base, in the order of their calls."""
     thread, seen = threading.get_ident(), Seen()
 
-    def note(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def note(path: str, module: nn.Module, args: Any, *rest: Any) -> None:
         if threading.get_ident() == thread:
+            kwargs, output = rest  # other threads may come before torch knows that the hook takes both
             found = tensors_in({"gets": (args, kwargs), **({"gives": output} if path in paths else {})})
             seen.setdefault(path, []).append({key: tensor.detach().clone() for key, tensor in found.items()})
 

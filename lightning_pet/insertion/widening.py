@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.insertion.effective import KEPT, READ_AS
 from lightning_pet.insertion.host import (
     WeightHost,
     deltas_of,
@@ -22,10 +21,9 @@ from lightning_pet.insertion.host import (
     let_read_no_more,
     swap,
 )
-from lightning_pet.insertion.slot import SEQUENCES, Deltas
+from lightning_pet.insertion.slot import KEPT, READ_AS, SEQUENCES, Deltas
 from lightning_pet.layers.sharding import is_partition, is_sharded, whole_shape
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.fast_paths import forbid
 from lightning_pet.model.layer_kinds import base_class, has_plain_forward
 from lightning_pet.model.naming import (
     CHILD,
@@ -36,6 +34,7 @@ from lightning_pet.model.naming import (
     named_parameters,
 )
 from lightning_pet.model.quantised import is_quantised
+from lightning_pet.model.undisturbed import forbid
 
 
 class _NarrowHost(WeightHost):
@@ -70,7 +69,7 @@ def is_narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
-def reads_as(module: nn.Module) -> Mapping[str, torch.dtype]:
+def _reads_as(module: nn.Module) -> Mapping[str, torch.dtype]:
     """The precision in which a module's forward reads those of its parameters that are kept in a wider one."""
     own: Mapping[str, torch.dtype] = module.__dict__.get(READ_AS, {})
     return own
@@ -79,7 +78,7 @@ def reads_as(module: nn.Module) -> Mapping[str, torch.dtype]:
 def read_precisions(root: nn.Module) -> dict[int, torch.dtype]:
     """The same of a whole model, by ``id`` of the parameter."""
     modules = (module for module in root.modules() if READ_AS in module.__dict__)
-    return {id(m._parameters[name]): dtype for m in modules for name, dtype in reads_as(m).items()}
+    return {id(m._parameters[name]): dtype for m in modules for name, dtype in _reads_as(m).items()}
 
 
 def trained_in_place(root: nn.Module) -> dict[str, nn.Parameter]:
@@ -134,7 +133,7 @@ def narrow(root: nn.Module, keep: Iterable[str] = ()) -> None:
     """Undo :func:`widen`, but for these names."""
     kept, done = set(keep), []
     for path, host in named_modules(root).items():
-        for own, dtype in list(reads_as(host).items()):
+        for own, dtype in list(_reads_as(host).items()):
             if (f"{path}.{own}" if path else own) in kept:
                 continue
             parameter = host._parameters.get(own)
@@ -142,7 +141,7 @@ def narrow(root: nn.Module, keep: Iterable[str] = ()) -> None:
                 _fill(host, own, parameter.data.to(dtype))
             del host.__dict__[READ_AS][own]
             done.append(host)
-    bare = {host for host in done if not reads_as(host) and not deltas_of(host)}
+    bare = {host for host in done if not _reads_as(host) and not deltas_of(host)}
     if not done:
         return
     let_read_no_more(root, bare)

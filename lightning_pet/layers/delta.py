@@ -1,11 +1,14 @@
 """The base of everything that a method inserts: a child module of the layer that it changes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_pet.errors import ArgumentError, NotMergeableError
 from lightning_pet.layers.sharding import placed
@@ -14,6 +17,9 @@ MAX_SCALE: Final = 1024.0
 """Largest factor of a delta: beyond it numbers overflow sooner than a model learns anything."""
 
 Path = Literal["activation", "around", "weight", "generate", "shared"]
+
+Host = Callable[[], tuple[Tensor, Tensor | None]]
+"""Gives weight and bias of a host."""
 
 
 class Part(nn.Module):
@@ -151,12 +157,14 @@ class Delta(Part):
     """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
 
     row_form: ClassVar[Any] = None
-    """``row_form(deltas, ids, x, output)``: what :meth:`forward` does, at once for rows that use different deltas.
+    """``row_form(deltas, ids, x, output, host)``: what :meth:`forward` does, at once for rows of different deltas.
 
-    ``deltas``: one of this class or ``None`` (nothing acts) per group; ``ids``: of each row of the batch, the number of
-    its group; x and output are batch-major, with as many numbers per row of the batch. ``None``, or a result of
+    ``deltas``: one that has this form or ``None`` (nothing acts) per group, at least one; ``ids``: of each row of the
+    batch, the number of its group; groups are numbered in the order of their first rows. x and output are batch-major,
+    with as many numbers per row of the batch; ``host()`` gives weight and bias of the host. ``None``, or a result of
     ``None``: not at once, but group by group. For deltas around a call ``row_form(deltas, ids, owner)`` gives what runs
     ``(call, args, kwargs)``; what it holds meanwhile is the owner's, the host's ``pet``.
+    :mod:`lightning_pet.layers.row_forms` has the products.
     """
 
     parameter: str = "weight"
@@ -289,3 +297,57 @@ class Tied(Delta):
         """Effective weight, as the first module sees it."""
         effective: Tensor = self.__dict__["source"](weight)
         return effective
+
+
+# --- building deltas without memory, and without the values that a file brings anyway -------------
+
+
+_FACTORIES: Final = frozenset(
+    {
+        torch.empty,
+        torch.zeros,
+        torch.ones,
+        torch.full,
+        torch.eye,
+        torch.tensor,
+        torch.arange,
+        torch.linspace,
+        torch.rand,
+        torch.randn,
+        torch.randint,
+        torch.randperm,
+    }
+)
+_filled_later: ContextVar[bool] = ContextVar("lightning_pet_filled_later", default=False)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Every new tensor has a shape and no memory, whatever device it is asked for."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        own = {**(kwargs or {}), "device": "meta"} if func in _FACTORIES else kwargs or {}
+        return func(*args, **own)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within the block new tensors are on the meta device: numbers of a file choose no allocation."""
+    with filled_later(), _OnMeta():
+        yield
+
+
+@contextmanager
+def filled_later() -> Iterator[None]:
+    """Within the block deltas do not start from the weights of the base: a file brings their values."""
+    token = _filled_later.set(True)
+    try:
+        yield
+    finally:
+        _filled_later.reset(token)
+
+
+def is_filled_later() -> bool:
+    """Whether the values of the deltas that are being built come from a file."""
+    return _filled_later.get()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers import rows as ranges
+from lightning_pet.layers.combining import factored
 from lightning_pet.layers.delta import Delta, check_scale
 from lightning_pet.layers.low_rank_product import add_product_, is_plain
 from lightning_pet.layers.sharding import whole
@@ -119,7 +120,7 @@ class LowRank(Delta):
         if not self.starts_from_weight:
             return
         weight = whole(weight)
-        matrix = self._matrix(weight).to(precise(weight))
+        matrix = self._matrix(weight).to(_precise(weight))
         wanted = (*self._flat_b().shape[:-2], self.out_features, self._flat_a().shape[-1])
         if matrix.shape != wanted:
             raise ArgumentError(
@@ -150,7 +151,7 @@ class LowRank(Delta):
         if not self._adds_in_place(weight):
             weight.copy_(self._effective(weight))
             return
-        dtype, matrix = precise(weight), self._matrix(weight)
+        dtype, matrix = _precise(weight), self._matrix(weight)
         a, b = self._flat_a().to(dtype), self._flat_b().to(dtype)
         a0, b0 = (None, None) if self.a0 is None or self.b0 is None else (self.a0.view_as(a), self.b0.view_as(b))
         used = 0
@@ -168,6 +169,21 @@ class LowRank(Delta):
                 rounds_twice=self.path == "weight",  # as the effective weight is: to the bit
             )
             used = own.stop
+
+    @torch.no_grad()
+    def approximation(self, change: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The best A and B for a change of the host's weight, with a scale of one; nothing of its own is changed.
+
+        Args:
+            change: in the shape of the weight.
+
+        Returns:
+            A and B by name, and ‖change − B A‖² (Frobenius).
+        """
+        matrix = self._matrix(change)
+        (a, b), lost = factored(matrix, self.r)
+        found = {"a": a.reshape(self.a.shape), "b": b.reshape(self.b.shape)}
+        return {name: tensor.to(self.a.dtype) for name, tensor in found.items()}, lost
 
     def _adds_in_place(self, weight: Tensor) -> bool:
         """Whether the product can be added into this memory: the matrix is a view of it."""
@@ -212,7 +228,7 @@ class LowRank(Delta):
     def _changed(self, matrix: Tensor) -> Tensor:
         """These rows with the low-rank change added, in at least float32; a constant to autograd."""
         with torch.no_grad():
-            matrix = matrix.to(precise(matrix))
+            matrix = matrix.to(_precise(matrix))
             return matrix + self._change(matrix.dtype)
 
     def _norm(self, matrix: Tensor) -> Tensor:
@@ -223,7 +239,7 @@ class LowRank(Delta):
     def _effective(self, weight: Tensor, *, drop: bool = False) -> Tensor:
         """The weight as the host reads it; ``drop``: where it is training, with dropout."""
         drop = drop and self.training and self.dropout > 0
-        dtype = precise(weight)
+        dtype = _precise(weight)
         # Autocast would round the change before it is added.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight).to(dtype)
@@ -288,7 +304,7 @@ class OwnBias(LowRank):
     @torch.no_grad()
     def merged_bias(self, bias: Tensor) -> Tensor:
         """``bias + s · own``."""
-        return (bias.to(precise(bias)) + self._own_bias(precise(bias))).to(bias.dtype)
+        return (bias.to(_precise(bias)) + self._own_bias(_precise(bias))).to(bias.dtype)
 
     def _own_bias(self, dtype: torch.dtype) -> Tensor:
         """``s · own`` for all output features."""
@@ -325,10 +341,10 @@ def _checked_rows(rows: Rows | None, out_features: int) -> tuple[tuple[int, int]
 
 def _largest(factor: Tensor, dim: int) -> Tensor:
     """Size of the largest number along a dimension."""
-    return factor.abs().amax(dim).to(precise(factor))
+    return factor.abs().amax(dim).to(_precise(factor))
 
 
-def precise(weight: Tensor) -> torch.dtype:
+def _precise(weight: Tensor) -> torch.dtype:
     """The dtype in which an effective weight is computed: that of the weight, at least float32."""
     return torch.promote_types(weight.dtype, torch.float32)
 

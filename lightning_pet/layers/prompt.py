@@ -4,7 +4,7 @@ A table of V rows answers ids V, V+1, … with trained vectors. What prepends th
 known here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,11 +36,17 @@ class VirtualTokens(Delta):
     @property
     def first(self) -> int:
         """The id of the first row: prompts that share a table take their ids one after the other."""
-        return self.vocabulary + lengths_before(self.__dict__["host"], self, VirtualTokens)
+        return self.vocabulary + _lengths_before(self.__dict__["host"], self, VirtualTokens)
 
     def rows(self, call: Callable[..., Tensor]) -> Tensor:
         """What the host answers for the virtual ids, P × width; ``call`` looks real ids up."""
         raise NotImplementedError
+
+    @staticmethod
+    def row_form(deltas: Sequence["VirtualTokens | None"], ids: Tensor, owner: Any) -> Callable[..., Any]:
+        """Look up with the rows of all of them: each has ids of its own; see :attr:`Delta.row_form`."""
+        own = [delta for delta in deltas if delta is not None]
+        return lambda call, args, kwargs: _looked_up(own, call, *args, **kwargs)
 
     def forward(self, call: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Look up; the rows come from here, all other ids from the table."""
@@ -53,6 +59,27 @@ class VirtualTokens(Delta):
         own = F.pad(self.rows(call).to(out.dtype), (0, 0, 0, 1))
         rows = F.embedding(torch.where(virtual, ids - first, self.length), own, padding_idx=self.length)
         return torch.where(virtual.unsqueeze(-1), rows, out)
+
+
+def _looked_up(
+    deltas: Sequence[VirtualTokens], call: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """What the host answers with the rows of several deltas."""
+    firsts = [delta.first for delta in deltas]
+    lowest = min(firsts)
+    if _may_look(ids) and int(ids.max()) < lowest:
+        return call(ids, *args, **kwargs)
+    virtual = ids >= deltas[0].vocabulary
+    out = call(ids.masked_fill(virtual, 0), *args, **kwargs)
+    own = F.pad(torch.cat([delta.rows(call).to(out.dtype) for delta in deltas]), (0, 0, 0, 1))
+    places = [len(own) - 1] * (max(f + delta.length for f, delta in zip(firsts, deltas, strict=True)) - lowest)
+    place = 0
+    for first, delta in zip(firsts, deltas, strict=True):
+        places[first - lowest : first - lowest + delta.length] = range(place, place + delta.length)
+        place += delta.length
+    found = torch.tensor(places, device=ids.device)[(ids - lowest).clamp(0, len(places) - 1)]
+    rows = F.embedding(torch.where(virtual, found, place), own, padding_idx=place)
+    return torch.where(virtual.unsqueeze(-1), rows, out)
 
 
 def _may_look(ids: Tensor) -> bool:
@@ -180,7 +207,7 @@ class IdGuard(Delta):
         return call(ids.masked_fill(ids >= self.vocabulary, 0), *args, **kwargs)
 
 
-def lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> int:
+def _lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> int:
     """Virtual tokens of the prompts that come before this one on the same host."""
     before = 0
     for other in () if host is None else cast(nn.ModuleDict, host.pet).values():
@@ -190,3 +217,89 @@ def lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> i
         if isinstance(inner, kind):
             before += cast(int, inner.length)
     return before
+
+
+# --- discrete virtual tokens: real rows of the token table, and how to choose better ones ----------
+
+
+class TriggerRows(VirtualTokens):
+    """Virtual tokens that read rows of the table: :math:`e(V + i) = E[t_i]`, with token ids t as a buffer.
+
+    Nothing here trains. While ``watching``, the loss has a gradient with respect to the rows
+    (:meth:`take_gradient`).
+
+    Args:
+        ids: the trigger, t; or its length, for one that a file brings.
+        vocabulary: rows of the table, V.
+        device: of the buffer.
+
+    >>> rows = TriggerRows([3, 1], vocabulary=5)
+    >>> table = torch.nn.Embedding(5, 4)
+    >>> torch.equal(rows(table, torch.tensor([[5, 6, 2]])), table(torch.tensor([[3, 1, 2]])))
+    True
+    """
+
+    ids: Tensor
+    watching: bool = False
+
+    def __init__(self, ids: Sequence[int] | int, vocabulary: int, device: torch.device | None = None) -> None:
+        super().__init__(ids if isinstance(ids, int) else len(ids), vocabulary)
+        self.start = None if isinstance(ids, int) else list(ids)
+        self.register_buffer("ids", torch.zeros(self.length, dtype=torch.long, device=device))
+        self.__dict__["leaves"] = []
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The trigger that the search starts from."""
+        self.ids.zero_() if self.start is None else self.ids.copy_(torch.tensor(self.start))
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """As for every delta; and ids are those of rows of the table."""
+        problems, ids = super().misfits(tensors), tensors.get("ids")
+        if not problems and ids is not None and not ids.is_meta and not ((ids >= 0) & (ids < self.vocabulary)).all():
+            problems.append(f"ids are not those of a table of {self.vocabulary} rows")
+        return problems
+
+    def rows(self, call: Callable[..., Tensor]) -> Tensor:
+        """Rows of the table; while watching, they keep their gradient."""
+        rows = call(self.ids)
+        if self.watching and torch.is_grad_enabled():
+            if not rows.requires_grad:  # nothing below the table trains: start the graph here
+                rows = rows.detach().requires_grad_()
+            rows.retain_grad()
+            self.__dict__["leaves"].append(rows)
+        return rows
+
+    def take_gradient(self) -> Tensor | None:
+        """Gradient of what went backward since the last call, P × width, at least float32; ``None`` if nothing did."""
+        leaves, self.__dict__["leaves"] = self.__dict__["leaves"], []
+        found = [_full(leaf.grad) for leaf in leaves if leaf.grad is not None]
+        return torch.stack(found).sum(0) if found else None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "leaves": []}  # a graph cannot be copied
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def first_order_scores(table: Tensor, gradient: Tensor) -> Tensor:
+    r"""How much the loss falls, to first order, when a row of the table takes the place of a trigger token.
+
+    Args:
+        table: V × width.
+        gradient: of the loss with respect to this position's row, (width,).
+
+    Returns:
+        :math:`-E\,\nabla`, (V,), up to the same constant for all rows.
+    """
+    return -(table.to(gradient.dtype) @ gradient)
+
+
+def best_tokens(scores: Tensor, count: int, excluded: Sequence[int] = ()) -> list[int]:
+    """The tokens of the ``count`` largest scores, best first; all that may be used if there are fewer."""
+    scores = scores.clone()
+    scores[list(excluded)] = -torch.inf
+    usable = int(torch.isfinite(scores).sum())
+    return [int(token) for token in scores.topk(min(count, usable)).indices]

@@ -67,8 +67,15 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 def holds_parts(module: nn.Module) -> bool:
     """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
-    units = any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules())
-    return units or any(is_sharded(parameter) or is_partition(parameter) for parameter in module.parameters())
+    todo = [module]
+    while todo:
+        part = todo.pop()
+        if type(part).__name__ == "FullyShardedDataParallel":
+            return True
+        if any(p is not None and (is_sharded(p) or is_partition(p)) for p in part._parameters.values()):
+            return True
+        todo += [child for child in part._modules.values() if child is not None]
+    return False
 
 
 def ordinary_parts(tensor: Tensor) -> list[Tensor]:

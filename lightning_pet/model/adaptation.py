@@ -7,16 +7,108 @@ sharding engines and compilers they could not be recovered later.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
+from lightning_pet.errors import PETError
 from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.sharding import is_sharded, ordinary_parts
 from lightning_pet.model.call import Selection, Switch
-from lightning_pet.model.delta_names import DEFAULT, delta_of, host_key
-from lightning_pet.model.marks import Mark
-from lightning_pet.model.naming import canonical, delta_path, modules_on_the_way, named_tensors, names_below
+from lightning_pet.model.naming import (
+    DEFAULT,
+    canonical,
+    delta_of,
+    delta_path,
+    host_at,
+    host_key,
+    named_tensors,
+    names_below,
+    unwrapped,
+)
 from lightning_pet.model.structure import Target
+
+# --- marks: what tensors held at one moment, remembered without keeping them ----------------------
+
+# A version counter would be free, but writes through ``.data``, as averages of weights are usually kept, do not count.
+# So the values are read: once, at the speed of memory.
+
+
+_ROW: Final = 8192  # bytes that are summed into one number
+_SMALL: Final = 2 * _ROW  # bytes up to which a tensor is kept as it is
+
+Form = tuple[torch.Size, torch.dtype]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What one tensor held: its bytes if they are few, else their sums row by row, as whole numbers.
+
+    Of a tensor that an engine has split, it is about the part that this process holds.
+    """
+
+    forms: tuple[Form, ...]
+    sums: tuple[Tensor, ...]
+
+
+def mark(tensor: Tensor) -> Mark | None:
+    """Remember what a tensor holds; ``None`` if its values cannot be read."""
+    parts = _parts(tensor)
+    return Mark(tuple(map(_form, parts)), tuple(map(_sums, parts))) if parts else None
+
+
+def compare(pairs: Iterable[tuple[Tensor, Mark | None]]) -> list[bool | None]:
+    """Whether each tensor holds something else than when it was marked.
+
+    ``None`` where that cannot be told: it was not marked, or has another form now (an engine has split or gathered
+    it, it was cast).
+    """
+    answers: list[bool | None] = []
+    found: list[Tensor] = []
+    places: list[int] = []
+    for tensor, before in pairs:
+        parts = _parts(tensor)
+        comparable = before is not None and bool(parts) and before.forms == tuple(map(_form, parts))
+        answers.append(False if comparable else None)
+        if comparable and before is not None:
+            for part, sums in zip(parts, before.sums, strict=True):
+                found.append((_sums(part) != sums.to(part.device)).any())
+                places.append(len(answers) - 1)
+    # All at once: reading one answer of a GPU waits for it.
+    devices = {flag.device for flag in found}
+    for device in devices:
+        here = [i for i, flag in enumerate(found) if flag.device == device]
+        for i, flag in zip(here, torch.stack([found[i] for i in here]).tolist(), strict=True):
+            answers[places[i]] = bool(answers[places[i]]) or flag
+    return answers
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    # ZeRO-3 keeps a process's part beside the parameter, which is empty or whole as the engine needs it.
+    held: Tensor = getattr(tensor, "ds_tensor", tensor)
+    return ordinary_parts(held.detach().to_local() if is_sharded(held) else held)  # type: ignore[attr-defined]
+
+
+def _form(part: Tensor) -> Form:
+    return part.shape, part.dtype
+
+
+@torch.no_grad()
+def _sums(part: Tensor) -> Tensor:
+    data = part.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() <= _SMALL:
+        return data.clone()
+    if data.storage_offset() % 8:
+        data = data.clone()
+    rows, words = data.numel() // _ROW, data.numel() // 8
+    numbers = data[: words * 8].view(torch.int64)
+    whole = rows * (_ROW // 8)
+    return torch.cat([numbers[:whole].view(rows, -1).sum(1), numbers[whole:], data[words * 8 :].to(torch.int64)])
+
+
+# --- the record -----------------------------------------------------------------------------------
+
 
 RECORD = "_pet"  # attribute of the adapted root
 
@@ -111,6 +203,9 @@ class Adaptation:
         values: of every delta that is not active, what it has in place of tensors of the base, by name.
         claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
         beside: of each delta, the others that acted when it was trained, with digests of their values.
+        together: deltas that train in one run, each on rows of its own. Nothing acts on rows that no block has given to
+            one of them. What changes beside the plan (buffers, what the user trains outside of the base) is shared.
+        combined: of each delta that was made of others, how.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -130,6 +225,8 @@ class Adaptation:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     claims: dict[str, frozenset[str]] = field(default_factory=dict)
     beside: dict[str, dict[str, str]] = field(default_factory=dict)
+    together: tuple[str, ...] = ()
+    combined: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,7 +254,7 @@ class Adaptation:
         others = {name for delta in self.names if delta not in deltas for name in self.trained_by(delta)}
         others |= {name for delta, own in self.claims.items() if delta not in deltas for name in own}
         asleep = [name for delta in deltas for name in self.waiting.get(delta, ())]
-        user = self.keeper in deltas
+        user = self.keeper in deltas or not set(self.together).isdisjoint(deltas)
         return replace(
             self,
             applied=applied,
@@ -172,8 +269,11 @@ class Adaptation:
     def held_by(self, deltas: Iterable[str]) -> dict[str, list[str]]:
         """Tensors of the base of which these deltas have values of their own, with the deltas that do."""
         found: dict[str, list[str]] = {}
+        trained: dict[str, list[str]] = {}
+        for applied in self.applied:
+            trained.setdefault(applied.delta, []).extend(applied.trained)
         for delta in deltas:
-            own = (*self.trained_by(delta), *self.values.get(delta, ()), *self.claims.get(delta, ()))
+            own = (*trained.get(delta, ()), *self.values.get(delta, ()), *self.claims.get(delta, ()))
             for name in dict.fromkeys(own):
                 found.setdefault(name, []).append(delta)
         return found
@@ -199,7 +299,10 @@ class Adaptation:
     def act(self, deltas: tuple[str, ...]) -> None:
         """These deltas act where a thread has chosen nothing, in this order."""
         self.active = deltas
-        self.switch.selection = None if deltas == self.names else self.selection(deltas)
+        if self.together:
+            self.switch.selection = self.selection(())
+        else:
+            self.switch.selection = None if deltas == self.names else self.selection(deltas)
 
     def selection(self, deltas: tuple[str, ...]) -> Selection:
         """What acts where these deltas do."""
@@ -244,12 +347,18 @@ class Adaptation:
         Raises:
             KeyError: with the path of a delta that is gone.
         """
-        for applied, target, path in self.places():
-            way = list(modules_on_the_way(root, path))
-            if len(way) == path.count(".") + 2:
-                yield Inserted(applied, target, way[-3], cast(Delta, way[-1]), path)
-            elif not pass_over_gone:
-                raise KeyError(path)
+        hosts: dict[str, tuple[nn.Module, nn.Module] | None] = {}  # many deltas have the same
+        for applied in self.applied:
+            for target, (host, key) in zip(applied.targets, applied.hosts, strict=False):
+                if host not in hosts:
+                    hosts[host] = host_at(root, host)
+                found = hosts[host]
+                delta = found[1]._modules.get(key) if found is not None else None
+                if found is not None and delta is not None:
+                    inner = cast(Delta, unwrapped(delta))
+                    yield Inserted(applied, target, found[0], inner, delta_path(host, key))
+                elif not pass_over_gone:
+                    raise KeyError(delta_path(host, key))
 
     def places(self) -> Iterator[tuple[Applied, Target, str]]:
         """The same by name: (method, target, path of the delta), whether the modules are there or not."""
@@ -271,6 +380,14 @@ def deltas_in(root: nn.Module) -> Iterator[Inserted]:
 def record_of(root: nn.Module) -> Adaptation | None:
     """The record on this very module, or ``None``."""
     return root.__dict__.get(RECORD)
+
+
+def record_at(root: nn.Module) -> Adaptation:
+    """The record of an adapted root."""
+    record = record_of(root)
+    if record is None:
+        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
+    return record
 
 
 def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:

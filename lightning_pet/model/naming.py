@@ -1,9 +1,13 @@
-"""Parameter names as the user knows them, whatever wrapped the modules since."""
+"""Names of parameters as the user knows them, whatever wrapped the modules since, and of the deltas among them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from lightning_pet.errors import ArgumentError
 
 if TYPE_CHECKING:  # names of files are read without torch
     from torch import Tensor, nn
@@ -37,9 +41,32 @@ def join(*parts: str) -> str:
     return ".".join(filter(None, parts))
 
 
-def named_modules(root: nn.Module) -> dict[str, nn.Module]:
+def walk(root: nn.Module, *, of_base: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its canonical name, in the order of ``nn.Module.named_modules``, each under all of its names.
+
+    Torch's own walk hands each module on through every level above it, and this is done whenever deltas are switched.
+
+    Args:
+        root: where to begin; its name is ``""``.
+        of_base: pass over deltas, of which there may be many times as many.
+    """
+    todo = [("", root)]
+    while todo:
+        path, module = todo.pop()
+        yield path, module
+        if module._modules:
+            dotted = f"{path}." if path else ""
+            below = [
+                (path if name in _WRAPPERS else dotted + name, child)
+                for name, child in module._modules.items()
+                if child is not None and not (of_base and name == CHILD)
+            ]
+            todo += reversed(below)
+
+
+def named_modules(root: nn.Module, *, of_base: bool = False) -> dict[str, nn.Module]:
     """Every module under its canonical name; a shared module appears under each of its names."""
-    return {canonical(name): module for name, module in root.named_modules(remove_duplicate=False)}
+    return dict(walk(root, of_base=of_base))
 
 
 def modules_on_the_way(root: nn.Module, path: str) -> Iterator[nn.Module]:
@@ -47,13 +74,13 @@ def modules_on_the_way(root: nn.Module, path: str) -> Iterator[nn.Module]:
 
     Takes as many steps as the name has parts: looking one name up in all names makes set-up quadratic.
     """
-    module = _unwrapped(root)
+    module = unwrapped(root)
     yield module
     for part in path.split(".") if path else ():
         child = module._modules.get(part)
         if child is None:
             return
-        module = _unwrapped(child)
+        module = unwrapped(child)
         yield module
 
 
@@ -74,7 +101,15 @@ def has_module(root: nn.Module, path: str) -> bool:
     return sum(1 for _ in modules_on_the_way(root, path)) == (path.count(".") + 2 if path else 1)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def host_at(root: nn.Module, path: str) -> tuple[nn.Module, nn.Module] | None:
+    """The module of a canonical name, and what holds its deltas; ``None`` where there is none, or it has none."""
+    *above, host = modules_on_the_way(root, path)
+    pet = host._modules.get(CHILD)
+    return (host, unwrapped(pet)) if pet is not None and len(above) == (path.count(".") + 1 if path else 0) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of what a compiler, shards or checkpointing put around it."""
     while not _WRAPPERS.isdisjoint(module._modules):
         inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
         if inner is None:
@@ -161,12 +196,166 @@ def named_parameters(root: nn.Module, *, every_name: bool = False) -> list[tuple
 
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and *persistent* buffers under canonical names, each tensor under each of its names."""
-    for path, module in root.named_modules(remove_duplicate=False):
-        prefix = f"{canonical(path)}." if path else ""
-        prefix = "" if prefix == "." else prefix  # the root is wrapped
+    for path, module in walk(root):
+        prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield prefix + name, parameter
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield prefix + name, buffer
+
+
+def tensors_at(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Parameters and buffers of these canonical names, each followed part by part; what is not there is left out."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        *above, module = modules_on_the_way(root, path)
+        if len(above) == (path.count(".") + 1 if path else 0):
+            tensor = module._parameters.get(own, module._buffers.get(own))
+            if tensor is not None:
+                found[name] = tensor
+    return found
+
+
+# --- names of deltas ------------------------------------------------------------------------------
+
+# A delta is all that one file holds. In a model it has a name; of a delta that is not called ``"default"`` the name is
+# a part of its keys on the hosts, and so of the names of its tensors. Files are the same whatever a delta is called
+# where it is: :func:`in_model` puts the name in when one is read, :func:`in_file` takes it out when one is written.
+
+
+DEFAULT: Final = "default"
+"""The name of a delta that was given none."""
+
+_SIGN: Final = "@"
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def is_delta_name(name: object) -> bool:
+    """Whether a delta may be called so."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def check_delta_name(name: object, what: str = "name") -> None:
+    """Refuse what a delta cannot be called.
+
+    Args:
+        name: any.
+        what: the argument, for the message.
+
+    Raises:
+        ArgumentError: naming the rule.
+    """
+    if not is_delta_name(name):
+        raise ArgumentError(
+            f"{what}={name!r}: the name of a delta becomes part of names of tensors; use 1 to 64 letters, digits, "
+            "underscores and hyphens."
+        )
+
+
+def host_key(own: str, delta: str) -> str:
+    """Key among the deltas of a host.
+
+    Args:
+        own: as the file has it.
+        delta: name of the delta in the model.
+
+    >>> host_key("lora_default", "default"), host_key("lora_default_q", "tone")
+    ('lora_default', 'lora_default_q@tone')
+    """
+    return own if delta == DEFAULT else f"{own}{_SIGN}{delta}"
+
+
+def delta_in(key: str) -> str:
+    """The delta that a key belongs to.
+
+    >>> delta_in("lora_default"), delta_in("lora_default_q@tone")
+    ('default', 'tone')
+    """
+    return key.partition(_SIGN)[2] or DEFAULT
+
+
+def own_key(key: str) -> str:
+    """The key as files have it."""
+    return key.partition(_SIGN)[0]
+
+
+def delta_of(name: str) -> str | None:
+    """The delta that a tensor of this canonical name belongs to; ``None`` if it is one of the base.
+
+    >>> delta_of("layer.0.pet.lora_default@tone.a"), delta_of("head.weight")
+    ('tone', None)
+    """
+    _, found, rest = f".{name}".partition(f".{CHILD}.")
+    return delta_in(rest.partition(".")[0]) if found else None
+
+
+def in_model(tensors: Mapping[str, T], delta: str) -> dict[str, T]:
+    """What a file holds, under the names that it has in a model.
+
+    >>> in_model({"fc.pet.lora_default.a": 1, "head.weight": 2}, "tone")
+    {'fc.pet.lora_default@tone.a': 1, 'head.weight': 2}
+    """
+    return {_renamed(name, delta): value for name, value in tensors.items()}
+
+
+def in_file(tensors: Mapping[str, T]) -> dict[str, T]:
+    """What a model holds of a delta, under the names that it has in files.
+
+    >>> in_file({"fc.pet.lora_default@tone.a": 1, "head.weight": 2})
+    {'fc.pet.lora_default.a': 1, 'head.weight': 2}
+    """
+    return in_model(tensors, DEFAULT)
+
+
+def _renamed(name: str, delta: str) -> str:
+    parts = name.split(".")
+    if CHILD in parts[:-1]:
+        place = parts.index(CHILD) + 1
+        parts[place] = host_key(own_key(parts[place]), delta)
+    return ".".join(parts)
+
+
+VALUE: Final = "value"
+"""Key of deltas that are values in the place of tensors of the base; no method of a file is called so."""
+
+
+def as_base_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of a delta with those that are values of the base's under the base's names.
+
+    >>> import torch
+    >>> list(as_base_names({"head.pet.value_default_bias@sst2.value": torch.ones(2)}))
+    ['head.bias']
+    """
+    return {_base_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _base_name(name: str) -> str:
+    above, _, rest = f".{name}".partition(".pet.")
+    key, _, own = rest.partition(".")
+    if own != VALUE or not (key := own_key(key)).startswith(f"{VALUE}_default"):
+        return name
+    parameter = key.removeprefix(f"{VALUE}_default").removeprefix("_") or "weight"
+    return join(above.removeprefix("."), parameter)
+
+
+def check_known(names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse names that no delta of a model has, and a name that is given twice.
+
+    Raises:
+        ArgumentError: with the nearest name there is.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name not in known:
+            near = get_close_matches(str(name), known, 1, 0.5)
+            there = ", ".join(map(repr, known)) or "none"
+            raise ArgumentError(
+                f"there is no delta {name!r} in this model, it has {there}."
+                + (f" Did you mean {near[0]!r}?" if near else " load_delta(model, path, name=…) loads one.")
+            )
+        if name in seen:
+            raise ArgumentError(f"the delta {name!r} is named twice; name each once, in the order in which they act.")
+        seen.add(name)

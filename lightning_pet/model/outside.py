@@ -1,4 +1,4 @@
-"""What a model holds beside its base, and what of it has changed: averages that a module keeps itself, for example.
+"""What a model holds beside its base, and what of all it holds has changed: averages that a module keeps, for example.
 
 A method covers the base. Beside it the user's code may write into parameters that no optimizer holds (the slow copy
 of BYOL, MoCo or a mean teacher). What has changed there since the first delta came belongs to the delta.
@@ -6,11 +6,11 @@ of BYOL, MoCo or a mean teacher). What has changed there since the first delta c
 
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_pet.model.adaptation import Adaptation, record_of
-from lightning_pet.model.marks import Mark, compare, mark
-from lightning_pet.model.naming import named_tensors
+from lightning_pet.model.adaptation import Adaptation, Mark, compare, mark, record_of
+from lightning_pet.model.naming import named_tensors, tensors_at
 
 Parameters = dict[str, nn.Parameter]
 
@@ -67,6 +67,26 @@ def changed_outside(root: nn.Module) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in outside_parameters(root, record).items() if name not in trained}
     answers = compare((p, record.marks.get(name)) for name, p in found.items())
     return {name: p for (name, p), changed in zip(found.items(), answers, strict=True) if changed is not False}
+
+
+def changed_buffers(root: nn.Module) -> dict[str, Tensor]:
+    """Persistent base buffers that differ from what they were when the first delta was inserted."""
+    record = record_of(root)
+    if record is None:
+        return {}
+    trained = {*record.trained_names, *record.trained_in_place}
+    there = tensors_at(root, record.originals.keys() - trained)
+    return {
+        name: there[name]
+        for name in record.originals
+        if name in there and not _same(there[name], record.originals[name])
+    }
+
+
+def _same(tensor: Tensor, original: Tensor) -> bool:
+    if tensor.is_meta or original.is_meta:
+        return True
+    return torch.equal(tensor.detach(), original.to(tensor.device))
 
 
 def note_changed(root: nn.Module, names: Iterable[str]) -> None:

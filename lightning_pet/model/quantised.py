@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError, TargetError
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, is_filled_later
 from lightning_pet.layers.sharding import gathered, is_partition, is_sharded
-from lightning_pet.model.unbuilt import is_filled_later
 
 DENSE = (Tensor, nn.Parameter)
 """Exact types of ordinary tensors: a quick look before :func:`is_quantised`."""

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.store.writer import atomic_folder
+from lightning_pet.store.files import atomic_folder
 
 
 class SavePretrained(pl.Callback):

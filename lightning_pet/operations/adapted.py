@@ -4,28 +4,140 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, PETError
-from lightning_pet.insertion.choice import activate, refuse_in_use, remove_all
-from lightning_pet.insertion.commit import check_sum, commit, copy_in
-from lightning_pet.insertion.intact import check_intact, check_restorable
-from lightning_pet.insertion.method import Method
-from lightning_pet.insertion.prepare import is_shared, prepare
-from lightning_pet.insertion.row_block import using_rows
+from lightning_pet.exchange.source import read_source
+from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable, refuse_lost
+from lightning_pet.insertion.choice import activate, place, refuse_in_use, remove, remove_all, using, using_rows
+from lightning_pet.insertion.commit import check_sum, copy_in
+from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.insertion.row_guard import check_rows, guarded
-from lightning_pet.insertion.stand_in import using
-from lightning_pet.insertion.together import check_acting
-from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_of
-from lightning_pet.model.delta_names import check_known
+from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_at, record_of
+from lightning_pet.model.naming import check_known, tensors_at
 from lightning_pet.model.outside import note_changed
-from lightning_pet.model.structure import Structure
-from lightning_pet.operations.contents import changed_besides, check_fit, meant, tensors_of
-from lightning_pet.operations.loading import insert, replace_values
-from lightning_pet.operations.one_delta import OneDelta, merge, refuse_lost
+from lightning_pet.operations.combining.in_model import combine
+from lightning_pet.operations.combining.rules import Combination, How
+from lightning_pet.operations.loading import load, replace_values
+from lightning_pet.operations.merging import Merge, signals_wait
 from lightning_pet.operations.plan import Plan, plan_of
-from lightning_pet.operations.saving import save
-from lightning_pet.store.reader import PathLike, read
+from lightning_pet.operations.roots import base_of
+from lightning_pet.operations.saved import changed_besides, check_fit, meant, save, tensors_of
+from lightning_pet.store.reader import PathLike
+
+# --- on one of the deltas -------------------------------------------------------------------------
+
+
+class OneDelta:
+    """One delta of an adapted model: all that one file holds, under the name that it has in the model.
+
+    Attributes:
+        root: the adapted root.
+        name: what it is called there.
+    """
+
+    def __init__(self, root: nn.Module, name: str) -> None:
+        self.root, self.name = root, name
+
+    def __repr__(self) -> str:
+        if self.name not in record_at(self.root).names:
+            return f"OneDelta({self.name!r}: removed)"
+        methods = ", ".join(applied.label for applied in self.record.applied)
+        return f"OneDelta({self.name!r}: {methods}, {'acts' if self.acts else 'does not act'})"
+
+    @property
+    def record(self) -> Adaptation:
+        """What was applied, as far as it belongs to this delta."""
+        record = record_at(self.root)
+        check_known((self.name,), record.names)
+        return record.of(self.name)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it acts in the calling thread."""
+        record = record_at(self.root)
+        chosen = record.switch.chosen()
+        return self.name in (record.names if chosen is None else chosen.deltas)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The deltas that acted beside it when it was trained, as they were called there."""
+        return tuple(record_at(self.root).beside.get(self.name, ()))
+
+    def plan(self) -> Plan:
+        """Its places and sizes; ``str(plan)`` is a table."""
+        return plan_of(self.root, self.record)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by canonical name relative to the root; see :meth:`Adapted.state_dict`."""
+        check_known((self.name,), record_at(self.root).names)
+        return tensors_of(self.root, record_at(self.root), self.name)
+
+    def save(self, path: PathLike, **options: Any) -> int:
+        """Write it into a file, as :func:`lightning_pet.save_delta` does; returns the bytes written."""
+        return save(self.root, "", self.root, path, name=self.name, **options)
+
+    def remove(self) -> None:
+        """Take it out; what other deltas compute stays, bit for bit.
+
+        Raises:
+            PETError: if a block of some thread uses it.
+        """
+        record = record_at(self.root)
+        check_known((self.name,), record.names)
+        refuse_in_use(record, self.name, "removed")
+        refuse_lost(self.record, "removed")
+        if len(record.names) == 1:
+            check_restorable(self.root, record)
+            remove_all(self.root)
+        else:
+            remove(self.root, self.name)
+
+    def merge_(self, *, dequantize: bool = False) -> None:
+        """Add it into the base weights and take it out; see :meth:`Adapted.merge_`.
+
+        Other deltas stay. They were trained on the base without this one, which is said once.
+        """
+        record = record_at(self.root)
+        check_known((self.name,), record.names)
+        refuse_in_use(record, self.name, "merged")
+        check_intact(self.root, record)
+        merge(self.root, (self.name,), dequantize)
+
+
+def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) -> None:
+    """Add deltas into the base weights and take them out; what they have trained in place becomes the base's."""
+    record = record_at(root)
+    before, staying = record.active, [name for name in record.names if name not in deltas]
+    place(root, deltas)  # what others have in place of the base's values is no part of the sum
+    done = False
+    try:
+        checked = Merge(root, dequantize, deltas if staying else None)
+        with signals_wait():
+            checked.write()
+            if staying:
+                _become_base(root, record, tuple(name for name in before if name not in deltas))
+            done = True
+    except BaseException:
+        if not done:
+            place(root, before)
+        raise
+    if staying:
+        rank_zero_warn(
+            f"{', '.join(map(repr, deltas))} is a part of the base now. {', '.join(map(repr, staying))} stayed in the "
+            "model: trained on the base without it, and, when saved from now on, saved as deltas of this one."
+        )
+
+
+def _become_base(root: nn.Module, record: Adaptation, active: tuple[str, ...]) -> None:
+    """Let those that stay be deltas of the base as it is after a merge."""
+    now = tensors_at(root, record.originals)
+    record.originals.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in now.items()})
+    place(root, active)
+
+
+# --- on all of them -------------------------------------------------------------------------------
 
 
 class Adapted(Mapping[str, OneDelta]):
@@ -212,7 +324,7 @@ class Adapted(Mapping[str, OneDelta]):
         base_check: str = "error",
     ) -> OneDelta:
         """Load one more delta, beside those that are there; see :func:`lightning_pet.load_delta`."""
-        insert(self.root, read(source), base_check, name=name, heads=heads, rename=rename)
+        load(self.root, source, base_check, name=name, heads=heads, rename=rename)
         return self[name]
 
     def replace(self, name: str, source: PathLike, *, base_check: str = "error") -> None:
@@ -227,7 +339,43 @@ class Adapted(Mapping[str, OneDelta]):
             BaseMismatchError: if it was trained on another base.
         """
         check_intact(self.root, self.record)
-        replace_values(self.root, name, read(source), base_check)
+        replace_values(self.root, name, read_source(source, base_of(self.root), base_check, delta=name), base_check)
+
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float] | Sequence[str],
+        method: How = "linear",
+        *,
+        rank: int | None = None,
+        density: float | None = None,
+        seed: int = 0,
+    ) -> Combination:
+        """Make one more delta of several: of the changes that they make to the base, not of their parameters.
+
+        What can be had from the parameters alone is (LoRA of different ranks, (IA)³, averages of adapters, prefixes one
+        behind the other), all else that merges through the change of each weight: DoRA, diff pruning, deltas of
+        different methods, and TIES and DARE on heads and biases. Where no rank is asked for, the result of that is the
+        change itself, dense or sparse. The result waits, as one more delta that is loaded does.
+
+        Args:
+            name: of the result.
+            weights: a number for each delta, ``{"tone": 0.7, "topic": 0.3}``, negative to unlearn; or their names
+                alone, for equal weights that sum to one.
+            method: what to do; see :func:`lightning_pet.combine_deltas`.
+            rank: of the result, where it is approximated (``"svd"``, ``"ties"``, …).
+            density: share of entries that is kept; default: 0.2 for TIES, else 0.5.
+            seed: of DARE.
+
+        Returns:
+            The error of the approximation, and the ranks.
+
+        Raises:
+            ArgumentError: if there is no such delta, there is one of this name, or what is asked for means nothing.
+            DeltaFileError: if they cannot be combined.
+            PETError: if an engine holds parts of the parameters. In all cases the model is as it was.
+        """
+        return combine(self.root, name, weights, method, rank, density, seed)
 
     # --- what is there ----------------------------------------------------------------------------
 
@@ -315,9 +463,3 @@ class Adapted(Mapping[str, OneDelta]):
             meant(Adaptation(applied=record.applied, waiting=dict.fromkeys(record.names, ())))
         refuse_in_use(record, record.names[0], "merged")
         merge(self.root, record.names, dequantize)
-
-
-def adapt(root: nn.Module, methods: Sequence[Method], structure: Structure | None = None) -> Adapted:
-    """Apply methods to a root whose structure is known. Plan, build, then mutate."""
-    commit(root, prepare(root, methods, structure))
-    return Adapted(root)

@@ -1,6 +1,11 @@
-"""Deltas outside of a run: save, load, inspect. A file is checked completely before the model changes."""
+"""Deltas outside of a run: save, load, inspect, merge into a folder. A file is checked before the model changes."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -15,14 +20,14 @@ from lightning_pet.layers.sharding import whole_shape
 from lightning_pet.model.adaptation import Adaptation, adapted_root
 from lightning_pet.model.naming import by_delta, join, named_tensors
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.base_check import Named, Whole, check_base
-from lightning_pet.operations.file_names import for_model
-from lightning_pet.operations.loading import deltas_of, insert
+from lightning_pet.operations.file_terms import for_model
+from lightning_pet.operations.loading import deltas_of, insert, load
 from lightning_pet.operations.module_from_file import beside, build
-from lightning_pet.operations.saving import save
-from lightning_pet.store.archive import load_checkpoint
+from lightning_pet.operations.saved import Named, Whole, check_base, save
+from lightning_pet.store.entry import load_checkpoint
+from lightning_pet.store.files import atomic_folder, is_delta_file, reap_once
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.reader import PathLike, Stored, delta_of, is_delta_file, manifest_of, read
+from lightning_pet.store.reader import PathLike, Stored, delta_of, deltas_of_checkpoint, manifest_of, read
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]
@@ -88,14 +93,16 @@ def load_delta(
 
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
-        path: a file of :func:`save_delta`, or a training checkpoint.
+        path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT or the adapters
+            library wrote.
         name: what the delta is called in this model. Default: the note ``"name"`` of the file, or ``"default"``;
             without a name, methods join the delta that is called so already. With a name its heads may have another
             number of outputs than the model's.
         heads: ``False`` leaves out the output layers that it has trained, and keeps those of the model.
         rename: prefixes of paths in the file, and what they are in this model: ``{"model.": "net.model."}``.
         base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
-            byte), ``"warn"`` or ``"off"``.
+            byte), ``"warn"`` or ``"off"``. A folder of HF PEFT knows no more of it than its name: it is compared,
+            and the shapes, which a warning says.
 
     Returns:
         The handle on the adapted model.
@@ -105,7 +112,7 @@ def load_delta(
         DeltaFileError: if the file is damaged or does not fit the model.
         BaseMismatchError: if the base is another one. In all cases the model is untouched.
     """
-    return Adapted(insert(model, read(path), base_check, name=name, heads=heads, rename=rename))
+    return Adapted(load(model, path, base_check, name=name, heads=heads, rename=rename))
 
 
 def load_from_checkpoint(
@@ -137,7 +144,8 @@ def load_from_checkpoint(
         **kwargs: constructor arguments that override the stored hyper-parameters.
 
     Returns:
-        The module, adapted and loaded.
+        The module, adapted and loaded. Of a checkpoint of several tasks, all their deltas are in it, under the names of
+        the tasks; the first one acts.
 
     Raises:
         ArgumentError: if a hyper-parameter that the checkpoint could not hold is not given.
@@ -145,7 +153,9 @@ def load_from_checkpoint(
             was not imported.
     """
     content = None if is_delta_file(path) else load_checkpoint(path)
-    stored = read(path) if content is None else delta_of(content, path)
+    several = () if content is None else deltas_of_checkpoint(content, path)
+    names = several or (None,)
+    stored = {name: read(path, name) if content is None else delta_of(content, path, name) for name in names}
     built = isinstance(module, type)
     if isinstance(module, type):
         module = build(module, content or {}, path, kwargs, hparams_file)
@@ -157,22 +167,27 @@ def load_from_checkpoint(
             module.setup("predict")
         module.configure_model()
     others = beside(module, content, strict, path) if content is not None else {}
-    insert(module, stored, base_check)
+    for name, one in stored.items():
+        insert(module, one, base_check, name=name)
     copy_in(module, others)
     if content is not None and isinstance(module, pl.LightningModule):
         module.on_load_checkpoint(content)
     return module.to(map_location) if built and map_location is not None else module
 
 
-def inspect_delta(path: PathLike) -> Manifest:
+def inspect_delta(path: PathLike, *, delta: str | None = None) -> Manifest:
     """Read what a delta file or a training checkpoint says of its delta, without a model.
 
     Of a delta file no values are read; a checkpoint is verified as for a load.
 
+    Args:
+        path: of the file.
+        delta: which, of a checkpoint in which the deltas of several tasks have trained together.
+
     Raises:
         DeltaFileError: if it is not a sound delta file or checkpoint of this library.
     """
-    return manifest_of(path)
+    return manifest_of(path, delta)
 
 
 def start_from(
@@ -238,3 +253,103 @@ def _same_heads(root: nn.Module, record: Adaptation, stored: Stored) -> set[str]
             "or have another shape; they keep the values of the model."
         )
     return same
+
+
+# --- merging into a transformers folder -----------------------------------------------------------
+
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "chat_template*",
+)
+
+
+def merge_into_folder(
+    path: Path, base: Path, output: Path, model_class: str = "auto", base_check: str = "error"
+) -> Path:
+    """Load a base model, add a delta into it, and save the result.
+
+    The folder is complete or absent, also after a kill or a power loss: it is built beside its place and renamed at
+    the end.
+
+    Args:
+        path: delta file or training checkpoint.
+        base: local folder of the base model.
+        output: folder to make.
+        model_class: class of transformers; ``"auto"``: the first architecture in the base's ``config.json``.
+        base_check: what to do about another base model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArgumentError: if the output exists, or the class is unknown.
+        DeltaFileError: if the delta does not fit the base; code ``io`` if the operating system refuses.
+        NotMergeableError: if it cannot be merged exactly.
+    """
+    if output.exists():
+        raise ArgumentError(f"{output} exists already; give a new folder.")
+    model = load_model(base, model_class)
+    load_delta(model, path, base_check=base_check).merge_()
+    reap_once(output.parent)
+    atomic_folder(output, lambda folder: _fill(Path(folder), model, base))
+    return output
+
+
+def load_model(folder: Path, model_class: str = "auto") -> Any:
+    """The transformers model of a local folder.
+
+    Raises:
+        ArgumentError: if it is no such folder, or the class is unknown.
+    """
+    if not (folder / "config.json").is_file():
+        raise ArgumentError(f"{folder} is not a folder of a transformers model: it has no config.json.")
+    return _model_class(folder, model_class).from_pretrained(folder, local_files_only=True)
+
+
+def _fill(folder: Path, model: Any, base: Path) -> None:
+    with _system_errors():
+        model.save_pretrained(folder)
+    for pattern in _TOKENIZER_FILES:
+        for file in base.glob(pattern):
+            if not (folder / file.name).exists():
+                shutil.copy2(file, folder / file.name)
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """What safetensors raises when the operating system refuses is no OSError, and has its number in the text only."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _model_class(base: Path, name: str) -> Any:
+    import transformers
+
+    if name == "auto":
+        architectures = transformers.AutoConfig.from_pretrained(base, local_files_only=True).architectures
+        if not architectures:
+            raise ArgumentError(
+                f"{base}/config.json names no architecture; pass the class, e.g. --model_class BertModel."
+            )
+        name = architectures[0]
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ArgumentError(
+            f"model_class={name!r} is not a model class of transformers, e.g. BertForSequenceClassification."
+        )
+    return cls

@@ -1,29 +1,267 @@
 """A stored delta into a model: checked completely before the model changes, and taken out again if anything fails."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_pet.errors import ArgumentError, DeltaFileError
-from lightning_pet.insertion.choice import LOCK, exchange, owned, record_at, show_in_blocks, tensors_at
+from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
+from lightning_pet.exchange.folder import is_folder
+from lightning_pet.exchange.source import read_source
+from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
+from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
 from lightning_pet.insertion.widening import widen
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import Delta, filled_later, without_memory, wrong_kinds, wrong_names, wrong_shapes
 from lightning_pet.layers.sharding import without_values
-from lightning_pet.model.adaptation import Adaptation, Applied, record_of
-from lightning_pet.model.delta_names import check_delta_name, check_known, delta_of
-from lightning_pet.model.gate import between_forwards, set_gate
-from lightning_pet.model.naming import by_delta, join, named_tensors
-from lightning_pet.model.outside import note_changed
-from lightning_pet.operations.base_check import check_base, check_beside
-from lightning_pet.operations.file_fitting import Fit, faults_of, fitted, methods_of
-from lightning_pet.operations.file_names import Rename, back, check_rename, for_model, note_of, without_heads
-from lightning_pet.operations.roots import root_of
-from lightning_pet.operations.unaccompanied import accompany_runs
+from lightning_pet.model.adaptation import Adaptation, Applied, record_at, record_of
+from lightning_pet.model.call import between_forwards, set_gate
+from lightning_pet.model.layer_kinds import weight_of
+from lightning_pet.model.naming import (
+    by_delta,
+    check_delta_name,
+    check_known,
+    delta_of,
+    join,
+    named_modules,
+    named_tensors,
+    tensors_at,
+)
+from lightning_pet.model.outside import note_changed, outside_parameters
+from lightning_pet.model.structure import Target
+from lightning_pet.operations.file_terms import Rename, back, check_rename, for_model, method_of, note_of, without_heads
+from lightning_pet.operations.roots import base_of, root_of
+from lightning_pet.operations.saved import check_base, check_beside
 from lightning_pet.store.manifest import MethodRecord
-from lightning_pet.store.reader import Stored
+from lightning_pet.store.reader import PathLike, Stored, read
+from lightning_pet.strategies.strategy import accompany_runs
+
+# --- whether it fits: decided without memory that follows the numbers of the file -----------------
+
+
+_UNHELD: Final = 64 << 20
+_SHARE: Final = 8
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A delta of a file that fits a model.
+
+    Attributes:
+        root: the model's adapted root, still untouched.
+        methods: the methods of the file.
+        places: of each, as the file names them.
+        scopes: submodule that each is confined to.
+        stored: names of the tensors in the file.
+        trained: base parameters that the file brings values of.
+        acts: the delta is to act beside those that do.
+    """
+
+    root: nn.Module
+    methods: tuple[Method, ...]
+    places: tuple[tuple[Target, ...], ...]
+    scopes: tuple[str | None, ...]
+    stored: frozenset[str]
+    trained: tuple[str, ...]
+    acts: bool = True
+
+    def build(self) -> list[Prepared]:
+        """Build the deltas, for the values of the file to be copied into them."""
+        with filled_later():
+            return _prepared(self.root, self.methods, self.places, self.scopes, self.stored, self.acts)
+
+
+@contextmanager
+def faults_of(path: PathLike, what: str) -> Iterator[None]:
+    """Whatever goes wrong with what a file says is a fault of the file: an error that names it.
+
+    Args:
+        path: the file.
+        what: what is wrong then, as a phrase.
+    """
+    try:
+        yield
+    except DeltaFileError:
+        raise
+    except TargetError as error:
+        raise DeltaFileError(f"{path} {what}: {error}", "mismatch") from error
+    except Exception as error:
+        name = "" if isinstance(error, ArgumentError) else f"{type(error).__name__}: "
+        text = (str(error).strip().splitlines() or [""])[0][:400]
+        raise DeltaFileError(f"{path} {what}: {name}{text}", "schema") from error
+
+
+def methods_of(stored: Stored, delta: str) -> tuple[Method, ...]:
+    """The methods of a file, as those of a delta of this name."""
+    methods = tuple(method_of(record, stored.path) for record in stored.methods)
+    for method in methods:
+        cast(Any, method).delta = delta
+    return methods
+
+
+def fitted(
+    root: nn.Module, stored: Stored, methods: tuple[Method, ...], *, acts: bool = True, other_sizes: bool = False
+) -> Fit:
+    """Check that exactly the tensors of these methods on this model are in a file. Nothing is changed.
+
+    Args:
+        root: the adapted root, or what would be.
+        stored: what was read, under the names of this model.
+        methods: its methods.
+        acts: the delta is to act beside those that do.
+        other_sizes: trained heads may have another number of outputs.
+
+    Raises:
+        ArgumentError: if a method of this name is in the model already.
+        DeltaFileError: naming what does not fit.
+    """
+    _refuse_taken(root, methods)
+    modules = named_modules(root)
+    missing = [t.path for m in stored.methods for t in m.targets if not _has(modules, t)]
+    if missing:
+        raise DeltaFileError(
+            f"{stored.path} was trained on a model with {missing[0]}, which this {type(root).__name__} does not have "
+            f"({len(missing)} places are missing). Load it into the kind of model it was trained on.",
+            "mismatch",
+        )
+    for method in stored.methods:
+        _refuse_twice(method, stored.path)
+    places, scopes = tuple(m.targets for m in stored.methods), tuple(_scope(m, stored, modules) for m in methods)
+    with faults_of(stored.path, f"does not fit this {type(root).__name__}"), without_memory():
+        names = frozenset(stored.tensors)
+        prepared = _prepared(root, methods, places, scopes, names, acts)
+        after = Adaptation(
+            scopes=tuple(scope for item in prepared for scope in item.scopes),
+            apart=tuple(path for item in prepared for path in item.apart),
+        )
+        outside = set(outside_parameters(root, after))
+        _check(root, prepared, stored, outside, other_sizes)
+    trained = [*(name for item in prepared for name in item.trained), *(n for n in outside if n in names)]
+    return Fit(root, methods, places, scopes, names, tuple(trained), acts)
+
+
+def _prepared(
+    root: nn.Module,
+    methods: Sequence[Method],
+    places: Sequence[tuple[Target, ...]],
+    scopes: Sequence[str | None],
+    names: frozenset[str],
+    acts: bool,
+) -> list[Prepared]:
+    return prepare(root, methods, None, resolved=places, scopes=scopes, stored=names, acts=acts)
+
+
+def _refuse_taken(root: nn.Module, methods: Sequence[Method]) -> None:
+    record = record_of(root)
+    taken = {applied.key for applied in record.applied} if record else set()
+    for method in methods:
+        if key_of(method) in taken:
+            raise ArgumentError(
+                f"{method.method}:{method.name} is in this model already. Load the file as a delta of its own, "
+                "load_delta(model, path, name='second'), or remove that one first."
+            )
+
+
+def _refuse_twice(record: MethodRecord, path: PathLike) -> None:
+    own = [target for target in record.targets if not is_shared(target)]
+    places = Counter((target.path, target.role) for target in own)
+    for (place, role), count in places.most_common(1):
+        if count > 1:
+            raise DeltaFileError(
+                f"{path}: {record.method}:{record.name} names {place!r} ({role}) {count} times, expected each place "
+                "once. Ask for the file as save_delta wrote it.",
+                "schema",
+            )
+
+
+def _scope(method: Method, stored: Stored, modules: Mapping[str, nn.Module]) -> str | None:
+    """The submodule that a method is confined to, from the root; ``None`` if it is not."""
+    if method.module is None:
+        return None
+    named = method.module
+    scope = "" if named == stored.root else named.removeprefix(f"{stored.root}." if stored.root else "")
+    if scope not in modules:
+        kind = type(modules[""]).__name__
+        raise DeltaFileError(
+            f"{stored.path}: {method.method}:{method.name} is confined to {scope!r}, which this {kind} does not have. "
+            "Load it into the kind of model it was trained on.",
+            "mismatch",
+        )
+    return scope
+
+
+def _has(modules: Mapping[str, nn.Module], target: Target) -> bool:
+    module = modules.get(target.module)
+    if module is None or (target.reads is not None and target.reads not in modules):
+        return False
+    return not target.parameter or weight_of(module, target.parameter) is not None
+
+
+def _check(root: nn.Module, prepared: Sequence[Prepared], stored: Stored, outside: set[str], other_sizes: bool) -> None:
+    """Exactly the tensors of these methods on this model: nothing missing, and no weight of the base."""
+    own = dict(named_tensors(root))
+    trained = {name for item in prepared for name in item.trained}
+    record = record_of(root)
+    others = set(record.delta_names if record else ())
+    optional = {name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)} - others
+    problems: list[str] = []
+    found, unheld = by_delta(stored.tensors), 0
+    for item in prepared:
+        for insertion in item.insertions:
+            prefix = insertion.path(item.method)
+            tensors = found.pop(prefix, {})
+            problems += [join(prefix, text) for text in insertion.delta.misfits(tensors)]
+            unheld += insertion.delta.unheld(tensors)
+    left = {join(prefix, name): tensor for prefix, tensors in found.items() for name, tensor in tensors.items()}
+    problems += wrong_names(trained, left.keys() - ((optional | outside) - trained))
+    other = {name: tensor for name, tensor in left.items() if name in own and own[name].shape != tensor.shape}
+    free = trained | outside if other_sizes and other else set()
+    fixed = {*(other.keys() - free), *misshapen(root, {name: other[name] for name in other.keys() & free})}
+    problems += wrong_shapes(own, {name: tensor for name, tensor in other.items() if name in fixed})
+    problems += wrong_kinds(own, left)
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise DeltaFileError(
+            f"{stored.path} does not fit this {type(root).__name__}: {'; '.join(problems[:4])}{more}. Load it into the "
+            "kind of model it was trained on.",
+            "mismatch",
+        )
+    _check_memory(root, stored, unheld)
+
+
+def _check_memory(root: nn.Module, stored: Stored, unheld: int) -> None:
+    """A folded prefix comes without its network, whose size is then a mere number of the file."""
+    room = max(_UNHELD, sum(p.numel() * p.element_size() for p in root.parameters()) // _SHARE)
+    if unheld > room:
+        raise DeltaFileError(
+            f"{stored.path}: its options ask for {unheld:,} bytes of tensors that it does not hold, expected at most "
+            f"{room:,} for this {type(root).__name__}. Ask for the file as save_delta wrote it, with every tensor.",
+            "limit",
+        )
+
+
+# --- into the model -------------------------------------------------------------------------------
+
+
+def load(
+    model: nn.Module,
+    source: PathLike,
+    base_check: str = "error",
+    *,
+    name: str | None = None,
+    heads: bool = True,
+    rename: Rename | None = None,
+) -> nn.Module:
+    """Read a delta from wherever it comes, and insert it; arguments and errors as :func:`insert`."""
+    if not is_folder(source):
+        return insert(model, read(source, name), base_check, name=name, heads=heads, rename=rename)
+    stored = read_source(source, base_of(model), base_check, rename)
+    return insert(model, stored, base_check, name=name, heads=heads)
 
 
 def insert(
@@ -139,8 +377,15 @@ def _fill(model: nn.Module, root: nn.Module, record: Adaptation, stored: Stored,
         copy_in(root, values)
     if delta in record.active:
         note_changed(root, values)
+    _note(record, stored, delta)
+
+
+def _note(record: Adaptation, stored: Stored, delta: str) -> None:
+    """What a file says of where its values come from."""
     if stored.base is not None and stored.base.beside:
         record.beside[delta] = dict(stored.base.beside)
+    if "combined" in stored.notes:
+        record.combined[delta] = stored.notes["combined"]
 
 
 def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str = "error") -> None:
@@ -190,7 +435,23 @@ def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str 
     if stored.base is not None:
         check_base(stored.base, root, record, stored.path, base_check, values)
         check_beside(stored.base, root, record, stored.path, base_check)
+    write_values(root, delta, stored)
+
+
+def write_values(root: nn.Module, delta: str, stored: Stored) -> None:
+    """The same without a look at the form, for values that are known to have that of the delta.
+
+    Args:
+        root: the adapted root.
+        delta: name of the delta.
+        stored: its values, under the names that they have in this model.
+    """
+    record = record_at(root)
+    view, found = record.of(delta), by_delta(stored.tensors)
+    values = {name: tensor for name, tensor in stored.tensors.items() if delta_of(name) is None}
+    trained = record.trained_by(delta).keys()
     with between_forwards(root), LOCK:
+        own = record.values[delta] if delta in record.values else tensors_at(root, owned(root, record, delta))
         for inserted in view.deltas(root):
             if inserted.path in found:
                 inserted.delta.unpack(found[inserted.path])
@@ -203,8 +464,8 @@ def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str 
         show_in_blocks(root, record, delta, gone | values)
     record.claims[delta] = frozenset(values.keys() - trained)
     record.beside.pop(delta, None)
-    if stored.base is not None and stored.base.beside:
-        record.beside[delta] = dict(stored.base.beside)
+    record.combined.pop(delta, None)
+    _note(record, stored, delta)
 
 
 def _differ(applied: Applied, record: MethodRecord) -> bool:

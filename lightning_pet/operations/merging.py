@@ -116,7 +116,7 @@ class _OfBias:
 
 
 @dataclass
-class _Step:
+class Step:
     """One parameter of a host, and what goes into it, in order, with the name for messages."""
 
     host: nn.Module
@@ -126,7 +126,10 @@ class _Step:
 
     def result(self) -> Tensor:
         """What the parameter is to be; refused if that is not finite where the parameter was."""
-        values = dense_values(self.host, self.name)
+        return self.of(dense_values(self.host, self.name))
+
+    def of(self, values: Tensor) -> Tensor:
+        """The same of other values that the parameter may have, in their dtype."""
         for path, change in self.changes:
             values = _finite(path, values, change.merged(values))
         return values
@@ -167,7 +170,7 @@ class _Unit:
     def __init__(self, target: Target, host: nn.Module) -> None:
         self.target = target
         self.host = host
-        self.steps: dict[int, _Step] = {}
+        self.steps: dict[int, Step] = {}
         self.made: list[Delta] = []
         self.places: list[str] = []
         self.dense: list[tuple[nn.Parameter, Tensor]] = []
@@ -274,9 +277,9 @@ class _Planner:
         self.holders.check(Target(target.module, "bias"), bias, {id(host)})
         self._step(unit, host, "bias", bias).changes.append((f"{target.module}.bias", _OfBias(delta)))
 
-    def _step(self, unit: _Unit, host: nn.Module, name: str, parameter: nn.Parameter) -> _Step:
+    def _step(self, unit: _Unit, host: nn.Module, name: str, parameter: nn.Parameter) -> Step:
         unit = self._holding.setdefault(id(parameter), unit)
-        return unit.steps.setdefault(id(parameter), _Step(host, name, parameter))
+        return unit.steps.setdefault(id(parameter), Step(host, name, parameter))
 
     def _check_alone(self, method: str, target: Target, base: nn.Parameter) -> None:
         first = self._first.setdefault((method, id(base)), target)
@@ -297,6 +300,22 @@ class _Planner:
             )
         for name, parameter in own._parameters.items():
             self.holders.check(Target(f"{unit.target.module}.parametrizations.weight", name), parameter, {id(own)})
+
+
+def steps_of(root: nn.Module, delta: str) -> dict[int, Step]:
+    """What one delta would do to parameters of the base, by ``id`` of the parameter; nothing is changed.
+
+    Raises:
+        NotMergeableError: naming the first place where no change of a weight expresses it.
+    """
+    steps: dict[int, Step] = {}
+    for unit in _Planner(root, True, (delta,)).units():
+        if unit.made:
+            raise NotMergeableError(
+                f"{unit.target.path} is made from other parameters for each call, of which no sum is meant."
+            )
+        steps |= unit.steps
+    return steps
 
 
 def _places(root: nn.Module, deltas: Container[str] | None) -> list[_Place]:

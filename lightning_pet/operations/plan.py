@@ -1,7 +1,11 @@
 """What a method does to a model, as a table that people read before they train."""
 
+from collections import Counter
 from dataclasses import dataclass
 
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from lightning_pet.insertion.prepare import is_shared
@@ -63,7 +67,7 @@ class Plan:
 
     def __str__(self) -> str:
         cells = [(row.method, row.place, row.role, row.detail) for row in self.rows]
-        cells += [("frozen", path, "head?", how_to_train(path)) for path in self.frozen_heads]
+        cells += [("frozen", path, "head?", _how_to_train(path)) for path in self.frozen_heads]
         cells.insert(0, ("method", "place", "role", "shape"))
         widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
         numbers = ["parameters", *(f"{row.parameters:,}" for row in self.rows), *("0" for _ in self.frozen_heads)]
@@ -104,7 +108,7 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     return Plan(tuple(rows), base, tuple(asleep))
 
 
-def how_to_train(path: str) -> str:
+def _how_to_train(path: str) -> str:
     """The option that trains a module that looks new."""
     return f"looks new; modules_to_save=[{path!r}] trains it"
 
@@ -116,3 +120,41 @@ def _users(record: Adaptation) -> dict[str, int]:
         for applied in record.applied
         if any(is_shared(target) for target in applied.targets)
     }
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@rank_zero_only
+def show_plan(plan: Plan) -> None:
+    """Print one line per method and role: places, shapes and trained numbers."""
+    table = Table()
+    for heading, justify in (
+        ("method", "left"),
+        ("where", "left"),
+        ("places", "right"),
+        ("shapes", "left"),
+        ("parameters", "right"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    places: Counter[tuple[str, str, str]] = Counter()
+    numbers: Counter[tuple[str, str, str]] = Counter()
+    for row in plan.rows:
+        where = row.role or ".".join(part for part in row.place.split(".") if not part.isdigit())
+        key = (row.method, where, row.detail)
+        places[key] += 1
+        numbers[key] += row.parameters
+    for key, count in places.items():
+        table.add_row(key[0], key[1], str(count), key[2], f"{numbers[key]:,}")
+    for path in plan.frozen_heads:
+        table.add_row("frozen", path, "1", _how_to_train(path), "0")
+    table.add_section()
+    table.add_row("total", "", "", f"{plan.share:.2%} of {plan.base:,}", f"{plan.trainable:,}")
+    show_table("Trained parameters", table)
+
+
+def show_table(title: str, table: Table, console: Console | None = None) -> None:
+    """Print a table under its title. A title of the table's own would be broken to the table's width."""
+    console = console or Console()
+    console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+    console.print(table)

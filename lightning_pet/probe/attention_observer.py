@@ -16,8 +16,7 @@ from lightning_pet.attention import functions
 from lightning_pet.attention.interface import observed
 from lightning_pet.model.structure import AttentionCore, Route
 from lightning_pet.probe.graph import is_view_name
-from lightning_pet.probe.thinned import thinned
-from lightning_pet.probe.trace import Call, Tracer
+from lightning_pet.probe.trace import Call, Tracer, thinned
 
 _HIDDEN = -1e3
 """A bias below this is a mask."""

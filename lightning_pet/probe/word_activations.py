@@ -10,8 +10,7 @@ from lightning_pet.errors import TargetError
 from lightning_pet.model.named_roles import named_places
 from lightning_pet.model.undisturbed import undisturbed
 from lightning_pet.probe.attention_observer import Observer, Seen
-from lightning_pet.probe.inputs import is_self_describing
-from lightning_pet.probe.trace import Tracer
+from lightning_pet.probe.trace import Tracer, is_self_describing
 
 
 def word_activations(model: nn.Module, consumer: str | None, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

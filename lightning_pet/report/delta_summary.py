@@ -1,20 +1,82 @@
 """What a delta file holds, for people and for programs; without torch, whose import takes longer than most files do."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from lightning_pet.model.naming import CHILD
 from lightning_pet.model.structure import is_shared
-from lightning_pet.report.values import verified_norms
-from lightning_pet.store.container import TYPES, TensorRecord
-from lightning_pet.store.manifest import Manifest
-from lightning_pet.training.titled import show_table
+from lightning_pet.store.container import (
+    DEFAULT,
+    DIGEST_BYTES,
+    TYPES,
+    Entry,
+    TensorRecord,
+    fill,
+    open_regular,
+    read_header,
+)
+from lightning_pet.store.files import expanded
+from lightning_pet.store.manifest import Manifest, manifest_in
+from lightning_pet.store.strict_json import damaged_tensor, not_finite
+
+# --- its values, verified and measured ------------------------------------------------------------
+
+
+def verified_norms(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, float]]:
+    """What a delta file says of itself, and the norm of each of its tensors; every byte is checked.
+
+    Raises:
+        DeltaFileError: see :func:`~lightning_pet.store.delta_file.read_delta`.
+    """
+    where = expanded(path)
+    with open_regular(path, DEFAULT) as (file, size):
+        header = read_header(file, size, DEFAULT, where)
+        manifest = manifest_in(header, where)
+        digests = {record.name: record.digest for record in manifest.tensors}
+        norms = {}
+        for entry in header.entries:
+            data = bytearray(entry.end - entry.begin)
+            fill(file, memoryview(data), f"{where}: tensor {entry.name!r}")
+            if _digest(entry, data) != digests[entry.name]:
+                raise damaged_tensor(entry.name, where)
+            values = _numbers(entry.dtype, data)
+            if bad := _not_finite(values):
+                raise not_finite(entry.name, bad, values.size, where)
+            norms[entry.name] = norm(values)
+    return manifest, norms
+
+
+def norm(values: np.ndarray[Any, Any]) -> float:
+    """The Euclidean norm, summed in double precision."""
+    return math.sqrt(float(np.square(values.reshape(-1).astype(np.float64)).sum()))
+
+
+def _digest(entry: Entry, data: bytearray) -> str:
+    # As tensors.digest, which has a tensor at hand.
+    found = hashlib.sha256(f"torch.{TYPES[entry.dtype][0]}{entry.shape}".encode())
+    found.update(data)
+    return found.hexdigest()[: 2 * DIGEST_BYTES]
+
+
+def _numbers(code: str, data: bytearray) -> np.ndarray[Any, Any]:
+    if code == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, dtype=np.dtype(TYPES[code][0]).newbyteorder("<"))
+
+
+def _not_finite(values: np.ndarray[Any, Any]) -> int:
+    return int(np.logical_not(np.isfinite(values)).sum())
+
+
+# --- its summary ----------------------------------------------------------------------------------
 
 
 def summarize_delta(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -37,12 +99,16 @@ def described(path: str | os.PathLike[str], manifest: Manifest, norms: Mapping[s
     base = manifest.base
     return {
         "path": str(path),
-        "bytes": Path(path).stat().st_size,
+        "bytes": _size(Path(path)),
         "parameters": sum(sizes.values()),
         "methods": [_method(manifest, index, sizes) for index in range(len(manifest.methods))],
         "tensors": {record.name: _tensor(record, norms) for record in sorted(manifest.tensors)},
         "base": None if base is None else {"structure": base.structure, "sample": base.sample},
     }
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def _tensor(record: TensorRecord, norms: Mapping[str, float]) -> dict[str, Any]:
@@ -89,7 +155,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         for option, value in method["config"].items():
             if value is not None:
                 table.add_row(option, str(value))
-        show_table(f"{method['method']}:{method['name']}", table, console)
+        title = f"{method['method']}:{method['name']}"
+        console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
     heads = [name for name in summary["tensors"] if ".pet." not in f".{name}"]
     if heads:
         console.print(f"trained as they are: {', '.join(heads)}", soft_wrap=True)

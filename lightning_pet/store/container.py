@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final, NamedTuple, cast
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store.paths import expanded
+from lightning_pet.store.files import expanded
 from lightning_pet.store.strict_json import check_fields, check_int, check_name, check_type, fault, parse
 
 DIGEST_BYTES: Final = 16
@@ -58,7 +58,7 @@ class TensorRecord(NamedTuple):
         name: canonical name in the state dict.
         dtype: code of the element type; in delta files F64, F32, F16, BF16, I64 or I32.
         shape: the extents.
-        digest: see :func:`~lightning_pet.store.tensors.digest`.
+        digest: see :func:`~lightning_pet.store.fingerprint.digest`.
     """
 
     name: str

@@ -16,22 +16,18 @@ from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.container import DEFAULT, Entry, Limits, fill, open_regular, read_header
-from lightning_pet.store.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, encode_manifest, manifest_in
-from lightning_pet.store.manifest import read_manifest as read_manifest
-from lightning_pet.store.paths import expanded
-from lightning_pet.store.strict_json import canonical, check_name, damaged_tensor, fault
-from lightning_pet.store.tensors import (
+from lightning_pet.store.files import atomic_write, expanded, reap_once
+from lightning_pet.store.fingerprint import (
     CODES,
     DTYPES,
-    TensorSpec,
     byte_view,
     describe,
     digest,
     require_finite,
-    specs,
     to_host,
 )
-from lightning_pet.store.writer import atomic_write, reap_once
+from lightning_pet.store.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, encode_manifest, manifest_in
+from lightning_pet.store.strict_json import canonical, check_name, damaged_tensor, fault
 
 _ALIGNMENT: Final = 8
 
@@ -47,11 +43,6 @@ class DeltaFile:
 
     manifest: Manifest
     tensors: Mapping[str, Tensor]
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The dtype and shape of each tensor, for :func:`~lightning_pet.store.tensors.require_exact_keys`."""
-        return specs(self.tensors)
 
 
 def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Manifest) -> int:
@@ -89,7 +80,7 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
     """Read a delta file from an untrusted source, by copy, checking every byte.
 
     What remains for the caller: that the base is the right one, and that the tensors are exactly the
-    ones that the method builds on it (:func:`~lightning_pet.store.tensors.require_exact_keys`).
+    ones that the method builds on it (:func:`~lightning_pet.store.fingerprint.require_exact_keys`).
 
     Args:
         path: the file, or a symbolic link to it.
@@ -113,6 +104,20 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
             require_finite(entry.name, tensor, where=where)
             tensors[entry.name] = tensor
     return DeltaFile(manifest, {name: tensors[name] for name in sorted(tensors)})
+
+
+def read_tensors(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> dict[str, Tensor]:
+    """Read a safetensors file that somebody else has written, by copy; there are no digests to compare.
+
+    Raises:
+        DeltaFileError: as :func:`read_delta`, but for the manifest.
+    """
+    where, tensors = expanded(path), {}
+    with open_regular(path, limits) as (file, size):
+        for entry in read_header(file, size, limits, where).entries:
+            tensors[entry.name] = _read_tensor(file, entry, where)
+            require_finite(entry.name, tensors[entry.name], where=where)
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
 def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, tuple[str, ...]]:

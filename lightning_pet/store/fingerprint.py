@@ -10,15 +10,16 @@ import enum
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_pet.errors import DeltaFileError
 from lightning_pet.layers.delta import apart
 from lightning_pet.layers.sharding import ordinary_parts, whole
-from lightning_pet.store import tensors as facts
-from lightning_pet.store.remembered import (
+from lightning_pet.store.container import DIGEST_BYTES, TYPES, TensorRecord
+from lightning_pet.store.manifest import (
     FLOATS,
     LEAF,
     OPAQUE,
@@ -28,7 +29,108 @@ from lightning_pet.store.remembered import (
     remembered,
     structure_digest,
 )
-from lightning_pet.store.strict_json import canonical, encode64, pack
+from lightning_pet.store.strict_json import canonical, encode64, fault, not_finite, pack
+
+# --- what is known of tensors: codes of dtypes, digests, finiteness, exact sets of names ----------
+
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {code: getattr(torch, name) for code, (name, _) in TYPES.items()}
+CODES: Final[Mapping[torch.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in main memory, without a copy."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The tensor contiguous in main memory; itself if it already is.
+
+    Raises:
+        DeltaFileError: code ``schema``, if it is sparse, quantised or on the meta device.
+    """
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        found = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+        raise DeltaFileError(f"found a tensor that is {found}, expected a dense one with values.", "schema")
+    return tensor.detach().cpu().contiguous()
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes of a dense tensor: its first 128 bits as 32 hexadecimal digits.
+
+    It finds damage (``torch.load`` verifies none of its bytes); it does not prove who wrote them.
+
+    Raises:
+        DeltaFileError: code ``schema``, if the tensor is sparse, quantised or on the meta device.
+    """
+    found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    found.update(byte_view(to_host(tensor)))
+    return found.hexdigest()[: 2 * DIGEST_BYTES]
+
+
+def verify_digests(tensors: Mapping[str, Tensor], digests: Mapping[str, str], *, where: str = "the file") -> None:
+    """Check that ``tensors`` are the ones that ``digests`` were taken of.
+
+    Args:
+        tensors: what was read.
+        digests: :func:`digest` of each tensor when it was written.
+        where: what was read, for the error.
+
+    Raises:
+        DeltaFileError: ``mismatch`` if the names differ, ``corrupt`` if the values do.
+    """
+    missing, extra = apart(digests.keys(), tensors.keys())
+    if missing or extra:
+        raise fault(where, f"{_differences(missing=missing, extra=extra)}. Copy the file again.", "mismatch")
+    damaged = [name for name in sorted(tensors) if digest(tensors[name]) != digests[name]]
+    if damaged:
+        raise fault(
+            where,
+            f"{_differences(damaged=damaged)}: the bytes do not match the SHA-256 taken when they were written. "
+            "Copy the file again, or use an earlier save.",
+            "corrupt",
+        )
+
+
+def describe(tensors: Mapping[str, Tensor]) -> tuple[TensorRecord, ...]:
+    """The records of some dense tensors, sorted by name, for :class:`~lightning_pet.store.manifest.Manifest`."""
+    return tuple(
+        TensorRecord(name, code(tensors[name].dtype), tuple(tensors[name].shape), digest(tensors[name]))
+        for name in sorted(tensors)
+    )
+
+
+def code(dtype: torch.dtype) -> str:
+    """The safetensors code of a storable dtype, else the name that torch gives it."""
+    return CODES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def require_finite(name: str, tensor: Tensor, *, where: str) -> None:
+    """Check that a tensor holds neither NaN nor infinity.
+
+    Raises:
+        DeltaFileError: code ``nonfinite``, naming the tensor and counting the values.
+    """
+    if not tensor.is_floating_point():
+        return
+    bad = int(torch.isfinite(tensor).logical_not_().sum())
+    if bad:
+        raise not_finite(name, bad, tensor.numel(), where)
+
+
+def _differences(**groups: list[str]) -> str:
+    return "; ".join(f"{len(names)} {kind} tensors: {_preview(names)}" for kind, names in groups.items() if names)
+
+
+def _preview(names: list[str] | tuple[str, ...], count: int = 5) -> str:
+    """The first ``count`` names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
 
 SAMPLES: Final = 256
 _SHOWN: Final = 5
@@ -106,7 +208,7 @@ def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _
         tensor = whole(tensor.detach())
         seen[name] = _observe(name, tensor)
         if exact and (parts := ordinary_parts(tensor)):
-            leaves[name] = "".join(f"{name}\0{facts.digest(part)}\n" for part in parts)
+            leaves[name] = "".join(f"{name}\0{digest(part)}\n" for part in parts)
     seen = dict(sorted(seen.items()))
     if not exact or leaves.keys() != seen.keys():
         return seen, None
@@ -139,7 +241,7 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
         return _values_differ(judged[Verdict.DIFFERENT], len(seen))
     if names := judged[Verdict.UNVERIFIED]:
         kinds = ", ".join(sorted({f"{base[name].kind} then, {seen[name].kind} now" for name in names}))
-        text = f"{len(names)} of {len(seen)} base tensors have no comparable values ({kinds}): {facts.preview(names)}."
+        text = f"{len(names)} of {len(seen)} base tensors have no comparable values ({kinds}): {_preview(names)}."
         return Comparison(Verdict.UNVERIFIED, tuple(names[:_SHOWN]), text)
     if names := judged[Verdict.CAST]:
         kinds = ", ".join(sorted({f"{base[name].kind} then, {seen[name].kind} now" for name in names}))
@@ -162,7 +264,7 @@ def _equal(expected: Fingerprint, digest: str | None, seen: dict[str, _Facts], e
 
 
 def _values_differ(names: list[str], count: int) -> Comparison:
-    text = f"the values of {len(names)} of {count} base tensors differ: {facts.preview(names, _SHOWN)}."
+    text = f"the values of {len(names)} of {count} base tensors differ: {_preview(names, _SHOWN)}."
     return Comparison(Verdict.DIFFERENT, tuple(names[:_SHOWN]), text)
 
 
@@ -177,7 +279,7 @@ def _misfits(base: Mapping[str, Remembered], seen: Mapping[str, _Facts]) -> Comp
     if not (missing or extra or misshapen):
         return None
     groups = {"missing": missing, "extra": extra, "of another shape": misshapen}
-    parts = [f"{len(names)} {kind}: {facts.preview(names, 3)}" for kind, names in groups.items() if names]
+    parts = [f"{len(names)} {kind}: {_preview(names, 3)}" for kind, names in groups.items() if names]
     names = (missing + extra + [text.split(" ")[0] for text in misshapen])[:_SHOWN]
     return Comparison(Verdict.DIFFERENT, tuple(names), f"the base has other parameters ({'; '.join(parts)}).")
 
@@ -202,7 +304,7 @@ def _judge(then: Remembered, now: _Facts) -> Verdict:
 def _kind(tensor: Tensor, parts: list[Tensor]) -> str:
     if not parts:
         return f"{OPAQUE}{'meta' if tensor.is_meta else type(tensor.data).__name__}"
-    return facts.code(tensor.dtype) if parts[0] is tensor else f"{_PACKED}{type(tensor.data).__name__}"
+    return code(tensor.dtype) if parts[0] is tensor else f"{_PACKED}{type(tensor.data).__name__}"
 
 
 def _observe(name: str, tensor: Tensor) -> _Facts:
@@ -214,7 +316,7 @@ def _observe(name: str, tensor: Tensor) -> _Facts:
     for part in parts:
         part = part.detach().view(torch.uint8) if part.dtype.itemsize == 1 else part.detach()
         values = torch.take(part, _positions(name, part.numel()).to(part.device)).cpu()
-        leaf.update(facts.byte_view(values))
+        leaf.update(byte_view(values))
     return _Facts(kind, shape, leaf.digest(), values[:SKETCHED] if kind in FLOATS else None)
 
 
@@ -234,5 +336,5 @@ def _sample(seen: Mapping[str, _Facts]) -> str:
 
 def _pack_sketch(values: Tensor) -> str:
     """Sign and exponent bytes first, then mantissa bytes: apart they compress, mixed they do not."""
-    mixed = bytes(facts.byte_view(values))
+    mixed = bytes(byte_view(values))
     return pack(mixed[1::2] + mixed[::2])

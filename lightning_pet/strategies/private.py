@@ -33,10 +33,11 @@ name                                                      used for
 ``_LoggerConnector.should_update_logs``
 ``LBFGS._params``, ``LBFGS._numel_cache``                 optimizers that use their first group only
 ``Node._sequence_nr``, ``_get_sequence_nr``,              reading the autograd graph, in ``probe/graph.py`` and
-``Node._input_metadata``, ``Node._saved_groups``,         ``probe/columns.py``; guarded by ``tests/core/test_graph.py``
+``Node._input_metadata``, ``Node._saved_groups``,         ``probe/graph.py``; guarded by ``tests/core/test_graph.py``
 ``Node._saved_weight``, ``torch._C._autograd``
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
+``Module._forward_hooks``, ``._forward_pre_hooks``        a call that does more than its forward: ``insertion/rows.py``
 ``aten._unsafe_view``                                     outputs that own their memory, in ``layers/``
 ``torch._C._current_graph_task_id``,                      telling recomputation from forward, in ``layers/`` and
 ``._current_autograd_node``, ``threading._DummyThread``,  ``model/``; which forward it repeats, in which thread:
@@ -61,9 +62,9 @@ name                                                      used for
 ``distributed_c10d._get_default_store``                   telling a process that comes alone to a common action
 ``lightning.fabric.utilities.types._PATH``                the annotation of Lightning's own writers
 ``LightningCLI._get``                                     an option inside a subcommand, in ``lightning_cli.py``
-``torch.utils._python_dispatch``,                         masks on the meta device, in ``probe/inputs.py``;
-``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``operations/trial_step.py``
-``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``insertion/budget.py``;
+``torch.utils._python_dispatch``,                         masks on the meta device, in ``probe/trace.py``;
+``aten._local_scalar_dense``, ``OpOverload._schema``      what a step writes, in ``operations/roots.py``
+``torch._subclasses.fake_tensor``                         counting what a delta would hold, in ``callbacks/base.py``;
 ``torch.utils._pytree``                                   a step without values, in ``report/memory/rehearsal.py``
 ``torch._foreach_mul``, ``_foreach_add_``,                 work on many tensors in one call, in ``layers/`` and
 ``_foreach_sub_``, ``_foreach_abs_``, ``_foreach_copy_``  ``callbacks/``

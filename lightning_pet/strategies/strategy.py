@@ -3,30 +3,44 @@
 A :class:`StrategyAdapter` replaces methods on the strategy *instance*, once, and reads everything
 else from the controller at call time, so that it serves every later run of the same Trainer. These
 methods are the last stop before the disk: they also serve ``save_weights_only=True``, where no
-callback hook runs. Engines that shard have adapters of their own; :mod:`lightning_pet.strategies.choice`
+callback hook runs. Engines that shard have adapters of their own; :mod:`lightning_pet.strategies.strategy`
 knows which is whose.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from importlib import import_module
+from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.insertion.method import METHODS
 from lightning_pet.layers.sharding import placed, whole
+from lightning_pet.model.adaptation import adapted_root, record_of
 from lightning_pet.model.naming import named_tensors
-from lightning_pet.store.archive import read_checkpoint
+from lightning_pet.store.entry import read_checkpoint
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import agreed
 from lightning_pet.strategies.parameter_groups import clip_norm, groups_of
-from lightning_pet.strategies.sealed import unseal
+from lightning_pet.strategies.plain import unseal
 
 _ATTRIBUTE = "_pet_adapter"
 Named = Iterable[tuple[str, Tensor]]
@@ -342,3 +356,108 @@ def each_whole(modules: Sequence[M], whole: Callable[[Named], Named] = iter) -> 
 def flat_names(groups: Sequence[Sequence[str]]) -> list[str]:
     """The names of all groups in the order of an optimizer's state dict."""
     return [name for group in groups for name in group]
+
+
+# --- which adapter serves a strategy; those of engines that shard are imported when one is in use ---
+
+
+ADAPTERS: list[tuple[type[Strategy], tuple[str, str] | None]] = [
+    (SingleDeviceXLAStrategy, None),
+    (XLAStrategy, None),
+    (DeepSpeedStrategy, ("deepspeed", "DeepSpeedAdapter")),
+    (FSDPStrategy, ("fsdp", "FSDPAdapter")),
+    (ModelParallelStrategy, ("model_parallel", "ModelParallelAdapter")),
+    (SingleDeviceStrategy, ("strategy", "StrategyAdapter")),
+    (DDPStrategy, ("ddp", "DDPAdapter")),
+]
+"""Strategy class → module and class of its adapter; the first match by ``isinstance`` decides."""
+
+
+def adapter_for(trainer: pl.Trainer) -> StrategyAdapter[Any]:
+    """The adapter of the Trainer's strategy.
+
+    Raises:
+        UnsupportedStrategyError: if there is none.
+    """
+    if any(kind.__module__.partition(".")[0] == "pytorch_lightning" for kind in type(trainer).__mro__):
+        raise UnsupportedStrategyError(
+            "this Trainer is of the package pytorch_lightning, whose classes are others than those of lightning. "
+            "Import Trainer, LightningModule and callbacks from lightning: import lightning as L, or import "
+            "lightning.pytorch as pl."
+        )
+    strategy = trainer.strategy
+    if (found := StrategyAdapter.installed(strategy)) is not None:
+        return found
+    adapter = next((adapter for kind, adapter in ADAPTERS if isinstance(strategy, kind)), None)
+    if adapter is None:
+        supported = ", ".join(kind.__name__ for kind, adapter in ADAPTERS if adapter is not None)
+        raise UnsupportedStrategyError(
+            f"{type(strategy).__name__} cannot train a delta: its checkpoints would not hold it, or parameters that "
+            f"are replaced after set-up are lost to it. Supported: {supported}; for one process or several, "
+            "strategy='auto' or 'ddp'."
+        )
+    module, name = adapter
+    made: StrategyAdapter[Any] = getattr(import_module(f"lightning_pet.strategies.{module}"), name)(strategy)
+    return made
+
+
+# --- a Trainer whose module carries a delta, and that was given no callback for it: the record suffices ---
+
+# Without this the Trainer would write checkpoints of the whole model, and schedules of the method would stand still.
+
+
+_READS: Final = "_pet_reads_checkpoint"  # attribute of a Trainer
+
+
+def accompany_runs() -> None:
+    """A model has a delta from here on: let Trainers find its methods, if they are not given them."""
+    private.around_runs(_accompanied)
+
+
+def reads_checkpoint(trainer: pl.Trainer) -> bool:
+    """Whether the present run was given a ``ckpt_path``, as far as it is known."""
+    return bool(trainer.__dict__.get(_READS, False))
+
+
+@contextmanager
+def _accompanied(trainer: pl.Trainer, module: pl.LightningModule, path: object) -> Iterator[None]:
+    trainer.__dict__[_READS] = path is not None
+    rebuilt = _missing(trainer, module)
+    if not rebuilt:
+        yield
+        return
+    callbacks = cast(Any, trainer)
+    callbacks.callbacks = [*rebuilt, *callbacks.callbacks]
+    try:
+        yield
+    finally:
+        callbacks.callbacks = [callback for callback in callbacks.callbacks if callback not in rebuilt]
+
+
+def _missing(trainer: pl.Trainer, module: pl.LightningModule) -> list[Any]:
+    """The methods of a model whose Trainer has none, as callbacks, where the run reads or writes checkpoints."""
+    found = adapted_root(module)
+    record = record_of(found[1]) if found is not None else None
+    methods = tuple(cast(type, kind) for kind in METHODS.values())
+    if record is None or any(isinstance(callback, methods) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return []
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    if not fitting and not reads_checkpoint(trainer):
+        return []
+    applied = [a for a in record.applied if a.delta in record.active and a.delta not in record.waiting]
+    if not applied:
+        return []
+    names = ", ".join(f"{a.method}:{a.name}" for a in applied)
+    if not all(a.method in METHODS for a in applied):
+        rank_zero_warn(
+            f"{type(module).__name__} carries a delta ({names}), and the Trainer was given no callback for it: its "
+            "checkpoints will hold the whole model. Pass the callbacks that were applied: Trainer(callbacks=[…])."
+        )
+        return []
+    if fitting:
+        rank_zero_warn(
+            f"{type(module).__name__} carries a delta ({names}), and the Trainer was given no callback for it: it is "
+            "trained with the options it was applied with, and checkpoints are delta checkpoints. Pass the callbacks "
+            "to the Trainer to say so yourself; to train the model as a whole, call merge_() or remove() first."
+        )
+    return [METHODS[a.method](**a.config, delta=a.delta) for a in applied]

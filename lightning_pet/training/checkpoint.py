@@ -9,29 +9,28 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.insertion.commit import take_forms
-from lightning_pet.insertion.excerpts import as_held, as_stored, excerpts_of
 from lightning_pet.layers.delta import Excerpt
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.naming import canonical, join, named_tensors, split_below
 from lightning_pet.model.outside import note_changed, outside_parameters
-from lightning_pet.operations import base_check
-from lightning_pet.operations.contents import changed_besides, check_fit
+from lightning_pet.operations.saved import base_fingerprint, changed_besides, check_base, check_fit, check_methods
 from lightning_pet.store.entry import KEY, MARK, check_tensors, make_entry, read_entry, saved_fingerprint
-from lightning_pet.store.remembered import Fingerprint
+from lightning_pet.store.manifest import Fingerprint
 from lightning_pet.strategies import optimizers as optim
-from lightning_pet.strategies.hyper_parameters import make_plain
-from lightning_pet.strategies.sealed import seal
+from lightning_pet.strategies.plain import make_plain, seal
 from lightning_pet.strategies.strategy import Named
 from lightning_pet.training.resume import ExactResume
-from lightning_pet.training.run import Run
 from lightning_pet.training.state_excerpts import (
+    as_held,
+    as_stored,
+    excerpts_of,
     held_schedule,
     held_states,
     stored_names,
     stored_schedule,
     stored_states,
 )
-from lightning_pet.training.watch import Watch
+from lightning_pet.training.watch import Run, Watch
 
 _STATES = ("state_dict", "current_model_state")  # the second is of averaging callbacks
 
@@ -172,7 +171,7 @@ class Checkpoints:
         if self._base is None or self._base[0] != saved:
             adapted, whole = self._run.adapted, self._run.adapter.whole
             exact = self._run.base_check == "exact"
-            self._base = saved, base_check.base_fingerprint(adapted.root, self._run.record, saved, exact, whole)
+            self._base = saved, base_fingerprint(adapted.root, self._run.record, saved, exact, whole)
         return self._base[1]
 
     def new_run(self) -> None:
@@ -186,7 +185,7 @@ class Checkpoints:
         run = self._run
         adapted = run.adapted
         entry = read_entry(checkpoint, path)
-        base_check.check_methods(entry, run.record, path)
+        check_methods(entry, run.record, path)
         check_tensors(checkpoint, entry, path)
         saved, whole = saved_fingerprint(entry, path), run.adapter.whole
         held = run.adapter.is_wrapped(adapted.root)
@@ -196,7 +195,7 @@ class Checkpoints:
                 if key in checkpoint:
                     self._check_fit(checkpoint[key], path)
             stored = [*run.record.trained_names, *self._split(checkpoint["state_dict"])[0]]
-            base_check.check_base(saved, adapted.root, adapted.record, path, run.base_check, stored, whole)
+            check_base(saved, adapted.root, adapted.record, path, run.base_check, stored, whole)
         except BaseException:
             undo()
             raise

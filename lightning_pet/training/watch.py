@@ -1,27 +1,56 @@
-"""Nothing trains but the plan: what a checkpoint does not hold must not change during a fit.
-
-Frozen tensors of the base are compared with what they were before the first batch, at every save and at the end of
-every epoch. Their values are read once, at the speed of memory (version counters miss writes through ``.data``).
-"""
+"""What a run is watched for: nothing trains but the plan, everything planned does, and nothing is built anew."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_pet.errors import OptimizerMismatchError, PETError, UnsupportedStrategyError
-from lightning_pet.model.marks import Mark, compare, mark
-from lightning_pet.model.naming import join
+from lightning_pet.errors import DeadSiteError, OptimizerMismatchError, PETError, UnsupportedStrategyError
+from lightning_pet.insertion.commit import required_gradients
+from lightning_pet.model.adaptation import Mark, adapted_root, compare, mark, record_of
+from lightning_pet.model.naming import CHILD, canonical, delta_of, is_inside, join, named_tensors
 from lightning_pet.model.outside import frozen_parameters
+from lightning_pet.operations.adapted import Adapted
 from lightning_pet.strategies import private
-from lightning_pet.strategies.parameter_groups import shown
-from lightning_pet.training.run import Run
+from lightning_pet.strategies.parameter_groups import shown, trainable_of
+from lightning_pet.strategies.strategy import StrategyAdapter, reads_checkpoint
+from lightning_pet.targets.heads import HEAD
+from lightning_pet.training.tasks.tasks import Tasks
+
+
+class Run(Protocol):
+    """One Trainer with one LightningModule; the :class:`~lightning_pet.training.controller.Controller` is one."""
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    adapter: StrategyAdapter[Any]
+    tasks: Tasks | None
+
+    @property
+    def adapted(self) -> Adapted:
+        """Handle on the adapted root."""
+        ...
+
+    @property
+    def root_path(self) -> str:
+        """Path of the adapted root in the LightningModule."""
+        ...
+
+
+# --- nothing trains but the plan ------------------------------------------------------------------
+
+# Frozen tensors of the base are compared with what they were before the first batch, at every save and at the end of
+# every epoch. Their values are read once, at the speed of memory (version counters miss writes through ``.data``).
+
 
 _HOOKS: Final = (
     "on_train_batch_start",
@@ -210,3 +239,193 @@ def _writers(module: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> It
         if kind.__module__.partition(".")[0] not in ("lightning", "lightning_pet"):
             theirs = [hook for hook in _HOOKS if getattr(kind, hook, None) is not getattr(pl.Callback, hook, None)]
             yield from (f"{kind.__name__}.{hook}" for hook in theirs)
+
+
+# --- everything planned trains: every delta gets a gradient, in the first step or over the first epoch ---
+
+
+_REASONS = (
+    "Their hosts did not run, or the graph is cut above them (torch.no_grad, or reentrant gradient checkpointing "
+    "without an input that requires grad: use use_reentrant=False)"
+)
+
+
+class Firing:
+    """Looks for deltas without a gradient during one fit.
+
+    A part of the model may rest for a while (an expert, a tower, a layer that is dropped), so a silent delta is an
+    error only if no other fires. Where all have fired, nothing is looked at any more.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.new_run()
+
+    def new_run(self) -> None:
+        """Forget the last fit."""
+        self._seen: set[int] = set()
+        self._idle: dict[str, nn.Parameter] = {}
+        self._fired = False
+
+    def look(self, optimizer: Any) -> None:
+        """Before a step of an optimizer.
+
+        Raises:
+            DeadSiteError: if no delta has a gradient, and no optimizer that holds others has yet to make a step.
+        """
+        if id(optimizer) not in self._seen:
+            self._first(optimizer)
+        elif self._idle:
+            silent = self._run.adapter.still_silent(self._idle)
+            self._idle = {name: p for name, p in self._idle.items() if name in silent}
+
+    def _first(self, optimizer: Any) -> None:
+        self._seen.add(id(optimizer))
+        adapter, wanted = self._run.adapter, self._deltas()
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = {name: p for name, p in wanted.items() if id(p) in held} or (wanted if adapter.repacks else {})
+        self._warn_unused_heads(optimizer)
+        silent = set(adapter.without_gradient(own, optimizer)) if own else set()
+        self._fired |= len(silent) < len(own)
+        self._idle |= {name: own[name] for name in sorted(silent)}
+        if not self._idle or self._others_wait(wanted):
+            return
+        if self._fired and not self._places():
+            return
+        if not self._fired:
+            raise DeadSiteError(
+                f"no delta received a gradient in the first step: {shown(self._places())}. {_REASONS}. Exclude these "
+                "hosts with exclude_modules, or apply the delta where the model runs."
+            )
+        rank_zero_warn(
+            f"{len(self._places())} deltas received no gradient in the first step: {shown(self._places())}. "
+            f"{_REASONS}. A part that is used now and then trains when it is; the end of the epoch tells which never "
+            "were. Under DDP such parts need strategy='ddp_find_unused_parameters_true'."
+        )
+
+    def _warn_unused_heads(self, optimizer: Any) -> None:
+        """A head that was found by itself may be none of those that the loss is computed with."""
+        root, adapter = self._run.adapted.root, self._run.adapter
+        places = {
+            target.module for a in self._run.adapted.record.applied for target in a.targets if target.role == HEAD
+        }
+        for path in sorted(join(self._run.root_path, place) for place in places):
+            own = {name: p for name, p in trainable_of(self._run.module).items() if is_inside(name, path)}
+            if own and len(adapter.without_gradient(own, optimizer)) == len(own):
+                rank_zero_warn(
+                    f"{path} of {type(root).__name__} was taken for a head, but the loss does not reach it. If the "
+                    "model ends otherwise, leave it out with modules_to_save=[]."
+                )
+
+    def _deltas(self) -> dict[str, nn.Parameter]:
+        # By name, not by requires_grad: toggle_optimizer takes that from what another optimizer holds.
+        record, path = self._run.adapted.record, self._run.root_path
+        required = required_gradients(self._run.adapted.root) & set(record.trainable_names)
+        names = {join(path, name) for name in required}
+        return {n: p for name, p in self._run.module.named_parameters() if (n := canonical(name)) in names}
+
+    def _others_wait(self, wanted: dict[str, nn.Parameter]) -> bool:
+        own = {id(p) for p in wanted.values()}
+        for optimizer in self._run.adapter.optimizers():
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if id(optimizer) not in self._seen and held & own:
+                return True
+        return False
+
+    def _places(self) -> list[str]:
+        resting = (
+            self._run.tasks.unseen if self._run.tasks is not None else ()
+        )  # it is said of these that they had no rows
+        idle = [name for name in self._idle if delta_of(name) not in resting]
+        return list(dict.fromkeys(name.partition(f".{CHILD}.")[0] for name in idle))
+
+    def report(self, when: str) -> None:
+        """Say which never fired, and look no more.
+
+        Args:
+            when: e.g. ``"in epoch 0"``.
+        """
+        if not self._idle:
+            return
+        silent = self._run.adapter.everywhere(set(self._idle))
+        self._idle = {name: p for name, p in self._idle.items() if name in silent}
+        if self._places():
+            rank_zero_warn(
+                f"{len(self._places())} deltas never received a gradient {when}: {shown(self._places())}. They are as "
+                f"they were at the start. {_REASONS}. If the model does not use these hosts, exclude_modules leaves "
+                "them out."
+            )
+        self._idle = {}
+
+
+# --- user code that runs before every verb, and gives new values to what was trained --------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a delta was before ``setup`` or ``configure_model`` ran again."""
+
+    root: nn.Module
+    marks: dict[str, Mark | None]
+    tensors: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, root: nn.Module) -> "Trained":
+        """Remember the delta of a root, and what trains with it."""
+        record = record_of(root)
+        own = {*record.delta_names, *record.trained_names} if record is not None else set()
+        tensors = {name: tensor for name, tensor in named_tensors(root) if name in own}
+        values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return cls(root, {name: mark(tensor) for name, tensor in tensors.items()}, tensors, values)
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Compare, after the hook, and put back what was only loaded over.
+
+        Raises:
+            PETError: if modules of the delta are gone; if others took their places, and this run neither trains nor
+                reads a checkpoint.
+        """
+        found = adapted_root(module)
+        whole = found is None or found[1] is not self.root
+        own = dict(named_tensors(self.root))
+        gone = [name for name in self.marks if name not in own]
+        if gone and not whole:
+            raise PETError(
+                f"{type(module).__name__} replaced modules that carry a trained delta: {shown(gone)} are gone. setup "
+                "and configure_model run once per fit, validate, test and predict; let them build the model only if it "
+                "is not there yet."
+            )
+        if reads_checkpoint(trainer):
+            return  # all of it comes from the file
+        lost = list(self.marks) if whole else self._put_back(own, type(module).__name__)
+        if not lost:
+            return
+        text = (
+            f"{type(module).__name__} built anew what was trained: {shown(lost)}. setup and "
+            "configure_model run once per fit, validate, test and predict; let them build the model only if "
+            "it is not there yet, or pass ckpt_path."
+        )
+        if trainer.state.fn != TrainerFn.FITTING:
+            raise PETError(text)
+        rank_zero_warn(f"{text} This fit starts from what is new.")
+
+    def _put_back(self, own: dict[str, Tensor], kind: str) -> list[str]:
+        """Give tensors their trained values again that were loaded over; return names of replaced ones."""
+        changed = self._changed(own)
+        there = [name for name in changed if own[name] is self.tensors[name]]
+        with torch.no_grad():
+            for name in there:
+                own[name].copy_(self.values[name])
+        lost = self._changed(own)
+        if there and not lost:
+            rank_zero_info(
+                f"{kind} loaded other values over what was trained ({shown(there)}), as it does for the base; "
+                "the trained ones are put back."
+            )
+        return lost
+
+    def _changed(self, own: dict[str, Tensor]) -> list[str]:
+        names = [name for name, before in self.marks.items() if before is not None]
+        answers = compare((own[name], self.marks[name]) for name in names)
+        return [name for name, changed in zip(names, answers, strict=True) if changed is not False]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from lightning_pet.callbacks.base import affordable, check_affordable, smallest_share, widest
 from lightning_pet.errors import ArgumentError
-from lightning_pet.insertion.budget import affordable, check_affordable, smallest_share, widest
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_pet.errors import TargetError
 from lightning_pet.model.structure import overlap
-from lightning_pet.probe.columns import count, ranges, without
+from lightning_pet.probe.graph import count, ranges, without
 from lightning_pet.probe.probe import analyse, probe
 from lightning_pet.targets.targets import resolve_targets
 

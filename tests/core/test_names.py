@@ -13,9 +13,10 @@ from lightning_pet.model.named_roles import (
     tensor_parallel_plan,
     without_numbers,
 )
+from lightning_pet.model.naming import canonical, named_modules, named_tensors, walk
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.probe.consensus import merge
 from lightning_pet.probe.probe import analyse
+from lightning_pet.probe.roles import merge
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "t5", "bart", "vit", "mixtral", "phi3", "gpt_neox", "distilbert", "electra"]
 
@@ -104,3 +105,17 @@ def test_kinds_of_modules():
     assert not is_linear(nn.Embedding(2, 2))
     assert is_router(TopKRouter(2, 2))
     assert not is_router(nn.Linear(2, 2))
+
+
+def test_the_walk_is_that_of_torch_with_canonical_names() -> None:
+    block = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"pet": nn.ModuleDict({"x": nn.Linear(2, 2)})}))
+    net = nn.Sequential(nn.Linear(2, 2), block, nn.ModuleList([block, nn.Sequential()]))
+    net.register_module("none", None)
+    compiled = nn.Sequential(torch.compile(net), nn.Linear(2, 2))
+    for root in (net, compiled, torch.compile(net)):
+        named = [(canonical(name), module) for name, module in root.named_modules(remove_duplicate=False)]
+        assert list(walk(root)) == named
+        assert named_modules(root) == dict(named)
+        tensors = [(canonical(name), t) for name, t in root.named_parameters(remove_duplicate=False)]
+        assert [(name, id(t)) for name, t in named_tensors(root)] == [(name, id(t)) for name, t in tensors]
+        assert [name for name, _ in walk(root, of_base=True)] == [n for n, _ in named if "pet" not in n.split(".")]

@@ -7,16 +7,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_pet.model.structure import Structure
-from lightning_pet.probe import thinned
-from lightning_pet.probe.inputs import candidate_forwards
+from lightning_pet.probe import trace
 from lightning_pet.probe.probe import analyse, probe
+from lightning_pet.probe.trace import candidate_forwards
 
 
 @pytest.fixture
 def all_are_large(monkeypatch):
     """Let every linear layer of a tiny model count as large."""
-    monkeypatch.setattr(thinned, "_LARGE", 0)
-    monkeypatch.setattr(thinned, "_COLUMNS", 4)
+    monkeypatch.setattr(trace, "_LARGE", 0)
+    monkeypatch.setattr(trace, "_COLUMNS", 4)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_forward_that_is_given_sees_what_the_model_returns(all_are_large):
 def test_a_stand_in_has_the_shape_and_the_operands_of_the_product(dtype, all_are_large):
     x = torch.randn(2, 3, 8, dtype=dtype, requires_grad=True)
     weight, bias = nn.Parameter(torch.randn(6, 8, dtype=dtype)), nn.Parameter(torch.randn(6, dtype=dtype))
-    result = thinned.thinned((x, weight), {"bias": bias})
+    result = trace.thinned((x, weight), {"bias": bias})
     assert result.shape == (2, 3, 6)
     assert result.dtype is dtype
     assert result.grad_fn.name() == "LinearBackward"
@@ -94,8 +94,8 @@ def test_a_stand_in_has_the_shape_and_the_operands_of_the_product(dtype, all_are
     ids=["meta", "other dtype", "odd width", "vector"],
 )
 def test_what_it_is_not_for_is_left_to_torch(x, weight, all_are_large):
-    assert thinned.thinned((x, weight), {}) is None
+    assert trace.thinned((x, weight), {}) is None
 
 
 def test_small_products_are_computed():
-    assert thinned.thinned((torch.ones(2, 64), torch.ones(64, 64)), {}) is None
+    assert trace.thinned((torch.ones(2, 64), torch.ones(64, 64)), {}) is None

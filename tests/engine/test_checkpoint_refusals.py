@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_pet.errors import BaseMismatchError, DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.operations.delta import read
-from lightning_pet.store.tensors import digest as tensor_digest
+from lightning_pet.store.fingerprint import digest as tensor_digest
 
 
 @pytest.fixture(scope="module")

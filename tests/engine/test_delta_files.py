@@ -22,8 +22,7 @@ from lightning_pet.operations.apply import apply
 from lightning_pet.operations.delta import inspect_delta, load_delta, load_from_checkpoint, read, save_delta
 from lightning_pet.report.summary import print_summary, summarize
 from lightning_pet.store.delta_file import read_delta, write_delta
-from lightning_pet.store.extraction import extract_delta
-from lightning_pet.store.last_good import last_good
+from lightning_pet.store.reader import extract_delta, last_good
 
 ROOT = Path(__file__).parents[2]
 HEAD = {"head.weight", "head.bias"}

@@ -10,7 +10,7 @@ from models import Module, Net, ckpt, every_step, fit, lora
 from lightning_pet.callbacks.bitfit import BitFitCallback
 from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.operations.delta import inspect_delta, load_delta
-from lightning_pet.store.tensors import digest
+from lightning_pet.store.fingerprint import digest
 from lightning_pet.training.durable_io import DurableCheckpointIO
 
 

@@ -13,8 +13,8 @@ import torch
 from method_runs import METHODS
 
 import lightning_pet as pet
+from lightning_pet.layers.delta import without_memory
 from lightning_pet.layers.prefix import Prefix
-from lightning_pet.model.unbuilt import without_memory
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.loading import insert
 from lightning_pet.store.reader import read

@@ -9,7 +9,7 @@ from models import Module, Net, ckpt, cosine, digest, every_step, fit, full_run,
 
 from lightning_pet import BitFitCallback, last_good
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.store import last_good as last_good_module
+from lightning_pet.store import reader as last_good_module
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
-from lightning_pet.model.delta_names import delta_of
+from lightning_pet.model.naming import delta_of
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_pet import ArgumentError, last_good, load_delta, load_from_checkpoint, save_delta
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.entry import KEY
-from lightning_pet.strategies.hyper_parameters import NotPlainError, plain
+from lightning_pet.strategies.plain import NotPlainError, plain
 
 
 class Kind(enum.Enum):

@@ -23,8 +23,8 @@ from lightning_pet import BitFitCallback, PETError, TargetError, UnsupportedStra
 from lightning_pet.model.layer_kinds import base_class
 from lightning_pet.model.quantised import dense_values, format_of, is_quantised
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.layer_formats import replaces_layers
 from lightning_pet.store.entry import MARK
+from lightning_pet.training.step import replaces_layers
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 DOCS = Path(__file__).parents[2] / "docs" / "quantisation.md"

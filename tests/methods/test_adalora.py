@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_pet import AdaLoRACallback, ArgumentError, PETError, TargetError, apply, load_delta, save_delta
-from lightning_pet.layers.rank_allocation import Importance, allocate, rank_budget, triplet_scores
-from lightning_pet.layers.svd_low_rank import SvdLowRank, orthogonality, orthogonality_gradient
+from lightning_pet.layers.svd_low_rank import (
+    Importance,
+    SvdLowRank,
+    allocate,
+    orthogonality,
+    orthogonality_gradient,
+    rank_budget,
+    triplet_scores,
+)
 
 from . import zoo
 from .battery import Battery, Case, perturb

@@ -22,7 +22,7 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
-from lightning_pet.layers.trigger import TriggerRows, best_tokens, first_order_scores
+from lightning_pet.layers.prompt import TriggerRows, best_tokens, first_order_scores
 
 from . import zoo
 from .battery import Battery, Case, frozen_output, perturb

@@ -21,7 +21,7 @@ from lightning_pet import (
     load_delta,
     save_delta,
 )
-from lightning_pet.layers.magnitude import largest
+from lightning_pet.callbacks.diff_pruning.cut import largest
 from lightning_pet.model.call import Selection
 from lightning_pet.store.delta_file import read_delta
 

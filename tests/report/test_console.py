@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_pet import LoRACallback
+from lightning_pet.operations.plan import show_table
 from lightning_pet.report.console import Progress, quiet, with_defaults
 from lightning_pet.report.memory.view import short, sized
-from lightning_pet.training.table import show_table
 
 
 def test_lines_that_say_nothing_are_dropped_and_no_others(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.report.dimension.search import Dimension, Runs, search
-from lightning_pet.report.dimension.view import plot_dimension, sentence, show_dimension
+from lightning_pet.report.dimension import Dimension, Runs, plot_dimension, search, sentence, show_dimension
 
 
 class Task:

@@ -25,9 +25,8 @@ from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.lora import LoRACallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.operations.apply import apply
-from lightning_pet.report.memory.activations import activations_of_decoder
 from lightning_pet.report.memory.engines import ENGINES, Engine, Inventory, Part, bytes_under
-from lightning_pet.report.memory.planner import plan_memory
+from lightning_pet.report.memory.planner import activations_of_decoder, plan_memory
 from lightning_pet.report.memory.rehearsal import Step
 from lightning_pet.report.memory.setup import bytes_of, engine_of, precision_of, resized, without_weights
 

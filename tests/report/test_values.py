@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.report.values import verified_norms
+from lightning_pet.report.delta_summary import verified_norms
 from lightning_pet.store.delta_file import read_delta, write_delta
+from lightning_pet.store.fingerprint import DTYPES
 from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.tensors import DTYPES
 
 
 @pytest.fixture

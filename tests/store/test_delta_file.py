@@ -15,10 +15,9 @@ from store_samples import base_of, generation_in, join, manifest_of, resign, sam
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.model.structure import Target
 from lightning_pet.store.container import Limits
-from lightning_pet.store.delta_file import read_delta, read_manifest, write_delta
-from lightning_pet.store.fingerprint import fingerprint
-from lightning_pet.store.manifest import Manifest, MethodRecord
-from lightning_pet.store.tensors import DTYPES, describe
+from lightning_pet.store.delta_file import read_delta, write_delta
+from lightning_pet.store.fingerprint import DTYPES, describe, fingerprint
+from lightning_pet.store.manifest import Manifest, MethodRecord, read_manifest
 
 
 @pytest.fixture
@@ -59,7 +58,8 @@ def test_the_manifest_returns_whole(path):
     expected = replace(manifest_of(7), tensors=describe(tensors_of(7)))
     assert read_manifest(path) == expected
     assert read_delta(path).manifest == expected
-    assert read_delta(path).specs["encoder.layer.0.index"] == (torch.int64, (5,))
+    index = read_delta(path).tensors["encoder.layer.0.index"]
+    assert (index.dtype, index.shape) == (torch.int64, (5,))
 
 
 def test_the_same_content_is_the_same_file(path, tmp_path):

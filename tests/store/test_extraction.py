@@ -11,9 +11,9 @@ from models import Module, Net, ckpt, every_step, fit, lora
 
 import lightning_pet as pet
 from lightning_pet.errors import ArgumentError, DeltaFileError
-from lightning_pet.operations.base_check import base_fingerprint
-from lightning_pet.store.delta_file import read_manifest
+from lightning_pet.operations.saved import base_fingerprint
 from lightning_pet.store.entry import KEY, make_entry
+from lightning_pet.store.manifest import read_manifest
 from tests.methods import zoo
 
 

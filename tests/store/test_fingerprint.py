@@ -10,7 +10,7 @@ from store_samples import base_of
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.fingerprint import Verdict, compare, fingerprint
-from lightning_pet.store.remembered import from_plain, to_plain
+from lightning_pet.store.manifest import from_plain, to_plain
 from lightning_pet.store.strict_json import canonical, pack, parse_packed
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -14,8 +14,8 @@ from store_samples import join, manifest_of, resign, same, save, split, tensors_
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store.delta_file import read_delta, write_delta
+from lightning_pet.store.fingerprint import describe
 from lightning_pet.store.manifest import encode_manifest
-from lightning_pet.store.tensors import describe
 
 WORDS = [None, True, False, 0, 1, -1, 2**63, 10**400, 1.5, -0.0, "", "x", "F32", "../x", "os.system", "\ud800", [], {}]
 WORDS += [[[]], {"a": {}}, float("nan"), float("inf"), "A" * 300, [0, 4], "__metadata__", "encoder.layer.0.index"]

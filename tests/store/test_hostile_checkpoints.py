@@ -16,10 +16,10 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
 import lightning_pet as pet
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.operations.base_check import base_fingerprint
+from lightning_pet.operations.saved import base_fingerprint
 from lightning_pet.store.entry import KEY, make_entry
+from lightning_pet.store.fingerprint import digest
 from lightning_pet.store.reader import read
-from lightning_pet.store.tensors import digest
 
 SECONDS, MEGABYTES = 2.0, 256
 

@@ -16,7 +16,8 @@ from store_samples import join, manifest_of, resign, save, split, tensors_of
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.store import delta_file
-from lightning_pet.store.delta_file import read_delta, read_manifest
+from lightning_pet.store.delta_file import read_delta
+from lightning_pet.store.manifest import read_manifest
 from lightning_pet.store.strict_json import encode64, pack
 
 SECONDS, MEGABYTES = 2.0, 256

@@ -10,9 +10,9 @@ from store_samples import manifest_of, tensors_of
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.model.structure import Target
+from lightning_pet.store.fingerprint import describe
 from lightning_pet.store.manifest import Manifest, MethodRecord, decode_manifest, encode_manifest
 from lightning_pet.store.strict_json import canonical, pack, parse
-from lightning_pet.store.tensors import describe
 
 
 def plain() -> dict:

@@ -23,13 +23,12 @@ from lightning_pet.layers.hard_concrete import HardConcrete, mixed
 from lightning_pet.layers.sparse_difference import Kind, SparseDifference
 from lightning_pet.model.naming import named_modules, named_parameters
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.strategies.choice import adapter_for
 from lightning_pet.strategies.parameter_groups import Exchange, set_option
-from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.strategies.strategy import StrategyAdapter, adapter_for
 from lightning_pet.targets.parameters import chosen_parameters, suffix_of, tied
 from lightning_pet.targets.patterns import listed_if_given
-from lightning_pet.training.averaging import refuse_averages
 from lightning_pet.training.controller import Controller
+from lightning_pet.training.frozen import refuse_averages
 
 GatesOf = Literal["weight", "group"]
 StateType = Literal["fp32", "bf16"]

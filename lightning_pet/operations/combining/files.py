@@ -22,18 +22,21 @@ from lightning_pet.model.naming import by_delta
 from lightning_pet.operations.combining.rules import (
     DENSITIES,
     ELECTING,
+    ENTRYWISE,
     HOWS,
     OF_A_RANK,
     RULES,
     Combination,
     How,
     Options,
+    Originals,
     Result,
+    combined_change,
 )
 from lightning_pet.store.delta_file import write_delta
 from lightning_pet.store.entry import written_by
+from lightning_pet.store.files import expanded
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.paths import expanded
 from lightning_pet.store.reader import PathLike, Stored, read
 
 
@@ -82,27 +85,73 @@ def combine_deltas(
     """
     if isinstance(sources, str | os.PathLike):
         raise ArgumentError(f"sources={os.fspath(sources)!r}: expected a list of paths of delta files.")
-    _check_kinds(weights, density, seed)
-    options = _checked(len(sources), weights, how, rank, density, seed)
+    options = checked_options(len(sources), weights, how, rank, density, seed)
     if any(_same_file(source, path) for source in sources):
         raise ArgumentError(f"{path} is one of the files that are combined; give the result another name.")
     files = [read(source) for source in sources]
     _check_methods(files)
     _check_trained(files)
     _check_bases(files)
-    made = Combination(path=os.fspath(path))
+    stored, made = by_rules(files, options)
+    noted = {**(notes or {}), "combined": provenance(files, options)}
+    manifest = Manifest(stored.methods, base=stored.base, root=stored.root, notes=noted, written_by=written_by())
+    size = write_delta(path, {name: tensor.contiguous() for name, tensor in stored.tensors.items()}, manifest)
+    return replace(made, path=os.fspath(path), size=size)
+
+
+def by_rules(
+    files: Sequence[Stored], options: Options, originals: Originals | None = None
+) -> tuple[Stored, Combination]:
+    """Combine deltas of the same methods by what they hold.
+
+    Args:
+        files: the deltas.
+        options: what to do.
+        originals: the base's own values, where it is at hand.
+
+    Raises:
+        ArgumentError: if that means nothing for one of the methods.
+        DeltaFileError: if they hold what cannot be combined so.
+    """
+    made = Combination()
     result = Result(files, options, made)
     records = tuple(result.add(index) for index in range(len(files[0].methods)))
-    tensors = result.tensors | _values(files, options, result.values)
-    noted = {**(notes or {}), "combined": _provenance(files, options)[:2048]}
-    first = files[0]
-    manifest = Manifest(records, base=first.base, root=first.root, notes=noted, written_by=written_by())
-    size = write_delta(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, manifest)
-    error = math.sqrt(result.lost / result.whole) if result.whole > 0 else 0.0
-    return replace(made, size=size, error=error)
+    if originals is None:
+        values = _values(files, options, result.values)
+    else:
+        values = values_over(originals, [by_delta(file.tensors).get("", {}) for file in files], options)
+    stored = replace(files[0], methods=records, tensors=result.tensors | values, notes={})
+    return stored, replace(made, error=result.error)
 
 
 # --- what is refused -----------------------------------------------------------------------------
+
+
+def checked_options(
+    count: int,
+    weights: Sequence[float] | None,
+    how: How,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    word: str = "how",
+) -> Options:
+    """Refuse what is out of range.
+
+    Args:
+        count: how many deltas there are.
+        weights: a number for each.
+        how: what to do.
+        rank: of the result.
+        density: share of entries that is kept.
+        seed: of DARE.
+        word: what the caller calls ``how``.
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    _check_kinds(weights, density, seed)
+    return replace(_checked(count, weights, how, rank, density, seed, word), word=word)
 
 
 def _check_kinds(weights: Any, density: Any, seed: Any) -> None:
@@ -119,12 +168,12 @@ def _check_kinds(weights: Any, density: Any, seed: Any) -> None:
 
 
 def _checked(
-    count: int, weights: Sequence[float] | None, how: How, rank: int | None, density: float | None, seed: int
+    count: int, weights: Sequence[float] | None, how: How, rank: int | None, density: float | None, seed: int, word: str
 ) -> Options:
     if how not in HOWS:
-        raise ArgumentError(f"how={how!r}: use one of {', '.join(HOWS)}.")
+        raise ArgumentError(f"{word}={how!r}: use one of {', '.join(HOWS)}.")
     if count < 1:
-        raise ArgumentError("there is nothing to combine: give the paths of one or more delta files.")
+        raise ArgumentError("there is nothing to combine: give one or more delta files, or names of deltas.")
     if weights is not None and len(weights) != count:
         raise ArgumentError(f"{len(weights)} weights for {count} files: give one for each.")
     own = tuple(float(weight) for weight in weights) if weights is not None else (1 / count,) * count
@@ -133,12 +182,14 @@ def _checked(
     if how in ELECTING and how != "peft_ties" and (min(own) < 0 or not any(own)):
         raise ArgumentError(
             f"weights={list(own)}: {how} takes the mean of the entries that agree, for which weights have to be at "
-            "least zero and not all zero. Use how='linear' to subtract."
+            f"least zero and not all zero. Use {word}='linear' to subtract."
         )
     if rank is not None and (how not in OF_A_RANK or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ArgumentError(f"rank={rank!r} with how={how!r}: a positive integer, with one of {', '.join(OF_A_RANK)}.")
+        raise ArgumentError(
+            f"rank={rank!r} with {word}={how!r}: a positive integer, with one of {', '.join(OF_A_RANK)}."
+        )
     if density is not None and (how not in DENSITIES or not 0 < density <= 1):
-        raise ArgumentError(f"density={density!r} with how={how!r}: in (0, 1], with one of {', '.join(DENSITIES)}.")
+        raise ArgumentError(f"density={density!r} with {word}={how!r}: in (0, 1], with one of {', '.join(DENSITIES)}.")
     return Options(how, own, weights is not None, rank, density or DENSITIES.get(how, 1.0), seed)
 
 
@@ -195,18 +246,22 @@ def _check_trained(files: Sequence[Stored]) -> None:
             )
 
 
-def _provenance(files: Sequence[Stored], options: Options) -> str:
+def provenance(files: Sequence[Stored], options: Options) -> str:
+    """What a delta was made of, for people: how, and weight, name and digest of each part."""
+
     def digest(file: Stored) -> str:
         text = "".join(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(file.tensors.items()))
         found = hashlib.sha256(text.encode())
         for _, tensor in sorted(file.tensors.items()):
-            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            found.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            )
         return found.hexdigest()[:12]
 
     parts = [f"{w:g} x {f.path.name} ({digest(f)})" for w, f in zip(options.weights, files, strict=True)]
     extra = f", density {options.density:g}" if options.how in DENSITIES else ""
     extra += f", seed {options.seed}" if options.how.startswith("dare") else ""
-    return f"{options.how}{extra}: {' + '.join(parts)}"
+    return f"{options.how}{extra}: {' + '.join(parts)}"[:2048]
 
 
 def _values(files: Sequence[Stored], options: Options, names: set[str]) -> dict[str, Tensor]:
@@ -224,4 +279,53 @@ def _values(files: Sequence[Stored], options: Options, names: set[str]) -> dict[
         else:
             mean = arithmetic.weighted_sum([tensor.double() for tensor in tensors], options.weights)
             found[name] = mean.to(tensors[0].dtype)
+    return found
+
+
+def values_over(originals: Originals, values: Sequence[Mapping[str, Tensor]], options: Options) -> dict[str, Tensor]:
+    """Trained parts of the base, where the base's own values are known: what is combined is the change of each.
+
+    Args:
+        originals: the base's own values.
+        values: of each delta; a part that one of them does not train is the base's there.
+        options: what to do.
+
+    Raises:
+        ArgumentError: for buffers, whose values have no change that could be added.
+        DeltaFileError: for heads of different sizes.
+    """
+    found: dict[str, Tensor] = {}
+    for name in sorted({name for own in values for name in own}):
+        present = [own[name] for own in values if name in own]
+        original = originals.values.get(name)
+        tensors = [own.get(name, original) for own in values]
+        whole = [tensor for tensor in tensors if tensor is not None]
+        if len({tensor.shape for tensor in whole}) > 1 or len(whole) < len(tensors):
+            raise DeltaFileError(
+                f"{name} is trained in some of the deltas only, and has another shape than in the base, or in another "
+                "of them: heads of different tasks are no sum. Combine deltas with heads of one size, or load them "
+                "with heads=False.",
+                "mismatch",
+            )
+        whole = [tensor.to(present[0].device) for tensor in whole]
+        if len(present) == len(values) > 1 and all(torch.equal(tensor, whole[0]) for tensor in whole[1:]):
+            found[name] = whole[0]
+            continue
+        average = math.isclose(sum(options.weights), 1, rel_tol=1e-6) and options.how not in ENTRYWISE
+        if name in originals.buffers and not (average and min(options.weights) >= 0 and whole[0].is_floating_point()):
+            raise ArgumentError(
+                f"weights={list(options.weights)}: the buffer {name} is not the same in these deltas, and has no "
+                "change that could be added. Give weights that are not negative and sum to one, and no entries to cut."
+            )
+        if average or original is None or original.shape != whole[0].shape:
+            if not average:
+                raise ArgumentError(
+                    f"weights={list(options.weights)}: {name} is not in the base in this shape, so that its change is "
+                    "not known. Give weights that sum to one, for the average of the values."
+                )
+            mean = arithmetic.weighted_sum([tensor.double() for tensor in whole], options.weights)
+        else:
+            start = original.to(whole[0].device).double()
+            mean = start + combined_change(options, name, [tensor.double() - start for tensor in whole])
+        found[name] = mean.to(present[0].dtype)
     return found

@@ -1,4 +1,7 @@
-"""What each method permits where delta files are combined; see :mod:`lightning_pet.operations.combining.files`."""
+"""What each method permits where deltas are combined by what they hold.
+
+See :mod:`lightning_pet.operations.combining.files`.
+"""
 
 import hashlib
 import math
@@ -24,6 +27,7 @@ from lightning_pet.targets.patterns import exactly, value_at
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "peft_linear", "peft_ties"]
 HOWS: Final = get_args(How)
 OF_A_RANK: Final = ("svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+ENTRYWISE: Final = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 ELECTING: Final = ("ties", "dare_ties", "peft_ties")
 DENSITIES: Final = {
     "ties": 0.2,
@@ -61,6 +65,26 @@ class Options:
     rank: int | None
     density: float
     seed: int
+    word: str = "how"
+    """What the caller calls the argument ``how``."""
+
+    @property
+    def asked(self) -> str:
+        """As the caller wrote it."""
+        return f"{self.word}={self.how!r}"
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The base's own values of what trains in place, where the base is at hand.
+
+    Attributes:
+        values: by name from the root.
+        buffers: those of them that no optimizer trains.
+    """
+
+    values: Mapping[str, Tensor]
+    buffers: frozenset[str] = frozenset()
 
 
 class Result:
@@ -87,11 +111,16 @@ class Result:
         records = [file.methods[index] for file in self.files]
         return RULES[records[0].method](self, records)
 
+    @property
+    def error(self) -> float:
+        """Of the approximation, relative."""
+        return math.sqrt(self.lost / self.whole) if self.whole > 0 else 0.0
+
     def refuse_unless(self, record: MethodRecord, *hows: How) -> None:
         """Refuse what means nothing for a method."""
         if self.options.how not in hows:
             raise ArgumentError(
-                f"how={self.options.how!r} means nothing for {record.method}:{record.name}; use {' or '.join(hows)}."
+                f"{self.options.asked} means nothing for {record.method}:{record.name}; use {' or '.join(hows)}."
             )
 
     def groups(self, record: MethodRecord) -> list[dict[str, dict[str, Tensor]]]:
@@ -240,7 +269,8 @@ def _triplets(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
         if rank > min(a.shape[-1], b.shape[0]):
             raise ArgumentError(
                 f"the result has a rank of {rank} somewhere, and {path} can have {min(a.shape[-1], b.shape[0])} at "
-                f"most, but all places of an AdaLoRA start with one init_r. Use how='svd' with a smaller rank."
+                f"most, but all places of an AdaLoRA start with one init_r. "
+                f"Use {result.options.word}='svd' with a smaller rank."
             )
         kept = (torch.arange(rank) < b.shape[-1]).to(torch.int32)
         whole = b.shape[-1] == rank  # a file holds the triplets that are left, triplets first
@@ -266,8 +296,8 @@ def _as_peft(
 ) -> Factors:
     if len({a.shape for a, _ in pairs}) > 1 or any("a0" in group for group in found):
         raise DeltaFileError(
-            f"{place}: how={result.options.how!r} adds A and B apart, for which all ranks have to be equal and A and B "
-            "the change itself (no PiSSA, no OLoRA). Use how='linear'.",
+            f"{place}: {result.options.asked} adds A and B apart, for which all ranks have to be equal and A and B "
+            f"the change itself (no PiSSA, no OLoRA). Use {result.options.word}='linear'.",
             "mismatch",
         )
     own = [(a, b / scale) for (a, b), scale in zip(pairs, scales, strict=True)]
@@ -280,7 +310,7 @@ def _as_peft(
 def _approximated(
     result: Result, place: str, pairs: Sequence[Factors], weights: Sequence[float] | None = None
 ) -> Factors:
-    how, density = result.options.how, result.options.density
+    how = result.options.how
     weights = result.options.weights if weights is None else weights
     a, b = arithmetic.concatenated(pairs, weights)
     largest = min(a.shape[-1], b.shape[-2])
@@ -292,16 +322,28 @@ def _approximated(
         factors, lost = arithmetic.truncated(a, b, rank)
         result.whole += float(torch.linalg.matrix_norm(b @ a).square().sum())
     else:
-        change = _change(result.options, place, [b @ a for a, b in pairs], weights, density)
+        change = combined_change(result.options, place, [b @ a for a, b in pairs], weights)
         factors, lost = arithmetic.factored(change, min(result.options.rank or a.shape[-2], largest))
         result.whole += float(torch.linalg.matrix_norm(change).square().sum())
     result.lost += float(lost)
     return factors
 
 
-def _change(
-    options: Options, place: str, changes: Sequence[Tensor], weights: Sequence[float], density: float
+def combined_change(
+    options: Options, place: str, changes: Sequence[Tensor], weights: Sequence[float] | None = None
 ) -> Tensor:
+    """What is asked for, of changes of one tensor.
+
+    Args:
+        options: what is asked for.
+        place: the tensor; DARE draws for it alone.
+        changes: of each delta.
+        weights: theirs, where there are others than in the options.
+    """
+    density = options.density
+    weights = options.weights if weights is None else weights
+    if options.how not in ENTRYWISE:
+        return arithmetic.weighted_sum(changes, weights)
     if options.how == "ties":
         return arithmetic.ties(changes, weights, density)
     if options.how == "magnitude_prune":

@@ -24,11 +24,77 @@ from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.naming import CHILD, canonical, named_parameters
 from lightning_pet.operations.apply import apply
 from lightning_pet.operations.roots import root_of, silenced
-from lightning_pet.report.memory.activations import estimate
 from lightning_pet.report.memory.engines import Bytes, Engine, EngineName, Inventory, Part, bytes_under
 from lightning_pet.report.memory.rehearsal import Stage, Step, is_packed, rehearse, rehearse_optimizer
 from lightning_pet.strategies import optimizers as optim
-from lightning_pet.training.reentrant import let_inputs_require_grad
+from lightning_pet.training.step import let_inputs_require_grad
+
+# --- activations of a decoder by a formula: for a quick estimate, and where a step cannot be rehearsed ---
+
+
+_LOGIT = 12  # bytes: float32 logits, their log-softmax and their gradient
+
+
+def activations_of_decoder(
+    tokens: int,
+    layers: int,
+    width: int,
+    inner: int,
+    vocabulary: int = 0,
+    *,
+    itemsize: int = 2,
+    checkpointing: bool = False,
+) -> int:
+    """Bytes that forward and backward of a decoder keep at the worst moment, with fused attention.
+
+    A layer keeps for each token about eight numbers per unit of width (inputs and outputs of its norms, queries,
+    attention's output) and three per unit of the feed-forward's inner width; with checkpointing only its input. The
+    loss takes 12 bytes per logit.
+
+    Args:
+        tokens: of all sequences of a process's batch.
+        layers: number of layers.
+        width: hidden size.
+        inner: width of the feed-forward block.
+        vocabulary: number of classes of the output; 0 without one.
+        itemsize: bytes of a number: 2 in 16 bits, 4 in float32.
+        checkpointing: whether layers are computed again in the backward.
+
+    >>> activations_of_decoder(4096, 32, 4096, 14336, 128256, checkpointing=True) / 2**30  # Llama 8B
+    6.87109375
+    """
+    layer = itemsize * tokens * (8 * width + 3 * inner)
+    logits = _LOGIT * tokens * vocabulary
+    if checkpointing:
+        return itemsize * tokens * width * layers + max(layer, logits)
+    return layer * layers + logits
+
+
+def _estimate(root: nn.Module, tokens: int) -> int | None:
+    """The formula for a transformers model, by its configuration; ``None`` if that does not tell what is needed."""
+    config: Any = getattr(root, "config", None)
+    config = getattr(config, "text_config", None) or config
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    layers, width, inner, vocabulary = (getattr(config, name, None) for name in names)
+    if not (isinstance(layers, int) and isinstance(width, int) and isinstance(inner, int)):
+        return None
+    getter = getattr(root, "get_output_embeddings", None)
+    predicts = getter is not None and getter() is not None
+    itemsize = next((p.itemsize for p in root.parameters() if p.is_floating_point()), 4)
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in root.modules())
+    return activations_of_decoder(
+        tokens,
+        layers,
+        width,
+        inner,
+        vocabulary if predicts and isinstance(vocabulary, int) else 0,
+        itemsize=itemsize,
+        checkpointing=checkpointing,
+    )
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
@@ -146,7 +212,7 @@ def plan_memory(
     record = record_of(root_of(twin)[1])
     originals = sum(_plain(tensor) for tensor in record.originals.values()) if record else 0
     inventory = Inventory(
-        parts=_parts(twin, {n: stored_bytes(p) for n, p in named_parameters(model) if is_packed(p)}, states),
+        parts=_parts(twin, {n: _stored_bytes(p) for n, p in named_parameters(model) if is_packed(p)}, states),
         buffers=sum(_plain(buffer) for buffer in twin.buffers()),
         step=step,
         optimizer_step=momentary,
@@ -174,7 +240,7 @@ def _true_dtype(precision: str) -> torch.dtype | None:
 
 
 def _parts(twin: nn.Module, packed: Mapping[str, int], states: Mapping[int, int]) -> tuple[Part, ...]:
-    units = layers_of(twin)
+    units = _layers_of(twin)
     return tuple(
         Part(
             tuple(parameter.shape),
@@ -188,7 +254,7 @@ def _parts(twin: nn.Module, packed: Mapping[str, int], states: Mapping[int, int]
     )
 
 
-def layers_of(model: nn.Module) -> dict[int, int]:
+def _layers_of(model: nn.Module) -> dict[int, int]:
     """Number of the layer, from 1, of every parameter that is in one, by ``id``.
 
     Layers are what is numbered and not within anything numbered, as wrap policies and ``fully_shard`` take them.
@@ -219,12 +285,12 @@ def _step(stage: Stage, twin: nn.Module, batch: Any, precision: str, notes: list
         notes.append("nothing trains by a gradient: activations are not counted.")
         return None
     try:
-        return rehearse(stage, twin, loss, layers_of(twin))
+        return rehearse(stage, twin, loss, _layers_of(twin))
     except Exception as error:  # user code, of any kind
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
     root = root_of(twin)[1]
     tokens = _tokens(batch)
-    estimated = None if tokens is None else estimate(root, tokens)
+    estimated = None if tokens is None else _estimate(root, tokens)
     known = "not counted" if estimated is None else "estimated by a formula"
     notes.append(f"activations are {known}: the training step does not run without values ({reason}).")
     return None if estimated is None else Step(estimated, estimated, estimated)
@@ -245,10 +311,10 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
         return loss
     out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     found = getattr(out, "loss", None)
-    return found if found is not None else first_tensor(out).float().sum()
+    return found if found is not None else _first_tensor(out).float().sum()
 
 
-def first_tensor(out: Any) -> Tensor:
+def _first_tensor(out: Any) -> Tensor:
     """The first tensor of an output that has a gradient."""
     return next(tensor for tensor in tree_iter(out) if isinstance(tensor, Tensor) and tensor.requires_grad)
 
@@ -311,11 +377,11 @@ def _plain(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def _stored_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor with all that it consists of: scales, zero points and codes of a quantised one."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+        return sum(_stored_bytes(getattr(tensor, name)) for name in names)
     return _plain(tensor) + sum(_plain(part) for part in _quantisation(getattr(tensor, "quant_state", None)))
 
 

@@ -1,1 +1,0 @@
-"""The search for an intrinsic dimension."""
