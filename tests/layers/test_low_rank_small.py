@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.errors import PETError
-from lightning_pet.layers import low_rank_product
+from lightning_pet.layers import low_rank_product, svd_low_rank
 from lightning_pet.layers.low_rank import LowRankLinear
-from lightning_pet.layers.svd_low_rank import SvdLowRankLinear, orthogonality, orthogonality_gradients
+from lightning_pet.layers.svd_low_rank import SvdLowRankLinear, orthogonality
 
 D = torch.float64
 IN, OUT, R = 6, 8, 2
@@ -139,8 +139,8 @@ def test_gradients_of_many_penalties_are_those_of_each() -> None:
     pairs = [(torch.randn(r, i, dtype=D), torch.randn(o, r, dtype=D)) for r, i, o in sizes]
     square = torch.linalg.qr(torch.randn(3, 3, dtype=D))[0]
     pairs.append((square, torch.eye(3, dtype=D)))  # orthonormal: no gradient
-    for (a, b), found in zip(pairs[:-1], orthogonality_gradients(pairs, 0.3)[:-1], strict=True):
+    for (a, b), found in zip(pairs[:-1], svd_low_rank._orthogonality_gradients(pairs, 0.3)[:-1], strict=True):
         expected = torch.func.grad(lambda a, b: 0.3 * orthogonality(a, b), argnums=(0, 1))(a, b)
         assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found, expected, strict=True))
-    of_eye = orthogonality_gradients([(torch.eye(3), nn.Parameter(torch.eye(3)).detach())], 0.3)[0]
+    of_eye = svd_low_rank._orthogonality_gradients([(torch.eye(3), nn.Parameter(torch.eye(3)).detach())], 0.3)[0]
     assert not any(gradient.any() for gradient in of_eye)
