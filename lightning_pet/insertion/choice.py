@@ -54,6 +54,7 @@ def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
         TargetError: if two cannot act on one layer.
     """
     record = record_at(root)
+    check_known(deltas, record.names)
     coming = {name for name in deltas if name not in record.active}
     for _ in record.of(*coming).deltas(root) if coming else ():
         pass  # raises before anything is changed
@@ -125,7 +126,8 @@ def remove_all(root: nn.Module) -> None:
     own = tensors_at(root, record.originals)
     if len(record.names) > 1 or any(whole_shape(t) != record.originals[name].shape for name, t in own.items()):
         place(root, ())
-    undo(root)
+    with between_forwards(root):
+        undo(root)
 
 
 def refuse_in_use(record: Adaptation, delta: str, what: str) -> None:

@@ -286,9 +286,7 @@ def merge_into_folder(
     """
     if output.exists():
         raise ArgumentError(f"{output} exists already; give a new folder.")
-    if not (base / "config.json").is_file():
-        raise ArgumentError(f"{base} is not a folder of a transformers model: it has no config.json.")
-    model = _model_class(base, model_class).from_pretrained(base, local_files_only=True)
+    model = load_transformers(base, model_class)
     load_delta(model, path, base_check=base_check).merge_()
     reap_once(output.parent)
     atomic_folder(output, lambda folder: _fill(Path(folder), model, base))
@@ -316,6 +314,21 @@ def _system_errors() -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def load_transformers(base: Path, model_class: str = "auto") -> Any:
+    """A model of a local folder.
+
+    Args:
+        base: the folder.
+        model_class: class of transformers; ``"auto"``: the first architecture in ``config.json``.
+
+    Raises:
+        ArgumentError: if this is no such folder, or the class is unknown.
+    """
+    if not (base / "config.json").is_file():
+        raise ArgumentError(f"{base} is not a folder of a transformers model: it has no config.json.")
+    return _model_class(base, model_class).from_pretrained(base, local_files_only=True)
 
 
 def _model_class(base: Path, name: str) -> Any:
