@@ -9,7 +9,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.combining.in_model import combine
 from lightning_pet.operations.combining.rules import Combination, How
-from lightning_pet.operations.delta import load_delta, load_transformers
+from lightning_pet.operations.delta import load_delta, load_model
 from lightning_pet.store.reader import PathLike
 
 
@@ -45,7 +45,7 @@ def combine_on_base(
     """
     if weights is not None and len(weights) != len(sources):
         raise ArgumentError(f"{len(weights)} weights for {len(sources)} files: give one for each.")
-    model = load_transformers(base, model_class)
+    model = load_model(base, model_class)
     names = [f"{index + 1}-{_plain(source)}"[:64] for index, source in enumerate(sources)]
     for name, source in zip(names, sources, strict=True):
         load_delta(model, source, name=name)
