@@ -178,11 +178,13 @@ def test_what_is_known_of_the_base_is_used(files: Any) -> None:
 
 
 def test_what_is_named_after_peft_takes_the_factors(files: Any) -> None:
-    _, adapted = model_with(files, "lora", "dora", "head")
+    _, adapted = model_with(files, "lora", "dora", "head", "ia3")
     made = adapted.combine("theirs", {"lora": 0.5, "head": 0.5}, method="peft_linear")
     assert made.error == 0
-    with pytest.raises(lp.ArgumentError, match="method='peft_ties' adds A and B apart"):
+    with pytest.raises(lp.DeltaFileError, match="use_dora"):
         adapted.combine("no", ["lora", "dora"], method="peft_ties")
+    with pytest.raises(lp.ArgumentError, match="method='peft_ties' adds A and B apart"):
+        adapted.combine("no", ["lora", "ia3"], method="peft_ties")
 
 
 def test_what_cannot_be_combined_is_refused_and_the_model_stays(files: Any, tmp_path: Path) -> None:
