@@ -441,13 +441,15 @@ def _one_by_one(
 ) -> Tensor:
     """What the delta of each group makes of its rows of the output."""
     divided, parts = division(rows, output.shape[0], output.device, host), []
+    number = cast(Any, host._modules[CHILD]).rows()[0]
     for group, delta in enumerate(column):
         part = output if len(column) == 1 else output.index_select(0, divided.index[group])
         if delta is not None:
             x = read[group]
             if isinstance(x, Tensor) and len(column) > 1:
                 x = x.index_select(0, division(rows, x.shape[0], x.device, host).index[group])
-            part = delta(x, part, *weight_and_bias()) if delta.reads_weight else delta(x, part)
+            with HERE.call.only(number, rows.parts[group]):  # whose rows these are: random numbers may be its own
+                part = delta(x, part, *weight_and_bias()) if delta.reads_weight else delta(x, part)
         parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, divided.inverse)
 
