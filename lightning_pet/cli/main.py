@@ -98,16 +98,17 @@ def inspect(path: str, json_output: bool = False) -> None:
         print_summary(summary)
 
 
-def extract(path: str, output: str) -> None:
+def extract(path: str, output: str, delta: str | None = None) -> None:
     """Write the delta of a training checkpoint into a delta file, without building the model.
 
     Args:
         path: training checkpoint (.ckpt).
         output: delta file to write, usually .pet.safetensors; replaced if it exists.
+        delta: name of the task, of a checkpoint in which several deltas have trained together.
     """
     from lightning_pet.store.reader import extract_delta
 
-    size = extract_delta(path, output)
+    size = extract_delta(path, output, delta=delta)
     print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
 
 

@@ -16,7 +16,11 @@ _NAME: Final = "base_model_name_or_path"
 
 
 def read_source(
-    source: PathLike, base: Base | None = None, base_check: str = "error", rename: Mapping[str, str] | None = None
+    source: PathLike,
+    base: Base | None = None,
+    base_check: str = "error",
+    rename: Mapping[str, str] | None = None,
+    delta: str | None = None,
 ) -> Stored:
     """Read a delta from wherever it comes.
 
@@ -26,6 +30,7 @@ def read_source(
         base_check: what to do about another base. A folder of another library has no fingerprint of it, so all that
             can be compared is its name, and then the shapes.
         rename: prefixes of paths in a folder of another library, and what they are in the base.
+        delta: which, of a checkpoint in which several have trained together.
 
     Raises:
         ArgumentError: if nothing in the folder has one of the prefixes.
@@ -33,7 +38,7 @@ def read_source(
         BaseMismatchError: if ``base_check`` is ``"exact"``, which nothing in such a folder can answer.
     """
     if not is_folder(source):
-        return read(source)
+        return read(source, delta)
     folder = renamed(read_folder(source), rename)
     if folder.kind != "peft":
         raise fault(str(folder.path), "found a folder of the adapters library, which is not read yet.", "version")
