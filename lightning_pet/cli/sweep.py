@@ -157,6 +157,8 @@ class _Sweep(PetCLI):
             raise ArgumentError("the configuration has a TasksCallback; a sweep makes its own. Take it out.")
         self.runs = product_of(self._swept, methods_among(given))
         self._choose_metric(given)
+        for method in methods_among(given):
+            method.verbose = False  # a table of all runs says as often what each trains
         size = self._options.at_once or len(self.runs)
         names = list(self.runs)[self._part * size : (self._part + 1) * size]
         self.tasks = TasksCallback(
@@ -309,17 +311,9 @@ def _save_configuration(one: _Sweep, folder: Path) -> None:
 
 
 def _found(one: _Sweep) -> list[SweptRun]:
-    """What a part of the runs has reached.
-
-    Raises:
-        ArgumentError: if the metric is not logged in validation.
-    """
-    logged = one.trainer.callback_metrics
-    if one.metric not in logged and not one.tasks.best:
-        names = ", ".join(sorted(name for name in logged if "/".join(name.split("/")[:-1]) not in logged)) or "none"
-        raise ArgumentError(f"the metric {one.metric!r} is not logged in validation. Logged are: {names}.")
+    """What a part of the runs has reached."""
     values = {name: one.tasks.best.get(name) for name in one.tasks.tasks}
-    files = {name: str(path) for name, path in one.tasks.files.items()}
+    files = {name: path.name for name, path in one.tasks.files.items()}
     return [
         SweptRun(name, one.runs[name], value if value is not None and math.isfinite(value) else None, files.get(name))
         for name, value in values.items()

@@ -27,7 +27,7 @@ class SweptRun:
         name: of its delta.
         options: what it has of its own.
         value: the best value of the metric; ``None`` if there is none, or it is no finite number.
-        file: its delta file; ``None`` if none was written.
+        file: name of its delta file in the folder of the sweep; ``None`` if none was written.
     """
 
     name: str
