@@ -185,7 +185,7 @@ def factor_of(reduce: Any) -> float:
     def loss(names: str) -> Tensor:
         return reduce(torch.cat([own[name] * x for name in names]))
 
-    return measured_factor(lambda: loss("abc"), loss, list("abc"), list(own.values()))
+    return measured_factor(lambda: loss("abc"), loss, {name: [parameter] for name, parameter in own.items()})
 
 
 def test_means_and_sums_are_told_apart() -> None:

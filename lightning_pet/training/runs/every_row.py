@@ -12,7 +12,7 @@ from lightning_pet.errors import ArgumentError, PETError, TargetError, Unsupport
 from lightning_pet.model.naming import delta_of
 from lightning_pet.strategies import private
 from lightning_pet.training.runs.clipping import clip_each
-from lightning_pet.training.runs.losses import loss_in, measured_factor, scaled, unnoticed
+from lightning_pet.training.runs.losses import check_apart, loss_in, measured_factor, scaled, unnoticed
 from lightning_pet.training.runs.repeat import repeated, rows_of
 from lightning_pet.training.runs.streams import Streams, state_of
 from lightning_pet.training.tasks.routing import size_of
@@ -68,14 +68,13 @@ class EveryRow:
         """
         self._streams.follow()
         try:
+            self._rows = 0 if self._split else rows_of(batch)
             if self._factor is None:
                 self._begin()
+                self._factor = self._measured(original, batch, rest, kwargs)
             if self._split:
                 return self._one_by_one(original, batch, rest, kwargs)
-            self._rows = rows_of(batch)
             several = repeated(batch, len(self._names))
-            if self._factor is None:
-                self._factor = self._measured(original, batch, several, rest, kwargs)
             return scaled(self._together(original, several, rest, kwargs), self._factor)
         finally:
             self._streams.look()
@@ -107,24 +106,27 @@ class EveryRow:
                 outputs.append(self._alone(name, original, batch, rest, kwargs))
         losses = [scaled(output, 1.0) for output in outputs]
         total = sum(loss["loss"] if isinstance(loss, dict) else loss for loss in losses)
-        self._factor = 1.0
         return {**outputs[0], "loss": total} if isinstance(outputs[0], dict) else total
 
-    def _measured(self, original: Callable[..., Any], batch: Any, several: Any, rest: Any, kwargs: Any) -> float:
+    def _measured(self, original: Callable[..., Any], batch: Any, rest: Any, kwargs: Any) -> float:
+        """What the loss is multiplied by; also a look whether the runs are apart."""
         streams, before, common = self._streams, self._streams.state(), torch.get_rng_state()
 
         def together() -> Tensor:
             streams.load_state(before)
-            return loss_in(self._together(original, several, rest, kwargs))
+            return loss_in(self._together(original, repeated(batch, len(self._names)), rest, kwargs))
 
         def alone(name: str) -> Tensor:
+            streams.load_state(before)
             return loss_in(self._alone(name, original, batch, rest, kwargs))
 
-        parameters = [parameter for own in self._parameters.values() for parameter in own]
-        streams.drew = False
+        streams.drew, factor = False, 1.0
         try:
             with unnoticed(self._run.module):
-                factor = measured_factor(together, alone, self._names, parameters)
+                if self._split:
+                    check_apart(alone, self._parameters)
+                else:
+                    factor = measured_factor(together, alone, self._parameters)
         finally:
             streams.load_state(before)
             torch.set_rng_state(common)
