@@ -25,6 +25,7 @@ LAYERS = (
     ("training",),
     ("operations",),
     ("strategies",),
+    ("exchange",),
     ("store",),
     ("insertion",),
     ("targets",),

@@ -40,6 +40,7 @@ NAMES = [
     "choose_weights",
     "combine_deltas",
     "extract_delta",
+    "import_delta",
     "inspect_delta",
     "last_good",
     "load_delta",

@@ -64,6 +64,15 @@ class TasksCallback(Callback):
         """Put one PET callback per task in the place of each."""
         self._tasks.spread(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the random numbers of runs stand (``every_row``)."""
+        return {} if self._tasks.streams is None else self._tasks.streams.saved()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        if self._tasks.streams is not None and state_dict:
+            self._tasks.streams.load_saved(state_dict)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the tasks that have had no row."""
         self._tasks.report_unseen(trainer, f"in epoch {trainer.current_epoch}")

@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         "inspect": inspect,
         "extract": extract,
         "merge": merge,
+        "import": import_folder,
         "list": list_configurations,
         "init": init,
     }
@@ -75,15 +76,15 @@ def inspect(path: str, json_output: bool = False) -> None:
     """Show what a delta file or checkpoint holds, without building the model.
 
     Args:
-        path: delta file (.safetensors) or training checkpoint (.ckpt).
+        path: delta file (.safetensors), training checkpoint (.ckpt), or folder of HF PEFT.
         json_output: print JSON instead of a table.
     """
     from lightning_pet.report.delta_summary import print_summary, summarize_delta
     from lightning_pet.store.files import is_delta_file
 
-    if is_delta_file(path):
+    if Path(path).is_file() and is_delta_file(path):
         summary = summarize_delta(path)
-    else:  # a checkpoint is a file of torch
+    else:  # a checkpoint is a file of torch, a folder may be
         from lightning_pet.report.summary import summarize
 
         summary = summarize(path)
@@ -103,6 +104,20 @@ def extract(path: str, output: str) -> None:
     from lightning_pet.store.reader import extract_delta
 
     size = extract_delta(path, output)
+    print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
+
+
+def import_folder(folder: str, output: str, base: str | None = None) -> None:
+    """Write what a folder of HF PEFT holds into a delta file.
+
+    Args:
+        folder: what save_pretrained of HF PEFT wrote.
+        output: delta file to write, usually .pet.safetensors; replaced if it exists.
+        base: local folder of the base model; some kinds of delta need it, and with it the file knows its base.
+    """
+    from lightning_pet.operations.exchanging import import_delta
+
+    size = import_delta(folder, output, base=base)
     print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
 
 

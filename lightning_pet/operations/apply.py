@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import check_fires, lack_of_gradient
 from lightning_pet.insertion.commit import commit, undo
 from lightning_pet.insertion.method import Method, key_of
@@ -18,10 +19,10 @@ from lightning_pet.insertion.widening import widen
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.delta import Fill, start_from
-from lightning_pet.operations.roots import example_forward, root_of, scope_in
+from lightning_pet.operations.roots import base_of, example_forward, root_of, scope_in
 from lightning_pet.operations.saved import Whole
 from lightning_pet.probe.probe import analyse
-from lightning_pet.store.reader import Stored, read
+from lightning_pet.store.reader import Stored
 from lightning_pet.strategies.strategy import accompany_runs
 
 _log = logging.getLogger(__name__)
@@ -152,7 +153,14 @@ def start(
     adapted = Adapted(root_of(model)[1])
     for method in methods:
         if (path := method.start_from) is not None:
-            start_from(adapted, method, files[path] if files else read(path), method.base_check, whole, fill)
+            start_from(
+                adapted,
+                method,
+                files[path] if files else read_source(path, base_of(model), method.base_check),
+                method.base_check,
+                whole,
+                fill,
+            )
 
 
 def is_applied(root: nn.Module, method: Method) -> bool:

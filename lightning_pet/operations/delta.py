@@ -21,7 +21,7 @@ from lightning_pet.model.adaptation import Adaptation, adapted_root
 from lightning_pet.model.naming import by_delta, join, named_tensors
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.file_terms import for_model
-from lightning_pet.operations.loading import deltas_of, insert
+from lightning_pet.operations.loading import deltas_of, insert, load
 from lightning_pet.operations.module_from_file import beside, build
 from lightning_pet.operations.saved import Named, Whole, check_base, save
 from lightning_pet.store.entry import load_checkpoint
@@ -93,14 +93,15 @@ def load_delta(
 
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
-        path: a file of :func:`save_delta`, or a training checkpoint.
+        path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT wrote.
         name: what the delta is called in this model. Default: the note ``"name"`` of the file, or ``"default"``;
             without a name, methods join the delta that is called so already. With a name its heads may have another
             number of outputs than the model's.
         heads: ``False`` leaves out the output layers that it has trained, and keeps those of the model.
         rename: prefixes of paths in the file, and what they are in this model: ``{"model.": "net.model."}``.
         base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
-            byte), ``"warn"`` or ``"off"``.
+            byte), ``"warn"`` or ``"off"``. A folder of HF PEFT knows no more of it than its name: it is compared,
+            and the shapes, which a warning says.
 
     Returns:
         The handle on the adapted model.
@@ -110,7 +111,7 @@ def load_delta(
         DeltaFileError: if the file is damaged or does not fit the model.
         BaseMismatchError: if the base is another one. In all cases the model is untouched.
     """
-    return Adapted(insert(model, read(path), base_check, name=name, heads=heads, rename=rename))
+    return Adapted(load(model, path, base_check, name=name, heads=heads, rename=rename))
 
 
 def load_from_checkpoint(
@@ -286,13 +287,22 @@ def merge_into_folder(
     """
     if output.exists():
         raise ArgumentError(f"{output} exists already; give a new folder.")
-    if not (base / "config.json").is_file():
-        raise ArgumentError(f"{base} is not a folder of a transformers model: it has no config.json.")
-    model = _model_class(base, model_class).from_pretrained(base, local_files_only=True)
+    model = load_model(base, model_class)
     load_delta(model, path, base_check=base_check).merge_()
     reap_once(output.parent)
     atomic_folder(output, lambda folder: _fill(Path(folder), model, base))
     return output
+
+
+def load_model(folder: Path, model_class: str = "auto") -> Any:
+    """The transformers model of a local folder.
+
+    Raises:
+        ArgumentError: if it is no such folder, or the class is unknown.
+    """
+    if not (folder / "config.json").is_file():
+        raise ArgumentError(f"{folder} is not a folder of a transformers model: it has no config.json.")
+    return _model_class(folder, model_class).from_pretrained(folder, local_files_only=True)
 
 
 def _fill(folder: Path, model: Any, base: Path) -> None:

@@ -10,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
+from lightning_pet.exchange.folder import is_folder
+from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
@@ -33,10 +35,10 @@ from lightning_pet.model.naming import (
 from lightning_pet.model.outside import note_changed, outside_parameters
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.file_terms import Rename, back, check_rename, for_model, method_of, note_of, without_heads
-from lightning_pet.operations.roots import root_of
+from lightning_pet.operations.roots import base_of, root_of
 from lightning_pet.operations.saved import check_base, check_beside
 from lightning_pet.store.manifest import MethodRecord
-from lightning_pet.store.reader import PathLike, Stored
+from lightning_pet.store.reader import PathLike, Stored, read
 from lightning_pet.strategies.strategy import accompany_runs
 
 # --- whether it fits: decided without memory that follows the numbers of the file -----------------
@@ -244,6 +246,22 @@ def _check_memory(root: nn.Module, stored: Stored, unheld: int) -> None:
 
 
 # --- into the model -------------------------------------------------------------------------------
+
+
+def load(
+    model: nn.Module,
+    source: PathLike,
+    base_check: str = "error",
+    *,
+    name: str | None = None,
+    heads: bool = True,
+    rename: Rename | None = None,
+) -> nn.Module:
+    """Read a delta from wherever it comes, and insert it; arguments and errors as :func:`insert`."""
+    if not is_folder(source):
+        return insert(model, read(source), base_check, name=name, heads=heads, rename=rename)
+    stored = read_source(source, base_of(model), base_check, rename)
+    return insert(model, stored, base_check, name=name, heads=heads)
 
 
 def insert(

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.exchange.folder import Base
 from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.model.naming import canonical, named_modules
+from lightning_pet.probe.probe import analyse
 from lightning_pet.strategies import private
 from lightning_pet.strategies.optimizers import collect
 from lightning_pet.targets.targets import suggest
@@ -283,3 +286,9 @@ def _first_rows(batch: Any, rows: int) -> Any:
         values = [_first_rows(value, rows) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
+
+
+def base_of(model: nn.Module) -> Base:
+    """The part of a model that a folder of another library is read for; a forward is run only if it is asked for."""
+    prefix, root = root_of(model)
+    return Base(root, lambda: replace(analyse(root, example_forward(model)), prefix=prefix))

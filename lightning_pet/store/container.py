@@ -119,7 +119,7 @@ def read_header(file: BinaryIO, size: int, limits: Limits, where: str) -> Header
     Raises:
         DeltaFileError: ``unsafe`` for a pickle or zip archive; ``limit``, ``schema`` or ``corrupt``.
     """
-    start = _read_exact(file, min(size, 9), where)
+    start = read_exact(file, min(size, 9), where)
     length = int.from_bytes(start[:8], "little")
     if size < 10 or not 2 <= length <= size - 8 or start[8:] != b"{":
         raise _foreign(start, size, length, where)
@@ -127,7 +127,7 @@ def read_header(file: BinaryIO, size: int, limits: Limits, where: str) -> Header
         text = f"found a header of {length} bytes, expected at most {limits.header_bytes}. Raise Limits.header_bytes."
         raise fault(where, text, "limit")
     try:
-        text = (b"{" + _read_exact(file, length - 1, where)).decode("utf-8")
+        text = (b"{" + read_exact(file, length - 1, where)).decode("utf-8")
     except UnicodeDecodeError as error:
         raise fault(f"{where}: header", f"found no UTF-8 ({error.reason}). Copy the file again.", "corrupt") from None
     fields = check_type(parse(text, f"{where}: header"), f"{where}: header", (dict,))
@@ -140,7 +140,7 @@ def read_header(file: BinaryIO, size: int, limits: Limits, where: str) -> Header
     return Header(metadata, tuple(entries), 8 + length)
 
 
-def _read_exact(file: BinaryIO, count: int, where: str) -> bytes:
+def read_exact(file: BinaryIO, count: int, where: str) -> bytes:
     """Read ``count`` bytes; fewer mean that somebody shortened the file after it was opened."""
     buffer = bytearray(count)
     fill(file, memoryview(buffer), where)

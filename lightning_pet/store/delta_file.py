@@ -106,6 +106,20 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
     return DeltaFile(manifest, {name: tensors[name] for name in sorted(tensors)})
 
 
+def read_tensors(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> dict[str, Tensor]:
+    """Read a safetensors file that somebody else has written, by copy; there are no digests to compare.
+
+    Raises:
+        DeltaFileError: as :func:`read_delta`, but for the manifest.
+    """
+    where, tensors = expanded(path), {}
+    with open_regular(path, limits) as (file, size):
+        for entry in read_header(file, size, limits, where).entries:
+            tensors[entry.name] = _read_tensor(file, entry, where)
+            require_finite(entry.name, tensors[entry.name], where=where)
+    return {name: tensors[name] for name in sorted(tensors)}
+
+
 def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, tuple[str, ...]]:
     """Return the bytes that precede the values, and the order in which the values follow."""
     # Widest elements first keeps every tensor aligned; the name makes the order unique.

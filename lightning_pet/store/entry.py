@@ -5,6 +5,7 @@ Plain types only, so that ``torch.load(weights_only=True)`` reads it.
 
 import io
 import os
+import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -201,6 +202,26 @@ def read_checkpoint(
             inflate; ``unsafe`` if it is a pipe, socket or device; ``schema`` if it is no checkpoint of Lightning.
         FileNotFoundError: if there is no such file.
     """
+    checkpoint = _plain(path, load, file, "a checkpoint")
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in (*checkpoint, *state)):
+        raise DeltaFileError(f"{path} is not a Lightning checkpoint: it has no state_dict of names.", "schema")
+    state.pop(MARK, None)
+    return cast(dict[str, Any], checkpoint)
+
+
+def load_plain(path: str | os.PathLike[str]) -> Any:
+    """Plain data and tensors that ``torch.save`` wrote, on the CPU; an object of any class is refused.
+
+    Raises:
+        DeltaFileError: as :func:`load_checkpoint`, but ``unsafe`` for objects.
+    """
+    with open_regular(path, _ANY_SIZE) as (file, _):
+        return _plain(path, lambda: torch.load(file, map_location="cpu", weights_only=True), file, "tensors")
+
+
+def _plain(path: str | os.PathLike[str], load: Callable[[], Any], file: BinaryIO | None, what: str) -> Any:
+    """Look for damage, then load; a file of whatever else is an error of one kind."""
     try:
         if file is not None:
             _look_into(path, file)
@@ -210,20 +231,15 @@ def read_checkpoint(
         elif os.path.exists(path) and not os.path.isdir(path):  # reading it would wait for ever
             with open_regular(path, _ANY_SIZE):
                 pass
-        checkpoint = load()
+        return load()
     except (FileNotFoundError, DeltaFileError):
         raise
     except Exception as error:
         raise DeltaFileError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {_first_line(error)}): it is damaged, or "
+            f"{path} cannot be read as {what} ({type(error).__name__}: {_first_line(error)}): it is damaged, or "
             "holds objects that are not plain data. Copy it again, or use an earlier save.",
-            "corrupt",
+            "unsafe" if what == "tensors" and isinstance(error, pickle.UnpicklingError) else "corrupt",
         ) from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in (*checkpoint, *state)):
-        raise DeltaFileError(f"{path} is not a Lightning checkpoint: it has no state_dict of names.", "schema")
-    state.pop(MARK, None)
-    return cast(dict[str, Any], checkpoint)
 
 
 def _look_into(path: str | os.PathLike[str], file: BinaryIO) -> None:

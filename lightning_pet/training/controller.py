@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
+from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import resizable
 from lightning_pet.insertion.commit import (
     freeze,
@@ -33,8 +34,7 @@ from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, start
 from lightning_pet.operations.plan import Plan, show_plan
-from lightning_pet.operations.roots import batch_forward, default_root, root_of
-from lightning_pet.store.reader import read
+from lightning_pet.operations.roots import base_of, batch_forward, default_root, root_of
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
@@ -309,6 +309,8 @@ class Controller:
         with self.adapter.planning(root):
             try:
                 self._new += insert_methods(self.module, self.methods)
+                if self.tasks is not None:
+                    self.tasks.draw_as_alone(root)
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
@@ -322,7 +324,8 @@ class Controller:
             return
         self.adapter.check_start(self._root()[1])
         with self.adapter.undisturbed():
-            files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
+            base = base_of(self.module)
+            files = self.adapter.agreed("reading start_from", lambda: {path: read_source(path, base) for path in paths})
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
@@ -377,13 +380,15 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
-        if self.tasks is not None:
-            own_rates = {name: self.tasks.of_optimizer(delta_of(name)) for name in record.delta_names}
-            options |= {(n := join(prefix, name)): {**options.get(n, {}), **own} for name, own in own_rates.items()}
+        runs = {}
+        for name in record.delta_names if self.tasks is not None else ():
+            task = delta_of(name) or ""
+            if of_run := self.tasks.of_optimizer(task) if self.tasks is not None else {}:
+                runs[join(prefix, name)] = (task, of_run)
         warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
-        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)
+        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options, runs)
         self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import (
+    AdaLoRACallback,
     Adapted,
     AdapterBiasCallback,
     AdapterCallback,
@@ -38,6 +39,9 @@ Build = Callable[[int], list[PETCallback]]
 METHODS: dict[str, Build] = {
     "lora": lambda i: [LoRACallback(r=2 + i, **NONE)],
     "pissa": lambda i: [LoRACallback(r=2, init="pissa", **NONE)],
+    "olora": lambda i: [LoRACallback(r=2 + i, init="olora", use_rslora=True, **NONE)],
+    "adalora": lambda i: [AdaLoRACallback(init_r=3 + i, target_r=2, **NONE)],
+    "biased": lambda i: [LoRACallback(r=2, lora_bias=i > 0, **NONE)],
     "dora": lambda i: [LoRACallback(r=2, use_dora=True, **NONE)],
     "ia3": lambda i: [IA3Callback(**NONE)],
     "houlsby": lambda i: [AdapterCallback(bottleneck_size=4 + i, **NONE)],
@@ -117,8 +121,35 @@ def test_rows_are_as_one_by_one(method: str, tmp_path: Path) -> None:
         base = zoo.first_tensor(net(**given))
     out = check(net, adapted, given, ["d2", None, "d0", "d1", "d2"])
     assert torch.allclose(out[1], base[1], rtol=0, atol=1e-13)
+    with adapted.rows(["d2", None, "d0", "d1", "d2"]), torch.no_grad():  # with stacks that are kept
+        again = [zoo.first_tensor(net(**given)) for _ in range(2)]
+    assert torch.equal(again[0], again[1])
+    assert torch.allclose(again[0], out, rtol=0, atol=1e-12)
     assert all((out[row] - base[row]).abs().max() > 1e-4 for row in (0, 2, 3, 4))
     check(net, adapted, given, ["d1"] * 5)  # one delta for all
+    check(net, adapted, {name: value[:3] for name, value in given.items()}, ["d2", "d0", "d1"])  # one for each
+    check(net, adapted, given, [None, "d1", None, None, None])  # one of many
+
+
+AT_ONCE = ["lora", "pissa", "olora", "adalora", "biased", "dora", "ia3", "houlsby", "pfeiffer", "parallel", "compacter"]
+AT_ONCE += ["adapter_bias", "prefix", "network"]
+
+
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_all_rows_at_once(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = [METHODS[method](i) for i in range(3)]
+    net, adapted = several("bert", builds, tmp_path)
+    given = inputs("bert")
+    with adapted.disabled(), torch.no_grad():
+        base = zoo.first_tensor(net(**given))
+    for name in ("apart", "_one_by_one"):
+        monkeypatch.setattr(f"lightning_pet.insertion.rows.{name}", None)
+    for names in (["d2", None, "d0", "d1", "d2"], [None, None, "d1", None, None]):
+        with adapted.rows(names):
+            out = zoo.first_tensor(net(**given))
+        for row, name in enumerate(names):
+            same = torch.allclose(out[row], base[row], rtol=0, atol=1e-13 * ("prefix" in method or "network" in method))
+            assert same == (name is None)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])
@@ -389,12 +420,12 @@ def test_the_look_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_the_stack_is_made_once_while_nobody_trains(tmp_path: Path) -> None:
-    from lightning_pet.layers import low_rank_rows
+    from lightning_pet.layers import row_forms
 
     net, adapted = several("bert", [METHODS["lora"](i) for i in range(2)], tmp_path)
     given, made = inputs("bert", 3), []
-    original = low_rank_rows._stacked
-    low_rank_rows._stacked = lambda *args: made.append(1) or original(*args)
+    original = row_forms._stack
+    row_forms._stack = lambda *args: made.append(1) or original(*args)
     try:
         with adapted.rows(["d0", "d1", None]), torch.no_grad():
             net(**given)
@@ -403,9 +434,9 @@ def test_the_stack_is_made_once_while_nobody_trains(tmp_path: Path) -> None:
             assert len(made) == first > 0
             next(p for n, p in net.named_parameters() if n.endswith("lora_default@d0.b")).add_(1.0)
             net(**given)
-            assert len(made) == first + 1
+            assert len(made) == first + 4  # A, B and two vectors that there are not
     finally:
-        low_rank_rows._stacked = original
+        row_forms._stack = original
 
 
 class Attention(nn.Module):

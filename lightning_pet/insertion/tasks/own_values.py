@@ -53,6 +53,11 @@ def started(method: Any, states: dict[str, Any]) -> Iterator[None]:
         method: of the delta.
         states: where the sequence of each delta stands; kept from one method to the next.
     """
+    stream: Any = getattr(method, "stream", None)
+    if stream is not None:  # of a run that goes on drawing from it
+        with stream.drawing([torch.device("cpu")]):
+            yield
+        return
     seed: int | None = getattr(method, "start_seed", None)
     if seed is None:
         yield

@@ -20,6 +20,8 @@ class OfTask:
     """Number of labels of its own head."""
     start_seed: int | None = None
     """Seed of its random start."""
+    stream: Any = None
+    """The random numbers of the run that it is a part of, if it is one of several beside each other on all rows."""
 
     @property
     def not_for_tasks(self) -> str | None:

@@ -11,6 +11,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.tasks.own_values import VALUE
 from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.strategies import private
+from lightning_pet.training.runs.every_row import EveryRow
 from lightning_pet.training.tasks.routing import check_size, joined, named_rows, part_of, size_of, taken, weighted
 from lightning_pet.training.tasks.tasks import Tasks
 from lightning_pet.training.watch import Run
@@ -29,10 +30,14 @@ class Steps:
     def __init__(self, run: Run, tasks: Tasks) -> None:
         self._run, self._tasks = run, tasks
         self._alike: bool | None = None
+        self._every_row: EveryRow | None = None
+        if tasks.streams is not None:
+            self._every_row = EveryRow(run, tasks.names, tasks.streams, split=tasks.split)
 
     def install(self) -> Callable[[], None]:
         """Put it around the steps; returns what takes it off."""
         module, undo = self._run.module, []
+        undo += self._every_row.install() if self._every_row is not None else []
         for name in _STEPS:
             if name != "predict_step" and not is_overridden(name, module):
                 continue
@@ -48,6 +53,9 @@ class Steps:
 
     def _step(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batch, rest = (args[0], args[1:]) if args else (kwargs.pop("batch"), ())
+        if self._every_row is not None and name == "training_step":
+            self._tasks.seen.update(self._tasks.names)
+            return self._every_row.step(original, batch, rest, kwargs)
         if self._tasks.every_row:
             everything = list(range(size_of(batch) or 1))
             return self._apart(name, original, batch, {task: everything for task in self._tasks.names}, rest, kwargs)

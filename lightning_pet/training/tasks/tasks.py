@@ -12,14 +12,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_pet.arguments import positive, whole
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.choice import gather
+from lightning_pet.insertion.method import key_of
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.naming import check_delta_name
+from lightning_pet.training.runs.streams import Streams
 from lightning_pet.training.tasks.routing import Key
 
 OF_OPTIMIZER: Final = ("lr", "weight_decay")
 """Options of a task that its parameter groups have."""
 OF_START: Final = ("seed",)
 OF_HEAD: Final = ("labels",)
+_OF_ONE_FORM: Final = frozenset((*OF_OPTIMIZER, *OF_START, *OF_HEAD, "r", "alpha"))
+"""Options that do not change how much is drawn at random in a step."""
 _REFUSED: Final = ("name", "delta", "module", "base_check", "delta_files", "verbose", "scalars")
 
 
@@ -43,9 +47,11 @@ class Tasks:
         self.key, self.every_row, self.split = key, every_row, False
         self.seen: set[str] = set()
         self._copies: list[Any] = []
+        self._templates: list[Any] = []
+        self.streams: Streams | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_copies": [], "seen": set()}
+        return self.__dict__ | {"_copies": [], "_templates": [], "streams": None, "seen": set()}
 
     # --- callbacks of each task -------------------------------------------------------------------
 
@@ -76,7 +82,13 @@ class Tasks:
         for template in templates:
             place = next(index for index, callback in enumerate(callbacks) if callback is template)
             callbacks[place : place + 1] = made[id(template)]
-        self._copies = [copy for copies in made.values() for copy in copies]
+        self._copies, self._templates = [copy for copies in made.values() for copy in copies], templates
+        if self.every_row:
+            same = [task for task in self.names if self.options[task].keys() <= _OF_ONE_FORM]
+            seeds = {task: self.options[task].get("seed") for task in self.names}
+            self.streams = Streams(seeds, leader=next(iter(same), None))
+            for copy in self._copies:
+                copy.stream = self.streams.own[copy.delta]
 
     def first_of(self, trainer: pl.Trainer, template: object) -> Any:
         """The callback that stands first in the place of a PET callback; ``None`` if this is one of those made."""
@@ -100,6 +112,17 @@ class Tasks:
                     f"tasks: {task!r} has the option {option!r}, which {names} does not take for one task."
                     + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}.")
                 )
+
+    def draw_as_alone(self, root: Any) -> None:
+        """Let torch's own generator stand where one run alone would have left it, which draws its start from there."""
+        record = record_of(root)
+        if self.streams is None or record is None or any(p.is_meta for p in root.parameters()):
+            return
+        firsts = self._copies[:: len(self.names)]  # of each template, that of the first task
+        for template, key in zip(self._templates, map(key_of, firsts), strict=True):
+            targets = [target for applied, target, _ in record.places() if applied.key == key]
+            template.insertions(root, targets)
+        self.streams.look()
 
     # --- the model --------------------------------------------------------------------------------
 
