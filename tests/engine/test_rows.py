@@ -14,6 +14,7 @@ from lightning_pet import (
     AdapterBiasCallback,
     AdapterCallback,
     ArgumentError,
+    AutoPromptCallback,
     BitFitCallback,
     CompacterCallback,
     DiffPruningCallback,
@@ -30,6 +31,7 @@ from lightning_pet import (
     apply,
     load_delta,
 )
+from lightning_pet.layers.prompt import TriggerRows
 from tests.methods import zoo
 from tests.methods.battery import in_threads, perturb
 
@@ -345,11 +347,58 @@ def test_prompts_generate(how: dict, model: str, tmp_path: Path) -> None:
         assert torch.equal(found[row, : alone.shape[1]], alone[0])
 
 
-def test_prompts_of_different_lengths_are_refused_by_name(tmp_path: Path) -> None:
-    _, adapted = several("llama", [[PromptTuningCallback(length=n, **NONE)] for n in (2, 3)], tmp_path)
+def test_prompts_of_different_lengths_are_refused_where_a_model_looks_at_its_first_column(tmp_path: Path) -> None:
+    _, adapted = several("bert", [[PromptTuningCallback(length=n, **NONE)] for n in (2, 3)], tmp_path)
     for names in (["d0", None], ["d0", "d1"]):
-        with pytest.raises(TargetError, match="prompts of one length"), adapted.rows(names):
+        with pytest.raises(TargetError, match=r"prompts of different lengths .*'bert'"), adapted.rows(names):
             pass
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])
+def test_prompts_of_different_lengths(model: str, tmp_path: Path) -> None:
+    builds = [[PromptTuningCallback(length=n, **NONE)] for n in (2, 3)] + [METHODS["lora"](0)]
+    net, adapted = several(model, builds, tmp_path)
+    check(net, adapted, inputs(model), ["d1", "d0", None, "d2", "d0"])
+    given = inputs(model)
+    given["attention_mask"] = torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1] * 6, [1] * 5 + [0]])
+    names = ["d1", "d0", None, "d2", "d0"]
+    with adapted.rows(names), torch.no_grad():
+        out = zoo.first_tensor(net(**given))
+    for row, name in enumerate(names):
+        with adapted.using(*filter(None, [name])), torch.no_grad():
+            alone = zoo.first_tensor(net(**{key: value[row : row + 1] for key, value in given.items()}))
+        real = given["attention_mask"][row].bool() if model != "t5" else slice(None)
+        assert torch.allclose(out[row][real], alone[0][real], rtol=0, atol=1e-12)
+
+
+def test_triggers_and_prompts_in_one_batch(tmp_path: Path) -> None:
+    for number, trigger in enumerate([[5, 6], [9, 7, 11]]):
+        base, _ = zoo.llama()
+        adapted = apply(base.double(), [AutoPromptCallback(length=len(trigger))])
+        rows = next(module for module in base.modules() if isinstance(module, TriggerRows))
+        rows.ids.copy_(torch.tensor(trigger))
+        adapted.save(tmp_path / f"t{number}.pet.safetensors")
+    net, adapted = several("llama", [[PromptTuningCallback(length=4, **NONE)]], tmp_path)
+    for number in range(2):
+        load_delta(net, tmp_path / f"t{number}.pet.safetensors", name=f"t{number}")
+    check(net, adapted, inputs("llama"), ["t1", "d0", None, "t0", "t1"])
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])
+def test_prompts_of_different_lengths_generate(how: dict, model: str, tmp_path: Path) -> None:
+    if model == "gpt2" and "cache_implementation" in how:
+        pytest.skip("gpt2 has no static cache")
+    net, adapted = several(model, [[PromptTuningCallback(length=n, **NONE)] for n in (2, 4)], tmp_path)
+    ids, names = inputs("llama", 3)["input_ids"], ["d1", None, "d0"]
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **how}
+    with adapted.rows(names):
+        found = net.generate(ids, attention_mask=mask, **options)
+    for row, name in enumerate(names):
+        with adapted.using(*filter(None, [name])):
+            alone = net.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        assert torch.equal(found[row, : alone.shape[1]], alone[0])
 
 
 class SequenceFirst(nn.Module):

@@ -138,7 +138,7 @@ def _combined(
         )
     for name in names:
         refuse_lost(record.of(name), "combined")
-    files = [_file(root, record, name) for name in names]
+    files = [file_of(root, record, name) for name in names]
     values = {
         name: {n: tensor for n, tensor in file.tensors.items() if delta_of(n) is None}
         for name, file in zip(names, files, strict=True)
@@ -158,7 +158,8 @@ def _combined(
     return replace(stored, base=None, notes={"combined": provenance(files, options)}), made
 
 
-def _file(root: nn.Module, record: Adaptation, name: str) -> Stored:
+def file_of(root: nn.Module, record: Adaptation, name: str) -> Stored:
+    """A delta of a model, as a file would hold it."""
     methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in record.of(name).applied)
     tensors = {key: tensor.detach() for key, tensor in packed(root, record, name).items()}
     return Stored(Path(name), methods, tensors, None)
