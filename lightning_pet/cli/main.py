@@ -172,7 +172,7 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
 
 
 def combine(argv: list[str]) -> None:
-    """Combine delta files of one base into one, without the model.
+    """Combine delta files of one base into one, without the model where that is possible.
 
     Args:
         argv: files and options.
@@ -185,7 +185,7 @@ def combine(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lightning-pet combine",
         description="Add, average, prune or join what several deltas of one base change: on the change itself, not on "
-        "its factors. The model is not needed.",
+        "its factors. The model is not needed, but for deltas whose change depends on the base (--base).",
         epilog="lightning-pet combine a.pet.safetensors b.pet.safetensors --weights=0.7,0.3 --how=ties "
         "--output=c.pet.safetensors",
         allow_abbrev=False,
@@ -201,17 +201,19 @@ def combine(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, help="of the result, where it is an approximation")
     parser.add_argument("--density", type=float, help="share of entries to keep (TIES, DARE, magnitude_prune)")
     parser.add_argument("--seed", type=int, default=0, help="of DARE")
+    parser.add_argument("--base", type=Path, help="folder of the base (transformers): DoRA, different methods, …")
+    parser.add_argument("--model_class", default="auto", help="class of transformers to load the base with")
     options = parser.parse_args(argv)
+    wanted = {name: getattr(options, name) for name in ("weights", "how", "rank", "density", "seed")}
     try:
-        made = combine_deltas(
-            options.paths,
-            options.output,
-            weights=options.weights,
-            how=options.how,
-            rank=options.rank,
-            density=options.density,
-            seed=options.seed,
-        )
+        if options.base is None:
+            made = combine_deltas(options.paths, options.output, **wanted)
+        else:
+            from lightning_pet.operations.combining.on_base import combine_on_base
+
+            made = combine_on_base(
+                options.paths, options.output, options.base, model_class=options.model_class, **wanted
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"lightning-pet combine: {error}")
     print(f"delta file: {made.path} ({made.size / 1024:,.0f} KiB)")

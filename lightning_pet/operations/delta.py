@@ -93,7 +93,8 @@ def load_delta(
 
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
-        path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT wrote.
+        path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT or the adapters
+            library wrote.
         name: what the delta is called in this model. Default: the note ``"name"`` of the file, or ``"default"``;
             without a name, methods join the delta that is called so already. With a name its heads may have another
             number of outputs than the model's.
