@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_pet.operations.delta import load_delta as load_delta
     from lightning_pet.operations.delta import load_from_checkpoint as load_from_checkpoint
     from lightning_pet.operations.delta import save_delta as save_delta
+    from lightning_pet.operations.exchanging import export_delta as export_delta
     from lightning_pet.operations.exchanging import import_delta as import_delta
     from lightning_pet.report.memory.planner import plan_memory as plan_memory
     from lightning_pet.store.reader import extract_delta as extract_delta
@@ -72,6 +73,7 @@ _WHERE = {
     "apply": "operations.apply",
     "choose_weights": "operations.combining.choosing",
     "combine_deltas": "operations.combining.files",
+    "export_delta": "operations.exchanging",
     "import_delta": "operations.exchanging",
     "inspect_delta": "operations.delta",
     "load_delta": "operations.delta",
@@ -92,7 +94,7 @@ _WHERE = {
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 _FILE_VERBS = ("inspect", "extract", "combine", "list", "init")  # merge builds methods, which have to be known
-_HELPED_VERBS = ("merge", "plan", "intrinsic-dimension")
+_HELPED_VERBS = ("merge", "import", "export", "plan", "intrinsic-dimension")
 
 
 def __getattr__(name: str) -> Any:
@@ -108,7 +110,7 @@ def _runs_file_verb(argv: list[str]) -> bool:
     if not argv or Path(argv[0]).stem != "lightning-pet":
         return False
     if not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help"):
-        return True
+        return argv[1:2] != ["combine"] or not any(word.partition("=")[0] == "--base" for word in argv[2:])
     return argv[1] in _HELPED_VERBS and bool({"-h", "--help"} & set(argv))
 
 

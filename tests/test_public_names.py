@@ -39,6 +39,7 @@ NAMES = [
     "apply",
     "choose_weights",
     "combine_deltas",
+    "export_delta",
     "extract_delta",
     "import_delta",
     "inspect_delta",

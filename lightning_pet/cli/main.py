@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         "extract": extract,
         "merge": merge,
         "import": import_folder,
+        "export": export,
         "list": list_configurations,
         "init": init,
     }
@@ -94,16 +95,17 @@ def inspect(path: str, json_output: bool = False) -> None:
         print_summary(summary)
 
 
-def extract(path: str, output: str) -> None:
+def extract(path: str, output: str, delta: str | None = None) -> None:
     """Write the delta of a training checkpoint into a delta file, without building the model.
 
     Args:
         path: training checkpoint (.ckpt).
         output: delta file to write, usually .pet.safetensors; replaced if it exists.
+        delta: name of the task, of a checkpoint in which several deltas have trained together.
     """
     from lightning_pet.store.reader import extract_delta
 
-    size = extract_delta(path, output)
+    size = extract_delta(path, output, delta=delta)
     print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
 
 
@@ -119,6 +121,34 @@ def import_folder(folder: str, output: str, base: str | None = None) -> None:
 
     size = import_delta(folder, output, base=base)
     print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
+
+
+def export(
+    path: str,
+    folder: str,
+    to: str = "peft",
+    base: str | None = None,
+    rank: int | None = None,
+    max_error: float = 0.01,
+) -> None:
+    """Write a delta as another program reads it: HF PEFT, vLLM, llama.cpp, or as a merged model.
+
+    Args:
+        path: delta file (.safetensors) or training checkpoint (.ckpt).
+        folder: folder to write; must not exist.
+        to: peft, vllm, llama.cpp, lora (an approximation of whatever changes weights), or transformers (merged).
+        base: local folder of the base model; some kinds of delta need it, and with it outputs are compared.
+        rank: of the approximation that lora makes.
+        max_error: what that approximation may leave out, as a share of the change.
+    """
+    from lightning_pet.operations.exchanging import export_delta
+
+    done = export_delta(path, folder, to=to, base=base, rank=rank, max_error=max_error)  # type: ignore[arg-type]
+    print(f"{to}: {done.folder}" + (f" (rank {done.rank})" if done.rank else ""))
+    if done.error:
+        print(f"relative error of the change at this rank: {done.error:.3g}")
+    if done.difference is not None:
+        print(f"largest difference of outputs between here and {done.reader}: {done.difference:.2g}")
 
 
 def merge(path: str, base: str, output: str, model_class: str = "auto", base_check: str = "error") -> None:
@@ -138,7 +168,7 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
 
 
 def combine(argv: list[str]) -> None:
-    """Combine delta files of one base into one, without the model.
+    """Combine delta files of one base into one, without the model where that is possible.
 
     Args:
         argv: files and options.
@@ -151,7 +181,7 @@ def combine(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lightning-pet combine",
         description="Add, average, prune or join what several deltas of one base change: on the change itself, not on "
-        "its factors. The model is not needed.",
+        "its factors. The model is not needed, but for deltas whose change depends on the base (--base).",
         epilog="lightning-pet combine a.pet.safetensors b.pet.safetensors --weights=0.7,0.3 --how=ties "
         "--output=c.pet.safetensors",
         allow_abbrev=False,
@@ -167,17 +197,19 @@ def combine(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, help="of the result, where it is an approximation")
     parser.add_argument("--density", type=float, help="share of entries to keep (TIES, DARE, magnitude_prune)")
     parser.add_argument("--seed", type=int, default=0, help="of DARE")
+    parser.add_argument("--base", type=Path, help="folder of the base (transformers): DoRA, different methods, …")
+    parser.add_argument("--model_class", default="auto", help="class of transformers to load the base with")
     options = parser.parse_args(argv)
+    wanted = {name: getattr(options, name) for name in ("weights", "how", "rank", "density", "seed")}
     try:
-        made = combine_deltas(
-            options.paths,
-            options.output,
-            weights=options.weights,
-            how=options.how,
-            rank=options.rank,
-            density=options.density,
-            seed=options.seed,
-        )
+        if options.base is None:
+            made = combine_deltas(options.paths, options.output, **wanted)
+        else:
+            from lightning_pet.operations.combining.on_base import combine_on_base
+
+            made = combine_on_base(
+                options.paths, options.output, options.base, model_class=options.model_class, **wanted
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"lightning-pet combine: {error}")
     print(f"delta file: {made.path} ({made.size / 1024:,.0f} KiB)")

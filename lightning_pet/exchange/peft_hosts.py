@@ -20,6 +20,7 @@ from lightning_pet.model.layer_kinds import transposed
 from lightning_pet.model.naming import delta_path, join, named_modules
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.store.manifest import MethodRecord
+from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
 
 WRAPPED: Final = ".base_layer"
@@ -72,6 +73,51 @@ class Read:
 
     methods: tuple[MethodRecord, ...]
     tensors: dict[str, Tensor]
+
+
+@dataclass
+class Export:
+    """What a folder will hold.
+
+    Attributes:
+        stored: what is exported.
+        root: the base, if it is at hand.
+        config: ``adapter_config.json``.
+        tensors: by PEFT's names.
+    """
+
+    stored: Stored
+    root: nn.Module | None
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def record(self) -> MethodRecord:
+        """The one method of the delta."""
+        return self.stored.methods[0]
+
+    def path(self, target: Target) -> str:
+        """Where the delta of a place is among the tensors."""
+        return path_of(self.record.method, target, self.record.name)
+
+    def fault(self, text: str) -> DeltaFileError:
+        """The error for something that PEFT cannot say."""
+        return fault(str(self.stored.path), text, "mismatch")
+
+    def module(self, path: str) -> nn.Module | None:
+        """A module of the base, if that is at hand."""
+        return None if self.root is None else named_modules(self.root)[path]
+
+    def needed(self, path: str, why: str) -> nn.Module:
+        """A module of the base.
+
+        Raises:
+            DeltaFileError: if there is none at hand.
+        """
+        module = self.module(path)
+        if module is None:
+            raise self.fault(f"{path} {why}, which only the base can tell: give it, base=….")
+        return module
 
 
 def split_hosts(folder: Folder) -> tuple[list[Host], dict[str, Tensor]]:
@@ -225,7 +271,7 @@ def whole_of(
     biases: frozenset[str],
 ) -> Read:
     """Deltas and what trained beside them, under our names."""
-    named = {join(_path(method, target), name): tensor for (target, name), tensor in tensors.items()}
+    named = {join(path_of(method, target), name): tensor for (target, name), tensor in tensors.items()}
     heads, values = heads_of(folder, {name: tensor for name, tensor in rest.items() if name not in biases})
     values |= {name.replace(WRAPPED, ""): rest[name] for name in biases}
     return Read((record_of(method, options, targets, heads),), named | values)
@@ -239,9 +285,9 @@ def record_of(
     return MethodRecord(method, "default", {**options, **none}, (*targets, *heads))
 
 
-def _path(method: str, target: Target) -> str:
+def path_of(method: str, target: Target, name: str = "default") -> str:
     """Where the delta of a place is in a file."""
-    return delta_path(target.module, "_".join(part for part in (method, "default", suffix_of(target)) if part))
+    return delta_path(target.module, "_".join(part for part in (method, name, suffix_of(target)) if part))
 
 
 def heads_of(folder: Folder, rest: Mapping[str, Tensor]) -> tuple[list[Target], dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Deltas of HF PEFT that sit on layers, in terms of ours: LoRA with its variants, AdaLoRA, (IA)³."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -48,8 +49,11 @@ def lora(folder: Folder, base: Base | None) -> Read:
         if dora is not ("magnitude" in parts):
             raise fault(str(folder.path), f"use_dora is {dora}, which {host.path} contradicts.", "mismatch")
         rank = parts["a"].shape[0 if is_kernel(parts) else -2]
-        # PEFT merges into an attention before each call, and adds the change of its output projection twice.
-        alphas[exactly(target)] = _alpha(folder, host.path) * (2 if host.inside else 1)
+        # PEFT merges into an attention before each call, and adds the change of its output projection twice. Its rank
+        # of a convolution in groups counts for all of them.
+        wide = host.parts["a"].shape[0] / parts["a"].shape[0] if is_kernel(parts) else 1.0
+        factor = (2 if host.inside else 1) / (math.sqrt(wide) if rsl else wide)
+        alphas[exactly(target)] = _alpha(folder, host.path) * factor if factor != 1 else _alpha(folder, host.path)
         ranks[exactly(target)] = rank
         targets.append(target)
         tensors |= {(target, name): tensor for name, tensor in parts.items()}

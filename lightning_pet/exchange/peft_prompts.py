@@ -35,12 +35,12 @@ def prompt(folder: Folder, base: Base | None) -> Read:
     method = METHODS["prompt_tuning"](**options)
     targets: tuple[Target, ...] = method.resolve(base.root, base.structure())
     table = next(target.module for target in targets if target.role == "prompt.rows")
-    own = rows[:length] / _scale_of(module_at(base.root, table))
+    own = rows[:length] / scale_of(module_at(base.root, table))
     name = join(table, CHILD, "prompt_tuning_default_rows", "prompt")
     return Read((record_of("prompt_tuning", options, targets, heads),), {name: own.contiguous(), **values})
 
 
-def _scale_of(table: nn.Module) -> float:
+def scale_of(table: nn.Module) -> float:
     """PEFT's rows are what a layer gets; ours are multiplied as the table multiplies its own."""
     return float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0)))
 
@@ -66,34 +66,34 @@ def prefix(folder: Folder, base: Base | None) -> Read:
             f"{type(base.root).__name__}. Load it into the base that it was trained on.",
             "mismatch",
         )
-    turn = _turn(folder, base.root, length)
+    back = turn(str(folder.path), base.root, -length)
     tensors, start = {}, 0
     for target, site in zip(targets, sites, strict=True):
         for name, size in (("key", site.key_dim), ("value", site.value_dim)):
             end = start + site.heads * size
             own = rows[:, start:end].reshape(length, site.heads, size).transpose(0, 1)
-            own = turn(own) if name == "key" else own
+            own = back(own) if name == "key" else own
             tensors[join(target.module, CHILD, "prefix_tuning_default", name)] = own.contiguous()
             start = end
     return Read((record_of("prefix_tuning", options, targets, heads),), tensors | values)
 
 
-def _turn(folder: Folder, root: nn.Module, length: int) -> Callable[[Tensor], Tensor]:
-    """What turns a key back by ``length`` positions.
+def turn(where: str, root: nn.Module, by: int) -> Callable[[Tensor], Tensor]:
+    """What turns keys on by some positions.
 
     Raises:
-        DeltaFileError: if the model's positions are not rotary ones of one kind.
+        DeltaFileError: if the model's positions are not rotary ones.
     """
-    rotary = [m for m in root.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    if not rotary:
+    rotary = next((m for m in root.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+    if rotary is None:
         raise fault(
-            str(folder.path),
+            where,
             f"PEFT moves the real tokens of a prefix to the positions behind it, this library does not, and "
-            f"{type(root).__name__} has no rotary positions, under which the two can be converted. Merge it there, or "
-            "train it here.",
+            f"{type(root).__name__} has no rotary positions, under which the two can be converted. Use it with the "
+            "library that trained it.",
             "mismatch",
         )
-    return lambda key: rotated(rotary[0], key, -length)
+    return lambda key: rotated(rotary, key, by)
 
 
 def rotated(rotary: nn.Module, key: Tensor, by: int) -> Tensor:

@@ -7,25 +7,31 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import BaseMismatchError
+from lightning_pet.exchange.adapters import read_adapters
 from lightning_pet.exchange.folder import Base, Folder, is_folder, read_folder, renamed
 from lightning_pet.exchange.peft import read_peft
 from lightning_pet.store.reader import PathLike, Stored, read
-from lightning_pet.store.strict_json import fault
 
-_NAME: Final = "base_model_name_or_path"
+_NAMES: Final = {"peft": "base_model_name_or_path", "adapters": "model_name"}
 
 
 def read_source(
-    source: PathLike, base: Base | None = None, base_check: str = "error", rename: Mapping[str, str] | None = None
+    source: PathLike,
+    base: Base | None = None,
+    base_check: str = "error",
+    rename: Mapping[str, str] | None = None,
+    delta: str | None = None,
 ) -> Stored:
     """Read a delta from wherever it comes.
 
     Args:
-        source: a file of :func:`~lightning_pet.save_delta`, a training checkpoint, or a folder that HF PEFT wrote.
+        source: a file of :func:`~lightning_pet.save_delta`, a training checkpoint, or a folder that HF PEFT or
+            the adapters library wrote.
         base: the model that it is for; some folders cannot be understood without.
         base_check: what to do about another base. A folder of another library has no fingerprint of it, so all that
             can be compared is its name, and then the shapes.
         rename: prefixes of paths in a folder of another library, and what they are in the base.
+        delta: which, of a checkpoint in which several have trained together.
 
     Raises:
         ArgumentError: if nothing in the folder has one of the prefixes.
@@ -33,11 +39,9 @@ def read_source(
         BaseMismatchError: if ``base_check`` is ``"exact"``, which nothing in such a folder can answer.
     """
     if not is_folder(source):
-        return read(source)
+        return read(source, delta)
     folder = renamed(read_folder(source), rename)
-    if folder.kind != "peft":
-        raise fault(str(folder.path), "found a folder of the adapters library, which is not read yet.", "version")
-    stored = read_peft(folder, base)
+    stored = read_peft(folder, base) if folder.kind == "peft" else read_adapters(folder, base)
     if base is not None:
         _compare_names(folder, base.root, base_check)
     return stored
@@ -52,7 +56,7 @@ def _compare_names(folder: Folder, root: nn.Module, base_check: str) -> None:
             f"{folder.path}: base_check='exact' cannot be answered, as a folder of another library has no fingerprint "
             "of its base. Use base_check='error', which compares names and shapes."
         )
-    named = folder.config.get(_NAME)
+    named = folder.config.get(_NAMES[folder.kind])
     own = getattr(getattr(root, "config", None), "_name_or_path", "")
     if not isinstance(named, str) or not named:
         rank_zero_warn(

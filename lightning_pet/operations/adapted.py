@@ -339,7 +339,7 @@ class Adapted(Mapping[str, OneDelta]):
             BaseMismatchError: if it was trained on another base.
         """
         check_intact(self.root, self.record)
-        replace_values(self.root, name, read_source(source, base_of(self.root), base_check), base_check)
+        replace_values(self.root, name, read_source(source, base_of(self.root), base_check, delta=name), base_check)
 
     def combine(
         self,

@@ -27,7 +27,7 @@ from lightning_pet.operations.saved import Named, Whole, check_base, save
 from lightning_pet.store.entry import load_checkpoint
 from lightning_pet.store.files import atomic_folder, is_delta_file, reap_once
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.reader import PathLike, Stored, delta_of, manifest_of, read
+from lightning_pet.store.reader import PathLike, Stored, delta_of, deltas_of_checkpoint, manifest_of, read
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]
@@ -93,7 +93,8 @@ def load_delta(
 
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
-        path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT wrote.
+        path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT or the adapters
+            library wrote.
         name: what the delta is called in this model. Default: the note ``"name"`` of the file, or ``"default"``;
             without a name, methods join the delta that is called so already. With a name its heads may have another
             number of outputs than the model's.
@@ -143,7 +144,8 @@ def load_from_checkpoint(
         **kwargs: constructor arguments that override the stored hyper-parameters.
 
     Returns:
-        The module, adapted and loaded.
+        The module, adapted and loaded. Of a checkpoint of several tasks, all their deltas are in it, under the names of
+        the tasks; the first one acts.
 
     Raises:
         ArgumentError: if a hyper-parameter that the checkpoint could not hold is not given.
@@ -151,7 +153,9 @@ def load_from_checkpoint(
             was not imported.
     """
     content = None if is_delta_file(path) else load_checkpoint(path)
-    stored = read(path) if content is None else delta_of(content, path)
+    several = () if content is None else deltas_of_checkpoint(content, path)
+    names = several or (None,)
+    stored = {name: read(path, name) if content is None else delta_of(content, path, name) for name in names}
     built = isinstance(module, type)
     if isinstance(module, type):
         module = build(module, content or {}, path, kwargs, hparams_file)
@@ -163,22 +167,27 @@ def load_from_checkpoint(
             module.setup("predict")
         module.configure_model()
     others = beside(module, content, strict, path) if content is not None else {}
-    insert(module, stored, base_check)
+    for name, one in stored.items():
+        insert(module, one, base_check, name=name)
     copy_in(module, others)
     if content is not None and isinstance(module, pl.LightningModule):
         module.on_load_checkpoint(content)
     return module.to(map_location) if built and map_location is not None else module
 
 
-def inspect_delta(path: PathLike) -> Manifest:
+def inspect_delta(path: PathLike, *, delta: str | None = None) -> Manifest:
     """Read what a delta file or a training checkpoint says of its delta, without a model.
 
     Of a delta file no values are read; a checkpoint is verified as for a load.
 
+    Args:
+        path: of the file.
+        delta: which, of a checkpoint in which the deltas of several tasks have trained together.
+
     Raises:
         DeltaFileError: if it is not a sound delta file or checkpoint of this library.
     """
-    return manifest_of(path)
+    return manifest_of(path, delta)
 
 
 def start_from(

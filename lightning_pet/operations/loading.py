@@ -259,7 +259,7 @@ def load(
 ) -> nn.Module:
     """Read a delta from wherever it comes, and insert it; arguments and errors as :func:`insert`."""
     if not is_folder(source):
-        return insert(model, read(source), base_check, name=name, heads=heads, rename=rename)
+        return insert(model, read(source, name), base_check, name=name, heads=heads, rename=rename)
     stored = read_source(source, base_of(model), base_check, rename)
     return insert(model, stored, base_check, name=name, heads=heads)
 

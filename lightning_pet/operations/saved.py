@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
 from lightning_pet.insertion.checks import check_intact
 from lightning_pet.insertion.method import METHODS
-from lightning_pet.insertion.tasks.own_values import as_base_names, is_own
-from lightning_pet.layers.sharding import holds_parts
+from lightning_pet.insertion.tasks.own_values import is_own, own_places
+from lightning_pet.layers.sharding import holds_parts, whole
 from lightning_pet.model.adaptation import Adaptation, record_at, record_of
 from lightning_pet.model.naming import (
+    as_base_names,
     canonical,
     check_known,
     delta_of,
@@ -27,7 +28,7 @@ from lightning_pet.model.naming import (
 )
 from lightning_pet.model.outside import changed_buffers, changed_outside, outside_parameters, renormalised
 from lightning_pet.store.delta_file import write_delta
-from lightning_pet.store.entry import describe, written_by
+from lightning_pet.store.entry import described_methods, written_by
 from lightning_pet.store.fingerprint import Verdict, compare, digest, fingerprint
 from lightning_pet.store.manifest import Fingerprint, Manifest, MethodRecord
 from lightning_pet.store.reader import PathLike
@@ -153,6 +154,7 @@ def base_parameters(
     """
     names = {*(record.trained_names if trained is None else trained), *record.delta_names}
     names |= {*(record_of(root) or record).delta_names}  # of others, that are no base of this one
+    names |= own_places(record)
     skip = {id(tensor) for name, tensor in named_tensors(root) if name in names}
     skip |= renormalised(root)
     return [
@@ -185,8 +187,8 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
     Raises:
         DeltaFileError: (``mismatch``) naming the first difference.
     """
-    saved, here = entry["methods"], [describe(applied) for applied in record.applied]
-    labels = [[f"{m['method']}:{m['name']}" for m in methods] for methods in (saved, here)]
+    saved, here = entry["methods"], described_methods(record)
+    labels = [[_labelled(method) for method in methods] for methods in (saved, here)]
     if labels[0] != labels[1]:
         raise DeltaFileError(
             f"{path} holds the methods {labels[0]}, this run has {labels[1]}: give the same callbacks in the same "
@@ -218,6 +220,10 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
                 f"they differ in {', '.join(only)}. Give the target_modules of the checkpoint, or start a new run.",
                 "mismatch",
             )
+
+
+def _labelled(method: Mapping[str, Any]) -> str:
+    return f"{method['method']}:{method['name']}" + (f" of {method['delta']}" if "delta" in method else "")
 
 
 def check_base(
@@ -276,8 +282,8 @@ def check_base(
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """One digest of a delta's tensors, by their names in files."""
-    parts = (f"{name}\0{digest(tensor)}\n" for name, tensor in sorted(tensors.items()))
+    """One digest of a delta's tensors, by their names in files; of parts, every process must ask for it together."""
+    parts = (f"{name}\0{digest(whole(tensor))}\n" for name, tensor in sorted(tensors.items()))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.model.adaptation import Adaptation, Applied
+from lightning_pet.model.naming import VALUE
 from lightning_pet.store.container import Limits, open_regular
 from lightning_pet.store.fingerprint import digest, require_finite, verify_digests
 from lightning_pet.store.manifest import Fingerprint, MethodRecord, checked_methods, from_plain, to_plain
-from lightning_pet.store.strict_json import check_fields, check_name, check_text, check_type, fault, shown
+from lightning_pet.store.strict_json import check_fields, check_label, check_name, check_text, check_type, fault, shown
 from lightning_pet.version import VERSION
 
 KEY = "lightning_pet"
@@ -52,6 +53,19 @@ def describe(applied: Applied) -> dict[str, Any]:
     return {"method": applied.method, "name": applied.name, "config": applied.config, "targets": _lists(targets)}
 
 
+def described_methods(record: Adaptation) -> list[dict[str, Any]]:
+    """The methods of a run in plain types; where several deltas train, each method says to which it belongs."""
+    methods = [applied for applied in record.applied if applied.method != VALUE]
+    if not record.together:
+        return [describe(applied) for applied in methods]
+    return [{**describe(applied), "delta": applied.delta} for applied in methods]
+
+
+def deltas_in_entry(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the deltas that trained together in the run of a checkpoint; none if there was one."""
+    return tuple(dict.fromkeys(item["delta"] for item in entry["methods"] if "delta" in item))
+
+
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
@@ -68,7 +82,7 @@ def make_entry(record: Adaptation, root_path: str, base: Fingerprint, state: Map
         "format": FORMAT,
         "written_by": written_by(),
         "root": root_path,
-        "methods": [describe(applied) for applied in record.applied],
+        "methods": described_methods(record),
         "base": to_plain(base),
         "digests": {name: digest(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)},
     }
@@ -122,8 +136,21 @@ def _check_schema(entry: Mapping[str, Any], where: str) -> None:
     _checked(entry, where)
 
 
-def _checked(entry: Mapping[str, Any], where: str) -> tuple[MethodRecord, ...]:
-    return checked_methods(entry["methods"], f"{where}.methods", _rows)
+def _checked(entry: Mapping[str, Any], where: str, delta: str | None = None) -> tuple[MethodRecord, ...]:
+    where = f"{where}.methods"
+    groups: dict[object, list[object]] = {}
+    for index, item in enumerate(entry["methods"]):
+        own = check_type(item, f"{where}[{index}]", (dict,))
+        name = own.get("delta")
+        if "delta" in own:
+            check_label(name, f"{where}[{index}].delta")
+        groups.setdefault(name, []).append({key: value for key, value in own.items() if key != "delta"})
+    if None in groups and len(groups) > 1:
+        raise fault(where, "found methods with and without the name of a delta, expected it for all or for none.")
+    found = {name: checked_methods(items, where, _rows) for name, items in groups.items()}
+    if not found:
+        checked_methods([], where, _rows)
+    return tuple(method for name, own in found.items() if delta in (None, name) for method in own)
 
 
 def _rows(targets: Any, where: str) -> list[object]:
@@ -134,9 +161,9 @@ def _rows(targets: Any, where: str) -> list[object]:
     return rows
 
 
-def methods_of(entry: Mapping[str, Any], path: object) -> tuple[MethodRecord, ...]:
-    """The methods of an entry, as a manifest would hold them."""
-    return _checked(entry, f"{path}: {KEY}")
+def methods_of(entry: Mapping[str, Any], path: object, delta: str | None = None) -> tuple[MethodRecord, ...]:
+    """The methods of an entry, or of one of its deltas, as a manifest would hold them."""
+    return _checked(entry, f"{path}: {KEY}", delta)
 
 
 def check_tensors(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], path: object) -> None:

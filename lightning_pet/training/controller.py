@@ -1,6 +1,7 @@
 """What happens around a model during a Trainer's run, for all PET callbacks of that Trainer together."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -10,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError, UnsupportedStrategyError
-from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import resizable
 from lightning_pet.insertion.commit import (
     freeze,
@@ -28,13 +28,13 @@ from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation, described, record_of
-from lightning_pet.model.naming import by_delta, delta_of, delta_prefix, join, modules_on_the_way, named_parameters
+from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
 from lightning_pet.model.outside import mark_anew
 from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.apply import insert_methods, is_applied, start
+from lightning_pet.operations.apply import insert_methods, is_applied, read_starts, start
 from lightning_pet.operations.plan import Plan, show_plan
-from lightning_pet.operations.roots import base_of, batch_forward, default_root, root_of
+from lightning_pet.operations.roots import batch_forward, default_root, root_of
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
@@ -99,7 +99,7 @@ class Controller:
         self.firing = Firing(self)
         self._given: tuple[str, ...] = ()  # names of what was applied before this run
         self.tasks: Tasks | None = None
-        self._undo_steps: list[Callable[[], None]] = []
+        self._undo_steps: Callable[[], None] = lambda: None
 
     # --- finding the controller -----------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Controller:
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
         if self.tasks is not None:
-            self._undo_steps.append(Steps(self, self.tasks).install())
+            self._undo_steps = Steps(self, self.tasks).install()
         self._converts = replaces_layers(self.trainer.precision_plugin)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
@@ -201,7 +201,8 @@ class Controller:
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_precision(self.trainer, self.adapter)
-        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
+        names = self.tasks.names if self.tasks is not None else ()
+        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods), names)
         keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
@@ -319,13 +320,11 @@ class Controller:
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
-        paths = [method.start_from for method in self._new if method.start_from]
-        if not paths:
+        if not any(method.start_from for method in self._new):
             return
         self.adapter.check_start(self._root()[1])
         with self.adapter.undisturbed():
-            base = base_of(self.module)
-            files = self.adapter.agreed("reading start_from", lambda: {path: read_source(path, base) for path in paths})
+            files = self.adapter.agreed("reading start_from", partial(read_starts, self.module, self._new))
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
@@ -380,11 +379,8 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
-        runs = {}
-        for name in record.delta_names if self.tasks is not None else ():
-            task = delta_of(name) or ""
-            if of_run := self.tasks.of_optimizer(task) if self.tasks is not None else {}:
-                runs[join(prefix, name)] = (task, of_run)
+        of_runs = self.tasks.of_optimizer(record.delta_names) if self.tasks is not None else {}
+        runs = {join(prefix, name): found for name, found in of_runs.items()}
         warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
@@ -482,9 +478,8 @@ class Controller:
         What is on the strategy stays: ``save_checkpoint`` works after fit.
         """
         self._undo_all()
-        for undone in self._undo_steps:
-            undone()
-        self._undo_steps = []
+        self._undo_steps()
+        self._undo_steps = lambda: None
         self.resume.teardown(self.trainer)
         self._warn_changed_form()
         root = self._root()[1]

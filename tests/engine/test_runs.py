@@ -14,8 +14,7 @@ from lightning_pet import (
     LoRACallback,
     TasksCallback,
 )
-from lightning_pet.insertion.tasks.own_values import as_base_names
-from lightning_pet.model.naming import in_file
+from lightning_pet.model.naming import as_base_names, in_file
 
 STEPS = 50
 Runs = dict[str, dict[str, Any]]

@@ -5,9 +5,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from models import CLASSES, WIDTH, Net, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import CLASSES, WIDTH, Net, lora, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_pet import (
@@ -15,6 +18,7 @@ from lightning_pet import (
     AdapterCallback,
     ArgumentError,
     BitFitCallback,
+    DeltaFileError,
     FullFineTuningCallback,
     IA3Callback,
     LayerFreezingCallback,
@@ -22,8 +26,10 @@ from lightning_pet import (
     PETError,
     PrefixTuningCallback,
     TasksCallback,
+    extract_delta,
     inspect_delta,
     load_delta,
+    load_from_checkpoint,
 )
 
 TASKS = ("odd", "even")
@@ -58,9 +64,11 @@ def loader(*args: Any, **options: Any) -> DataLoader:
 class Module(L.LightningModule):
     """Knows nothing of tasks: a batch is its arguments."""
 
-    def __init__(self, net: nn.Module, optimizer: Any = torch.optim.AdamW, reduction: str = "sum") -> None:
+    def __init__(
+        self, net: nn.Module, optimizer: Any = torch.optim.AdamW, reduction: str = "sum", lr: float = 0.02
+    ) -> None:
         super().__init__()
-        self.net, self.optimizer, self.reduction = net, optimizer, reduction
+        self.net, self.optimizer, self.reduction, self.lr = net, optimizer, reduction, lr
         self.losses: list[float] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ class Module(L.LightningModule):
         return self(batch["x"])
 
     def configure_optimizers(self) -> Any:
-        return self.optimizer([p for p in self.parameters() if p.requires_grad], lr=0.02)
+        return self.optimizer([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
 def bert() -> nn.Module:
@@ -118,9 +126,10 @@ def _double() -> Any:
 
 def fitted(net: nn.Module, *callbacks: L.Callback, data: Any = None, **options: Any) -> tuple[Module, L.Trainer]:
     torch.manual_seed(3)
-    module = Module(net, **{k: options.pop(k) for k in ("optimizer", "reduction") if k in options})
+    module = Module(net, **{k: options.pop(k) for k in ("optimizer", "reduction", "lr") if k in options})
+    ckpt = options.pop("ckpt", None)
     run = trainer(*callbacks, **{"max_epochs": 2, **options})
-    run.fit(module, loader() if data is None else data, ckpt_path=options.get("ckpt"))
+    run.fit(module, loader() if data is None else data, ckpt_path=ckpt)
     return module, run
 
 
@@ -191,15 +200,20 @@ def test_rows_in_all_steps(run):
     (seen,) = run.validate(module, loader(), verbose=False)
     (tested,) = run.test(module, loader(), verbose=False)
     predicted = run.predict(module, loader())
-    losses, rows = 0.0, 0
+    losses = {task: 0.0 for task in TASKS}
+    rows = dict(losses)
     for batch, out in zip(Rows().batches, predicted, strict=True):
         with torch.no_grad(), adapted.rows(batch["task"]):
             logits = module(batch["x"])
         assert torch.allclose(out, logits, atol=1e-6)
-        loss = nn.functional.cross_entropy(logits, batch["y"], reduction="none")
-        losses, rows = losses + float(loss.sum()), rows + len(loss)
-    assert len({len(batch["x"]) for batch in Rows().batches}) == 1
-    del losses, rows, seen, tested
+        for task in TASKS:
+            own = [i for i, name in enumerate(batch["task"]) if name == task]
+            losses[task] += len(own) * float(nn.functional.cross_entropy(logits[own], batch["y"][own], reduction="sum"))
+            rows[task] += len(own)
+    for found, name in ((seen, "val_loss"), (tested, "test_loss")):
+        for task in TASKS:
+            assert found[f"{name}/{task}"] == pytest.approx(losses[task] / rows[task], rel=1e-5)
+        assert found[name] == pytest.approx(sum(losses.values()) / sum(rows.values()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -267,13 +281,14 @@ def test_tasks_need_a_method():
         fitted(Net(), LoRACallback(delta="x", **QUIET), TasksCallback(tasks=["odd"]))
     with pytest.raises(ArgumentError, match="unfreeze_every"):
         fitted(Net(), LayerFreezingCallback(unfreeze_every=1, **QUIET), TasksCallback(tasks=["odd"]))
-    with pytest.raises(ArgumentError, match="has 2 TasksCallback"):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `TasksCallback`"):
         fitted(Net(), METHODS["lora"](), TasksCallback(tasks=["odd"]), TasksCallback(tasks=["even"]))
 
 
 def test_a_task_without_rows_is_named():
-    with pytest.warns(UserWarning, match="no row in epoch 0 belonged to 'third'"):
+    with pytest.warns(UserWarning, match="no row in epoch 0 belonged to 'third'") as caught:
         module, _ = fitted(Net(), METHODS["lora"](), TasksCallback(tasks=[*TASKS, "third"]), max_epochs=1)
+    assert not [str(one.message) for one in caught if "received" in str(one.message)]
     assert not any(t.any() for n, t in Adapted(module)["third"].state_dict().items() if n.endswith(".b"))
 
 
@@ -306,3 +321,244 @@ def load(path: Any) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+class Dropping(Module):
+    """A schedule, and dropout in the net: what a resume has to get right."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, epochs):
+    def go(**options: Any) -> tuple[Module, L.Trainer]:
+        torch.manual_seed(3)
+        module = Dropping(Net(dropout=0.3, norm=True))
+        saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = (lora(dropout=0.2, delta_files=True), TasksCallback(tasks=list(TASKS)))
+        ckpt = options.pop("ckpt", None)
+        run = trainer(*callbacks, saves, **{"max_epochs": 3, **options})
+        run.fit(module, loader(), ckpt_path=ckpt)
+        return module, run
+
+    whole, _ = go()
+    (tmp_path / "whole").mkdir()
+    for file in tmp_path.glob("*.ckpt"):
+        file.rename(tmp_path / "whole" / file.name)
+    half, _ = go(max_epochs=epochs)
+    torch.rand(5)
+    again, run = go(ckpt=tmp_path / f"epoch={epochs - 1}.ckpt")
+    assert half.losses + again.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+
+    source = tmp_path / "epoch=2.ckpt"
+    assert sorted(path.name for path in tmp_path.glob("epoch=2.*")) == [
+        "epoch=2.ckpt",
+        "epoch=2.even.pet.safetensors",
+        "epoch=2.odd.pet.safetensors",
+    ]
+    with pytest.raises(DeltaFileError, match="holds the deltas of 2 tasks: 'odd', 'even'"):
+        load_delta(Module(Net(norm=True)), source)
+    everything = load_from_checkpoint(Module(Net(norm=True)), source)
+    assert list(Adapted(everything)) == list(TASKS)
+    x = torch.randn(4, WIDTH)
+    for task in TASKS:
+        fresh = Module(Net(norm=True))
+        load_delta(fresh, source, name=task)
+        beside = Module(Net(norm=True))
+        load_delta(beside, tmp_path / f"epoch=2.{task}.pet.safetensors")
+        at_end = Module(Net(norm=True))
+        load_delta(at_end, tmp_path / f"{task}.pet.safetensors")
+        extract_delta(source, tmp_path / "x.pet.safetensors", delta=task)
+        assert load(tmp_path / "x.pet.safetensors").keys() == load(tmp_path / f"{task}.pet.safetensors").keys()
+        with Adapted(again).using(task), Adapted(everything).using(task), torch.no_grad():
+            found = [module.eval()(x) for module in (again, fresh, beside, at_end, everything)]
+        assert all(torch.equal(found[0], other) for other in found)
+    del run
+
+
+def test_a_run_with_other_tasks_is_refused(tmp_path):
+    saves = ModelCheckpoint(tmp_path, filename="x")
+    fitted(Net(), METHODS["lora"](), TasksCallback(tasks=list(TASKS)), saves, max_epochs=1)
+    with pytest.raises(DeltaFileError, match=r"lora:default of odd.*lora:default of even.*lora:default of third"):
+        fitted(Net(), METHODS["lora"](), TasksCallback(tasks=["odd", "third"]), ckpt=tmp_path / "x.ckpt")
+
+
+# --- heads of different sizes, figures --------------------------------------------------------------------
+
+
+def labelled(task_of: Any = None, rows: int = 12) -> DataLoader:
+    """Two labels of one task, five of the other; each a function of the input."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, WIDTH, generator=draw)
+    tasks = [TASKS[int(i % 3 == 0)] for i in range(rows)]
+    y = torch.tensor([int(x[i, 0] > 0) if tasks[i] == "odd" else int(x[i, 1:].abs().argmax()) for i in range(rows)])
+    batch = {"x": x, "y": y, "task": tasks}
+    if task_of is not None:
+        own = [i for i in range(rows) if tasks[i] == task_of]
+        batch = {"x": x[own], "y": y[own]}
+    return DataLoader([batch], batch_size=None)
+
+
+LABELS = {"odd": {"labels": 2, "seed": 1}, "even": {"labels": 5, "seed": 2}}
+
+
+@pytest.mark.usefixtures("_double")
+def test_heads_of_different_sizes(tmp_path):
+    callback = TasksCallback(tasks=LABELS, dirpath=str(tmp_path))
+    module, run = fitted(
+        Net(dropout=0.0), METHODS["lora"](), callback, data=labelled(), reduction="mean", max_epochs=4, lr=0.05
+    )
+    for task, own in LABELS.items():
+        assert inspect_delta(tmp_path / f"{task}.pet.safetensors").tensors[-1].shape == (own["labels"], 8)
+        fresh = Net(dropout=0.0)
+        load_delta(fresh, tmp_path / f"{task}.pet.safetensors", name=task)
+        with Adapted(module).using(task):
+            x = torch.randn(3, WIDTH)
+            assert module(x).shape == (3, own["labels"])
+            assert torch.equal(module(x), fresh(x))
+    (predicted,) = run.predict(module, labelled())
+    batch = next(iter(labelled()))
+    assert [len(row) for row in predicted] == [LABELS[task]["labels"] for task in batch["task"]]
+    for row, x, task in zip(predicted, batch["x"], batch["task"], strict=True):
+        with Adapted(module).using(task), torch.no_grad():
+            assert torch.allclose(row, module(x[None])[0])
+
+
+def test_losses_of_parts_are_weighted_by_rows(tmp_path):
+    """One call for all rows, and one for each task, give the same losses and weights."""
+    runs = [
+        fitted(
+            Net(dropout=0.0),
+            METHODS["lora"](),
+            TasksCallback(tasks={"odd": {"seed": 1}, "even": {"seed": 2}}, split=split, dirpath=str(tmp_path)),
+            reduction="mean",
+            optimizer=torch.optim.SGD,
+        )[0]
+        for split in (False, True)
+    ]
+    assert len(runs[1].losses) > len(runs[0].losses)
+    for one, other in zip(*(run.state_dict().values() for run in runs), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+class Counting(Module):
+    """Logs numbers and metrics in all ways."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.accuracy = MulticlassAccuracy(num_classes=5, average="micro")
+        self.several = MetricCollection(
+            {"macro": MulticlassF1Score(num_classes=5), "recall": MulticlassRecall(num_classes=5)}
+        )
+        self.seen: list[Any] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch["x"])
+        logits = nn.functional.pad(logits, (0, 5 - logits.shape[1]), value=-1e9)
+        loss = nn.functional.cross_entropy(logits, batch["y"])
+        self.log("val_loss", loss)
+        self.log("rows", float(len(logits)), reduce_fx="sum")
+        self.accuracy(logits, batch["y"])
+        self.log("val_acc", self.accuracy)
+        self.several.update(logits, batch["y"])
+        self.log_dict(self.several)
+        self.log("now", self.accuracy.compute())
+        return {"loss": loss, "logits": list(logits)}
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((outputs, batch))
+
+
+def test_figures_of_each_task(tmp_path):
+    module = Counting(Net(dropout=0.0))
+    torch.manual_seed(3)
+    callback = TasksCallback(tasks=LABELS, dirpath=str(tmp_path))
+    run = trainer(METHODS["lora"](), callback, max_epochs=1, limit_val_batches=1.0)
+    run.fit(module, labelled())
+    (found,) = run.validate(module, labelled(rows=20), verbose=False)
+    assert "forward" not in vars(module.accuracy)
+    counts, values = {}, {}
+    for task in TASKS:
+        (batch,) = labelled(task, rows=20)
+        fresh = Counting(Net(dropout=0.0))
+        load_delta(fresh, tmp_path / f"{task}.pet.safetensors", name=task)
+        (values[task],) = trainer(limit_val_batches=1.0).validate(fresh, labelled(task, rows=20), verbose=False)
+        counts[task] = len(batch["x"])
+        for name, value in values[task].items():
+            assert found[f"{name}/{task}"] == pytest.approx(value, abs=1e-6), name
+    mean = sum(counts[task] * values[task]["val_loss"] for task in TASKS) / 20
+    assert found["val_loss"] == pytest.approx(mean)
+    assert found["rows"] == 20
+    assert found["val_acc"] == pytest.approx(sum(counts[t] * values[t]["val_acc"] for t in TASKS) / 20)
+    outputs, batch = module.seen[-1]
+    assert len(outputs["logits"]) == 20
+    assert outputs["loss"] == pytest.approx(mean)
+    for row, x, task in zip(outputs["logits"], batch["x"], batch["task"], strict=True):
+        with Adapted(module).using(task), torch.no_grad():
+            assert torch.allclose(row[: LABELS[task]["labels"]], module(x[None])[0], atol=1e-6)
+
+
+def test_the_best_of_each_task(tmp_path):
+    """Each task has its own best epoch; the file is of that one, also after a resume."""
+
+    class Up(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            best = {2: 1, 5: 2}[self(batch["x"]).shape[1]]
+            self.log("score", -abs(float(self.current_epoch - best)))
+
+    def go(folder: Any, epochs: int, ckpt: Any = None) -> tuple[TasksCallback, L.LightningModule]:
+        torch.manual_seed(3)
+        callback = TasksCallback(tasks=LABELS, dirpath=str(folder), monitor="score", mode="max")
+        saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        module = Up(Net(dropout=0.0))
+        run = trainer(METHODS["lora"](), callback, saves, max_epochs=epochs, limit_val_batches=1.0)
+        run.fit(module, labelled(), labelled(), ckpt_path=ckpt)
+        return callback, module
+
+    callback, _ = go(tmp_path / "whole", 4)
+    assert callback.best == {"odd": 0.0, "even": 0.0}
+    go(tmp_path / "half", 2)
+    again, _ = go(tmp_path / "half", 4, tmp_path / "half" / "epoch=1.ckpt")
+    assert again.best == callback.best
+    for task, epoch in (("odd", 1), ("even", 2)):
+        best, kept = load(tmp_path / "whole" / f"{task}.pet.safetensors"), tmp_path / "x.pet.safetensors"
+        extract_delta(tmp_path / "whole" / f"epoch={epoch}.ckpt", kept, delta=task)
+        at_best = load(kept)
+        assert best.keys() == at_best.keys()
+        assert all(torch.equal(best[name], at_best[name]) for name in best)
+        resumed = load(tmp_path / "half" / f"{task}.pet.safetensors")
+        assert all(torch.equal(best[name], resumed[name]) for name in best)
+
+
+def test_a_figure_that_no_task_has():
+    callback = TasksCallback(tasks=list(TASKS), monitor="val_acc")
+    run = trainer(METHODS["lora"](), callback, max_epochs=1, limit_val_batches=1.0)
+    with pytest.raises(ArgumentError, match=r"monitor='val_acc'.*There are 'val_loss'"):
+        run.fit(Module(Net()), loader(), loader())
+
+
+def test_a_transformers_model_computes_its_own_loss():
+    class Own(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = bert()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 20, (6, 5), generator=draw)
+    tasks = ["odd", "even"] * 3
+    labels = torch.tensor([1, 4, 0, 3, 1, 2])
+    module = Own()
+    run = trainer(LoRACallback(r=2, **QUIET), TasksCallback(tasks=LABELS), max_epochs=1)
+    run.fit(module, DataLoader([{"input_ids": ids, "labels": labels, "task": tasks}], batch_size=None))
+    assert module.model.num_labels == 2
+    with Adapted(module).using("even"):
+        assert module.model(ids).logits.shape == (6, 5)

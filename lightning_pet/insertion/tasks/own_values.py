@@ -8,7 +8,7 @@ not know of it: there the values have the names of the tensors in whose place th
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,10 @@ from lightning_pet.insertion.method import Insertion, delta_name, suffix_of
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.value import Value
 from lightning_pet.model.adaptation import Adaptation, Applied
-from lightning_pet.model.naming import join, named_parameters, own_key
+from lightning_pet.model.naming import VALUE, named_parameters
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.heads import HEAD
 from lightning_pet.targets.targets import seen_reader
-
-VALUE: Final = "value"
-"""Short name of the method; no file holds it."""
 
 
 @dataclass(frozen=True)
@@ -141,29 +138,6 @@ def is_own(applied: Applied) -> bool:
     return applied.method == VALUE
 
 
-def own_names(record: Adaptation, delta: str) -> dict[str, str]:
-    """Names of a delta's own values, as tensors of the model: those of the base in whose place they are."""
-    found: dict[str, str] = {}
-    for applied, target, path in record.places():
-        if is_own(applied) and applied.delta == delta and join(path, VALUE) in set(record.delta_names):
-            found[join(path, VALUE)] = target.path
-    return found
-
-
-def as_base_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a delta with those that are values of the base's under the base's names.
-
-    >>> import torch
-    >>> list(as_base_names({"head.pet.value_default_bias@sst2.value": torch.ones(2)}))
-    ['head.bias']
-    """
-    return {_base_name(name): tensor for name, tensor in tensors.items()}
-
-
-def _base_name(name: str) -> str:
-    above, _, rest = f".{name}".partition(".pet.")
-    key, _, own = rest.partition(".")
-    if own != VALUE or not (key := own_key(key)).startswith(f"{VALUE}_default"):
-        return name
-    parameter = key.removeprefix(f"{VALUE}_default").removeprefix("_") or "weight"
-    return join(above.removeprefix("."), parameter)
+def own_places(record: Adaptation) -> set[str]:
+    """Names of the tensors of the base in whose place deltas have values of their own."""
+    return {target.path for applied in record.applied if is_own(applied) for target in applied.targets}

@@ -138,7 +138,7 @@ def _combined(
         )
     for name in names:
         refuse_lost(record.of(name), "combined")
-    files = [_file(root, record, name) for name in names]
+    files = [file_of(root, record, name) for name in names]
     values = {
         name: {n: tensor for n, tensor in file.tensors.items() if delta_of(n) is None}
         for name, file in zip(names, files, strict=True)
@@ -149,16 +149,32 @@ def _combined(
         if refused is None:
             stored, made = by_rules(_saving_the_same(files), options, originals)
     except (ArgumentError, DeltaFileError) as error:
+        if options.how.startswith("peft"):
+            raise
         refused = error
     if refused is not None:
         try:
             stored, made = through_weights(root, record, values, originals, options)
         except NotMergeableError as error:
             raise refused from error
+    _check_finite(files, stored, options)
     return replace(stored, base=None, notes={"combined": provenance(files, options)}), made
 
 
-def _file(root: nn.Module, record: Adaptation, name: str) -> Stored:
+def _check_finite(files: Sequence[Stored], stored: Stored, options: Options) -> None:
+    """Refuse weights that carry numbers beyond what a tensor can hold; what was no number before is the user's."""
+
+    def lost(tensors: Mapping[str, Tensor]) -> list[str]:
+        return [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+
+    if (names := lost(stored.tensors)) and not any(lost(file.tensors) for file in files):
+        raise ArgumentError(
+            f"weights={list(options.weights)}: {names[0]} would hold numbers that are not finite. Give smaller weights."
+        )
+
+
+def file_of(root: nn.Module, record: Adaptation, name: str) -> Stored:
+    """A delta of a model, as a file would hold it."""
     methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in record.of(name).applied)
     tensors = {key: tensor.detach() for key, tensor in packed(root, record, name).items()}
     return Stored(Path(name), methods, tensors, None)

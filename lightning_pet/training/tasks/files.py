@@ -1,7 +1,7 @@
 """One delta file for each task of a run."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_pet.errors import DeltaFileError
+from lightning_pet.errors import ArgumentError, DeltaFileError
 from lightning_pet.operations.saved import save
 from lightning_pet.training.watch import Run
 
@@ -61,3 +61,23 @@ def _first_writes(run: Run, path: Path, one: Callable[[], int]) -> None:
     if run.trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         one()
+
+
+def values_of(trainer: pl.Trainer, monitor: str, tasks: Sequence[str]) -> dict[str, float]:
+    """The present values of a figure, of each task that has one; what is no number is none.
+
+    Raises:
+        ArgumentError: if no task has one, naming the figures that tasks have.
+    """
+    known = trainer.callback_metrics
+    found = {task: float(known[name]) for task in tasks if (name := f"{monitor}/{task}") in known}
+    if not found:
+        ends = tuple(f"/{task}" for task in tasks)
+        names = sorted({name.rpartition("/")[0] for name in known if name.endswith(ends)})
+        raise ArgumentError(
+            f"monitor={monitor!r}: nothing of this name was logged for a task. "
+            + (f"There are {', '.join(map(repr, names))}. " if names else "")
+            + "Figures are known for each task where validation_step logs them (also with on_epoch=True), not where a "
+            "hook at the end of an epoch does."
+        )
+    return {task: value for task, value in found.items() if value == value}

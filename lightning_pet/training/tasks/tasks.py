@@ -1,6 +1,6 @@
 """The tasks of a run: their names, options, and the callbacks that each gets of its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, cast
 
@@ -14,7 +14,7 @@ from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.choice import gather
 from lightning_pet.insertion.method import key_of
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import check_delta_name
+from lightning_pet.model.naming import check_delta_name, delta_of
 from lightning_pet.training.runs.streams import Streams
 from lightning_pet.training.tasks.routing import Key
 
@@ -39,19 +39,19 @@ class Tasks:
         names: in the order in which they were given; numbers in batches mean this order.
         options: of each.
         split: training batches are run task by task.
-        seen: tasks that have had a row in the present epoch.
     """
 
     def __init__(self, names: Sequence[str] | Mapping[str, Any], key: Key = "task", *, every_row: bool = False) -> None:
         self.names, self.options = _named(names)
         self.key, self.every_row, self.split = key, every_row, False
-        self.seen: set[str] = set()
+        self._in_fit: set[str] = set()
+        self._in_epoch: set[str] = set()
         self._copies: list[Any] = []
         self._templates: list[Any] = []
         self.streams: Streams | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_copies": [], "_templates": [], "streams": None, "seen": set()}
+        return self.__dict__ | {"_copies": [], "_templates": [], "streams": None, "_in_fit": set(), "_in_epoch": set()}
 
     # --- callbacks of each task -------------------------------------------------------------------
 
@@ -124,6 +124,37 @@ class Tasks:
             template.insertions(root, targets)
         self.streams.look()
 
+    # --- rows -----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A fit begins."""
+        self._in_fit, self._in_epoch = set(), set()
+
+    def note(self, tasks: Iterable[str]) -> None:
+        """These tasks have rows in a training batch."""
+        self._in_fit.update(tasks)
+        self._in_epoch.update(tasks)
+
+    @property
+    def unseen(self) -> frozenset[str]:
+        """Tasks that have had no row in this fit."""
+        return frozenset(self.names) - self._in_fit if not self.every_row else frozenset()
+
+    def report_unseen(self, trainer: pl.Trainer, when: str) -> None:
+        """Name the tasks that no process has seen a row of, and begin anew."""
+        own = {task for task in self.names if task not in self._in_epoch}
+        each = [own for _ in range(trainer.world_size)]
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(each, own)
+        unseen = set.intersection(*each)
+        where = "" if callable(self.key) else f" (key={self.key!r})"
+        if unseen and not self.every_row:
+            rank_zero_warn(
+                f"no row {when} belonged to {', '.join(repr(task) for task in self.names if task in unseen)}: the "
+                f"delta is as it was before. Look at what the batches name{where}, or leave the task out."
+            )
+        self._in_epoch.clear()
+
     # --- the model --------------------------------------------------------------------------------
 
     def gather(self, root: Any, *, train: bool) -> None:
@@ -132,24 +163,13 @@ class Tasks:
         if record is not None and set(self.names) <= set(record.names):
             gather(root, self.names, train=train)
 
-    def report_unseen(self, trainer: pl.Trainer, when: str) -> None:
-        """Name the tasks that no process has seen a row of, and begin anew."""
-        own = {task for task in self.names if task not in self.seen}
-        each = [own for _ in range(trainer.world_size)]
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(each, own)
-        unseen = set.intersection(*each)
-        if unseen and not self.every_row:
-            rank_zero_warn(
-                f"no row {when} belonged to {', '.join(repr(task) for task in self.names if task in unseen)}: the "
-                f"delta is as it was before. Look at what the batches name (key={self.key!r}), or leave the task out."
-            )
-        self.seen.clear()
-
-    def of_optimizer(self, task: str | None) -> dict[str, float]:
-        """The options of a task that its parameter groups have."""
-        options = self.options.get(task or "", {})
-        return {key: float(options[key]) for key in OF_OPTIMIZER if key in options}
+    def of_optimizer(self, names: Iterable[str]) -> dict[str, tuple[str, dict[str, float]]]:
+        """The task of each tensor of a delta, with the options that its parameter groups have, where it has some."""
+        own: dict[str, dict[str, float]] = {
+            task: {str(key): float(options[key]) for key in OF_OPTIMIZER if key in options}
+            for task, options in self.options.items()
+        }
+        return {name: (task, own[task]) for name in names if own.get(task := delta_of(name) or "")}
 
 
 def tasks_of(trainer: pl.Trainer) -> Tasks | None:
