@@ -418,19 +418,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def placed_values(root: nn.Module, values: Mapping[str, Tensor], *, shared: bool = False) -> dict[str, Tensor]:
-    """Copies of values, placed as the present ones: the base may write into its buffers.
-
-    Args:
-        root: the adapted root.
-        values: by canonical name.
-        shared: what is no buffer is not copied, where it lies as it is wanted: nothing writes into it.
-    """
+    """Values placed as the present ones: copies, as the base may write into its buffers; ``shared``: of these only."""
     found, precisions = {}, read_precisions(root)
     with torch.no_grad():
         for name, tensor in tensors_at(root, values).items():
             if not values[name].is_meta:
-                dtype = precisions.get(id(tensor), tensor.dtype)
-                copy = not (shared and isinstance(tensor, nn.Parameter))
+                dtype, copy = (
+                    precisions.get(id(tensor), tensor.dtype),
+                    not shared or not isinstance(tensor, nn.Parameter),
+                )
                 found[name] = values[name].detach().to(tensor.device, dtype, copy=copy)
     return found
 
