@@ -475,8 +475,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
             for part, values in zip(parts, wanted, strict=True):
                 part.values.update(placed_values(root, values, shared=True) if values else {})
             paths = {id(module): path for path, module in modules.items()}
-            ids = tuple(groups.index(name) for name in names)
-            rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, manners)
+            rows = Rows(groups, tuple(map(groups.index, names)), tuple(parts), frozenset(differing), paths, manners)
             union = record.selection(tuple(name for name in groups if name is not None))
             for module, attributes in places:
                 expose(module, attributes, switch, by_rows=True)
