@@ -407,14 +407,17 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
 
-def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of values, placed as the present ones: the base may write into its buffers."""
+def placed_values(root: nn.Module, values: Mapping[str, Tensor], *, shared: bool = False) -> dict[str, Tensor]:
+    """Values placed as the present ones: copies, as the base may write into its buffers; ``shared``: of these only."""
     found, precisions = {}, read_precisions(root)
     with torch.no_grad():
         for name, tensor in tensors_at(root, values).items():
             if not values[name].is_meta:
-                dtype = precisions.get(id(tensor), tensor.dtype)
-                found[name] = values[name].detach().to(tensor.device, dtype, copy=True)
+                dtype, copy = (
+                    precisions.get(id(tensor), tensor.dtype),
+                    not shared or not isinstance(tensor, nn.Parameter),
+                )
+                found[name] = values[name].detach().to(tensor.device, dtype, copy=copy)
     return found
 
 
@@ -460,10 +463,9 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
                 )
             parts = [record.selection(deltas) for deltas in tuples]
             for part, values in zip(parts, wanted, strict=True):
-                part.values.update(placed_values(root, values) if values else {})
+                part.values.update(placed_values(root, values, shared=True) if values else {})
             paths = {id(module): path for path, module in modules.items()}
-            ids = tuple(groups.index(name) for name in names)
-            rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, manners)
+            rows = Rows(groups, tuple(map(groups.index, names)), tuple(parts), frozenset(differing), paths, manners)
             union = record.selection(tuple(name for name in groups if name is not None))
             for module, attributes in places:
                 expose(module, attributes, switch, by_rows=True)
