@@ -109,7 +109,8 @@ class OneDelta:
 def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) -> None:
     """Add deltas into the base weights and take them out; what they have trained in place becomes the base's."""
     record = record_at(root)
-    before, staying = record.active, [name for name in record.names if name not in deltas]
+    before = record.active if not record.together else ()  # of those that train together none acts by itself
+    staying = [name for name in record.names if name not in deltas]
     place(root, deltas)  # what others have in place of the base's values is no part of the sum
     done = False
     try:

@@ -30,11 +30,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.errors import PETError, UnsupportedStrategyError
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.layers.sharding import placed, whole
 from lightning_pet.model.adaptation import adapted_root, record_of
-from lightning_pet.model.naming import named_tensors
+from lightning_pet.model.naming import VALUE, named_tensors
 from lightning_pet.store.entry import read_checkpoint
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
@@ -445,8 +445,15 @@ def _missing(trainer: pl.Trainer, module: pl.LightningModule) -> list[Any]:
     if not fitting and not reads_checkpoint(trainer):
         return []
     applied = [a for a in record.applied if a.delta in record.active and a.delta not in record.waiting]
+    applied = [a for a in applied if a.method != VALUE]  # these come with their methods
     if not applied:
         return []
+    if record.together and fitting:
+        raise PETError(
+            f"{type(module).__name__} carries the deltas of the tasks {', '.join(map(repr, record.together))}, none of "
+            "which acts by itself. Give the Trainer the callbacks that trained them, TasksCallback "
+            f"among them; or choose one before: Adapted(module).activate({record.together[0]!r})."
+        )
     names = ", ".join(f"{a.method}:{a.name}" for a in applied)
     if not all(a.method in METHODS for a in applied):
         rank_zero_warn(

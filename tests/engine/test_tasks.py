@@ -1,5 +1,7 @@
 """Several deltas trained in one run: each is what it would be alone on its rows, in one file of its own."""
 
+import pickle
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -709,3 +711,31 @@ def test_manual_optimization(tmp_path):
     callbacks = (METHODS["lora"](), TasksCallback(tasks=LABELS))
     with pytest.raises(ArgumentError, match="ByHand optimizes by itself"):
         trainer(*callbacks, max_epochs=1).fit(ByHand(Net()), labelled())
+
+
+def test_what_one_does_with_deltas_afterwards(tmp_path):
+    def trained() -> tuple[Module, Adapted]:
+        module, _ = fitted(Net(dropout=0.0), METHODS["lora"](), TasksCallback(tasks=list(TASKS), dirpath=str(tmp_path)))
+        return module, Adapted(module)
+
+    x = torch.randn(3, WIDTH)
+    module, adapted = trained()
+    with adapted.using("odd"):
+        odd = module(x)
+    adapted.replace("odd", tmp_path / "odd.pet.safetensors")
+    adapted.load("third", tmp_path / "odd.pet.safetensors")
+    for copied in (deepcopy(module.net), pickle.loads(pickle.dumps(module.net))):
+        with Adapted(copied).using("third"):
+            assert torch.allclose(copied(x), odd)
+    with adapted.rows(["third", "odd", None]):
+        assert torch.allclose(module(x)[:2], odd[:2], atol=1e-6)
+    with pytest.raises(PETError, match="carries the deltas of the tasks 'odd', 'even', none of which acts by itself"):
+        trainer(max_epochs=1).fit(module, loader("odd"))
+    adapted.activate("even")
+    with pytest.warns(UserWarning, match="was given no callback for it"):
+        trainer(max_epochs=1).fit(module, loader("even"))
+    module, adapted = trained()
+    with pytest.warns(UserWarning, match="is a part of the base now"):
+        adapted["odd"].merge_()
+    assert (list(adapted), adapted.active) == (["even"], ())
+    assert torch.allclose(module(x), odd, atol=1e-6)

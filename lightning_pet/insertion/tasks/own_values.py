@@ -18,7 +18,7 @@ from lightning_pet.insertion.method import Insertion, delta_name, suffix_of
 from lightning_pet.layers.delta import Tied
 from lightning_pet.layers.value import Value
 from lightning_pet.model.adaptation import Adaptation, Applied
-from lightning_pet.model.naming import VALUE, named_parameters
+from lightning_pet.model.naming import VALUE, join, named_parameters
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.heads import HEAD
 from lightning_pet.targets.targets import seen_reader
@@ -136,6 +136,12 @@ def _output_of(names: Sequence[str], parameters: Mapping[str, Tensor], heads: Se
 def is_own(applied: Applied) -> bool:
     """Whether this is no method of the user's, but holds values of tensors of the base."""
     return applied.method == VALUE
+
+
+def names_of_own(record: Adaptation) -> dict[str, str]:
+    """Names of tensors of the base, with those of the values that one delta has in their place."""
+    places = [(target.path, join(path, VALUE)) for applied, target, path in record.places() if is_own(applied)]
+    return {base: name for base, name in places if name in set(record.delta_names)}
 
 
 def own_places(record: Adaptation) -> set[str]:
