@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_pet.operations.delta import load_delta as load_delta
     from lightning_pet.operations.delta import load_from_checkpoint as load_from_checkpoint
     from lightning_pet.operations.delta import save_delta as save_delta
+    from lightning_pet.operations.library.library import DeltaLibrary as DeltaLibrary
     from lightning_pet.report.memory.planner import plan_memory as plan_memory
     from lightning_pet.store.reader import extract_delta as extract_delta
     from lightning_pet.store.reader import last_good as last_good
@@ -67,6 +68,7 @@ _WHERE = {
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
     "combine_deltas": "operations.combining.files",
+    "DeltaLibrary": "operations.library.library",
     "inspect_delta": "operations.delta",
     "load_delta": "operations.delta",
     "load_from_checkpoint": "operations.delta",

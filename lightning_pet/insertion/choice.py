@@ -25,6 +25,7 @@ from lightning_pet.layers.sharding import holds_parts, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_of
 from lightning_pet.model.call import Rows, Switch, between_forwards
 from lightning_pet.model.naming import (
+    CHILD,
     check_known,
     delta_of,
     join,
@@ -173,7 +174,7 @@ def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) 
     if not values:
         return {}
     present = tensors_at(root, values)
-    by_copy = any(_is_held(tensor) for tensor in present.values()) or holds_parts(root)
+    by_copy = any(_is_held(tensor) for tensor in present.values()) or holds_parts(root, without=CHILD)
     if other := [n for n, t in present.items() if by_copy and whole_shape(t) != whole_shape(values[n])]:
         raise PETError(
             f"{', '.join(other[:4])} would get another shape, and others hold its memory (an engine that shards, or "
@@ -282,7 +283,7 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
             names = {*wanted, *record.held_by(record.names)}
             modules = named_modules(root, of_base=True) if names or not deltas else {}
             places, values = places_of(modules, names, aside=not deltas)
-            if wanted and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
+            if wanted and _others_hold(root, places):
                 stack.callback(copy_in, root, _exchange(root, wanted))
                 places, values = places_of(modules, set(), aside=not deltas)
             else:
@@ -301,14 +302,15 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
 
 def belong(root: nn.Module, record: Adaptation) -> None:
     """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
-    keys: dict[str, list[str]] = {}
-    for applied in record.applied:
-        for host, key in applied.hosts:
-            keys.setdefault(host, []).append(key)
-    for host, own in keys.items():
+    for host, own in record.keys().items():
         deltas = deltas_of(module_at(root, host))
         for key in own:
             deltas.belong(key, record.switch)
+
+
+def _others_hold(root: nn.Module, places: _Places) -> bool:
+    """Whether values cannot be read side by side: an engine holds parts of them, or the class of a module."""
+    return holds_parts(root, without=CHILD) or any(is_swapped_by_others(module) for module, _ in places)
 
 
 def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
@@ -361,9 +363,14 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
 
-def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def placed_values(
+    root: nn.Module, values: Mapping[str, Tensor], precisions: Mapping[int, torch.dtype] | None = None
+) -> dict[str, Tensor]:
     """Copies of values, placed as the present ones: the base may write into its buffers."""
-    found, precisions = {}, read_precisions(root)
+    if not values:
+        return {}
+    found: dict[str, Tensor] = {}
+    precisions = read_precisions(root) if precisions is None else precisions
     with torch.no_grad():
         for name, tensor in tensors_at(root, values).items():
             if not values[name].is_meta:
@@ -406,14 +413,15 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
             everything = differing | set(record.held_by(record.names))
             modules = named_modules(root, of_base=True)
             places, _ = places_of(modules, everything, aside=False)
-            if differing and (holds_parts(root) or any(is_swapped_by_others(module) for module, _ in places)):
+            if differing and _others_hold(root, places):
                 raise TargetError(
                     f"an engine holds parts of {', '.join(sorted(differing)[:4])}, and every delta has values of its "
                     "own there: rows of one batch cannot read different ones. Use one after the other: `using(name)`."
                 )
             parts = [record.selection(deltas) for deltas in tuples]
+            precisions = read_precisions(root) if differing else {}
             for part, values in zip(parts, wanted, strict=True):
-                part.values.update(placed_values(root, values) if values else {})
+                part.values.update(placed_values(root, values, precisions))
             paths = {id(module): path for path, module in modules.items()}
             ids = tuple(groups.index(name) for name in names)
             rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, manners)

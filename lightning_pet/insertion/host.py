@@ -307,10 +307,10 @@ def attach(
     else:
         swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
-    pet[key] = delta
     if switch is not None:
-        pet.belong(key, switch)
-    pet.train(host.training)
+        pet.belong(key, switch)  # before it is there: other threads run the host, and it is not to act in them yet
+    pet[key] = delta
+    delta.train(host.training)
     if target.reads is not None and delta.path != "weight":
         delta.slot = Slot(pet, key)
         source = module_at(root, target.reads)
