@@ -1,7 +1,7 @@
 """What the census checks of one method on one model."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 import lightning_pet
 from lightning_pet import Adapted, PETCallback, PETError
+from lightning_pet.insertion.commit import commit
+from lightning_pet.insertion.prepare import prepare
 from lightning_pet.model.named_roles import is_linear
 from lightning_pet.model.naming import canonical
-from lightning_pet.model.structure import Structure
-from lightning_pet.operations.adapted import adapt
+from lightning_pet.model.structure import Structure, host_parameter
 from lightning_pet.probe.probe import analyse
-from lightning_pet.targets.placement import host_parameter
+
+
+def adapt(root: nn.Module, methods: Sequence[PETCallback], structure: Structure | None = None) -> Adapted:
+    """Apply methods to a root whose structure is known."""
+    commit(root, prepare(root, methods, structure))
+    return Adapted(root)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """How many of our files a run goes through: from the Trainer to the first batch, and in one checkpoint.
 
 Counts calls of functions of this package, the files that they are in, and how often the next call is in another file
-than the one before. A count, so it is the same on every machine: ``python -m benchmarks.way_of_data``.
+than the one before. A count, so it is the same on every machine: ``python -m benchmarks.way_of_data``; with ``-v``
+file by file, and from which file the way goes to which.
 """
 
 import sys
@@ -29,7 +30,8 @@ class Way:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.changes = 0
+        self.functions: Counter[tuple[str, str]] = Counter()
+        self.changes: Counter[tuple[str, str]] = Counter()
         self._last = ""
 
     @contextmanager
@@ -40,7 +42,9 @@ class Way:
             name = frame.f_code.co_filename
             if event == "call" and name.startswith(_PACKAGE):
                 self.calls[name] += 1
-                self.changes += name != self._last
+                self.functions[name, frame.f_code.co_qualname] += 1
+                if name != self._last:
+                    self.changes[self._last, name] += 1
                 self._last = name
 
         sys.setprofile(note)
@@ -50,7 +54,7 @@ class Way:
             sys.setprofile(None)
 
     def __str__(self) -> str:
-        return f"{len(self.calls)} files, {self.changes:,} changes of file, {self.calls.total():,} calls"
+        return f"{len(self.calls)} files, {self.changes.total():,} changes of file, {self.calls.total():,} calls"
 
 
 class _Classifier(pl.LightningModule):
@@ -102,6 +106,19 @@ def ways(folder: str, layers: int = 6) -> tuple[Way, Way]:
     return until.setup_way, until.checkpoint_way
 
 
+def _show(way: Way) -> None:
+    """File by file with its most called functions, and the most frequent changes of file."""
+
+    def short(file: str) -> str:
+        return str(Path(file).relative_to(_PACKAGE)) if file else "-"
+
+    for file, calls in way.calls.most_common():
+        functions = [(name, number) for (where, name), number in way.functions.most_common() if where == file]
+        print(f"  {calls:6,} {short(file)}: {', '.join(f'{name} {number:,}' for name, number in functions[:6])}")
+    for (before, after), number in way.changes.most_common(25):
+        print(f"  {number:6,} {short(before)} → {short(after)}")
+
+
 def main() -> None:
     """Print both."""
     warnings.simplefilter("ignore")
@@ -109,8 +126,7 @@ def main() -> None:
         for name, way in zip(("set-up to the first batch", "one checkpoint"), ways(folder), strict=True):
             print(f"{name}: {way}")
             if "-v" in sys.argv:
-                for file, calls in way.calls.most_common():
-                    print(f"  {calls:6,} {Path(file).relative_to(_PACKAGE)}")
+                _show(way)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -38,11 +39,14 @@ if TYPE_CHECKING:
     from lightning_pet.errors import UnsupportedStrategyError as UnsupportedStrategyError
     from lightning_pet.operations.adapted import Adapted as Adapted
     from lightning_pet.operations.apply import apply as apply
+    from lightning_pet.operations.combining.choosing import choose_weights as choose_weights
     from lightning_pet.operations.combining.files import combine_deltas as combine_deltas
     from lightning_pet.operations.delta import inspect_delta as inspect_delta
     from lightning_pet.operations.delta import load_delta as load_delta
     from lightning_pet.operations.delta import load_from_checkpoint as load_from_checkpoint
     from lightning_pet.operations.delta import save_delta as save_delta
+    from lightning_pet.operations.exchanging import export_delta as export_delta
+    from lightning_pet.operations.exchanging import import_delta as import_delta
     from lightning_pet.operations.library.library import DeltaLibrary as DeltaLibrary
     from lightning_pet.report.memory.planner import plan_memory as plan_memory
     from lightning_pet.store.reader import extract_delta as extract_delta
@@ -65,9 +69,13 @@ _WHERE = {
     "LoRACallback": "callbacks.lora",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "TasksCallback": "callbacks.tasks",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
+    "choose_weights": "operations.combining.choosing",
     "combine_deltas": "operations.combining.files",
+    "export_delta": "operations.exchanging",
+    "import_delta": "operations.exchanging",
     "DeltaLibrary": "operations.library.library",
     "inspect_delta": "operations.delta",
     "load_delta": "operations.delta",
@@ -88,7 +96,7 @@ _WHERE = {
 }
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 _FILE_VERBS = ("inspect", "extract", "combine", "list", "init")  # merge builds methods, which have to be known
-_HELPED_VERBS = ("merge", "plan", "intrinsic-dimension")
+_HELPED_VERBS = ("merge", "import", "export", "plan", "intrinsic-dimension")
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,7 @@ FUNCTIONS: Final[dict[Any, int]] = {
 _MULTI_HEAD: Final = inspect.signature(F.multi_head_attention_forward)
 
 
-def softmax_options(args: tuple[Any, ...], kwargs: Mapping[str, Any], scores: Tensor) -> dict[str, Any]:
+def _softmax_options(args: tuple[Any, ...], kwargs: Mapping[str, Any], scores: Tensor) -> dict[str, Any]:
     """``dtype`` of a softmax call; the softmax must be over the last dimension.
 
     Raises:
@@ -158,7 +158,7 @@ class FunctionalRoute(TorchFunctionMode):
             return func(*args, **kwargs)
         self.finish()
         self.products.remove(found)
-        options = softmax_options(args[1:], kwargs, scores)
+        options = _softmax_options(args[1:], kwargs, scores)
         theirs, self.shares = attend_with_prefix(scores, self._scores(found.query, scores), **options)
         self.shape = theirs.shape
         return theirs

@@ -128,7 +128,7 @@ def _get_interface(table: Any, attn_implementation: Any, default: Any) -> Any:
     return partial(_attend, attend, kind)
 
 
-def live_prefixes(module: nn.Module) -> list[LivePrefix]:
+def _live_prefixes(module: nn.Module) -> list[LivePrefix]:
     """The prefixes of a module that is running."""
     pet = module._modules.get("pet")
     if pet is None:
@@ -153,7 +153,7 @@ def _attend(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    prefixes = live_prefixes(module)
+    prefixes = _live_prefixes(module)
     call = partial(_attend_with, prefixes, attend, kind) if prefixes else attend
     observer: InterfaceObserver | None = HERE.call.observer
     if observer is not None:

@@ -113,7 +113,7 @@ class AttentionPrefix(Prefix):
             return None
 
         def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return own[0]._seen(owner, rows_of_prefixes(deltas, ids), call, *args, **kwargs)
+            return own[0]._seen(owner, _rows_of_prefixes(deltas, ids), call, *args, **kwargs)
 
         return run
 
@@ -154,7 +154,7 @@ class AttentionPrefix(Prefix):
         return self._used(live, output)
 
 
-def rows_of_prefixes(deltas: Sequence[AttentionPrefix | None], ids: Tensor) -> RowPrefixes:
+def _rows_of_prefixes(deltas: Sequence[AttentionPrefix | None], ids: Tensor) -> RowPrefixes:
     """The prefix of each row; shorter ones, and that of rows without any, have hidden positions in front.
 
     Args:

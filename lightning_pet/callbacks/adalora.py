@@ -34,9 +34,8 @@ from lightning_pet.model.layer_kinds import host_kind, matrix_of
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.strategies.strategy import StrategyAdapter
-from lightning_pet.targets.parameters import with_readers
 from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.targets.targets import resolve_targets
+from lightning_pet.targets.targets import resolve_targets, with_readers
 from lightning_pet.training.controller import Controller
 
 _HOSTS = ("linear", "conv1d_hf", "conv", "weight")

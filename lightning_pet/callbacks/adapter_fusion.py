@@ -231,6 +231,11 @@ class AdapterFusionCallback(PETCallback):
 
     # --- when -------------------------------------------------------------------------------------
 
+    @property
+    def not_for_tasks(self) -> str | None:
+        """It takes the adapters of several tasks into one delta."""
+        return "it joins adapters that were trained before, for one target task. Train these with AdapterCallback."
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

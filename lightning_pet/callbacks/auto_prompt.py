@@ -135,6 +135,11 @@ class AutoPromptCallback(PETCallback):
         table = cast(nn.Embedding, module_at(root, target.module))
         return TriggerRows(self._start or self.length, table.num_embeddings, table.weight.device)
 
+    @property
+    def not_for_tasks(self) -> str | None:
+        """A search compares losses of whole batches."""
+        return "it searches words by the loss of whole batches. Search them in a run for each task."
+
     # --- the search -----------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -35,12 +35,13 @@ from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.run_log import log_figures, norm_of
+from lightning_pet.training.tasks.of_task import OfTask, for_tasks
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
 Scalar = Literal["norm", "rank", "density"]
 
 
-class PETCallback(Callback):
+class PETCallback(OfTask, Callback):
     """Base of all parameter-efficient tuning methods.
 
     In ``setup`` the callback rewrites the model (or as soon as the model exists, if the
@@ -152,6 +153,8 @@ class PETCallback(Callback):
             METHODS[cls.method] = cls
         if "__init__" in cls.__dict__:
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+        if "setup" in cls.__dict__:
+            cls.setup = for_tasks(cls.setup)  # type: ignore[method-assign]
 
     # --- what a method answers ------------------------------------------------------------------
 
@@ -227,7 +230,7 @@ class PETCallback(Callback):
     def __repr__(self) -> str:
         defaults = self._defaults()
         given = [
-            f"{name}={value!r}" for name, value in self._arguments().items() if _many(value) != _many(defaults[name])
+            f"{name}={value!r}" for name, value in self.arguments().items() if _many(value) != _many(defaults[name])
         ]
         return f"{type(self).__name__}({', '.join(given)})"
 
@@ -247,12 +250,13 @@ class PETCallback(Callback):
         """Names of all arguments of the constructor."""
         return list(cls._defaults())
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """All constructor arguments, as this instance has them."""
         return {name: getattr(self, name) for name in self._defaults()}
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this instance; JSON types only."""
-        return {name: value for name, value in self._arguments().items() if name not in self.of_the_run}
+        return {name: value for name, value in self.arguments().items() if name not in self.of_the_run}
 
     def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
         """The same, where options by pattern are in a form that files can hold; see :func:`patterns.settled`."""
@@ -313,6 +317,7 @@ class PETCallback(Callback):
         of = "" if self.delta == DEFAULT else f", 'delta': {self.delta!r}"
         return f"{type(self).__qualname__}{{'name': {self.name!r}{of}}}"
 
+    @for_tasks
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Rewrite the model, or arrange for it to be rewritten as soon as it exists."""
         methods = [callback for callback in trainer.callbacks if isinstance(callback, PETCallback)]  # type: ignore[attr-defined]

@@ -16,9 +16,8 @@ from lightning_pet.model.layer_kinds import bias_of, host_kind, transposed, weig
 from lightning_pet.model.named_roles import features
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.parameters import with_readers
 from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.targets.targets import resolve_targets
+from lightning_pet.targets.targets import resolve_targets, with_readers
 
 _HOSTS = ("linear", "conv1d_hf", "conv", "weight")
 

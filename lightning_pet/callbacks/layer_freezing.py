@@ -219,6 +219,13 @@ class LayerFreezingCallback(PETCallback):
                 ratios.setdefault(name, self.lr_decay**turn)
         return ratios
 
+    @property
+    def not_for_tasks(self) -> str | None:
+        """Layers that begin later, or train slower, are those of one run."""
+        if self.unfreeze_every is None and self.lr_decay == 1:
+            return None
+        return "unfreeze_every and lr_decay are told from layer to layer of one delta. Leave them out."
+
     # --- gradual unfreezing -----------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

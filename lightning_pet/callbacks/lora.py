@@ -18,9 +18,8 @@ from lightning_pet.model.layer_kinds import host_kind, weight_of
 from lightning_pet.model.naming import module_at, named_modules, named_parameters
 from lightning_pet.model.quantised import initialize, shape_of
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.parameters import with_readers
 from lightning_pet.targets.patterns import check_patterns, listed, listed_if_given, listed_layers, settled, value_at
-from lightning_pet.targets.targets import resolve_targets
+from lightning_pet.targets.targets import resolve_targets, with_readers
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Bias = Literal["none", "lora_only", "all"]

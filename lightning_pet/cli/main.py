@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         "inspect": inspect,
         "extract": extract,
         "merge": merge,
+        "import": import_folder,
+        "export": export,
         "list": list_configurations,
         "init": init,
     }
@@ -75,15 +77,15 @@ def inspect(path: str, json_output: bool = False) -> None:
     """Show what a delta file or checkpoint holds, without building the model.
 
     Args:
-        path: delta file (.safetensors) or training checkpoint (.ckpt).
+        path: delta file (.safetensors), training checkpoint (.ckpt), or folder of HF PEFT.
         json_output: print JSON instead of a table.
     """
     from lightning_pet.report.delta_summary import print_summary, summarize_delta
     from lightning_pet.store.files import is_delta_file
 
-    if is_delta_file(path):
+    if Path(path).is_file() and is_delta_file(path):
         summary = summarize_delta(path)
-    else:  # a checkpoint is a file of torch
+    else:  # a checkpoint is a file of torch, a folder may be
         from lightning_pet.report.summary import summarize
 
         summary = summarize(path)
@@ -93,17 +95,60 @@ def inspect(path: str, json_output: bool = False) -> None:
         print_summary(summary)
 
 
-def extract(path: str, output: str) -> None:
+def extract(path: str, output: str, delta: str | None = None) -> None:
     """Write the delta of a training checkpoint into a delta file, without building the model.
 
     Args:
         path: training checkpoint (.ckpt).
         output: delta file to write, usually .pet.safetensors; replaced if it exists.
+        delta: name of the task, of a checkpoint in which several deltas have trained together.
     """
     from lightning_pet.store.reader import extract_delta
 
-    size = extract_delta(path, output)
+    size = extract_delta(path, output, delta=delta)
     print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
+
+
+def import_folder(folder: str, output: str, base: str | None = None) -> None:
+    """Write what a folder of HF PEFT holds into a delta file.
+
+    Args:
+        folder: what save_pretrained of HF PEFT wrote.
+        output: delta file to write, usually .pet.safetensors; replaced if it exists.
+        base: local folder of the base model; some kinds of delta need it, and with it the file knows its base.
+    """
+    from lightning_pet.operations.exchanging import import_delta
+
+    size = import_delta(folder, output, base=base)
+    print(f"delta file: {output} ({size / 1024:,.0f} KiB)")
+
+
+def export(
+    path: str,
+    folder: str,
+    to: str = "peft",
+    base: str | None = None,
+    rank: int | None = None,
+    max_error: float = 0.01,
+) -> None:
+    """Write a delta as another program reads it: HF PEFT, vLLM, llama.cpp, or as a merged model.
+
+    Args:
+        path: delta file (.safetensors) or training checkpoint (.ckpt).
+        folder: folder to write; must not exist.
+        to: peft, vllm, llama.cpp, lora (an approximation of whatever changes weights), or transformers (merged).
+        base: local folder of the base model; some kinds of delta need it, and with it outputs are compared.
+        rank: of the approximation that lora makes.
+        max_error: what that approximation may leave out, as a share of the change.
+    """
+    from lightning_pet.operations.exchanging import export_delta
+
+    done = export_delta(path, folder, to=to, base=base, rank=rank, max_error=max_error)  # type: ignore[arg-type]
+    print(f"{to}: {done.folder}" + (f" (rank {done.rank})" if done.rank else ""))
+    if done.error:
+        print(f"relative error of the change at this rank: {done.error:.3g}")
+    if done.difference is not None:
+        print(f"largest difference of outputs between here and {done.reader}: {done.difference:.2g}")
 
 
 def merge(path: str, base: str, output: str, model_class: str = "auto", base_check: str = "error") -> None:

@@ -156,7 +156,7 @@ _SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features", "in_
 _ADVICE = "Resize or replace layers before the deltas are inserted (call remove() first, or start from the base again)"
 
 
-def sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]:
+def _sizes_now(root: nn.Module, record: Adaptation) -> dict[str, tuple[Any, ...]]:
     """Declared sizes of the modules that host a delta or train as they are, by path."""
     return sizes_of(root, record.host_paths() | {name.rpartition(".")[0] for name in record.trained_names})
 
@@ -176,7 +176,7 @@ def _size(module: nn.Module, name: str) -> Any:
 
 def resized(root: nn.Module, record: Adaptation) -> list[str]:
     """Paths of modules whose sizes are no longer those for which the deltas were made."""
-    now = sizes_now(root, record)
+    now = _sizes_now(root, record)
     return sorted(path for path, sizes in record.sizes.items() if path in now and now[path] != sizes)
 
 
@@ -236,7 +236,7 @@ def check_restorable(root: nn.Module, record: Adaptation) -> None:
 
 def guard(root: nn.Module, record: Adaptation) -> None:
     """Note the sizes, and let models of transformers refuse a new vocabulary that a delta would not fit."""
-    record.sizes = sizes_now(root, record) | record.sizes
+    record.sizes = _sizes_now(root, record) | record.sizes
     for module in root.modules():
         if callable(getattr(type(module), _RESIZE, None)):
             module.__dict__[_RESIZE] = partial(_resize, root, module)

@@ -15,14 +15,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.errors import PETError, TargetError
+from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.checks import check_acting, sizes_of
-from lightning_pet.insertion.commit import changed_buffers, check_sum, copy_in, keys_of, take_out, undo
+from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
 from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import holds_parts, whole_shape
-from lightning_pet.model.adaptation import Adaptation, record_of
+from lightning_pet.model.adaptation import Adaptation, record_at
 from lightning_pet.model.call import Rows, Switch, between_forwards
 from lightning_pet.model.naming import (
     CHILD,
@@ -34,6 +34,7 @@ from lightning_pet.model.naming import (
     named_tensors,
     tensors_at,
 )
+from lightning_pet.model.outside import changed_buffers
 from lightning_pet.model.undisturbed import set_aside
 
 LOCK: Final = threading.RLock()
@@ -41,14 +42,6 @@ LOCK: Final = threading.RLock()
 
 _SIZES: Final = ("out_features", "num_embeddings", "out_channels")
 """What modules say of the first dimension of their parameters."""
-
-
-def record_at(root: nn.Module) -> Adaptation:
-    """The record of an adapted root."""
-    record = record_of(root)
-    if record is None:
-        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
-    return record
 
 
 def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
@@ -76,6 +69,9 @@ def place(root: nn.Module, deltas: tuple[str, ...]) -> None:
     check_sum(record, deltas)
     if len(deltas) > 1:
         check_acting(root, deltas)
+    if record.together:
+        part(root, next((name for name in deltas if name in record.together), record.together[-1]))
+        check_sum(record, deltas)
     with between_forwards(root), LOCK:
         leaving = {name: owned(root, record, name) for name in record.active if name not in deltas}
         coming = [name for name in deltas if name not in record.active]
@@ -119,7 +115,7 @@ def remove(root: nn.Module, delta: str) -> None:
     record = record_at(root)
     check_known((delta,), record.names)
     refuse_in_use(record, delta, "removed")
-    if delta in record.active and len(record.names) > 1:
+    if delta in record.active and len(record.names) > 1 and delta not in record.together:
         place(root, tuple(name for name in record.active if name != delta))
     take_out(root, keys_of(root, (delta,)))
 
@@ -155,11 +151,54 @@ def owned(root: nn.Module, record: Adaptation, delta: str) -> tuple[str, ...]:
     if delta in record.values:
         return tuple(record.values[delta])
     own = dict.fromkeys((*record.trained_by(delta), *record.claims.get(delta, ())))
-    if delta == record.keeper:
+    if delta == record.keeper and not record.together:
         others = record.held_by(name for name in record.active if name != delta)
         beside = (name for name in record.trained_names if name not in record.trained_in_place)
         own |= dict.fromkeys(name for name in (*beside, *changed_buffers(root)) if name not in others)
     return tuple(name for name in own if name in record.originals)
+
+
+# --- deltas that train together ---------------------------------------------------------------------------
+
+
+def gather(root: nn.Module, deltas: tuple[str, ...], *, train: bool = True) -> None:
+    """Let these deltas train together: each acts on the rows that a block gives it, and none elsewhere.
+
+    Raises:
+        ArgumentError: if another delta acts.
+    """
+    record = record_at(root)
+    check_known(deltas, record.names)
+    if others := [name for name in record.active if name not in deltas]:
+        raise ArgumentError(
+            f"the delta {others[0]!r} acts, and each row of this run uses the delta of its task alone: "
+            f"{', '.join(map(repr, deltas))}. Let none act before: adapted.activate()."
+        )
+    record.together = deltas
+    record.act(deltas)
+    if train:
+        let_train(root, deltas)
+
+
+def shared(root: nn.Module, record: Adaptation) -> tuple[str, ...]:
+    """What changes beside the plan of deltas that train together, and belongs to each of them."""
+    others = record.held_by(name for name in record.names if name not in record.together)
+    beside = [name for name in record.trained_names if name not in record.trained_in_place]
+    return tuple(n for n in dict.fromkeys((*beside, *changed_buffers(root))) if n not in others)
+
+
+def part(root: nn.Module, stays: str) -> None:
+    """Deltas that have trained together are ordinary ones from now on, of which one acts."""
+    record = record_at(root)
+    with between_forwards(root), LOCK:
+        names = shared(root, record)
+        present = tensors_at(root, names)
+        for name in record.together:
+            record.claims[name] = record.claims.get(name, frozenset()) | frozenset(present)
+            if name != stays:
+                record.values[name] = {n: tensor.detach().clone() for n, tensor in present.items()}
+        record.together = ()
+        record.act((stays,))
 
 
 # --- exchanging values ----------------------------------------------------------------------------------
@@ -326,6 +365,8 @@ def leaving_for(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) ->
     leaving = {name for delta in record.active if delta not in deltas for name in owned(root, record, delta)}
     if not deltas or not record.active:
         leaving |= changed_buffers(root).keys()
+    if record.together and set(record.together).isdisjoint(deltas):
+        leaving |= set(shared(root, record))
     return leaving
 
 

@@ -17,10 +17,11 @@ from lightning_pet.insertion.checks import guard, resized, unguard
 from lightning_pet.insertion.host import attach, conceal, detach
 from lightning_pet.insertion.method import delta_name
 from lightning_pet.insertion.prepare import Prepared
+from lightning_pet.insertion.tasks.own_values import is_own
 from lightning_pet.insertion.widening import narrow, read_precisions
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_partition, placed, without_values
-from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, mark_outside, record_of
+from lightning_pet.model.adaptation import RECORD, Adaptation, Applied, deltas_in, record_of
 from lightning_pet.model.call import Switch, take_gate
 from lightning_pet.model.naming import (
     by_delta,
@@ -31,8 +32,8 @@ from lightning_pet.model.naming import (
     join,
     named_parameters,
     named_tensors,
-    tensors_at,
 )
+from lightning_pet.model.outside import changed_buffers, mark_outside
 from lightning_pet.model.quantised import check_hosts, initialize
 from lightning_pet.model.undisturbed import forbid_repacking, restore_repacking
 
@@ -167,6 +168,7 @@ def _forget(record: Adaptation) -> None:
         for name in [name for name in noted if name not in names]:
             del noted[name]
     record.active = tuple(name for name in record.active if name in names)
+    record.together = tuple(name for name in record.together if name in names)
 
 
 def _register(root: nn.Module, record: Adaptation, prepared: Sequence[Prepared]) -> None:
@@ -340,6 +342,8 @@ def take_out(root: nn.Module, keys: Collection[str] | None = None) -> None:
     if record is None:
         return
     leaving = [applied for applied in record.applied if keys is None or applied.key in keys]
+    staying = {applied.delta for applied in record.applied if applied not in leaving and not is_own(applied)}
+    leaving += [a for a in record.applied if is_own(a) and a.delta not in staying and a not in leaving]
     places = {path: host for applied in leaving for path, host in zip(applied.paths, applied.hosts, strict=True)}
     gone = {name for name in record.delta_names if delta_prefix(name) in places}
     detach(root, [host for path, host in places.items() if has_module(root, path)])
@@ -429,23 +433,3 @@ def note_users_flags(root: nn.Module) -> bool:
     changed = any(record.flags[name] != now[name] for name in record.flags.keys() & now.keys())
     record.flags.update({name: now[name] for name in record.flags.keys() & now.keys()})
     return changed
-
-
-def changed_buffers(root: nn.Module) -> dict[str, Tensor]:
-    """Persistent base buffers that differ from what they were when the first delta was inserted."""
-    record = record_of(root)
-    if record is None:
-        return {}
-    trained = {*record.trained_names, *record.trained_in_place}
-    there = tensors_at(root, record.originals.keys() - trained)
-    return {
-        name: there[name]
-        for name in record.originals
-        if name in there and not _same(there[name], record.originals[name])
-    }
-
-
-def _same(tensor: Tensor, original: Tensor) -> bool:
-    if tensor.is_meta or original.is_meta:
-        return True
-    return torch.equal(tensor.detach(), original.to(tensor.device))

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.checks import check_together
 from lightning_pet.insertion.host import check_attachable
 from lightning_pet.insertion.method import Insertion, Method, delta_name, key_of
+from lightning_pet.insertion.tasks.own_values import OwnValues, insertions_for, started, wants_own_values
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import is_made, reader_of
@@ -20,8 +21,8 @@ from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.structure import is_shared as is_shared
 from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
 from lightning_pet.targets.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
-from lightning_pet.targets.parameters import seen_reader
 from lightning_pet.targets.patterns import KINDS, is_role, name_matcher
+from lightning_pet.targets.targets import seen_reader
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def prepare(
     record = record_of(root)
     taken = {applied.key for applied in record.applied} if record else set()
     prepared: list[Prepared] = []
-    twins = twins_of(root)
+    twins, states = twins_of(root), dict[str, Any]()
     for index, method in enumerate(methods):
         key = key_of(method)
         if key in taken:
@@ -102,11 +103,65 @@ def prepare(
             targets = awake if any(not is_shared(target) for target in awake) else targets
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
             targets = (*targets, *_heads(root, method, targets, bases, structure))
-        item = _build(root, method, targets, bases, structure, stored, twins)
+        with started(method, states):
+            item = _build(root, method, targets, bases, structure, stored, twins)
         prepared.append(replace(item, trained=_once(root, item.trained, prepared)))
-    beside = {*(record.active if record and acts else ()), *(delta_name(method) for method in methods)}
-    check_together(root, [insertion for item in prepared for insertion in item.insertions], beside)
-    return prepared
+    return _with_own_values(root, prepared, structure, record.active if record and acts else (), states)
+
+
+def _with_own_values(
+    root: nn.Module,
+    prepared: list[Prepared],
+    structure: Structure | None,
+    acting: Sequence[str],
+    states: dict[str, Any],
+) -> list[Prepared]:
+    """What each of several deltas trains in place of tensors of the base; and a check of those that act together."""
+    alone = dict.fromkeys(delta_name(item.method) for item in prepared if wants_own_values(item.method))
+    for delta in alone:
+        mine = [item for item in prepared if delta_name(item.method) == delta]
+        check_together(root, [insertion for item in mine for insertion in item.insertions], {delta})
+        if names := [name for item in mine for name in item.trained]:
+            with started(mine[0].method, states):
+                prepared.append(_own_values(root, mine[0], delta, names, mine, structure))
+    together = [item for item in prepared if delta_name(item.method) not in alone]
+    beside = {*acting, *(delta_name(item.method) for item in together)}
+    check_together(root, [insertion for item in together for insertion in item.insertions], beside)
+    return [replace(item, trained=(), readings={}) if wants_own_values(item.method) else item for item in prepared]
+
+
+def _own_values(
+    root: nn.Module,
+    first: Prepared,
+    delta: str,
+    names: Sequence[str],
+    items: Sequence[Prepared],
+    structure: Structure | None,
+) -> Prepared:
+    targets = [target for item in items for target in item.targets]
+    saved = [getattr(item.method, "modules_to_save", None) or () for item in items]
+    targets += [Target(path, "", HEAD) for path in named_modules(root) for own in saved if _names(own, path)]
+    outputs: int | None = getattr(first.method, "outputs", None)
+    insertions, readers = insertions_for(root, names, targets, structure, outputs)
+    for insertion in insertions:
+        host = module_at(root, insertion.target.module)
+        check_attachable(host, insertion.target, insertion.key(cast(Method, OwnValues(delta))))
+        check_hosts(insertion.delta, host, insertion.target.path, insertion.target.parameter)
+        _check_weight(insertion.delta, host, insertion.target)
+    return Prepared(
+        method=cast(Method, OwnValues(delta)),
+        targets=tuple(insertion.target for insertion in insertions),
+        insertions=tuple(insertions),
+        readers=tuple(readers),
+        trained=(),
+        readings={},
+        scopes=first.scopes,
+        apart=first.apart,
+    )
+
+
+def _names(patterns: Sequence[str], path: str) -> bool:
+    return any(path == pattern or path.endswith(f".{pattern}") for pattern in patterns)
 
 
 # --- where -----------------------------------------------------------------------------------------

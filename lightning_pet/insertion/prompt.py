@@ -16,17 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.layers.delta import Delta, the_first_for_all
+from lightning_pet.insertion.prompt_columns import (
+    MASKS,
+    POSITIONS,
+    Columns,
+    RowColumns,
+    cached_length,
+    cut,
+    extend_aligned,
+    extended,
+    with_columns,
+    with_ones,
+    with_told,
+    without_columns,
+)
+from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.prompt import VirtualTokens
 from lightning_pet.model.call import HERE
 
 IDS = ("input_ids", "ids", "tokens", "input", "x")
-CACHES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state")
-_MASKS = ("attention_mask",)
-_POSITIONS = ("position_ids", "cache_position")
-_OTHERS_LENGTH = ("encoder_hidden_states", "encoder_attention_mask", *CACHES)
-IGNORED = -100
-"""Label of positions that no loss counts."""
 
 
 class PromptCall(Delta):
@@ -56,6 +64,9 @@ class PromptCall(Delta):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the consumer on the prompt and the batch."""
+        return self._with(Columns(self.length, self.__dict__["rows"].first), call, args, kwargs)
+
+    def _with(self, columns: Columns, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tokens = given.get(self.ids_name)
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -63,41 +74,45 @@ class PromptCall(Delta):
             return call(*args, **kwargs)
         starts = HERE.call.held_by(self)
         if starts is not None:
-            return call(**self._placed(given, starts))
+            return call(**self._placed(given, starts, columns))
         seen = cached_length(given)
         batch, size = tokens.shape[:2]
-        self._check_limit(seen + size)
+        self._check_limit(seen + size, columns.length)
         if seen:
-            return call(**self._continued(given, seen, size))
+            return call(**self._continued(given, seen, batch, size, columns))
         starts = self._starts(given, batch, size)
-        output = call(**self._extended(given, batch, size, starts))
-        return cut(output, self.length, batch, size, starts) if self.cuts else output
+
+        def embedded(like: Tensor) -> Tensor:
+            return self.embedded(like, batch)
+
+        output = call(**extended(given, columns, self.ids_name, batch, size, starts, embedded))
+        return cut(output, columns.length, batch, size, starts) if self.cuts else output
 
     @staticmethod
-    def row_form(deltas: Sequence["PromptCall | None"], ids: Tensor, owner: Any) -> Callable[..., Any] | None:
-        """The first one's call, in which every row gets its own prompt's ids; all are of one length."""
-        own = [delta for delta in deltas if delta is not None]
-        if len(own) < len(deltas) or len({delta.length for delta in own}) > 1:
-            return None
-        first = own[0]
-        begin = first.__dict__["rows"].first
-        shifts = torch.tensor([delta.__dict__["rows"].first - begin for delta in own], device=ids.device)[ids]
+    def row_form(deltas: Sequence["PromptCall | None"], ids: Tensor, owner: Any) -> Callable[..., Any]:
+        """The first one's call, in which every row gets its own prompt's ids."""
+        own = next(delta for delta in deltas if delta is not None)
+        columns = columns_of(deltas, ids, own.told(owner))
 
         def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            def with_own(*args: Any, **kwargs: Any) -> Any:
-                given = {**dict(zip(first.names, args, strict=False)), **kwargs}
-                tokens = given.get(first.ids_name)
-                if not isinstance(tokens, Tensor) or tokens.shape[0] % len(shifts):
-                    raise TargetError(
-                        "rows with different prompts need token ids (not inputs_embeds), and one name per row."
-                    )
-                shift = shifts.to(tokens.device).repeat_interleave(tokens.shape[0] // len(shifts))[:, None]
-                virtual = (tokens >= begin) & (tokens < begin + first.length)
-                return call(**given | {first.ids_name: torch.where(virtual, tokens + shift.to(tokens.dtype), tokens)})
-
-            return first(with_own, *args, **kwargs)
+            given = {**dict(zip(own.names, args, strict=False)), **kwargs}
+            if not isinstance(given.get(own.ids_name), Tensor):
+                raise TargetError("rows with different prompts need token ids (not inputs_embeds).")
+            return own._with(columns, call, args, kwargs)
 
         return run
+
+    @property
+    def filler(self) -> int:
+        """The id of hidden columns."""
+        found = getattr(getattr(self.__dict__["host"], "config", None), "pad_token_id", None)
+        return found if isinstance(found, int) and found >= 0 else 0
+
+    def told(self, owner: Any) -> bool:
+        """Whether the consumer has to be told positions where columns are hidden."""
+        found = owner.rows()
+        rows = None if found is None else found[1]
+        return rows is not None and bool(rows.manners.told.get(rows.places.get(id(self.__dict__["host"]))))
 
     def _starts(self, given: dict[str, Any], batch: int, size: int) -> Tensor | None:
         """The column of each row's first real token; ``None``: no row has padding on the left.
@@ -112,55 +127,33 @@ class PromptCall(Delta):
             return None
         return mask.bool().int().argmax(1)
 
-    def virtual(self, like: Tensor, batch: int) -> Tensor:
-        """The prompt's ids, batch × P."""
-        first = self.__dict__["rows"].first
-        dtype = torch.long if like.is_floating_point() else like.dtype
-        return torch.arange(first, first + self.length, device=like.device, dtype=dtype).expand(batch, -1)
-
     def embedded(self, like: Tensor, batch: int) -> Tensor:
         """The prompt's vectors, batch × P × width."""
-        vectors: Tensor = self.__dict__["table"](self.virtual(like, batch))
+        columns = Columns(self.length, self.__dict__["rows"].first)
+        vectors: Tensor = self.__dict__["table"](columns.ids(batch, like.device, torch.long))
         return vectors.to(like.dtype)
 
-    def _check_limit(self, size: int) -> None:
-        if self.limit and size + self.length > self.limit:
+    def _check_limit(self, size: int, length: int) -> None:
+        if self.limit and size + length > self.limit:
             raise ArgumentError(
-                f"{size} tokens and a prompt of {self.length} are more than the {self.limit} positions of the model. "
-                f"Cut the inputs to {max(self.limit - self.length, 0)} tokens, or shorten the prompt."
+                f"{size} tokens and a prompt of {length} are more than the {self.limit} positions of the model. "
+                f"Cut the inputs to {max(self.limit - length, 0)} tokens, or shorten the prompt."
             )
 
-    def _extended(self, given: dict[str, Any], batch: int, size: int, starts: Tensor | None) -> dict[str, Any]:
-        """The arguments of a call that starts a sequence; the prompt comes before these columns."""
-        extended = dict(given)
-        for name, value in given.items():
-            if name == self.ids_name and value is not None:
-                extended[name] = placed_before(value, self.virtual(value, batch), starts)
-            elif name == "inputs_embeds" and value is not None:
-                extended[name] = placed_before(value, self.embedded(value, batch), starts)
-            elif name in _MASKS and value is not None:
-                extended[name] = with_ones(value, self.length, starts)
-            elif name in _POSITIONS and value is not None:
-                extended[name] = with_positions(value, self.length, starts)
-            elif name not in _OTHERS_LENGTH and _is_aligned(value, batch, size):
-                fill = IGNORED if name == "labels" else 0
-                columns = value.new_full((value.shape[0], self.length, *value.shape[2:]), fill)
-                extended[name] = placed_before(value, columns, starts)
-        return extended
-
-    def _continued(self, given: dict[str, Any], seen: int, size: int) -> dict[str, Any]:
+    def _continued(self, given: dict[str, Any], seen: int, batch: int, size: int, columns: Columns) -> dict[str, Any]:
         """The arguments of a call with a cache that holds the prompt already."""
+        given = with_told(given, columns, self.ids_name, batch, size, seen - columns.length)
         continued = dict(given)
         for name, value in given.items():
             if value is None:
                 continue
-            if name in _MASKS and isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] < seen + size:
-                continued[name] = with_ones(value, self.length, value.bool().int().argmax(1) if self.cuts else None)
-            elif name in _POSITIONS:
-                continued[name] = value + self.length
+            if name in MASKS and isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] < seen + size:
+                continued[name] = with_ones(value, columns, value.bool().int().argmax(1) if self.cuts else None)
+            elif name in POSITIONS:
+                continued[name] = columns.moved(value)
         return continued
 
-    def _placed(self, given: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    def _placed(self, given: dict[str, Any], rows: Tensor, columns: Columns) -> dict[str, Any]:
         """Within ``generate``: the ids that stand in for the prompt become the virtual ones."""
         ids = given.get(self.ids_name)
         if not isinstance(ids, Tensor) or ids.shape[1] == 1:  # a step of cached decoding
@@ -169,8 +162,7 @@ class PromptCall(Delta):
         starts = rows.to(ids.device).repeat_interleave(ids.shape[0] // rows.shape[0])
         begin = starts + self._before() - cached_length(given)
         place = torch.arange(ids.shape[1], device=ids.device) - begin[:, None]
-        first = self.__dict__["rows"].first
-        return given | {self.ids_name: torch.where((place >= 0) & (place < self.length), first + place, ids)}
+        return given | {self.ids_name: columns.among(place, ids)}
 
     def _before(self) -> int:
         """Positions of the prompts that act and come before this one on the same host."""
@@ -208,18 +200,30 @@ class PromptMemory(Delta):
         super().__init__()
         self.length, self.names = length, tuple(names)
 
-    row_form = staticmethod(the_first_for_all)
-
     def reset_parameters(self) -> None:
         """Nothing of its own."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Extend the mask where it is shorter than what it masks."""
+        return self._with(Columns(self.length, 0), call, args, kwargs)
+
+    def _with(self, columns: Columns, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
-        if isinstance(states, Tensor) and isinstance(mask, Tensor) and mask.shape[-1] + self.length == states.shape[1]:
-            given["encoder_attention_mask"] = with_ones(mask, self.length)
+        if columns.hides and mask is None and isinstance(states, Tensor):
+            mask = torch.ones(states.shape[0], states.shape[1] - columns.length, dtype=torch.long, device=states.device)
+        if not isinstance(states, Tensor) or not isinstance(mask, Tensor):
+            return call(**given)
+        if mask.shape[-1] + columns.length == states.shape[1]:
+            given["encoder_attention_mask"] = with_ones(mask, columns)
         return call(**given)
+
+    @staticmethod
+    def row_form(deltas: Sequence["PromptMemory | None"], ids: Tensor, owner: Any) -> Callable[..., Any]:
+        """The same with the prompt of each row."""
+        own = next(delta for delta in deltas if delta is not None)
+        columns = columns_of(deltas, ids)
+        return lambda call, args, kwargs: own._with(columns, call, args, kwargs)
 
 
 class PromptGenerate(Delta):
@@ -238,13 +242,22 @@ class PromptGenerate(Delta):
         self.decoder, self.known = decoder, known
         self.__dict__ |= {"consumer": consumer, "host": None}
 
-    row_form = staticmethod(the_first_for_all)
-
     def reset_parameters(self) -> None:
         """Nothing of its own."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Generate; the result holds the user's ids and the new ones."""
+        consumer: PromptCall = self.__dict__["consumer"]
+        return self._with(Columns(consumer.length, consumer.__dict__["rows"].first), call, args, kwargs)
+
+    @staticmethod
+    def row_form(deltas: Sequence["PromptGenerate | None"], ids: Tensor, owner: Any) -> Callable[..., Any]:
+        """The same with room for the longest prompt of all rows."""
+        own = next(delta for delta in deltas if delta is not None)
+        columns = columns_of([None if delta is None else delta.__dict__["consumer"] for delta in deltas], ids)
+        return lambda call, args, kwargs: own._with(columns, call, args, kwargs)
+
+    def _with(self, columns: Columns, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.known:
             raise TargetError(
                 f"{type(self.__dict__['host']).__name__} has a generate of its own, in which a prompt has no known "
@@ -253,40 +266,44 @@ class PromptGenerate(Delta):
         names = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         consumer: PromptCall = self.__dict__["consumer"]
-        starts = self._decoder_room(given) if self.decoder else self._room(given)
-        self._lengths(given, consumer.length)
+        starts = self._decoder_room(given, columns) if self.decoder else self._room(given, columns)
+        self._lengths(given, columns.length)
         if starts is None:
             with consumer.placing(torch.zeros(1, dtype=torch.long)):
                 return call(**given)
         with consumer.placing(starts):
             result = call(**given)
         if isinstance(result, Tensor):
-            return without_columns(result, starts, consumer.length)
-        result.sequences = without_columns(result.sequences, starts, consumer.length)
+            return without_columns(result, starts, columns.length)
+        result.sequences = without_columns(result.sequences, starts, columns.length)
         return result
 
-    def _room(self, given: dict[str, Any]) -> Tensor | None:
+    def _room(self, given: dict[str, Any], columns: Columns) -> Tensor | None:
         """Put the prompt's length before the first real ids; the columns, where the result has them."""
         consumer: PromptCall = self.__dict__["consumer"]
         embeds = given.get("inputs_embeds")
         if isinstance(embeds, Tensor):
+            if isinstance(columns, RowColumns):
+                raise TargetError("rows with different prompts need token ids (not inputs_embeds).")
             given["inputs_embeds"] = torch.cat([consumer.embedded(embeds, embeds.shape[0]), embeds], 1)
-            _extend_aligned(given, consumer.length, embeds.shape[:2], None)
+            extend_aligned(given, columns, embeds.shape[:2], None)
             return None
         key = "inputs" if given.get("inputs") is not None else "input_ids"
         ids = given.get(key)
         if ids is None:
             ids = self._start(1, given, ("bos_token_id",))
         # Behind the padding on the left, so that the prompt is as near as in training (sliding windows).
-        starts = self._real(ids, given).int().argmax(1)
+        real = self._real(ids, given)
+        starts = real.int().argmax(1)
+        if columns.hides and given.get(MASKS[0]) is None:
+            given[MASKS[0]] = real.long()
         # Copies of a token that is there anyway: penalties on what occurs see nothing new.
-        stand_in = ids.gather(1, starts[:, None]).expand(-1, consumer.length)
+        stand_in = ids.gather(1, starts[:, None]).expand(-1, columns.length)
         given[key] = with_columns(ids, starts, stand_in)
-        _extend_aligned(given, consumer.length, ids.shape[:2], starts)
+        extend_aligned(given, columns, ids.shape[:2], starts)
         return starts
 
-    def _decoder_room(self, given: dict[str, Any]) -> Tensor:
-        consumer: PromptCall = self.__dict__["consumer"]
+    def _decoder_room(self, given: dict[str, Any], columns: Columns) -> Tensor:
         ids = given.get("decoder_input_ids")
         if ids is None:
             source = given.get("inputs")
@@ -294,9 +311,11 @@ class PromptGenerate(Delta):
             source = next((given[n] for n in names if given.get(n) is not None), None) if source is None else source
             batch = given["encoder_outputs"][0].shape[0] if source is None else source.shape[0]
             ids = self._start(batch, given, ("decoder_start_token_id", "bos_token_id"))
-        given["decoder_input_ids"] = torch.cat([ids[:, :1].expand(-1, consumer.length), ids], 1)
+        given["decoder_input_ids"] = torch.cat([ids[:, :1].expand(-1, columns.length), ids], 1)
+        if columns.hides and given.get("decoder_attention_mask") is None:
+            given["decoder_attention_mask"] = torch.ones_like(ids)
         if given.get("decoder_attention_mask") is not None:
-            given["decoder_attention_mask"] = with_ones(given["decoder_attention_mask"], consumer.length)
+            given["decoder_attention_mask"] = with_ones(given["decoder_attention_mask"], columns)
         return torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
 
     def _start(self, batch: int, given: dict[str, Any], names: Sequence[str]) -> Tensor:
@@ -342,115 +361,16 @@ def _allowed(function: Callable[..., Any], length: int, batch: int, ids: Tensor)
     return function(batch, ids[length:])
 
 
-# --- pieces ---------------------------------------------------------------------------------------
+def columns_of(deltas: Sequence[PromptCall | PromptMemory | None], ids: Tensor, told: bool = False) -> RowColumns:
+    """The columns of rows with the prompts of these groups; ``None``: no prompt.
 
-
-def cached_length(given: dict[str, Any]) -> int:
-    """Positions in the cache that a call was given; 1 where a cache is in use but does not count them."""
-    for name in CACHES:
-        cache = given.get(name)
-        if cache is None:
-            continue
-        if not hasattr(cache, "get_seq_length"):
-            return 1
-        try:
-            return int(cache.get_seq_length())
-        except ValueError:  # a cache without attention layers
-            return int(cache.has_previous_state())
-    return 0
-
-
-def with_ones(mask: Any, length: int, starts: Tensor | None = None) -> Tensor:
-    """A batch × size mask with the prompt's positions before these columns, which are always visible."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
-        raise ArgumentError(f"attention_mask {kind}: a prompt needs a mask of shape (batch, tokens), or none.")
-    return placed_before(mask, mask.new_ones(mask.shape[0], length), starts)
-
-
-def _is_aligned(value: Any, batch: int, size: int) -> bool:
-    """One entry per token, for every row or for all rows alike."""
-    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] in (1, batch) and value.shape[1] == size
-
-
-def with_positions(positions: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
-    """Positions along the last dimension: the prompt takes the first, the others move behind it."""
-    own = torch.arange(length, device=positions.device, dtype=positions.dtype)
-    if starts is None or positions.ndim != 2:
-        return torch.cat([positions.amin(-1, keepdim=True) + own, positions + length], -1)
-    positions = positions.expand(len(starts), -1)
-    first = positions.gather(1, starts.to(positions.device)[:, None])
-    return with_columns(positions + length, starts, first + own)
-
-
-def placed_before(value: Tensor, columns: Tensor, starts: Tensor | None) -> Tensor:
-    """Columns (B × P × …) before column ``starts[b]`` of every row b, or in front; one row of either goes for all."""
-    batch = max(value.shape[0], columns.shape[0]) if starts is None else len(starts)
-    value, columns = (x.expand(batch, *x.shape[1:]) if x.shape[0] != batch else x for x in (value, columns))
-    return torch.cat([columns, value], 1) if starts is None else with_columns(value, starts, columns)
-
-
-def cut(output: Any, length: int, batch: int, size: int, starts: Tensor | None = None) -> Any:
-    """An output without the prompt's positions, in whatever nest of tensors it comes."""
-    if isinstance(output, Tensor):
-        return _cut_tensor(output, length, batch, length + size, starts)
-    if isinstance(output, dict):
-        for name, value in output.items():
-            if name not in CACHES and not name.startswith("encoder_"):
-                output[name] = cut(value, length, batch, size, starts)
-        return output
-    if isinstance(output, tuple | list):
-        values = [cut(value, length, batch, size, starts) for value in output]
-        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-    return output
-
-
-def _cut_tensor(value: Tensor, length: int, batch: int, total: int, starts: Tensor | None) -> Tensor:
-    if value.ndim == 4 and value.shape[-2:] == (total, total):  # attention probabilities
-        rows = _without(value.transpose(1, 2), length, starts)
-        return _without(rows.transpose(1, 3), length, starts).permute(0, 2, 3, 1)
-    if value.ndim >= 3 and value.shape[:2] == (batch, total):
-        return _without(value, length, starts)
-    if value.ndim == 2 and value.shape[0] == batch * total:  # router logits of flattened tokens
-        return _without(value.view(batch, total, -1), length, starts).flatten(0, 1)
-    return value
-
-
-def _without(value: Tensor, length: int, starts: Tensor | None) -> Tensor:
-    """A B × T × … tensor without the prompt's columns."""
-    if starts is None:
-        return value[:, length:]
-    column = torch.arange(value.shape[1] - length, device=value.device)
-    kept = torch.where(column < starts.to(value.device)[:, None], column, column + length)
-    return value[torch.arange(value.shape[0], device=value.device)[:, None], kept]
-
-
-def _extend_aligned(given: dict[str, Any], length: int, shape: Sequence[int], starts: Tensor | None) -> None:
-    """Arguments of ``generate`` that are aligned with the ids."""
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or name in ("inputs", "input_ids", "inputs_embeds"):
-            continue
-        if name in _POSITIONS:
-            given[name] = with_positions(value, length)
-        elif name not in _OTHERS_LENGTH and tuple(value.shape[:2]) == tuple(shape):
-            fill = (value.new_ones if name in _MASKS else value.new_zeros)((shape[0], length, *value.shape[2:]))
-            given[name] = torch.cat([fill, value], 1) if starts is None else with_columns(value, starts, fill)
-
-
-def with_columns(value: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
-    """Insert columns (B × P × …) before column ``starts[b]`` of every row b of a B × T × … tensor."""
-    size, length = value.shape[1], columns.shape[1]
-    starts = starts.to(value.device)[:, None]
-    column = torch.arange(size + length, device=value.device)
-    moved = torch.where(column < starts, column, column - length)
-    # Among the columns of both side by side.
-    index = torch.where((column >= starts) & (column < starts + length), size + column - starts, moved)
-    both = torch.cat([value, columns.to(value.dtype)], 1)
-    return both[torch.arange(both.shape[0], device=value.device)[:, None], index]
-
-
-def without_columns(value: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Take P columns out of a B·n × T tensor, from column ``starts[b]`` on; the n rows of b are alike."""
-    starts = starts.to(value.device).repeat_interleave(value.shape[0] // starts.shape[0])[:, None]
-    kept = torch.arange(value.shape[1] - length, device=value.device)
-    return value.gather(1, torch.where(kept < starts, kept, kept + length))
+    Args:
+        deltas: one per group of rows.
+        ids: of each row, its group.
+        told: the model has to be told positions where columns are hidden.
+    """
+    calls = [delta for delta in deltas if isinstance(delta, PromptCall)]
+    lengths = [0 if delta is None else delta.length for delta in deltas]
+    firsts = [delta.__dict__["rows"].first if isinstance(delta, PromptCall) else 0 for delta in deltas]
+    length, first = (torch.tensor(numbers, device=ids.device)[ids] for numbers in (lengths, firsts))
+    return RowColumns(length, first, told, calls[0].filler if calls else 0)

@@ -51,7 +51,7 @@ def prompt_targets(root: nn.Module, structure: Structure, where: Where) -> tuple
     Raises:
         TargetError: if the model, or the asked part of it, takes no token ids.
     """
-    stacks = find_stacks(root, structure)
+    stacks = _find_stacks(root, structure)
     chosen = _chosen(root, stacks, where)
     modules = named_modules(root)
     targets: list[Target] = []
@@ -67,7 +67,7 @@ def prompt_targets(root: nn.Module, structure: Structure, where: Where) -> tuple
     return tuple(targets)
 
 
-def find_stacks(root: nn.Module, structure: Structure) -> list[Stack]:
+def _find_stacks(root: nn.Module, structure: Structure) -> list[Stack]:
     """The stacks that take token ids, the encoder first.
 
     Raises:
@@ -131,9 +131,9 @@ def _is_decoder(module: nn.Module, path: str) -> bool:
 def _consumer(modules: dict[str, nn.Module], table: str) -> str | None:
     """Innermost module around a table that takes ids, with a mask if any module there does."""
     above = [table.rsplit(".", i)[0] for i in range(1, table.count(".") + 1)] + [""]
-    taking = [path for path in above if path in modules and set(argument_names(modules[path])) & set(IDS)]
+    taking = [path for path in above if path in modules and set(_argument_names(modules[path])) & set(IDS)]
     taking = [path for path in taking if not isinstance(modules[path], nn.Sequential)]
-    named = [path for path in taking if "input_ids" in argument_names(modules[path])]
+    named = [path for path in taking if "input_ids" in _argument_names(modules[path])]
     masked = [path for path in named if accepts_mask(modules[path])]
     # An embedding layer takes ids as well. It knows of no mask; where nothing does, the outermost is the model.
     return next(iter([*masked, *reversed(named), *reversed(taking)]), None)
@@ -174,7 +174,7 @@ def _generator(modules: dict[str, nn.Module], stack: Stack) -> str | None:
 # --- positions ------------------------------------------------------------------------------------
 
 
-def position_limit(consumer: nn.Module, config: Any) -> int:
+def _position_limit(consumer: nn.Module, config: Any) -> int:
     """Positions of a learned table in the consumer, 0 if it has none."""
     sizes = [
         module.num_embeddings
@@ -197,7 +197,7 @@ def _is_position_table(path: str) -> bool:
 def _check_positions(root: nn.Module, consumer: nn.Module, length: int) -> None:
     config = getattr(consumer, "config", getattr(root, "config", None))
     declared = getattr(config, "max_position_embeddings", None)
-    limit = position_limit(consumer, config) or (declared if isinstance(declared, int) and declared > 0 else 0)
+    limit = _position_limit(consumer, config) or (declared if isinstance(declared, int) and declared > 0 else 0)
     if limit and length >= limit:
         raise ArgumentError(
             f"length={length}: {type(root).__name__} has {limit} positions, so a prompt can have at most {limit - 1}. "
@@ -205,7 +205,7 @@ def _check_positions(root: nn.Module, consumer: nn.Module, length: int) -> None:
         )
 
 
-def argument_names(module: nn.Module) -> tuple[str, ...]:
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward, in order."""
     try:
         return tuple(inspect.signature(base_class(module).forward).parameters)[1:]
@@ -240,8 +240,8 @@ def prompt_insertions(
         rows = _bound(rows_at(table_at), table)
         _check_positions(root, consumer, rows.length)
         read_on = any(target.role == "prompt.memory" for target in group)
-        limit = position_limit(consumer, getattr(consumer, "config", None))
-        wrapped = PromptCall(rows, table, argument_names(consumer), cuts=not read_on, limit=limit)
+        limit = _position_limit(consumer, getattr(consumer, "config", None))
+        wrapped = PromptCall(rows, table, _argument_names(consumer), cuts=not read_on, limit=limit)
         suffix = "decoder" if begin else ""
         for target in group:
             module = modules[target.module]
@@ -252,7 +252,7 @@ def prompt_insertions(
                 case "prompt.rows":
                     delta = rows
                 case "prompt.memory":
-                    delta = PromptMemory(rows.length, argument_names(module))
+                    delta = PromptMemory(rows.length, _argument_names(module))
                 case "prompt.generate":
                     own = cast(Any, base_class(module)).generate.__qualname__
                     known = not target.cross or own.startswith("GenerationMixin.")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.prompt_rows import learn_padding
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.call import HERE, Selection
 from lightning_pet.model.naming import check_known, named_modules
@@ -39,6 +40,7 @@ class Manners:
         refused: those that do not keep rows apart, and why.
         shared: those that compute once what all rows get.
         sides: which tensors belong to rows.
+        told: paths of modules that take hidden columns in front of a row, and whether they are told positions.
     """
 
     def __init__(self, looked_at: set[str]) -> None:
@@ -46,6 +48,7 @@ class Manners:
         self.refused: dict[str, str] = {}
         self.alone: dict[str, bool] = {}
         self.sides = Sides()
+        self.told: dict[str, bool] = {}
 
     @property
     def shared(self) -> frozenset[str]:
@@ -97,16 +100,11 @@ def check_rows(names: Any, record: Adaptation) -> None:
     wanted = [name for name in dict.fromkeys(names) if name is not None]
     check_known(wanted, record.names)
     longer = [applied for applied in record.applied if applied.method in _LONGER]
-    lengths = {name: [a.config.get("length") for a in longer if a.delta == name] for name in wanted}
-    several = any(len(own) > 1 for own in lengths.values())
-    known = not any(a.method == "auto_prompt" for a in longer if a.delta in wanted)
-    alike = all(own == next(iter(lengths.values())) for own in lengths.values()) and None not in names
-    if any(lengths.values()) and (several or not known or not alike):
-        shown = ", ".join(f"{name!r}: {sum(filter(None, own))}" for name, own in lengths.items())
+    several = [name for name in wanted if sum(applied.delta == name for applied in longer) > 1]
+    if several:
         raise TargetError(
-            f"rows of one batch need prompts of one length, and these have virtual tokens of different number ({shown}"
-            f"{', None: 0' if None in names else ''}), or a trigger. Use these deltas one after the other: "
-            "`adapted.using(name)`."
+            f"{several[0]!r} has several prompts, or triggers, one behind the other, which rows of one batch cannot "
+            "have. Use it alone: `adapted.using(name)`."
         )
 
 
@@ -130,6 +128,9 @@ def guarded(root: nn.Module, record: Adaptation, names: Any) -> Iterator[Manners
             stack.callback(root.register_forward_pre_hook(look, with_kwargs=True).remove)
         else:
             _refuse(manners, record, names)
+        if any(applied.method in _LONGER and applied.delta in names for applied in record.applied):
+            with _undisturbed(root):
+                learn_padding(root, record, names, manners.told)
         check = partial(_check_size, manners, len(names), threading.get_ident())
         stack.callback(root.register_forward_pre_hook(check, with_kwargs=True).remove)
         yield manners

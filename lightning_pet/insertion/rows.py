@@ -7,8 +7,8 @@ form, else group by group. Where the parameters themselves differ, or the call i
 its own.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -351,42 +351,107 @@ def changed_rows(
     taken = {slot: slot.take() for slot in slots}
     if tensor.shape[0] == 1 and is_shared(rows, host):
         tensor, value = _for_each(tensor, len(rows.ids)), _for_each(value, len(rows.ids))
-    divided = division(rows, tensor.shape[0], tensor.device, host)
-    for x in (value, *taken.values()):
+    for x in (tensor, value, *taken.values()):
         if isinstance(x, Tensor):
             division(rows, x.shape[0] if x.dim() else 0, x.device, host)
-    changed = None if taken else _at_once(deltas, row_ids(rows, tensor.device), value, tensor)
-    if changed is None:
-        parts = []
-        for number, (group, index) in enumerate(zip(deltas, divided.index, strict=True)):
-            part = tensor.index_select(0, index)
-            for delta in group:
-                x = value if delta.slot is None else taken[delta.slot]
-                if isinstance(x, Tensor):
-                    x = x.index_select(0, division(rows, x.shape[0], x.device, host).index[number])
-                part = delta(x, part, *weight_and_bias()) if delta.reads_weight else delta(x, part)
-            parts.append(part)
-        changed = torch.cat(parts).index_select(0, divided.inverse)
+    for form, column in _columns(deltas):
+        read: list[Any] = [value if delta.slot is None else taken[delta.slot] for delta in column if delta is not None]
+        alike = isinstance(read[0], Tensor) and all(x is read[0] for x in read)
+        changed = _at_once(form, column, rows, read[0], tensor, weight_and_bias) if form and alike else None
+        if changed is None:
+            changed = _one_by_one(
+                column, rows, host, dict(zip(_used(column), read, strict=True)), tensor, weight_and_bias
+            )
+        tensor = changed
     if not several:
+        return tensor
+    return (tensor, *output[1:]) if isinstance(output, tuple) else [tensor, *output[1:]]
+
+
+Column = list[Delta | None]
+"""A delta of every group of rows, or nothing."""
+
+
+def _used(column: Column) -> list[int]:
+    return [group for group, delta in enumerate(column) if delta is not None]
+
+
+def _columns(deltas: Sequence[Sequence[Delta]]) -> list[tuple[Any, Column]]:
+    """The deltas of all groups in columns of one form each: those of a group act in the order in which they are."""
+    columns: list[tuple[Any, Column]] = []
+    for number, group in enumerate(deltas):
+        after = 0
+        for delta in group:
+            form = _form(delta)
+            place = next((p for p in range(after, len(columns)) if columns[p][0] is form), len(columns))
+            if place == len(columns):
+                columns.append((form, [None] * len(deltas)))
+            columns[place][1][number] = delta
+            after = place + 1
+    return columns
+
+
+def _form(delta: Delta) -> Any:
+    """What acts on rows of several deltas like this one at once; nothing if a call of it would do more than that."""
+    hooked = delta._forward_pre_hooks or delta._forward_hooks  # a sharding engine gathers parameters there
+    return None if hooked else _form_of(cast(Any, type(delta)))
+
+
+@cache
+def _form_of(kind: Any) -> Any:
+    definers = [next((c for c in kind.__mro__ if name in vars(c)), object) for name in ("row_form", "forward")]
+    known = issubclass(definers[0], definers[1])  # a subclass with another forward has another form, or none
+    return getattr(kind, "row_form", None) if known else None
+
+
+def _at_once(
+    form: Any, column: Column, rows: Rows, x: Tensor, output: Tensor, host: Callable[[], tuple[Tensor, Tensor | None]]
+) -> Tensor | None:
+    """What the form makes of the output; of those rows alone that it acts on, if they are few."""
+    used, batch = _used(column), len(rows.ids)
+    changed: Tensor | None
+    if 2 * sum(rows.ids.count(group) for group in used) >= batch:
+        changed = form(column, row_ids(rows, output.device), x, output, host)
         return changed
-    return (changed, *output[1:]) if isinstance(output, tuple) else [changed, *output[1:]]
-
-
-def _form(deltas: Sequence[Sequence[Delta]]) -> tuple[Any, list[Delta | None]]:
-    """The form for all groups at once, if each has at most one delta, and all are of one class."""
-    if any(len(group) > 1 for group in deltas):
-        return None, []
-    each = [group[0] if group else None for group in deltas]
-    kinds = {type(delta) for delta in each if delta is not None}
-    return (kinds.pop().row_form, each) if len(kinds) == 1 else (None, [])
-
-
-def _at_once(deltas: Sequence[Sequence[Delta]], ids: Tensor, x: Any, output: Tensor) -> Tensor | None:
-    form, each = _form(deltas)
-    if form is None or not isinstance(x, Tensor):
+    index, ids = _rows_of(rows, tuple(used), output.device)
+    own, part = (t.reshape(batch, -1, *t.shape[1:]).index_select(0, index) for t in (x, output))
+    changed = form([column[group] for group in used], ids, own.flatten(0, 1), part.flatten(0, 1), host)
+    if changed is None:
         return None
-    changed: Tensor | None = form(each, ids, x, output)
-    return changed
+    return output.reshape(batch, *part.shape[1:]).index_copy(0, index, changed.view_as(part)).view_as(output)
+
+
+def _rows_of(rows: Rows, groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the rows of some groups are, and the number of each one's group among these."""
+    if (groups, device) not in rows.known:
+        index = [row for row, group in enumerate(rows.ids) if group in groups]
+        ids = [groups.index(rows.ids[row]) for row in index]
+        rows.known[groups, device] = (torch.tensor(index, device=device), torch.tensor(ids, device=device))
+    found: tuple[Tensor, Tensor] = rows.known[groups, device]
+    return found
+
+
+def _one_by_one(
+    column: Column,
+    rows: Rows,
+    host: nn.Module,
+    read: Mapping[int, Any],
+    output: Tensor,
+    weight_and_bias: Callable[[], tuple[Tensor, Tensor | None]],
+) -> Tensor:
+    """What the delta of each group makes of its rows of the output."""
+    divided, parts = division(rows, output.shape[0], output.device, host), []
+    number = cast(Any, host._modules[CHILD]).rows()[0]
+    for group, delta in enumerate(column):
+        part = output if len(column) == 1 else output.index_select(0, divided.index[group])
+        if delta is not None:
+            x = read[group]
+            if isinstance(x, Tensor) and len(column) > 1:
+                x = x.index_select(0, division(rows, x.shape[0], x.device, host).index[group])
+            with HERE.call.only(number, rows.parts[group]):  # whose rows these are: random numbers may be its own
+                part = delta(x, part, *weight_and_bias()) if delta.reads_weight else delta(x, part)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, divided.inverse)
 
 
 def generating(host: nn.Module, groups: Sequence[Acting], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -410,8 +475,24 @@ def around_form(host: nn.Module, groups: Sequence[Acting]) -> Any:
     """What runs a call that deltas wrap for all groups at once, as ``form(call, args, kwargs)``, if there is such."""
     pet: Any = host._modules[CHILD]
     own = cast(dict[str, Delta], pet._modules)
-    form, each = _form([[own[key] for key in group.around] for group in groups])
-    if form is None:
-        return None
-    device = next((p.device for delta in each if delta is not None for p in delta.parameters()), torch.device("cpu"))
-    return form(each, row_ids(pet.rows()[1], device), pet)
+    runs = []
+    for form, column in _columns([[own[key] for key in group.around] for group in groups]):
+        tensors = (p.device for delta in column if delta is not None for p in delta.parameters())
+        ids = row_ids(pet.rows()[1], next(tensors, torch.device("cpu")))
+        run = None if form is None else form(column, ids, pet)
+        if run is None:
+            return None
+        runs.append(run)
+    return partial(_run_around, runs)
+
+
+def _run_around(runs: Sequence[Any], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Each around those before it."""
+    *inner, last = runs
+    for run in inner:
+        call = partial(_called, run, call)
+    return last(call, args, kwargs)
+
+
+def _called(run: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return run(call, args, kwargs)

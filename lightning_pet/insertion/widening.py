@@ -70,7 +70,7 @@ def is_narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
-def reads_as(module: nn.Module) -> Mapping[str, torch.dtype]:
+def _reads_as(module: nn.Module) -> Mapping[str, torch.dtype]:
     """The precision in which a module's forward reads those of its parameters that are kept in a wider one."""
     own: Mapping[str, torch.dtype] = module.__dict__.get(READ_AS, {})
     return own
@@ -79,7 +79,7 @@ def reads_as(module: nn.Module) -> Mapping[str, torch.dtype]:
 def read_precisions(root: nn.Module) -> dict[int, torch.dtype]:
     """The same of a whole model, by ``id`` of the parameter."""
     modules = {module: None for _, module in walk(root, of_base=True) if READ_AS in module.__dict__}
-    return {id(m._parameters[name]): dtype for m in modules for name, dtype in reads_as(m).items()}
+    return {id(m._parameters[name]): dtype for m in modules for name, dtype in _reads_as(m).items()}
 
 
 def trained_in_place(root: nn.Module) -> dict[str, nn.Parameter]:
@@ -134,7 +134,7 @@ def narrow(root: nn.Module, keep: Iterable[str] = ()) -> None:
     """Undo :func:`widen`, but for these names."""
     kept, done = set(keep), []
     for path, host in named_modules(root).items():
-        for own, dtype in list(reads_as(host).items()):
+        for own, dtype in list(_reads_as(host).items()):
             if (f"{path}.{own}" if path else own) in kept:
                 continue
             parameter = host._parameters.get(own)
@@ -142,7 +142,7 @@ def narrow(root: nn.Module, keep: Iterable[str] = ()) -> None:
                 _fill(host, own, parameter.data.to(dtype))
             del host.__dict__[READ_AS][own]
             done.append(host)
-    bare = {host for host in done if not reads_as(host) and not deltas_of(host)}
+    bare = {host for host in done if not _reads_as(host) and not deltas_of(host)}
     if not done:
         return
     let_read_no_more(root, bare)

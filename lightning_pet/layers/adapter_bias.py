@@ -1,13 +1,15 @@
 """A shift in one direction whose size depends on the token."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.delta import Delta, Host, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
+from lightning_pet.layers.row_forms import Parts, by_rows, gathered, own_tensors, stacks_of
 
 
 class TokenScore(Delta):
@@ -86,6 +88,30 @@ class TokenShift(Delta):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Shift ``output`` [..., out] by the score of x [..., in]."""
-        alpha: TokenScore = self.__dict__["shared"] if self.alpha is None else self.alpha
-        score: Tensor = alpha(x)
+        score: Tensor = self._score(x)
         return output + (score * self.v.to(score.dtype)).to(output.dtype)
+
+    @property
+    def _score(self) -> TokenScore:
+        alpha: TokenScore = self.__dict__["shared"] if self.alpha is None else self.alpha
+        return alpha
+
+    @staticmethod
+    def row_form(
+        deltas: Sequence["TokenShift | None"], ids: Tensor, x: Tensor, output: Tensor, host: Host
+    ) -> Tensor | None:
+        """Each row by its own score and shift; see :attr:`Delta.row_form`."""
+        weight, bias, v = stacks_of(deltas, compute_dtype(x), TokenShift._row_parts, TokenShift._made_of)
+        assert weight is not None
+        assert v is not None
+        score = torch.bmm(by_rows(x.to(weight.dtype), ids), gathered(weight, ids).unsqueeze(-1))
+        if bias is not None:
+            score = score + gathered(bias, ids).unsqueeze(1)
+        shift = gathered(v, ids).unsqueeze(1).to(output.dtype)
+        return torch.baddbmm(by_rows(output, ids), score.to(output.dtype), shift).view(output.shape)
+
+    def _made_of(self) -> list[Tensor]:
+        return [self.v, *own_tensors(self._score)]
+
+    def _row_parts(self) -> Parts:
+        return self._score.weight, self._score.bias, self.v

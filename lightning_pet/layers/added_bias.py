@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import NotMergeableError
 from lightning_pet.layers import rows as ranges
-from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.delta import Delta, Host, Path
+from lightning_pet.layers.row_forms import beside, stacks_of
 
 
 class _Bias(Delta):
@@ -32,12 +33,20 @@ class _Bias(Delta):
         """Set the vector to zero: the delta does nothing."""
         nn.init.zeros_(self.value)
 
-    def _spread(self) -> Tensor:
+    def wide(self) -> Tensor:
+        """The vector for all features."""
         return ranges.spread(self.value, self.rows, self.features, 0.0)
 
     def extra_repr(self) -> str:
         """Sizes."""
         return f"value={tuple(self.value.shape)}, features={self.features}"
+
+
+def _added_by_rows(deltas: Sequence[_Bias | None], ids: Tensor, x: Tensor, output: Tensor, host: Host) -> Tensor:
+    """Each row's own vector added; see :attr:`Delta.row_form`."""
+    (values,) = stacks_of(deltas, output.dtype, lambda delta: (delta.wide(),))
+    assert values is not None
+    return output + beside(values, ids, output)
 
 
 class AddedBias(_Bias):
@@ -52,7 +61,9 @@ class AddedBias(_Bias):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Add the vector to ``output``, [..., features], in the dtype of ``output``."""
-        return output + self._spread().to(output.dtype)
+        return output + self.wide().to(output.dtype)
+
+    row_form = staticmethod(_added_by_rows)
 
     def merged(self, weight: Tensor) -> Tensor:
         """Refuse: no weight can hold it.
@@ -80,12 +91,12 @@ class BiasRows(_Bias):
 
     def forward(self, bias: Tensor) -> Tensor:
         """The effective bias, in the shape and dtype of ``bias``."""
-        return (bias + self._spread()).to(bias.dtype)
+        return (bias + self.wide()).to(bias.dtype)
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """The effective bias as a new tensor."""
-        return (weight + self._spread()).to(weight.dtype)
+        return (weight + self.wide()).to(weight.dtype)
 
 
 class BiasBeside(BiasRows):
@@ -95,4 +106,6 @@ class BiasBeside(BiasRows):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
         """Add the vector to ``output``, [..., features], in the dtype of ``output``."""
-        return output + self._spread().to(output.dtype)
+        return output + self.wide().to(output.dtype)
+
+    row_form = staticmethod(_added_by_rows)

@@ -1,7 +1,7 @@
 """Bottleneck adapters: down, a non-linearity, up."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Final, Literal, get_args, overload
 
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.layers.delta import Delta, Path, check_scale
+from lightning_pet.layers.delta import Delta, Host, Path, check_scale
 from lightning_pet.layers.low_rank_product import compute_dtype
+from lightning_pet.layers.row_forms import Parts, bottleneck_rows, stacks_of
 
 # --- activations ----------------------------------------------------------------------------------
 
@@ -149,6 +150,20 @@ class Bottleneck(Delta):
         """Adapt ``output`` [..., width]; the host's input is not used."""
         return output if self.dropped else self.added(output, output)
 
+    @staticmethod
+    def row_form(
+        deltas: Sequence["Bottleneck | None"], ids: Tensor, x: Tensor, output: Tensor, host: Host
+    ) -> Tensor | None:
+        """All rows at once; see :attr:`Delta.row_form`."""
+        return _added_by_rows(deltas, ids, output, output)
+
+    def row_parts(self) -> Parts:
+        """The norm, down and up with their biases; the factor is in up."""
+        up, bias = self.up, self.up_bias
+        if self.scale != 1.0:
+            up, bias = up * self.scale, None if bias is None else bias * self.scale  # type: ignore[assignment]
+        return self.norm_weight, self.norm_bias, self.down, self.down_bias, up, bias
+
     def extra_repr(self) -> str:
         """Sizes and options."""
         bottleneck, width = self.down.shape
@@ -161,6 +176,13 @@ class ParallelBottleneck(Bottleneck):
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Add the adapted ``x`` [..., width] to ``output`` of the same shape."""
         return output if self.dropped else self.added(output, x)
+
+    @staticmethod
+    def row_form(
+        deltas: Sequence[Bottleneck | None], ids: Tensor, x: Tensor, output: Tensor, host: Host
+    ) -> Tensor | None:
+        """All rows at once; see :attr:`Delta.row_form`."""
+        return _added_by_rows(deltas, ids, output, x)
 
 
 class BehindNorm(Bottleneck):
@@ -175,6 +197,39 @@ class BehindNorm(Bottleneck):
         """Run the norm ``call`` on ``s`` [..., width], and again on the adapted sum."""
         normed = call(s, *args, **kwargs)
         return normed if self.dropped else call(self.added(s, normed), *args, **kwargs)
+
+    @staticmethod
+    def row_form(  # type: ignore[override]
+        deltas: Sequence[Bottleneck | None], ids: Tensor, owner: Any
+    ) -> Callable[..., Any] | None:
+        """The norm on all rows, and again on each one's adapted sum; see :attr:`Delta.row_form`."""
+        if not _are_alike(deltas):
+            return None
+
+        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            s, *rest = args
+            normed = call(s, *rest, **kwargs)
+            adapted = _added_by_rows(deltas, ids.to(s.device), s, normed)
+            return call(adapted, *rest, **kwargs)
+
+        return run
+
+
+def _are_alike(deltas: Sequence[Bottleneck | None]) -> bool:
+    """Whether adapters have one function between their layers, and all of them a norm or none."""
+    return len({(delta.non_linearity, delta.norm_weight is None) for delta in deltas if delta is not None}) == 1
+
+
+def _added_by_rows(deltas: Sequence[Bottleneck | None], ids: Tensor, h: Tensor, seen: Tensor) -> Tensor | None:
+    """``h`` with what each row's own adapter makes of what it has seen; ``None``: they are not alike."""
+    deltas = [None if delta is None or delta.dropped else delta for delta in deltas]
+    own = next((delta for delta in deltas if delta is not None), None)
+    if own is None:
+        return h
+    if not _are_alike(deltas):
+        return None
+    stacks = stacks_of(deltas, compute_dtype(seen), lambda delta: delta.row_parts())
+    return bottleneck_rows(h, seen, ids, activation(own.non_linearity), stacks)
 
 
 @overload

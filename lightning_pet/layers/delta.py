@@ -18,6 +18,9 @@ MAX_SCALE: Final = 1024.0
 
 Path = Literal["activation", "around", "weight", "generate", "shared"]
 
+Host = Callable[[], tuple[Tensor, Tensor | None]]
+"""Gives weight and bias of a host."""
+
 
 class Part(nn.Module):
     """A module inside a delta, or a delta: a base checkpoint, which holds none of its keys, loads strictly."""
@@ -154,12 +157,14 @@ class Delta(Part):
     """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
 
     row_form: ClassVar[Any] = None
-    """``row_form(deltas, ids, x, output)``: what :meth:`forward` does, at once for rows that use different deltas.
+    """``row_form(deltas, ids, x, output, host)``: what :meth:`forward` does, at once for rows of different deltas.
 
-    ``deltas``: one of this class or ``None`` (nothing acts) per group; ``ids``: of each row of the batch, the number of
-    its group; x and output are batch-major, with as many numbers per row of the batch. ``None``, or a result of
+    ``deltas``: one that has this form or ``None`` (nothing acts) per group, at least one; ``ids``: of each row of the
+    batch, the number of its group; groups are numbered in the order of their first rows. x and output are batch-major,
+    with as many numbers per row of the batch; ``host()`` gives weight and bias of the host. ``None``, or a result of
     ``None``: not at once, but group by group. For deltas around a call ``row_form(deltas, ids, owner)`` gives what runs
     ``(call, args, kwargs)``; what it holds meanwhile is the owner's, the host's ``pet``.
+    :mod:`lightning_pet.layers.row_forms` has the products.
     """
 
     parameter: str = "weight"

@@ -23,7 +23,7 @@ class Fusable(Protocol):
         ...
 
 
-def distance(value: Tensor) -> Tensor:
+def _distance(value: Tensor) -> Tensor:
     r"""The regulariser :math:`\|I - V\|_F^2`, a number."""
     return _away(value).square().sum()
 
@@ -75,7 +75,7 @@ class Mixture(Delta):
         self.query, self.key, self.value = empty(width, width), empty(width, width), empty(width, width)
         self.query_bias, self.key_bias = empty(width), empty(width)
         self.register_buffer("temperature", None if temperature == 1 else torch.empty((), device=device))
-        self.penalty = Penalty(distance, _slope, regularization) if regularization else None
+        self.penalty = Penalty(_distance, _slope, regularization) if regularization else None
         self.members = nn.ModuleList(members)
         for parameter in self.members.parameters():
             parameter.requires_grad_(False)

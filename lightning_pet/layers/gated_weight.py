@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -32,6 +32,7 @@ _PIECE: Final = {"cpu": 1 << 15}
 _PIECE_ELSEWHERE: Final = 1 << 24
 
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.default
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 
 _NOT_WHILE_DRAWN: Final = (
     "are not supported while the gates of diff pruning are drawn at random: their gradient is made in "
@@ -126,15 +127,21 @@ class _Group(NamedTuple):
 def _group(gates: Gates, alpha: Tensor, generator: torch.Generator, dtype: torch.dtype) -> _Group:
     law = gates.law
     if is_ordinary(alpha) and alpha.is_cpu:
-        number, opened = law.one(alpha.item(), generator)
-        stretched = number * law.width + law.low
-        slope = number * (1 - number) * (law.width / law.temperature)
-        return _Group(min(max(stretched, 0.0), 1.0), slope if 0 < stretched < 1 else 0.0, opened)
+        u = torch.empty((), dtype=torch.float32).uniform_(generator=generator)
+        return _Group(*_numbers_of_group(law, alpha.item(), u.item()))
     alpha = alpha.detach().reshape(()).to(dtype)
     s = law.draw(alpha, generator)
     moved = s * law.width + law.low
     inside = (moved > 0) & (moved < 1)
     return _Group(moved.clamp(0, 1), inside * s * (1 - s) * (law.width / law.temperature), law.open(alpha))
+
+
+def _numbers_of_group(law: HardConcrete, alpha: float, u: float) -> tuple[float, float, float]:
+    """The same of a uniform number, on a CPU."""
+    s, opened = law.one(alpha, u)
+    stretched = s * law.width + law.low
+    slope = s * (1 - s) * (law.width / law.temperature)
+    return min(max(stretched, 0.0), 1.0), slope if 0 < stretched < 1 else 0.0, opened
 
 
 def _group_gradient(group: Tensor, whole: _Group, flow: Tensor, opened: Tensor | float, factor: Any) -> Tensor:
@@ -173,29 +180,86 @@ def _forward(
 ) -> Tensor:
     law, generator = gates.law, gates.generator(w.device)
     whole = None if group is None else _group(gates, group, generator, w.dtype)
+    by = 1.0 if whole is None else whole.z
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     flat = (w.reshape(-1), weight.reshape(-1), out.view(-1), *(() if alpha is None else (alpha.reshape(-1),)))
     if drawn is not None:
         drawn.group = whole
     for difference, base, result, *gate in _pieces(*flat):
-        if not gate:
-            moved = difference.clone()
-        else:
-            a = gate[0].to(w.dtype)
-            s = law.draw(a, generator)
-            if drawn is not None and s.numel() == w.numel() <= KEPT:
-                drawn.s, drawn.z = s, (s * law.width).add_(law.low).clamp_(0, 1)
-                moved = drawn.z * difference
-            else:
-                moved = s.mul_(law.width).add_(law.low).clamp_(0, 1).mul_(difference)
-        if whole is not None:
-            moved.mul_(whole.z)
+        if isinstance(by, Tensor):
+            difference = difference * by
+        factor = 1.0 if isinstance(by, Tensor) else by
         # Added in the precision of w, and rounded once: as merging does.
-        if weight.dtype == w.dtype:
-            torch.add(moved, base, out=result)
+        summed = result if weight.dtype == w.dtype else torch.empty_like(difference)
+        if not gate:
+            torch.add(base, difference, alpha=factor, out=summed)
         else:
-            result.copy_(torch.add(moved, base, out=moved))
+            s = law.draw(gate[0].to(w.dtype), generator)
+            if drawn is not None and s.numel() == w.numel() <= KEPT:
+                drawn.s, drawn.z = s, z = s, law.stretched(s)
+            else:
+                z = law.stretched_(s)
+            torch.addcmul(base.to(w.dtype), z, difference, value=factor, out=summed)
+        if summed is not result:
+            result.copy_(summed)
     return out
+
+
+def _is_light(weight: Tensor, w: Tensor, alpha: Tensor | None) -> bool:
+    """Whether the work is little beside what it costs to ask for it."""
+    if alpha is None or w.numel() > KEPT or not w.is_cpu:
+        return False
+    return all(t.dtype == torch.float32 and t.is_contiguous() for t in (weight, w, alpha))
+
+
+def _light_forward(
+    gates: Gates, weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None
+) -> tuple[Tensor, _Drawn]:
+    """:func:`_forward` in as few steps as there are; its random numbers are the same, drawn all at once."""
+    law, drawn = gates.law, _Drawn()
+    u = torch.empty(w.numel() + (group is not None)).uniform_(generator=gates.generator(w.device))
+    factor = 1.0
+    if group is not None:
+        numbers = _numbers_of_group(law, group.item(), u[0].item())
+        u, factor, drawn.group = u[1:], numbers[0], _Group(*numbers)
+    low, high, _ = _constants(law)
+    drawn.s = s = law.concrete_(alpha, u.view_as(w))
+    drawn.z = z = torch.lerp(low, high, s).clamp_(0, 1)
+    return torch.addcmul(weight, z, w, value=factor), drawn
+
+
+@cache
+def _constants(law: HardConcrete) -> tuple[Tensor, Tensor, Tensor]:
+    """Ends and shift as tensors: half of the time of an operation on few numbers goes into making one of a number."""
+    with torch.inference_mode(False):
+        low, high, shift = torch.tensor([law.low, law.high, law.shift]).unbind()
+        return low, high, shift
+
+
+def _light_backward(
+    gates: Gates, g: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, drawn: _Drawn
+) -> list[Tensor]:
+    """:func:`_backward` after it."""
+    law, s, z, factor = gates.law, drawn.s, drawn.z, gates.take()
+    assert s is not None and z is not None  # noqa: PT018
+    factor = factor.item() if isinstance(factor, Tensor) else factor
+    z_group, slope, open_group = cast(tuple[float, float, float], drawn.group or (1.0, 0.0, 1.0))
+    product = gates.form == "product"
+    g = g.contiguous()
+    moved, dw, steepness = g * w, g * z, z_group * law.width / law.temperature
+    dalpha = _hardtanh_backward(_sigmoid_backward(moved, s), z, 0, 1)  # 0 where z is clamped
+    if group is not None:
+        slope *= torch.dot(moved.view(-1), z.view(-1)).item()
+        dw.mul_(z_group)
+    if factor:
+        p = torch.sub(alpha, _constants(law)[2]).sigmoid_()
+        if group is not None:
+            slope += open_group * (1 - open_group) * factor * (p.sum().item() if product else 1.0)
+        spread = p.addcmul_(p, p, value=-1).mul_(factor * open_group if product else factor)
+        dalpha = spread.add_(dalpha, alpha=steepness)
+    else:
+        dalpha.mul_(steepness)
+    return [dw, dalpha] if group is None else [dw, dalpha, torch.full_like(group, slope)]
 
 
 def _backward(
@@ -249,10 +313,9 @@ def _of_weights(
         s, z = drawn.s, drawn.z
         if s is None or z is None:
             s = law.draw(a, generator)
-            z = (s * law.width).add_(law.low).clamp_(0, 1)
+            z = law.stretched(s)
         moved = up * difference
-        slope = torch.addcmul(s, s, s, value=-1).mul_(moved)
-        slope = _hardtanh_backward(slope, z, 0, 1)  # 0 where z is clamped
+        slope = _hardtanh_backward(_sigmoid_backward(moved, s), z, 0, 1)  # 0 where z is clamped
         if whole is not None:
             flow += torch.dot(moved, z)
             slope.mul_(whole.z * (law.width / law.temperature))
@@ -309,9 +372,13 @@ class _Gated(torch.autograd.Function):
         ctx: Any, weight: Tensor, w: Tensor, alpha: Tensor | None, group: Tensor | None, gates: Gates
     ) -> Tensor:
         gates.arm()
-        ctx.key = gates.key
-        drawn = _Drawn()
-        out = _forward(gates, weight, w, alpha, group, drawn)
+        ctx.key, ctx.light = gates.key, _is_light(weight, w, alpha)
+        if ctx.light:
+            assert alpha is not None
+            out, drawn = _light_forward(gates, weight, w, alpha, group)
+        else:
+            drawn = _Drawn()
+            out = _forward(gates, weight, w, alpha, group, drawn)
         ctx.save_for_backward(w, alpha, group, drawn.s, drawn.z)
         ctx.group = drawn.group
         return out
@@ -322,7 +389,8 @@ class _Gated(torch.autograd.Function):
         if torch.is_grad_enabled():  # the operator refuses to be differentiated
             found = torch.ops.lightning_pet.gated_weight_backward(gradient, w, alpha, group, ctx.key)
         else:
-            found = _backward(_of_key(ctx.key), gradient, w, alpha, group, _Drawn(ctx.group, s, z))
+            backward = _light_backward if ctx.light else _backward
+            found = backward(_of_key(ctx.key), gradient, w, alpha, group, _Drawn(ctx.group, s, z))
         dw, *rest = found
         dalpha, dgroup = (None if tensor is None else rest.pop(0) for tensor in (alpha, group))
         return gradient if ctx.needs_input_grad[0] else None, dw, dalpha, dgroup, None

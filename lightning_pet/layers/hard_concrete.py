@@ -79,22 +79,31 @@ class HardConcrete:
 
     def concrete(self, alpha: Tensor, u: Tensor) -> Tensor:
         """The number s in (0, 1) for uniform numbers ``u``, before it is stretched and clamped."""
-        return self._concrete(alpha, u.clone())
+        return self.concrete_(alpha, u.clone())
 
     def draw(self, alpha: Tensor, generator: torch.Generator) -> Tensor:
         """The number s of every gate for uniform numbers of this generator."""
         if alpha.dtype != torch.float32:
-            return self._concrete(alpha, self.uniform(alpha, generator))
+            return self.concrete_(alpha, self.uniform(alpha, generator))
         u = torch.empty(alpha.shape, dtype=torch.float32, device=alpha.device)
-        return self._concrete(alpha, u.uniform_(generator=generator))
+        return self.concrete_(alpha, u.uniform_(generator=generator))
 
-    def _concrete(self, alpha: Tensor, u: Tensor) -> Tensor:
+    def concrete_(self, alpha: Tensor, u: Tensor) -> Tensor:
+        """The same as :meth:`concrete`, in the memory of ``u``."""
         s = u.logit_(EPSILON).add_(alpha)
         return (s if self.temperature == 1 else s.div_(self.temperature)).sigmoid_()
 
-    def one(self, alpha: float, generator: torch.Generator) -> tuple[float, float]:
-        """Draw a single gate on a CPU: s and P(z > 0). It takes one number, as :meth:`uniform` does."""
-        u = min(max(torch.empty((), dtype=torch.float32).uniform_(generator=generator).item(), EPSILON), 1 - EPSILON)
+    def stretched(self, s: Tensor) -> Tensor:
+        """The gates: min(1, max(0, s (r − l) + l))."""
+        return (s * self.width).add_(self.low).clamp_(0, 1)
+
+    def stretched_(self, s: Tensor) -> Tensor:
+        """The same, in the memory of ``s``."""
+        return s.mul_(self.width).add_(self.low).clamp_(0, 1)
+
+    def one(self, alpha: float, u: float) -> tuple[float, float]:
+        """A single gate for a uniform number: s and P(z > 0)."""
+        u = min(max(u, EPSILON), 1 - EPSILON)
         logit = (math.log(u) - math.log1p(-u) + alpha) / self.temperature
         return _sigmoid(logit), _sigmoid(alpha - self.shift)
 

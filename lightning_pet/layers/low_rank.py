@@ -1,6 +1,7 @@
 """Low-rank deltas for linear layers and for bare parameters."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.layers.delta import Path
+from lightning_pet.layers.delta import Host, Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, OwnBias, Rows, check_rank
 from lightning_pet.layers.low_rank_dora import Dora, dora_linear
 from lightning_pet.layers.low_rank_product import (
@@ -19,7 +20,7 @@ from lightning_pet.layers.low_rank_product import (
     low_rank_linear,
     prefers_merged,
 )
-from lightning_pet.layers.low_rank_rows import low_rank_rows
+from lightning_pet.layers.row_forms import Parts, kept, low_rank_rows, own_tensors, stacks_of
 
 
 class LowRankLinear(OwnBias):
@@ -139,14 +140,31 @@ class LowRankLinear(OwnBias):
         return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin, dropout=dropout)
 
     @staticmethod
-    def row_form(deltas: Sequence["LowRankLinear | None"], ids: Tensor, x: Tensor, output: Tensor) -> Tensor | None:
-        """All rows at once, where A and B are all there is; see :attr:`Delta.row_form`."""
-        for delta in deltas:
-            if delta is not None and (
-                not delta._bare or delta._drops() or type(delta).forward is not LowRankLinear.forward
-            ):
-                return None
-        return low_rank_rows(deltas, ids, x, output)
+    def row_form(
+        deltas: Sequence["LowRankLinear | None"], ids: Tensor, x: Tensor, output: Tensor, host: Host
+    ) -> Tensor | None:
+        """All rows at once, if none drops inputs; see :attr:`Delta.row_form`."""
+        own = [delta for delta in deltas if delta is not None]
+        if any(delta._drops() for delta in own):
+            return None
+        weight, bias = host() if any(delta.use_dora for delta in own) else (None, None)
+        tensors, parts = partial(LowRankLinear._made_of, weight=weight), LowRankLinear._row_parts
+        stacks = stacks_of(deltas, compute_dtype(x), partial(parts, weight=weight, bias=bias), tensors)
+        return low_rank_rows(x, output, ids, *stacks)
+
+    def _made_of(self, weight: Tensor | None) -> list[Tensor]:
+        return own_tensors(self) if weight is None or not self.use_dora else [*own_tensors(self), weight]
+
+    def _row_parts(self, weight: Tensor | None, bias: Tensor | None) -> Parts:
+        """A and s · B with the start of both behind them; what is added, and by how much more the rest is scaled."""
+        a, b = self._flat_a(), self._spread(self.b)
+        if self.a0 is not None and self.b0 is not None:
+            a, b = torch.cat([a, self.a0]), torch.cat([b, -self._spread(self.b0)], -1)
+        b = b if self.scale == 1.0 else b * self.scale
+        if weight is None or not self.use_dora:
+            return a, b, None if self.bias is None else self._own_bias(self.bias.dtype), None
+        excess = kept(self, "excess", self._made_of(weight), lambda: self._excess(self._matrix(weight))[0])
+        return a, b * (1 + excess).unsqueeze(-1), None if bias is None else -excess * bias, excess
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -179,16 +197,20 @@ class LowRankLinear(OwnBias):
         self, x: Tensor, output: Tensor | None, matrix: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     ) -> Tensor:
         """Base output plus what rescaling and the low-rank term add: exactly the base output at the start."""
+        excess, changed = self._excess(matrix)
+        matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        layer = Dora(matrix, bias, a, b, excess, self.scale, self._origin(x.dtype), changed)
+        return dora_linear(x, layer, product=output, dropout=self.dropout if self._drops() else 0.0)
+
+    def _excess(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much more than 1 DoRA scales every output feature, and the changed weight before that."""
         assert self.magnitude is not None
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(matrix.device.type, enabled=False):
             with torch.no_grad():
                 changed = self._changed(self._own(matrix))
                 norm = torch.linalg.vector_norm(changed, dim=-1).to(self.magnitude.dtype)
                 changed = self._among(matrix, changed)
-            excess = self._spread((self.magnitude / norm - 1).unsqueeze(-1)).squeeze(-1)
-        matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        layer = Dora(matrix, bias, a, b, excess, self.scale, self._origin(x.dtype), changed)
-        return dora_linear(x, layer, product=output, dropout=self.dropout if self._drops() else 0.0)
+            return self._spread((self.magnitude / norm - 1).unsqueeze(-1)).squeeze(-1), changed
 
 
 class LowRankParameter(LowRank):

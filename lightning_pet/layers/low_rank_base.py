@@ -120,7 +120,7 @@ class LowRank(Delta):
         if not self.starts_from_weight:
             return
         weight = whole(weight)
-        matrix = self._matrix(weight).to(precise(weight))
+        matrix = self._matrix(weight).to(_precise(weight))
         wanted = (*self._flat_b().shape[:-2], self.out_features, self._flat_a().shape[-1])
         if matrix.shape != wanted:
             raise ArgumentError(
@@ -151,7 +151,7 @@ class LowRank(Delta):
         if not self._adds_in_place(weight):
             weight.copy_(self._effective(weight))
             return
-        dtype, matrix = precise(weight), self._matrix(weight)
+        dtype, matrix = _precise(weight), self._matrix(weight)
         a, b = self._flat_a().to(dtype), self._flat_b().to(dtype)
         a0, b0 = (None, None) if self.a0 is None or self.b0 is None else (self.a0.view_as(a), self.b0.view_as(b))
         used = 0
@@ -228,7 +228,7 @@ class LowRank(Delta):
     def _changed(self, matrix: Tensor) -> Tensor:
         """These rows with the low-rank change added, in at least float32; a constant to autograd."""
         with torch.no_grad():
-            matrix = matrix.to(precise(matrix))
+            matrix = matrix.to(_precise(matrix))
             return matrix + self._change(matrix.dtype)
 
     def _norm(self, matrix: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class LowRank(Delta):
     def _effective(self, weight: Tensor, *, drop: bool = False) -> Tensor:
         """The weight as the host reads it; ``drop``: where it is training, with dropout."""
         drop = drop and self.training and self.dropout > 0
-        dtype = precise(weight)
+        dtype = _precise(weight)
         # Autocast would round the change before it is added.
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight).to(dtype)
@@ -304,7 +304,7 @@ class OwnBias(LowRank):
     @torch.no_grad()
     def merged_bias(self, bias: Tensor) -> Tensor:
         """``bias + s · own``."""
-        return (bias.to(precise(bias)) + self._own_bias(precise(bias))).to(bias.dtype)
+        return (bias.to(_precise(bias)) + self._own_bias(_precise(bias))).to(bias.dtype)
 
     def _own_bias(self, dtype: torch.dtype) -> Tensor:
         """``s · own`` for all output features."""
@@ -341,10 +341,10 @@ def _checked_rows(rows: Rows | None, out_features: int) -> tuple[tuple[int, int]
 
 def _largest(factor: Tensor, dim: int) -> Tensor:
     """Size of the largest number along a dimension."""
-    return factor.abs().amax(dim).to(precise(factor))
+    return factor.abs().amax(dim).to(_precise(factor))
 
 
-def precise(weight: Tensor) -> torch.dtype:
+def _precise(weight: Tensor) -> torch.dtype:
     """The dtype in which an effective weight is computed: that of the weight, at least float32."""
     return torch.promote_types(weight.dtype, torch.float32)
 

@@ -8,6 +8,7 @@ either order.
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.bottleneck import activation
-from lightning_pet.layers.delta import Delta, Part, Path
+from lightning_pet.layers.delta import Delta, Host, Part, Path
 from lightning_pet.layers.low_rank_product import compute_dtype
+from lightning_pet.layers.row_forms import Parts, bottleneck_rows, kept, own_tensors, stacks_of
 
 _GAIN = math.sqrt(2)
 _FORMED = 1 << 9  # numbers of a matrix that is formed: beyond it products with it take longer than calls
@@ -188,6 +190,18 @@ class PHMLinear(Part):
             y = product(flat, self._rule().to(dtype), *factors) + bias
         return y.view(*x.shape[:-1], len(bias))
 
+    def matrix(self) -> Tensor:
+        """The weight, [out, in]."""
+        factors = self._factors()
+        if self.n > 1:
+            return phm_matrix(self._rule(), *factors).t()
+        return (factors[0][0] if len(factors) == 1 else factors[0][0] @ factors[1][0]).t()
+
+    def made_of(self) -> list[Tensor]:
+        """All tensors of the layer, and the rule that it shares."""
+        shared = self.__dict__["shared"]
+        return own_tensors(self) + ([] if shared is None else own_tensors(shared))
+
     def _factors(self) -> list[nn.Parameter]:
         return [factor for factor in (self.weight, self.left, self.right) if factor is not None]
 
@@ -285,3 +299,21 @@ class PHMBottleneck(Delta):
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """``output + update(output)``; the host's input is not used."""
         return output + self.update(output).to(output.dtype)
+
+    @staticmethod
+    def row_form(
+        deltas: Sequence["PHMBottleneck | None"], ids: Tensor, x: Tensor, output: Tensor, host: Host
+    ) -> Tensor | None:
+        """All rows at once, with matrices that are made of the slices; see :attr:`Delta.row_form`."""
+        own = [delta for delta in deltas if delta is not None]
+        if len({delta.non_linearity for delta in own}) > 1:
+            return None
+        stacks = stacks_of(deltas, compute_dtype(output), PHMBottleneck._row_parts, PHMBottleneck._made_of)
+        return bottleneck_rows(output, output, ids, activation(own[0].non_linearity), stacks)
+
+    def _made_of(self) -> list[Tensor]:
+        return [*self.down.made_of(), *self.up.made_of()]
+
+    def _row_parts(self) -> Parts:
+        down, up = kept(self, "matrices", self._made_of(), lambda: (self.down.matrix(), self.up.matrix()))
+        return None, None, down, self.down.bias, up, self.up.bias

@@ -36,11 +36,17 @@ class VirtualTokens(Delta):
     @property
     def first(self) -> int:
         """The id of the first row: prompts that share a table take their ids one after the other."""
-        return self.vocabulary + lengths_before(self.__dict__["host"], self, VirtualTokens)
+        return self.vocabulary + _lengths_before(self.__dict__["host"], self, VirtualTokens)
 
     def rows(self, call: Callable[..., Tensor]) -> Tensor:
         """What the host answers for the virtual ids, P × width; ``call`` looks real ids up."""
         raise NotImplementedError
+
+    @staticmethod
+    def row_form(deltas: Sequence["VirtualTokens | None"], ids: Tensor, owner: Any) -> Callable[..., Any]:
+        """Look up with the rows of all of them: each has ids of its own; see :attr:`Delta.row_form`."""
+        own = [delta for delta in deltas if delta is not None]
+        return lambda call, args, kwargs: _looked_up(own, call, *args, **kwargs)
 
     def forward(self, call: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Look up; the rows come from here, all other ids from the table."""
@@ -53,6 +59,27 @@ class VirtualTokens(Delta):
         own = F.pad(self.rows(call).to(out.dtype), (0, 0, 0, 1))
         rows = F.embedding(torch.where(virtual, ids - first, self.length), own, padding_idx=self.length)
         return torch.where(virtual.unsqueeze(-1), rows, out)
+
+
+def _looked_up(
+    deltas: Sequence[VirtualTokens], call: Callable[..., Tensor], ids: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """What the host answers with the rows of several deltas."""
+    firsts = [delta.first for delta in deltas]
+    lowest = min(firsts)
+    if _may_look(ids) and int(ids.max()) < lowest:
+        return call(ids, *args, **kwargs)
+    virtual = ids >= deltas[0].vocabulary
+    out = call(ids.masked_fill(virtual, 0), *args, **kwargs)
+    own = F.pad(torch.cat([delta.rows(call).to(out.dtype) for delta in deltas]), (0, 0, 0, 1))
+    places = [len(own) - 1] * (max(f + delta.length for f, delta in zip(firsts, deltas, strict=True)) - lowest)
+    place = 0
+    for first, delta in zip(firsts, deltas, strict=True):
+        places[first - lowest : first - lowest + delta.length] = range(place, place + delta.length)
+        place += delta.length
+    found = torch.tensor(places, device=ids.device)[(ids - lowest).clamp(0, len(places) - 1)]
+    rows = F.embedding(torch.where(virtual, found, place), own, padding_idx=place)
+    return torch.where(virtual.unsqueeze(-1), rows, out)
 
 
 def _may_look(ids: Tensor) -> bool:
@@ -180,7 +207,7 @@ class IdGuard(Delta):
         return call(ids.masked_fill(ids >= self.vocabulary, 0), *args, **kwargs)
 
 
-def lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> int:
+def _lengths_before(host: nn.Module | None, delta: Delta, kind: type[Delta]) -> int:
     """Virtual tokens of the prompts that come before this one on the same host."""
     before = 0
     for other in () if host is None else cast(nn.ModuleDict, host.pet).values():

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.layers import rows as ranges
-from lightning_pet.layers.delta import Delta, Path
+from lightning_pet.layers.delta import Delta, Host, Path
 from lightning_pet.layers.low_rank_source import source_of
+from lightning_pet.layers.row_forms import beside, stacks_of
 from lightning_pet.layers.transforms import is_ordinary, is_transformed
 
 
@@ -86,18 +87,28 @@ class OutputScaling(_Scaling):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Rescale ``output``, [..., features, *spatial]; its dtype stays."""
-        return (output * _before(self._spread(), self.spatial)).to(output.dtype)
+        return (output * _before(self.wide(), self.spatial)).to(output.dtype)
+
+    @staticmethod
+    def row_form(
+        deltas: Sequence["OutputScaling | None"], ids: Tensor, x: Tensor, output: Tensor, host: Host
+    ) -> Tensor | None:
+        """Each row by its own l; see :attr:`Delta.row_form`."""
+        own = next(delta for delta in deltas if delta is not None)
+        scale = _vectors(deltas)
+        return (output * beside(scale, ids, output, own.spatial)).to(output.dtype)
 
     def _factor(self, weight: Tensor) -> Tensor:
-        scale = self._spread()
+        scale = self.wide()
         return scale if self.transposed else _before(scale, weight.dim() - 1)
 
     @torch.no_grad()
     def merged_bias(self, bias: Tensor) -> Tensor:
         """``l ⊙ b``."""
-        return (bias * self._spread()).to(bias.dtype)
+        return (bias * self.wide()).to(bias.dtype)
 
-    def _spread(self) -> Tensor:
+    def wide(self) -> Tensor:
+        """The vector for all features."""
         return ranges.spread(self.scale, self.rows, self.features, 1.0)
 
 
@@ -133,6 +144,22 @@ class InputScaling(_Scaling):
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the host on ``l ⊙ x``; the dtype of x, [..., features, *spatial], stays."""
         return call(scaled(x, _before(self.scale, self.spatial)), *args, **kwargs)
+
+    @staticmethod
+    def row_form(deltas: Sequence["InputScaling | None"], ids: Tensor, owner: Any) -> Callable[..., Any]:
+        """The host on each row times its own l; see :attr:`Delta.row_form`."""
+        own = next(delta for delta in deltas if delta is not None)
+        scale = _vectors(deltas)
+
+        def run(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x, *rest = args
+            return call(scaled(x, beside(scale, ids.to(x.device), x, own.spatial)), *rest, **kwargs)
+
+        return run
+
+    def wide(self) -> Tensor:
+        """The vector for all features."""
+        return self.scale
 
     def _factor(self, weight: Tensor) -> Tensor:
         return self.scale.unsqueeze(-1) if self.transposed else _per_input(self.scale, weight, self.groups)
@@ -245,6 +272,14 @@ class _Scaled(torch.autograd.Function):
 
 # Past what ``Function.apply`` does for torch.func, which does not come here.
 _scale: Callable[..., Tensor] = super(torch.autograd.Function, _Scaled).apply
+
+
+def _vectors(deltas: Sequence[Any]) -> Tensor:
+    """The vectors of all groups of rows, with ones where nothing acts."""
+    dtype = next(delta.scale.dtype for delta in deltas if delta is not None)
+    (found,) = stacks_of(deltas, dtype, lambda delta: (delta.wide(),), fill=1.0)
+    assert found is not None
+    return found
 
 
 def _before(scale: Tensor, dimensions: int) -> Tensor:

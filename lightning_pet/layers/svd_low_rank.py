@@ -128,7 +128,7 @@ class SvdLowRank(LowRank):
         super().__init__(*args, **kwargs)
         self.e = nn.Parameter(torch.empty(self.a.shape[:-1], device=self.a.device, dtype=self.a.dtype))
         self.register_buffer("kept", torch.empty(self.e.shape, device=self.a.device, dtype=torch.int32))
-        self.penalty = Penalty(orthogonality, orthogonality_gradient, 0.0, orthogonality_gradients)
+        self.penalty = Penalty(orthogonality, orthogonality_gradient, 0.0, _orthogonality_gradients)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ def orthogonality_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return _gradient(a), _gradient(b.mT).mT
 
 
-def orthogonality_gradients(pairs: Sequence[Sequence[Tensor]], factor: Tensor | float) -> list[Sequence[Tensor]]:
+def _orthogonality_gradients(pairs: Sequence[Sequence[Tensor]], factor: Tensor | float) -> list[Sequence[Tensor]]:
     """The same of several pairs (A, B), times a factor: one product for all matrices of one shape."""
     rows = [matrix for a, b in pairs for matrix in (a, b.mT)]
     alike: dict[Any, list[int]] = defaultdict(list)

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_pet.errors import PETError
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.sharding import is_sharded, ordinary_parts
 from lightning_pet.model.call import Selection, Switch
@@ -202,6 +203,8 @@ class Adaptation:
         values: of every delta that is not active, what it has in place of tensors of the base, by name.
         claims: tensors beside those that it trains of which a delta has values of its own (buffers, copies).
         beside: of each delta, the others that acted when it was trained, with digests of their values.
+        together: deltas that train in one run, each on rows of its own. Nothing acts on rows that no block has given to
+            one of them. What changes beside the plan (buffers, what the user trains outside of the base) is shared.
         combined: of each delta that was made of others, how.
     """
 
@@ -222,6 +225,7 @@ class Adaptation:
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     claims: dict[str, frozenset[str]] = field(default_factory=dict)
     beside: dict[str, dict[str, str]] = field(default_factory=dict)
+    together: tuple[str, ...] = ()
     combined: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -250,7 +254,7 @@ class Adaptation:
         others = {name for delta in self.names if delta not in deltas for name in self.trained_by(delta)}
         others |= {name for delta, own in self.claims.items() if delta not in deltas for name in own}
         asleep = [name for delta in deltas for name in self.waiting.get(delta, ())]
-        user = self.keeper in deltas
+        user = self.keeper in deltas or not set(self.together).isdisjoint(deltas)
         return replace(
             self,
             applied=applied,
@@ -295,7 +299,10 @@ class Adaptation:
     def act(self, deltas: tuple[str, ...]) -> None:
         """These deltas act where a thread has chosen nothing, in this order."""
         self.active = deltas
-        self.switch.selection = None if deltas == self.names else self.selection(deltas)
+        if self.together:
+            self.switch.selection = self.selection(())
+        else:
+            self.switch.selection = None if deltas == self.names else self.selection(deltas)
 
     def selection(self, deltas: tuple[str, ...]) -> Selection:
         """What acts where these deltas do."""
@@ -383,6 +390,14 @@ def record_of(root: nn.Module) -> Adaptation | None:
     return root.__dict__.get(RECORD)
 
 
+def record_at(root: nn.Module) -> Adaptation:
+    """The record of an adapted root."""
+    record = record_of(root)
+    if record is None:
+        raise PETError("the deltas of this model were merged or removed; apply or load them again.")
+    return record
+
+
 def adapted_root(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Path and module of the adapted root inside a model, or ``None`` if nothing was applied."""
     for path, module in model.named_modules():
@@ -408,91 +423,3 @@ def described(root: nn.Module) -> list[str]:
         *(f"{name} of shape {tuple(tensor.shape)}" for name, tensor in named_tensors(root) if name in own),
         *(f"{name}, trained" for name in record.trained_names),
     ]
-
-
-# --- what a model holds beside its base, and what of it has changed -------------------------------
-
-# A method covers the base. Beside it the user's code may write into parameters that no optimizer holds (the slow copy
-# of BYOL, MoCo or a mean teacher). What has changed there since the first delta came belongs to the delta.
-
-
-Parameters = dict[str, nn.Parameter]
-
-
-def outside_parameters(root: nn.Module, record: Adaptation) -> Parameters:
-    """Parameters beside the base, under all of their names; one that is tied to a base parameter is of the base."""
-    named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
-    own = {*record.delta_names, *record.of_base(dict(named))}
-    inside = {id(p) for name, p in named if name in own}
-    return {name: p for name, p in named if id(p) not in inside}
-
-
-def frozen_parameters(root: nn.Module, record: Adaptation) -> Parameters:
-    """Parameters of the base that do not train, each under one name.
-
-    A table that renormalises its rows as it looks them up (``max_norm``) is left out: it does so on any base alike.
-    """
-    named = [(name, p) for name, p in named_tensors(root) if isinstance(p, nn.Parameter)]
-    planned = {*record.delta_names, *record.trained_names}
-    skip = {id(p) for name, p in named if name in planned} | renormalised(root)
-    base = record.of_base(dict(named))
-    found = {id(p): (name, p) for name, p in reversed(named) if id(p) not in skip and name in base}
-    return dict(reversed(list(found.values())))
-
-
-def renormalised(root: nn.Module) -> set[int]:
-    """``id`` of each table that scales its rows down as it looks them up (``max_norm``).
-
-    What it holds depends on what was looked up, and what it returns does not: two such bases are one.
-    """
-    return {id(m.weight) for m in root.modules() if getattr(m, "max_norm", None) is not None and hasattr(m, "weight")}
-
-
-def mark_outside(root: nn.Module) -> None:
-    """Remember what the parameters beside the base hold, of those that are not remembered yet and do not train."""
-    record = record_of(root)
-    if record is None:
-        return
-    trained = set(record.trained_names)
-    for name, parameter in outside_parameters(root, record).items():
-        if name not in record.marks and name not in trained:
-            record.marks[name] = mark(parameter)
-
-
-def changed_outside(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters beside the base that hold something else than when the first delta came, or may do so.
-
-    Those that train are not among them: the record has their names.
-    """
-    record = record_of(root)
-    if record is None:
-        return {}
-    trained = set(record.trained_names)
-    found = {name: p for name, p in outside_parameters(root, record).items() if name not in trained}
-    answers = compare((p, record.marks.get(name)) for name, p in found.items())
-    return {name: p for (name, p), changed in zip(found.items(), answers, strict=True) if changed is not False}
-
-
-def note_changed(root: nn.Module, names: Iterable[str]) -> None:
-    """Parameters beside the base got their values from a file: they belong to the delta from now on."""
-    record = record_of(root)
-    for name in names if record else ():
-        if record is not None and name in record.marks:
-            record.marks[name] = None
-
-
-def mark_anew(root: nn.Module) -> None:
-    """A Trainer has set the model up (split it, cast it): remember what it is now.
-
-    What has changed before stays known as changed.
-    """
-    record = record_of(root)
-    if record is None:
-        return
-    found = outside_parameters(root, record)
-    known = [(name, p, record.marks[name]) for name, p in found.items() if name in record.marks]
-    answers = compare((p, before) for _, p, before in known)
-    for (name, parameter, before), changed in zip(known, answers, strict=True):
-        marks: dict[bool | None, Mark | None] = {True: None, False: before}
-        record.marks[name] = marks[changed] if changed is not None else (mark(parameter) if before else None)
-    mark_outside(root)

@@ -376,14 +376,14 @@ class Gate:
                 self._free.notify_all()
 
 
-def gate_of(root: nn.Module) -> Gate | None:
+def _gate_of(root: nn.Module) -> Gate | None:
     """The gate of a root, if it has one."""
     return root.__dict__.get(_GATE)
 
 
 def set_gate(root: nn.Module) -> None:
     """Let a root have one."""
-    if gate_of(root) is None:
+    if _gate_of(root) is None:
         gate = root.__dict__[_GATE] = Gate()
         gate.hooks = [
             root.register_forward_pre_hook(gate.enter),
@@ -401,7 +401,7 @@ def take_gate(root: nn.Module) -> None:
 @contextmanager
 def between_forwards(root: nn.Module) -> Iterator[None]:
     """Within the block no forward of another thread runs, where a gate is there to tell."""
-    gate = gate_of(root)
+    gate = _gate_of(root)
     if gate is None:
         yield
         return

@@ -318,6 +318,29 @@ def _renamed(name: str, delta: str) -> str:
     return ".".join(parts)
 
 
+VALUE: Final = "value"
+"""Key of deltas that are values in the place of tensors of the base; no method of a file is called so."""
+
+
+def as_base_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of a delta with those that are values of the base's under the base's names.
+
+    >>> import torch
+    >>> list(as_base_names({"head.pet.value_default_bias@sst2.value": torch.ones(2)}))
+    ['head.bias']
+    """
+    return {_base_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _base_name(name: str) -> str:
+    above, _, rest = f".{name}".partition(".pet.")
+    key, _, own = rest.partition(".")
+    if own != VALUE or not (key := own_key(key)).startswith(f"{VALUE}_default"):
+        return name
+    parameter = key.removeprefix(f"{VALUE}_default").removeprefix("_") or "weight"
+    return join(above.removeprefix("."), parameter)
+
+
 def check_known(names: Iterable[str], known: Collection[str]) -> None:
     """Refuse names that no delta of a model has, and a name that is given twice.
 

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
+from torch import nn
+
+from lightning_pet.model.naming import canonical, delta_prefix, join, module_at
+
 Rows = tuple[tuple[int, int], ...]
 """Ranges of features of a fused projection, each from its first to behind its last."""
 
@@ -244,3 +248,16 @@ def overlap(rows: Rows, other: Rows) -> bool:
 def is_shared(target: Target) -> bool:
     """The place of a shared delta: the root, without a role of its own."""
     return not target.path and target.role is None
+
+
+def host_parameter(root: nn.Module, target: Target) -> str:
+    """Name of the base parameter that stands for a place: its own, else the nearest one around its module."""
+    if target.parameter:
+        return target.path
+    path = target.module if target.reads is None else target.reads
+    while True:
+        names = (join(path, canonical(name)) for name, _ in module_at(root, path).named_parameters())
+        name = next((name for name in names if not delta_prefix(name)), "")
+        if name or not path:
+            return name
+        path = path.rpartition(".")[0]

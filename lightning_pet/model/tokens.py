@@ -78,12 +78,12 @@ def common_ids(length: int, vocabulary: int, config: Any, tokenizer: Any = None)
     Raises:
         ArgumentError: if there are fewer such tokens.
     """
-    tokenizer = tokenizer_beside(config) if tokenizer is None else tokenizer
+    tokenizer = _tokenizer_beside(config) if tokenizer is None else tokenizer
     left_out = special_ids(config) + ([] if tokenizer is None else control_ids(tokenizer, vocabulary))
     return [row[0] for row in sampled_ids(length, vocabulary, left_out)], tokenizer is not None
 
 
-def tokenizer_beside(config: Any) -> Any | None:
+def _tokenizer_beside(config: Any) -> Any | None:
     """The tokenizer of the folder, or the place in the local cache, that a model was loaded from; no hub is asked."""
     name = getattr(config, "name_or_path", None)
     if not name:

@@ -8,31 +8,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, PETError
+from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable, refuse_lost
-from lightning_pet.insertion.choice import (
-    activate,
-    place,
-    record_at,
-    refuse_in_use,
-    remove,
-    remove_all,
-    using,
-    using_rows,
-)
-from lightning_pet.insertion.commit import check_sum, commit, copy_in
-from lightning_pet.insertion.method import Method
-from lightning_pet.insertion.prepare import is_shared, prepare
+from lightning_pet.insertion.choice import activate, place, refuse_in_use, remove, remove_all, using, using_rows
+from lightning_pet.insertion.commit import check_sum, copy_in
+from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.insertion.row_guard import check_rows, guarded
-from lightning_pet.model.adaptation import Adaptation, adapted_roots, note_changed, record_of
+from lightning_pet.model.adaptation import Adaptation, adapted_roots, record_at, record_of
 from lightning_pet.model.naming import check_known, tensors_at
-from lightning_pet.model.structure import Structure
+from lightning_pet.model.outside import note_changed
 from lightning_pet.operations.combining.in_model import combine
 from lightning_pet.operations.combining.rules import Combination, How
-from lightning_pet.operations.loading import insert, replace_values
+from lightning_pet.operations.loading import load, replace_values
 from lightning_pet.operations.merging import Merge, signals_wait
 from lightning_pet.operations.plan import Plan, plan_of
+from lightning_pet.operations.roots import base_of
 from lightning_pet.operations.saved import changed_besides, check_fit, meant, save, tensors_of
-from lightning_pet.store.reader import PathLike, read
+from lightning_pet.store.reader import PathLike
 
 # --- on one of the deltas -------------------------------------------------------------------------
 
@@ -332,7 +324,7 @@ class Adapted(Mapping[str, OneDelta]):
         base_check: str = "error",
     ) -> OneDelta:
         """Load one more delta, beside those that are there; see :func:`lightning_pet.load_delta`."""
-        insert(self.root, read(source), base_check, name=name, heads=heads, rename=rename)
+        load(self.root, source, base_check, name=name, heads=heads, rename=rename)
         return self[name]
 
     def replace(self, name: str, source: PathLike, *, base_check: str = "error") -> None:
@@ -347,7 +339,7 @@ class Adapted(Mapping[str, OneDelta]):
             BaseMismatchError: if it was trained on another base.
         """
         check_intact(self.root, self.record)
-        replace_values(self.root, name, read(source), base_check)
+        replace_values(self.root, name, read_source(source, base_of(self.root), base_check, delta=name), base_check)
 
     def combine(
         self,
@@ -471,9 +463,3 @@ class Adapted(Mapping[str, OneDelta]):
             meant(Adaptation(applied=record.applied, waiting=dict.fromkeys(record.names, ())))
         refuse_in_use(record, record.names[0], "merged")
         merge(self.root, record.names, dequantize)
-
-
-def adapt(root: nn.Module, methods: Sequence[Method], structure: Structure | None = None) -> Adapted:
-    """Apply methods to a root whose structure is known. Plan, build, then mutate."""
-    commit(root, prepare(root, methods, structure))
-    return Adapted(root)

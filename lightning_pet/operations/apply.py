@@ -10,19 +10,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import check_fires, lack_of_gradient
 from lightning_pet.insertion.commit import commit, undo
-from lightning_pet.insertion.method import Method, key_of
+from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.prepare import prepare
 from lightning_pet.insertion.widening import widen
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.delta import Fill, start_from
-from lightning_pet.operations.roots import example_forward, root_of, scope_in
+from lightning_pet.operations.roots import base_of, example_forward, root_of, scope_in
 from lightning_pet.operations.saved import Whole
-from lightning_pet.operations.unaccompanied import accompany_runs
 from lightning_pet.probe.probe import analyse
-from lightning_pet.store.reader import Stored, read
+from lightning_pet.store.reader import Stored
+from lightning_pet.strategies.strategy import accompany_runs
 
 _log = logging.getLogger(__name__)
 _OTHER_LOOK = (
@@ -60,7 +61,7 @@ def apply(
         DeadSiteError: if no target is called or read in ``forward``.
         DeltaFileError: if a file that a method starts from does not fit. In all cases the model is untouched.
     """
-    new = insert_methods(model, methods_in(callbacks), forward, strict=True)
+    new = insert_methods(model, _methods_in(callbacks), forward, strict=True)
     root = root_of(model)[1]
     try:
         widen(root, model=model)
@@ -73,7 +74,7 @@ def apply(
     return Adapted(root)
 
 
-def methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
+def _methods_in(callbacks: Method | Sequence[Method]) -> list[Method]:
     """One method or several as a list.
 
     Raises:
@@ -136,7 +137,7 @@ def insert_methods(
 def start(
     model: nn.Module,
     methods: Sequence[Method],
-    files: Mapping[str, Stored] | None = None,
+    files: Mapping[tuple[str, str], Stored] | None = None,
     whole: Whole = iter,
     fill: Fill | None = None,
 ) -> None:
@@ -145,14 +146,23 @@ def start(
     Args:
         model: the adapted model.
         methods: those that were just inserted.
-        files: what was read before, by path.
+        files: what was read before, by path and delta.
         whole: gathers base tensors of which an engine left this process parts only.
         fill: writes whole values into such tensors.
     """
     adapted = Adapted(root_of(model)[1])
     for method in methods:
         if (path := method.start_from) is not None:
-            start_from(adapted, method, files[path] if files else read(path), method.base_check, whole, fill)
+            key = (path, delta_name(method))
+            stored = files[key] if files else read_source(path, base_of(model), method.base_check, delta=key[1])
+            start_from(adapted, method, stored, method.base_check, whole, fill)
+
+
+def read_starts(model: nn.Module, methods: Sequence[Method]) -> dict[tuple[str, str], Stored]:
+    """What the files hold that methods start from, by path and delta."""
+    base = base_of(model)
+    keys = {(method.start_from, delta_name(method)) for method in methods if method.start_from is not None}
+    return {(path, delta): read_source(path, base, delta=delta) for path, delta in keys}
 
 
 def is_applied(root: nn.Module, method: Method) -> bool:

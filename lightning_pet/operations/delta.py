@@ -21,13 +21,13 @@ from lightning_pet.model.adaptation import Adaptation, adapted_root
 from lightning_pet.model.naming import by_delta, join, named_tensors
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.file_terms import for_model
-from lightning_pet.operations.loading import deltas_of, insert
+from lightning_pet.operations.loading import deltas_of, insert, load
 from lightning_pet.operations.module_from_file import beside, build
 from lightning_pet.operations.saved import Named, Whole, check_base, save
 from lightning_pet.store.entry import load_checkpoint
 from lightning_pet.store.files import atomic_folder, is_delta_file, reap_once
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.reader import PathLike, Stored, delta_of, manifest_of, read
+from lightning_pet.store.reader import PathLike, Stored, delta_of, deltas_of_checkpoint, manifest_of, read
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]
@@ -93,14 +93,16 @@ def load_delta(
 
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
-        path: a file of :func:`save_delta`, or a training checkpoint.
+        path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT or the adapters
+            library wrote.
         name: what the delta is called in this model. Default: the note ``"name"`` of the file, or ``"default"``;
             without a name, methods join the delta that is called so already. With a name its heads may have another
             number of outputs than the model's.
         heads: ``False`` leaves out the output layers that it has trained, and keeps those of the model.
         rename: prefixes of paths in the file, and what they are in this model: ``{"model.": "net.model."}``.
         base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
-            byte), ``"warn"`` or ``"off"``.
+            byte), ``"warn"`` or ``"off"``. A folder of HF PEFT knows no more of it than its name: it is compared,
+            and the shapes, which a warning says.
 
     Returns:
         The handle on the adapted model.
@@ -110,7 +112,7 @@ def load_delta(
         DeltaFileError: if the file is damaged or does not fit the model.
         BaseMismatchError: if the base is another one. In all cases the model is untouched.
     """
-    return Adapted(insert(model, read(path), base_check, name=name, heads=heads, rename=rename))
+    return Adapted(load(model, path, base_check, name=name, heads=heads, rename=rename))
 
 
 def load_from_checkpoint(
@@ -142,7 +144,8 @@ def load_from_checkpoint(
         **kwargs: constructor arguments that override the stored hyper-parameters.
 
     Returns:
-        The module, adapted and loaded.
+        The module, adapted and loaded. Of a checkpoint of several tasks, all their deltas are in it, under the names of
+        the tasks; the first one acts.
 
     Raises:
         ArgumentError: if a hyper-parameter that the checkpoint could not hold is not given.
@@ -150,7 +153,9 @@ def load_from_checkpoint(
             was not imported.
     """
     content = None if is_delta_file(path) else load_checkpoint(path)
-    stored = read(path) if content is None else delta_of(content, path)
+    several = () if content is None else deltas_of_checkpoint(content, path)
+    names = several or (None,)
+    stored = {name: read(path, name) if content is None else delta_of(content, path, name) for name in names}
     built = isinstance(module, type)
     if isinstance(module, type):
         module = build(module, content or {}, path, kwargs, hparams_file)
@@ -162,22 +167,27 @@ def load_from_checkpoint(
             module.setup("predict")
         module.configure_model()
     others = beside(module, content, strict, path) if content is not None else {}
-    insert(module, stored, base_check)
+    for name, one in stored.items():
+        insert(module, one, base_check, name=name)
     copy_in(module, others)
     if content is not None and isinstance(module, pl.LightningModule):
         module.on_load_checkpoint(content)
     return module.to(map_location) if built and map_location is not None else module
 
 
-def inspect_delta(path: PathLike) -> Manifest:
+def inspect_delta(path: PathLike, *, delta: str | None = None) -> Manifest:
     """Read what a delta file or a training checkpoint says of its delta, without a model.
 
     Of a delta file no values are read; a checkpoint is verified as for a load.
 
+    Args:
+        path: of the file.
+        delta: which, of a checkpoint in which the deltas of several tasks have trained together.
+
     Raises:
         DeltaFileError: if it is not a sound delta file or checkpoint of this library.
     """
-    return manifest_of(path)
+    return manifest_of(path, delta)
 
 
 def start_from(
@@ -286,13 +296,22 @@ def merge_into_folder(
     """
     if output.exists():
         raise ArgumentError(f"{output} exists already; give a new folder.")
-    if not (base / "config.json").is_file():
-        raise ArgumentError(f"{base} is not a folder of a transformers model: it has no config.json.")
-    model = _model_class(base, model_class).from_pretrained(base, local_files_only=True)
+    model = load_model(base, model_class)
     load_delta(model, path, base_check=base_check).merge_()
     reap_once(output.parent)
     atomic_folder(output, lambda folder: _fill(Path(folder), model, base))
     return output
+
+
+def load_model(folder: Path, model_class: str = "auto") -> Any:
+    """The transformers model of a local folder.
+
+    Raises:
+        ArgumentError: if it is no such folder, or the class is unknown.
+    """
+    if not (folder / "config.json").is_file():
+        raise ArgumentError(f"{folder} is not a folder of a transformers model: it has no config.json.")
+    return _model_class(folder, model_class).from_pretrained(folder, local_files_only=True)
 
 
 def _fill(folder: Path, model: Any, base: Path) -> None:

@@ -10,14 +10,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, record_at, show_in_blocks
+from lightning_pet.exchange.folder import is_folder
+from lightning_pet.exchange.source import read_source
+from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
 from lightning_pet.insertion.widening import widen
 from lightning_pet.layers.delta import Delta, filled_later, without_memory, wrong_kinds, wrong_names, wrong_shapes
 from lightning_pet.layers.sharding import without_values
-from lightning_pet.model.adaptation import Adaptation, Applied, note_changed, outside_parameters, record_of
+from lightning_pet.model.adaptation import Adaptation, Applied, record_at, record_of
 from lightning_pet.model.call import between_forwards, set_gate
 from lightning_pet.model.layer_kinds import weight_of
 from lightning_pet.model.naming import (
@@ -30,13 +32,14 @@ from lightning_pet.model.naming import (
     named_tensors,
     tensors_at,
 )
+from lightning_pet.model.outside import note_changed, outside_parameters
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.file_terms import Rename, back, check_rename, for_model, method_of, note_of, without_heads
-from lightning_pet.operations.roots import root_of
+from lightning_pet.operations.roots import base_of, root_of
 from lightning_pet.operations.saved import check_base, check_beside
-from lightning_pet.operations.unaccompanied import accompany_runs
 from lightning_pet.store.manifest import MethodRecord
-from lightning_pet.store.reader import PathLike, Stored
+from lightning_pet.store.reader import PathLike, Stored, read
+from lightning_pet.strategies.strategy import accompany_runs
 
 # --- whether it fits: decided without memory that follows the numbers of the file -----------------
 
@@ -245,6 +248,22 @@ def _check_memory(root: nn.Module, stored: Stored, unheld: int) -> None:
 # --- into the model -------------------------------------------------------------------------------
 
 
+def load(
+    model: nn.Module,
+    source: PathLike,
+    base_check: str = "error",
+    *,
+    name: str | None = None,
+    heads: bool = True,
+    rename: Rename | None = None,
+) -> nn.Module:
+    """Read a delta from wherever it comes, and insert it; arguments and errors as :func:`insert`."""
+    if not is_folder(source):
+        return insert(model, read(source, name), base_check, name=name, heads=heads, rename=rename)
+    stored = read_source(source, base_of(model), base_check, rename)
+    return insert(model, stored, base_check, name=name, heads=heads)
+
+
 def insert(
     model: nn.Module,
     stored: Stored,
@@ -418,7 +437,23 @@ def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str 
     if stored.base is not None:
         check_base(stored.base, root, record, stored.path, base_check, values)
         check_beside(stored.base, root, record, stored.path, base_check)
+    write_values(root, delta, stored)
+
+
+def write_values(root: nn.Module, delta: str, stored: Stored) -> None:
+    """The same without a look at the form, for values that are known to have that of the delta.
+
+    Args:
+        root: the adapted root.
+        delta: name of the delta.
+        stored: its values, under the names that they have in this model.
+    """
+    record = record_at(root)
+    view, found = record.of(delta), by_delta(stored.tensors)
+    values = {name: tensor for name, tensor in stored.tensors.items() if delta_of(name) is None}
+    trained = record.trained_by(delta).keys()
     with between_forwards(root), LOCK:
+        own = record.values[delta] if delta in record.values else tensors_at(root, owned(root, record, delta))
         for inserted in view.deltas(root):
             if inserted.path in found:
                 inserted.delta.unpack(found[inserted.path])

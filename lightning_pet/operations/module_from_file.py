@@ -32,7 +32,7 @@ from lightning_pet.strategies.plain import OMEGACONF
 _INSTANTIATOR: Final = "lightning.pytorch.cli.instantiate_module"
 
 
-def instantiate(cls: type[Any], instantiator: object, config: Mapping[str, Any], path: PathLike) -> Any:
+def _instantiate(cls: type[Any], instantiator: object, config: Mapping[str, Any], path: PathLike) -> Any:
     """Build a class as LightningCLI does, nested classes included.
 
     Args:
@@ -213,7 +213,7 @@ def build(
     instantiator = saved.get("_instantiator")
     if instantiator is not None:
         options = {key: value for key, value in saved.items() if key != "_instantiator"}
-        return cast(Module, instantiate(cls, instantiator, {**options, **kwargs}, path))
+        return cast(Module, _instantiate(cls, instantiator, {**options, **kwargs}, path))
     parameters = inspect.signature(cls).parameters
     if isinstance(name, str) and name in parameters:
         one = {**(checkpoint.get(_KEY) or {}), **{key: value for key, value in kwargs.items() if key not in parameters}}

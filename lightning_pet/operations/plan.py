@@ -67,7 +67,7 @@ class Plan:
 
     def __str__(self) -> str:
         cells = [(row.method, row.place, row.role, row.detail) for row in self.rows]
-        cells += [("frozen", path, "head?", how_to_train(path)) for path in self.frozen_heads]
+        cells += [("frozen", path, "head?", _how_to_train(path)) for path in self.frozen_heads]
         cells.insert(0, ("method", "place", "role", "shape"))
         widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
         numbers = ["parameters", *(f"{row.parameters:,}" for row in self.rows), *("0" for _ in self.frozen_heads)]
@@ -108,7 +108,7 @@ def plan_of(root: nn.Module, record: Adaptation) -> Plan:
     return Plan(tuple(rows), base, tuple(asleep))
 
 
-def how_to_train(path: str) -> str:
+def _how_to_train(path: str) -> str:
     """The option that trains a module that looks new."""
     return f"looks new; modules_to_save=[{path!r}] trains it"
 
@@ -147,7 +147,7 @@ def show_plan(plan: Plan) -> None:
     for key, count in places.items():
         table.add_row(key[0], key[1], str(count), key[2], f"{numbers[key]:,}")
     for path in plan.frozen_heads:
-        table.add_row("frozen", path, "1", how_to_train(path), "0")
+        table.add_row("frozen", path, "1", _how_to_train(path), "0")
     table.add_section()
     table.add_row("total", "", "", f"{plan.share:.2%} of {plan.base:,}", f"{plan.trainable:,}")
     show_table("Trained parameters", table)

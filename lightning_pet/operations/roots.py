@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.exchange.folder import Base
 from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.model.naming import canonical, named_modules
+from lightning_pet.probe.probe import analyse
 from lightning_pet.strategies import private
 from lightning_pet.strategies.optimizers import collect
 from lightning_pet.targets.targets import suggest
@@ -28,7 +31,7 @@ _SILENT = (*LOGS, "print", "toggle_optimizer", "untoggle_optimizer", "clip_gradi
 
 
 @contextmanager
-def replaced(module: pl.LightningModule, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
+def _replaced(module: pl.LightningModule, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Within the block these methods of this one module are others."""
     before = {name: module.__dict__[name] for name in methods if name in module.__dict__}
     module.__dict__.update(methods)
@@ -40,12 +43,12 @@ def replaced(module: pl.LightningModule, methods: dict[str, Callable[..., Any]])
         module.__dict__.update(before)
 
 
-def nothing(*args: Any, **kwargs: Any) -> None:
+def _nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing, whatever is given."""
 
 
 @contextmanager
-def on_trial(module: pl.LightningModule, configure: Callable[[], Any]) -> Iterator[list[Tensor]]:
+def _on_trial(module: pl.LightningModule, configure: Callable[[], Any]) -> Iterator[list[Tensor]]:
     """Within the block ``module`` may run a step of automatic or manual optimization.
 
     It finds as many optimizers and schedulers as it will have, with their groups, but they do not step; no loss goes
@@ -78,9 +81,9 @@ def on_trial(module: pl.LightningModule, configure: Callable[[], Any]) -> Iterat
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         losses.append(loss)
 
-    methods: dict[str, Callable[..., Any]] = dict.fromkeys(_SILENT, nothing)
+    methods: dict[str, Callable[..., Any]] = dict.fromkeys(_SILENT, _nothing)
     methods |= {"optimizers": optimizers, "lr_schedulers": schedulers, "manual_backward": backward}
-    with replaced(module, methods), _uncollected(module), _unwritten(module), _NoBackward(losses):
+    with _replaced(module, methods), _uncollected(module), _unwritten(module), _NoBackward(losses):
         yield losses
 
 
@@ -90,7 +93,7 @@ class _Idle:
     def __init__(self, own: Any) -> None:
         self._own = own
         self.optimizer = self if hasattr(own, "param_groups") else own.optimizer
-        self.zero_grad = nothing
+        self.zero_grad = _nothing
         self.toggle_model = lambda sync_grad=True: nullcontext()
 
     def __getattr__(self, name: str) -> Any:
@@ -186,11 +189,11 @@ def default_root(model: nn.Module) -> tuple[str, nn.Module]:
     bare model. Everything else is its own root.
     """
     if not isinstance(model, pl.LightningModule) or any(True for _ in model.parameters(recurse=False)):
-        return "", unwrapped(model)
+        return "", _unwrapped(model)
     children = [(n, c) for n, c in model.named_children() if any(True for _ in c.parameters())]
     if len(children) != 1 or not any(True for _ in children[0][1].children()):
         return "", model  # a single layer is no model of its own
-    return canonical(children[0][0]), unwrapped(children[0][1])
+    return canonical(children[0][0]), _unwrapped(children[0][1])
 
 
 def root_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -206,7 +209,7 @@ def root_of(model: nn.Module) -> tuple[str, nn.Module]:
     return adapted_root(model) or default_root(model)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``'s wrapper."""
     inner = module._modules.get("_orig_mod")
     return inner if inner is not None else module
@@ -256,7 +259,7 @@ def batch_forward(trainer: pl.Trainer, module: pl.LightningModule, configure: Ca
     def forward() -> Any:
         batch = _first_batch(private.loader_of_run(trainer))
         step = module.predict_step if trainer.state.fn == TrainerFn.PREDICTING else module.training_step
-        with on_trial(module, configure) as losses:
+        with _on_trial(module, configure) as losses:
             return step(_first_rows(batch, 2), 0), losses
 
     return forward
@@ -264,7 +267,7 @@ def batch_forward(trainer: pl.Trainer, module: pl.LightningModule, configure: Ca
 
 def silenced(module: pl.LightningModule) -> AbstractContextManager[None]:
     """Within the block ``module.log`` does nothing."""
-    return replaced(module, dict.fromkeys(LOGS, nothing))
+    return _replaced(module, dict.fromkeys(LOGS, _nothing))
 
 
 def _first_batch(loader: Any) -> Any:
@@ -283,3 +286,9 @@ def _first_rows(batch: Any, rows: int) -> Any:
         values = [_first_rows(value, rows) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
+
+
+def base_of(model: nn.Module) -> Base:
+    """The part of a model that a folder of another library is read for; a forward is run only if it is asked for."""
+    prefix, root = root_of(model)
+    return Base(root, lambda: replace(analyse(root, example_forward(model)), prefix=prefix))

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
 from lightning_pet.insertion.checks import check_intact
-from lightning_pet.insertion.choice import record_at
-from lightning_pet.insertion.commit import changed_buffers
 from lightning_pet.insertion.method import METHODS
+from lightning_pet.insertion.tasks.own_values import is_own, own_places
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation, changed_outside, outside_parameters, record_of, renormalised
+from lightning_pet.model.adaptation import Adaptation, record_at, record_of
 from lightning_pet.model.naming import (
+    as_base_names,
     canonical,
     check_known,
     delta_of,
@@ -26,8 +26,9 @@ from lightning_pet.model.naming import (
     split_below,
     tensors_at,
 )
+from lightning_pet.model.outside import changed_buffers, changed_outside, outside_parameters, renormalised
 from lightning_pet.store.delta_file import write_delta
-from lightning_pet.store.entry import describe, written_by
+from lightning_pet.store.entry import described_methods, written_by
 from lightning_pet.store.fingerprint import Verdict, compare, digest, fingerprint
 from lightning_pet.store.manifest import Fingerprint, Manifest, MethodRecord
 from lightning_pet.store.reader import PathLike
@@ -75,8 +76,8 @@ def changed_besides(root: nn.Module, record: Adaptation, delta: str) -> dict[str
     """Buffers, and parameters beside the base, that have changed under an active delta, or that it has brought."""
     changed: dict[str, Tensor] = {**changed_buffers(root), **changed_outside(root)}
     mine = record.claims.get(delta, frozenset())
-    others = record.held_by(name for name in record.names if name != delta)
-    keeps = delta == record.keeper
+    others = record.held_by(name for name in record.names if name not in (delta, *record.together))
+    keeps = delta == record.keeper or delta in record.together
     found = {name: t for name, t in changed.items() if name in mine or (keeps and name not in others)}
     return found | tensors_at(root, mine - found.keys())
 
@@ -86,7 +87,7 @@ def packed(root: nn.Module, record: Adaptation, delta: str) -> dict[str, Tensor]
     tensors = {name: t for name, t in tensors_of(root, record, delta).items() if delta_of(name) is None}
     for inserted in record.of(delta).deltas(root):
         tensors |= {join(inserted.path, name): tensor for name, tensor in inserted.delta.packed().items()}
-    return in_file(tensors)
+    return in_file(as_base_names(tensors))
 
 
 def check_fit(
@@ -153,6 +154,7 @@ def base_parameters(
     """
     names = {*(record.trained_names if trained is None else trained), *record.delta_names}
     names |= {*(record_of(root) or record).delta_names}  # of others, that are no base of this one
+    names |= own_places(record)
     skip = {id(tensor) for name, tensor in named_tensors(root) if name in names}
     skip |= renormalised(root)
     return [
@@ -185,8 +187,8 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
     Raises:
         DeltaFileError: (``mismatch``) naming the first difference.
     """
-    saved, here = entry["methods"], [describe(applied) for applied in record.applied]
-    labels = [[f"{m['method']}:{m['name']}" for m in methods] for methods in (saved, here)]
+    saved, here = entry["methods"], described_methods(record)
+    labels = [[_labelled(method) for method in methods] for methods in (saved, here)]
     if labels[0] != labels[1]:
         raise DeltaFileError(
             f"{path} holds the methods {labels[0]}, this run has {labels[1]}: give the same callbacks in the same "
@@ -218,6 +220,10 @@ def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) ->
                 f"they differ in {', '.join(only)}. Give the target_modules of the checkpoint, or start a new run.",
                 "mismatch",
             )
+
+
+def _labelled(method: Mapping[str, Any]) -> str:
+    return f"{method['method']}:{method['name']}" + (f" of {method['delta']}" if "delta" in method else "")
 
 
 def check_base(
@@ -339,7 +345,7 @@ def save(
     record = record_at(root)
     delta = meant(record, name)
     view = record.of(delta)
-    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied)
+    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in view.applied if not is_own(a))
     noted = {"combined": record.combined[delta]} if delta in record.combined else {}
     manifest = Manifest(methods, root=root_path, notes={**noted, **(notes or {})}, written_by=written_by())
     if (adapter := _gathering_adapter(model)) is not None:
@@ -400,7 +406,8 @@ def _save_gathered(
         )
     # As for a checkpoint: outside of the writing process nothing but shapes is kept.
     tensors, _ = split_below(strategy.lightning_module_state_dict(), manifest.root)
-    tensors = in_file({n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)})
+    own = {n: value for n, value in tensors.items() if delta_of(n) in (None, *record.names)}
+    tensors = in_file(as_base_names(own))
     manifest = replace(manifest, base=base_fingerprint(root, record, tensors, exact, adapter.whole))
     write = strategy.is_global_zero
     size = adapter.agreed(f"saving {path}", lambda: write_delta(path, tensors, manifest) if write else 0)

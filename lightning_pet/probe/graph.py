@@ -12,7 +12,7 @@ convolutions. ``tests/core/test_graph.py`` pins them.
 import heapq
 import itertools
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,6 @@ _PART = re.compile(r"^(?:Slice|Select|Split|SplitWithSizes|Narrow|Unbind|Index|I
                    r"|Roll|ConstantPadNd|Chunk|Cat|Stack|Flip)(?:Backward)?\d*$")  # fmt: skip
 _SCALE = re.compile(r"^(?:Mul|Div)Backward\d*$")
 _MAX_WEIGHT_CHAIN = 12
-
-
-def sequence_number() -> int:
-    """Number that the next node created in this thread will carry at least."""
-    return int(torch._C._autograd._get_sequence_nr())
 
 
 def is_view_name(name: str) -> bool:
@@ -304,21 +299,6 @@ def _in_order(nodes: list[Node]) -> list[Node]:
     return ordered
 
 
-def tensors(nest: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of mappings, sequences and dataclass-like outputs, in order."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, Mapping):
-        for value in nest.values():
-            yield from tensors(value)
-    elif isinstance(nest, list | tuple | set | frozenset):
-        for value in nest:
-            yield from tensors(value)
-    elif hasattr(nest, "__dataclass_fields__"):
-        for name in nest.__dataclass_fields__:
-            yield from tensors(getattr(nest, name))
-
-
 # --- which columns of a projection feed which use of it, and whether a piece of the graph mixes positions ---
 
 # Both are read off gradients between two edges of a graph that already exists; no forward is run and no parameter
@@ -348,7 +328,7 @@ def _gradient(graph: Graph, edge: Edge, source: int, weight: Tensor | None = Non
     return torch.zeros(graph.shape(Edge(source, 0))) if gradient is None else gradient.detach()
 
 
-def feature_axis(graph: Graph, source: int) -> int:
+def _feature_axis(graph: Graph, source: int) -> int:
     """Axis of the output features: 1 for a convolution, else the last."""
     return 1 if "Convolution" in graph.names[source] else len(graph.shape(Edge(source, 0))) - 1
 
@@ -361,7 +341,7 @@ def rows_feeding(graph: Graph, edge: Edge, source: int) -> Rows | None:
     gradient = _gradient(graph, edge, source)
     if gradient is None:
         return None
-    axis = feature_axis(graph, source)
+    axis = _feature_axis(graph, source)
     others = [i for i in range(gradient.dim()) if i != axis]
     used = (gradient != 0).sum(others) > 0 if others else gradient != 0
     return ranges(used.tolist())
@@ -373,14 +353,14 @@ def mixes_positions(graph: Graph, edge: Edge, source: int) -> bool:
     metadata = graph.nodes[edge.node]._input_metadata[edge.output]
     if len(shape) < 2 or metadata.device.type == "meta":
         return False
-    axis = feature_axis(graph, edge.node) if edge.node in graph.gemms else len(shape) - 1
+    axis = _feature_axis(graph, edge.node) if edge.node in graph.gemms else len(shape) - 1
     weight = torch.zeros(shape, dtype=metadata.dtype, device=metadata.device)
     where = tuple(slice(None) if i == axis else size - 1 for i, size in enumerate(shape))
     weight[where] = torch.empty_like(weight[where]).uniform_(0.5, 1.5)
     gradient = _gradient(graph, edge, source, weight)
     if gradient is None:
         return False
-    source_axis = feature_axis(graph, source)
+    source_axis = _feature_axis(graph, source)
     return int((gradient != 0).any(source_axis).sum()) > 1
 
 

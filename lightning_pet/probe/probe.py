@@ -15,10 +15,10 @@ from lightning_pet.model.named_roles import named_places
 from lightning_pet.model.structure import AttentionCore, Output, Role, Rows, Site, Structure, Target
 from lightning_pet.model.undisturbed import undisturbed
 from lightning_pet.probe.attention_observer import Observer, Seen, with_routes
-from lightning_pet.probe.graph import Edge, Graph, count, rows_feeding, tensors
+from lightning_pet.probe.graph import Edge, Graph, count, rows_feeding
 from lightning_pet.probe.roles import Use, Uses, attention_uses, ffn_uses, merge, weighing
 from lightning_pet.probe.sites import Addition, Softmax, Taps, build_sites, find_additions, find_softmaxes
-from lightning_pet.probe.trace import Trace, Tracer, accepts_mask, candidate_forwards, is_self_describing
+from lightning_pet.probe.trace import Trace, Tracer, accepts_mask, candidate_forwards, is_self_describing, tensors
 
 _ORDER: tuple[Role, ...] = (
     "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down", "embedding"
@@ -96,18 +96,18 @@ def analyse(model: nn.Module, forward: Callable[[], Any] | None = None, *, stric
     if reason := failure or own:
         structure = replace(structure, disagreements=(reason, *structure.disagreements))
     if seen is None:
-        embedding = input_embedding(model) or only_embedding(model)
+        embedding = _input_embedding(model) or _only_embedding(model)
         targets = structure.targets if embedding is None else (Target(embedding, role="embedding"), *structure.targets)
         structure = replace(
             structure,
             targets=targets,
             embedding=embedding,
-            consumer=static_consumer(model, embedding),
+            consumer=_static_consumer(model, embedding),
         )
     return replace(
         structure,
-        targets=in_module_order(model, structure.targets),
-        unresolved=in_module_order(model, structure.unresolved),
+        targets=_in_module_order(model, structure.targets),
+        unresolved=_in_module_order(model, structure.unresolved),
     )
 
 
@@ -151,20 +151,20 @@ class _Reading:
 
     def structure(self) -> Structure:
         targets, unresolved = self._targets()
-        embedding = input_embedding(self.model) or self.trace.embedding
+        embedding = _input_embedding(self.model) or self.trace.embedding
         if embedding is not None:
             targets.append(Target(embedding, role="embedding"))
         consumer = self.trace.consumer  # the root is "", which is false
         return Structure(
-            targets=in_module_order(self.model, targets),
+            targets=_in_module_order(self.model, targets),
             sites=self._sites(),
             attention=self._attention(),
             embedding=embedding,
-            consumer=consumer if consumer is not None else static_consumer(self.model, embedding),
+            consumer=consumer if consumer is not None else _static_consumer(self.model, embedding),
             called=frozenset(call.path for call in self.trace.calls),
             read_by=self._read_by(),
             source="probe",
-            unresolved=in_module_order(self.model, unresolved),
+            unresolved=_in_module_order(self.model, unresolved),
             weighing=frozenset(host[0] for gemm in weighing(self.graph) if (host := self.host(gemm)) is not None),
             outputs=() if is_self_describing(self.model) else self._outputs(),
         )
@@ -302,7 +302,7 @@ def _owners(model: nn.Module) -> dict[int | str, list[tuple[str, str]]]:
     return owners
 
 
-def in_module_order(model: nn.Module, targets: Sequence[Target]) -> tuple[Target, ...]:
+def _in_module_order(model: nn.Module, targets: Sequence[Target]) -> tuple[Target, ...]:
     """Targets without repetition, ordered by module, parameter and role."""
     place: dict[tuple[str, str], int] = {}
     for path, module in named_places(model).items():
@@ -317,7 +317,7 @@ def in_module_order(model: nn.Module, targets: Sequence[Target]) -> tuple[Target
     return tuple(sorted(dict.fromkeys(targets), key=key))
 
 
-def input_embedding(model: nn.Module) -> str | None:
+def _input_embedding(model: nn.Module) -> str | None:
     """Path of the module that ``get_input_embeddings`` of the model or of its first part that has it returns."""
     paths = {module: path for path, module in named_places(model).items()}
     for module in model.modules():
@@ -332,13 +332,13 @@ def input_embedding(model: nn.Module) -> str | None:
     return None
 
 
-def only_embedding(model: nn.Module) -> str | None:
+def _only_embedding(model: nn.Module) -> str | None:
     """Path of the ``nn.Embedding`` of a model that has exactly one."""
     paths = [path for path, module in named_places(model).items() if isinstance(module, nn.Embedding)]
     return paths[0] if len(paths) == 1 else None
 
 
-def static_consumer(model: nn.Module, embedding: str | None) -> str | None:
+def _static_consumer(model: nn.Module, embedding: str | None) -> str | None:
     """Innermost module around ``embedding`` whose forward has ``input_ids`` and ``attention_mask``."""
     if embedding is None:
         return None

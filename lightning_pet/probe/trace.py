@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -14,7 +14,6 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_pet.model.named_roles import named_places
-from lightning_pet.probe.graph import sequence_number, tensors
 
 # --- small inputs for models that describe themselves (Hugging Face's ``PreTrainedModel`` and its like) ---
 
@@ -303,9 +302,10 @@ class Tracer:
         if not self._stack:
             args, kwargs = changed = _differentiable(args, kwargs)
         call = Call(self._paths[module], len(self._stack), sequence_number())
-        call.input = next((node for x in tensors((args, kwargs)) if (node := x.grad_fn) is not None), None)
-        given = [x.dtype for x in (*args, *map(kwargs.get, _IDS)) if isinstance(x, Tensor)]
-        ids = any([not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) for dtype in given])
+        with torch._C.DisableTorchFunction():  # else a mode that watches the forward is asked about each attribute
+            call.input = next((node for x in tensors((args, kwargs)) if (node := x.grad_fn) is not None), None)
+            given = [x.dtype for x in (*args, *map(kwargs.get, _IDS)) if isinstance(x, Tensor)]
+            ids = any([not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool) for dtype in given])
         if ids and self.trace.embedding is None and isinstance(module, nn.Embedding):
             self.trace.embedding = call.path
             self.trace.consumer = next((outer.path for outer in reversed(self._stack) if outer.takes_ids), None)
@@ -324,10 +324,11 @@ class Tracer:
         else:
             return
         call.end = sequence_number()
-        for result in tensors(output):
-            if (node := result.grad_fn) is not None:
-                call.output, call.output_shape = node, tuple(result.shape)
-                break
+        with torch._C.DisableTorchFunction():
+            for result in tensors(output):
+                if (node := result.grad_fn) is not None:
+                    call.output, call.output_shape = node, tuple(result.shape)
+                    break
 
 
 def accepts_mask(module: nn.Module) -> bool:
@@ -355,3 +356,23 @@ def _differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
 
     named = {name: value if "mask" in name else convert(value) for name, value in kwargs.items()}
     return tuple(convert(value) for value in args), named
+
+
+def sequence_number() -> int:
+    """Number that the next node created in this thread will carry at least."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def tensors(nest: Any) -> Iterator[Tensor]:
+    """All tensors in a nest of mappings, sequences and dataclass-like outputs, in order."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, Mapping):
+        for value in nest.values():
+            yield from tensors(value)
+    elif isinstance(nest, list | tuple | set | frozenset):
+        for value in nest:
+            yield from tensors(value)
+    elif hasattr(nest, "__dataclass_fields__"):
+        for name in nest.__dataclass_fields__:
+            yield from tensors(getattr(nest, name))

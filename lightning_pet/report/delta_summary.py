@@ -99,12 +99,16 @@ def described(path: str | os.PathLike[str], manifest: Manifest, norms: Mapping[s
     base = manifest.base
     return {
         "path": str(path),
-        "bytes": Path(path).stat().st_size,
+        "bytes": _size(Path(path)),
         "parameters": sum(sizes.values()),
         "methods": [_method(manifest, index, sizes) for index in range(len(manifest.methods))],
         "tensors": {record.name: _tensor(record, norms) for record in sorted(manifest.tensors)},
         "base": None if base is None else {"structure": base.structure, "sample": base.sample},
     }
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def _tensor(record: TensorRecord, norms: Mapping[str, float]) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 import os
 from typing import Any
 
+from lightning_pet.exchange.folder import is_folder
+from lightning_pet.exchange.source import read_source
 from lightning_pet.report.delta_summary import described, norm, summarize_delta
 from lightning_pet.report.delta_summary import print_summary as print_summary
 from lightning_pet.store.files import is_delta_file
 from lightning_pet.store.fingerprint import describe
 from lightning_pet.store.manifest import Manifest
-from lightning_pet.store.reader import read
 
 
 def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a file completely (every digest is verified) and describe it in plain types.
+    """Read a file or folder completely (every digest that there is is verified) and describe it in plain types.
 
     Returns:
         What :func:`~lightning_pet.report.delta_summary.described` does.
@@ -20,8 +21,8 @@ def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         DeltaFileError: if the file is damaged or not ours.
     """
-    if is_delta_file(path):
+    if not is_folder(path) and is_delta_file(path):
         return summarize_delta(path)
-    stored = read(path)
+    stored = read_source(path)
     norms = {name: norm(tensor.detach().double().numpy()) for name, tensor in stored.tensors.items()}
     return described(path, Manifest(stored.methods, describe(stored.tensors), stored.base, stored.root), norms)

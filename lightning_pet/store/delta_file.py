@@ -20,12 +20,10 @@ from lightning_pet.store.files import atomic_write, expanded, reap_once
 from lightning_pet.store.fingerprint import (
     CODES,
     DTYPES,
-    TensorSpec,
     byte_view,
     describe,
     digest,
     require_finite,
-    specs,
     to_host,
 )
 from lightning_pet.store.manifest import DIGEST_NAME, MANIFEST_NAME, Manifest, encode_manifest, manifest_in
@@ -70,11 +68,6 @@ class DeltaFile:
     manifest: Manifest
     tensors: Mapping[str, Tensor]
     verified: Verified | None = None
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The dtype and shape of each tensor, for :func:`~lightning_pet.store.fingerprint.require_exact_keys`."""
-        return specs(self.tensors)
 
 
 def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Manifest) -> int:
@@ -174,6 +167,20 @@ def read_again(path: str | os.PathLike[str], known: Verified) -> dict[str, Tenso
         part = part.clone() if entry.begin % dtype.itemsize else part  # as others may lay out a file
         found[entry.name] = part.view(dtype).view(entry.shape)
     return found
+
+
+def read_tensors(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> dict[str, Tensor]:
+    """Read a safetensors file that somebody else has written, by copy; there are no digests to compare.
+
+    Raises:
+        DeltaFileError: as :func:`read_delta`, but for the manifest.
+    """
+    where, tensors = expanded(path), {}
+    with open_regular(path, limits) as (file, size):
+        for entry in read_header(file, size, limits, where).entries:
+            tensors[entry.name] = _read_tensor(file, entry, where)
+            require_finite(entry.name, tensors[entry.name], where=where)
+    return {name: tensors[name] for name in sorted(tensors)}
 
 
 def _encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, tuple[str, ...]]:

@@ -5,6 +5,7 @@ Plain types only, so that ``torch.load(weights_only=True)`` reads it.
 
 import io
 import os
+import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.model.adaptation import Adaptation, Applied
+from lightning_pet.model.naming import VALUE
 from lightning_pet.store.container import Limits, open_regular
 from lightning_pet.store.fingerprint import digest, require_finite, verify_digests
 from lightning_pet.store.manifest import Fingerprint, MethodRecord, checked_methods, from_plain, to_plain
-from lightning_pet.store.strict_json import check_fields, check_name, check_text, check_type, fault, shown
+from lightning_pet.store.strict_json import check_fields, check_label, check_name, check_text, check_type, fault, shown
 from lightning_pet.version import VERSION
 
 KEY = "lightning_pet"
@@ -51,6 +53,19 @@ def describe(applied: Applied) -> dict[str, Any]:
     return {"method": applied.method, "name": applied.name, "config": applied.config, "targets": _lists(targets)}
 
 
+def described_methods(record: Adaptation) -> list[dict[str, Any]]:
+    """The methods of a run in plain types; where several deltas train, each method says to which it belongs."""
+    methods = [applied for applied in record.applied if applied.method != VALUE]
+    if not record.together:
+        return [describe(applied) for applied in methods]
+    return [{**describe(applied), "delta": applied.delta} for applied in methods]
+
+
+def deltas_in_entry(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the deltas that trained together in the run of a checkpoint; none if there was one."""
+    return tuple(dict.fromkeys(item["delta"] for item in entry["methods"] if "delta" in item))
+
+
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
@@ -67,7 +82,7 @@ def make_entry(record: Adaptation, root_path: str, base: Fingerprint, state: Map
         "format": FORMAT,
         "written_by": written_by(),
         "root": root_path,
-        "methods": [describe(applied) for applied in record.applied],
+        "methods": described_methods(record),
         "base": to_plain(base),
         "digests": {name: digest(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)},
     }
@@ -121,8 +136,21 @@ def _check_schema(entry: Mapping[str, Any], where: str) -> None:
     _checked(entry, where)
 
 
-def _checked(entry: Mapping[str, Any], where: str) -> tuple[MethodRecord, ...]:
-    return checked_methods(entry["methods"], f"{where}.methods", _rows)
+def _checked(entry: Mapping[str, Any], where: str, delta: str | None = None) -> tuple[MethodRecord, ...]:
+    where = f"{where}.methods"
+    groups: dict[object, list[object]] = {}
+    for index, item in enumerate(entry["methods"]):
+        own = check_type(item, f"{where}[{index}]", (dict,))
+        name = own.get("delta")
+        if "delta" in own:
+            check_label(name, f"{where}[{index}].delta")
+        groups.setdefault(name, []).append({key: value for key, value in own.items() if key != "delta"})
+    if None in groups and len(groups) > 1:
+        raise fault(where, "found methods with and without the name of a delta, expected it for all or for none.")
+    found = {name: checked_methods(items, where, _rows) for name, items in groups.items()}
+    if not found:
+        checked_methods([], where, _rows)
+    return tuple(method for name, own in found.items() if delta in (None, name) for method in own)
 
 
 def _rows(targets: Any, where: str) -> list[object]:
@@ -133,9 +161,9 @@ def _rows(targets: Any, where: str) -> list[object]:
     return rows
 
 
-def methods_of(entry: Mapping[str, Any], path: object) -> tuple[MethodRecord, ...]:
-    """The methods of an entry, as a manifest would hold them."""
-    return _checked(entry, f"{path}: {KEY}")
+def methods_of(entry: Mapping[str, Any], path: object, delta: str | None = None) -> tuple[MethodRecord, ...]:
+    """The methods of an entry, or of one of its deltas, as a manifest would hold them."""
+    return _checked(entry, f"{path}: {KEY}", delta)
 
 
 def check_tensors(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], path: object) -> None:
@@ -201,6 +229,26 @@ def read_checkpoint(
             inflate; ``unsafe`` if it is a pipe, socket or device; ``schema`` if it is no checkpoint of Lightning.
         FileNotFoundError: if there is no such file.
     """
+    checkpoint = _plain(path, load, file, "a checkpoint")
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in (*checkpoint, *state)):
+        raise DeltaFileError(f"{path} is not a Lightning checkpoint: it has no state_dict of names.", "schema")
+    state.pop(MARK, None)
+    return cast(dict[str, Any], checkpoint)
+
+
+def load_plain(path: str | os.PathLike[str]) -> Any:
+    """Plain data and tensors that ``torch.save`` wrote, on the CPU; an object of any class is refused.
+
+    Raises:
+        DeltaFileError: as :func:`load_checkpoint`, but ``unsafe`` for objects.
+    """
+    with open_regular(path, _ANY_SIZE) as (file, _):
+        return _plain(path, lambda: torch.load(file, map_location="cpu", weights_only=True), file, "tensors")
+
+
+def _plain(path: str | os.PathLike[str], load: Callable[[], Any], file: BinaryIO | None, what: str) -> Any:
+    """Look for damage, then load; a file of whatever else is an error of one kind."""
     try:
         if file is not None:
             _look_into(path, file)
@@ -210,20 +258,15 @@ def read_checkpoint(
         elif os.path.exists(path) and not os.path.isdir(path):  # reading it would wait for ever
             with open_regular(path, _ANY_SIZE):
                 pass
-        checkpoint = load()
+        return load()
     except (FileNotFoundError, DeltaFileError):
         raise
     except Exception as error:
         raise DeltaFileError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {_first_line(error)}): it is damaged, or "
+            f"{path} cannot be read as {what} ({type(error).__name__}: {_first_line(error)}): it is damaged, or "
             "holds objects that are not plain data. Copy it again, or use an earlier save.",
-            "corrupt",
+            "unsafe" if what == "tensors" and isinstance(error, pickle.UnpicklingError) else "corrupt",
         ) from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in (*checkpoint, *state)):
-        raise DeltaFileError(f"{path} is not a Lightning checkpoint: it has no state_dict of names.", "schema")
-    state.pop(MARK, None)
-    return cast(dict[str, Any], checkpoint)
 
 
 def _look_into(path: str | os.PathLike[str], file: BinaryIO) -> None:

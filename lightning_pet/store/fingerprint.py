@@ -38,18 +38,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {code: getattr(torch, name) for code,
 CODES: Final[Mapping[torch.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
 
 
-class TensorSpec(NamedTuple):
-    """What is known of a tensor before its values are read.
-
-    Attributes:
-        dtype: the element type.
-        shape: the extents.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor in main memory, without a copy."""
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
@@ -131,50 +119,11 @@ def require_finite(name: str, tensor: Tensor, *, where: str) -> None:
         raise not_finite(name, bad, tensor.numel(), where)
 
 
-def specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """The dtype and shape of each tensor; meta tensors are welcome."""
-    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def require_exact_keys(
-    found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], *, where: str = "the file"
-) -> None:
-    """Check that exactly the expected tensors were found.
-
-    A floating dtype may stand for another one (a float32 delta enters a bfloat16 model); an integer
-    dtype never stands for a floating one.
-
-    Args:
-        found: what the file holds.
-        expected: what the method builds on this base, best taken on the meta device.
-        where: what was read, for the error.
-
-    Raises:
-        DeltaFileError: code ``mismatch``, naming the missing, extra and misshapen tensors.
-    """
-    misfits = []
-    for name in sorted(found.keys() & expected.keys()):
-        have, want = found[name], expected[name]
-        same_kind = have.dtype == want.dtype or (have.dtype.is_floating_point and want.dtype.is_floating_point)
-        if not same_kind or have.shape != want.shape:
-            misfits.append(f"{name} (found {_spec(have)}, expected {_spec(want)})")
-    missing, extra = apart(expected.keys(), found.keys())
-    if misfits or missing or extra:
-        differences = _differences(missing=missing, extra=extra, misshapen=misfits)
-        raise fault(
-            where, f"{differences}. Load it onto the base it was trained on, with the method it names.", "mismatch"
-        )
-
-
-def _spec(spec: TensorSpec) -> str:
-    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
-
-
 def _differences(**groups: list[str]) -> str:
-    return "; ".join(f"{len(names)} {kind} tensors: {preview(names)}" for kind, names in groups.items() if names)
+    return "; ".join(f"{len(names)} {kind} tensors: {_preview(names)}" for kind, names in groups.items() if names)
 
 
-def preview(names: list[str] | tuple[str, ...], count: int = 5) -> str:
+def _preview(names: list[str] | tuple[str, ...], count: int = 5) -> str:
     """The first ``count`` names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
@@ -292,7 +241,7 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
         return _values_differ(judged[Verdict.DIFFERENT], len(seen))
     if names := judged[Verdict.UNVERIFIED]:
         kinds = ", ".join(sorted({f"{base[name].kind} then, {seen[name].kind} now" for name in names}))
-        text = f"{len(names)} of {len(seen)} base tensors have no comparable values ({kinds}): {preview(names)}."
+        text = f"{len(names)} of {len(seen)} base tensors have no comparable values ({kinds}): {_preview(names)}."
         return Comparison(Verdict.UNVERIFIED, tuple(names[:_SHOWN]), text)
     if names := judged[Verdict.CAST]:
         kinds = ", ".join(sorted({f"{base[name].kind} then, {seen[name].kind} now" for name in names}))
@@ -315,7 +264,7 @@ def _equal(expected: Fingerprint, digest: str | None, seen: dict[str, _Facts], e
 
 
 def _values_differ(names: list[str], count: int) -> Comparison:
-    text = f"the values of {len(names)} of {count} base tensors differ: {preview(names, _SHOWN)}."
+    text = f"the values of {len(names)} of {count} base tensors differ: {_preview(names, _SHOWN)}."
     return Comparison(Verdict.DIFFERENT, tuple(names[:_SHOWN]), text)
 
 
@@ -330,7 +279,7 @@ def _misfits(base: Mapping[str, Remembered], seen: Mapping[str, _Facts]) -> Comp
     if not (missing or extra or misshapen):
         return None
     groups = {"missing": missing, "extra": extra, "of another shape": misshapen}
-    parts = [f"{len(names)} {kind}: {preview(names, 3)}" for kind, names in groups.items() if names]
+    parts = [f"{len(names)} {kind}: {_preview(names, 3)}" for kind, names in groups.items() if names]
     names = (missing + extra + [text.split(" ")[0] for text in misshapen])[:_SHOWN]
     return Comparison(Verdict.DIFFERENT, tuple(names), f"the base has other parameters ({'; '.join(parts)}).")
 

@@ -11,11 +11,13 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
-from lightning_pet.model.naming import in_file, named_parameters, split_below
+from lightning_pet.model.naming import as_base_names, in_file, named_parameters, split_below
+from lightning_pet.model.naming import delta_of as name_of_delta
 from lightning_pet.store.delta_file import read_delta, write_delta
 from lightning_pet.store.entry import (
     MARK,
     check_tensors,
+    deltas_in_entry,
     load_checkpoint,
     methods_of,
     read_entry,
@@ -53,11 +55,15 @@ class Stored:
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(path: PathLike) -> Stored:
+def read(path: PathLike, delta: str | None = None) -> Stored:
     """Read and verify a delta file or a training checkpoint.
 
+    Args:
+        path: of the file.
+        delta: which, of a checkpoint in which several have trained together.
+
     Raises:
-        DeltaFileError: if it is damaged or not ours.
+        DeltaFileError: if it is damaged or not ours, or holds several deltas and none of this name.
     """
     if is_delta_file(path):
         found = read_delta(path)
@@ -65,28 +71,49 @@ def read(path: PathLike) -> Stored:
         return Stored(
             Path(path), manifest.methods, dict(found.tensors), manifest.base, manifest.root, notes=manifest.notes
         )
-    return delta_of(load_checkpoint(path), path)
+    return delta_of(load_checkpoint(path), path, delta)
 
 
-def delta_of(checkpoint: Mapping[str, Any], path: PathLike) -> Stored:
+def delta_of(checkpoint: Mapping[str, Any], path: PathLike, delta: str | None = None) -> Stored:
     """Verify the delta in the contents of a training checkpoint.
 
+    Args:
+        checkpoint: its contents.
+        path: names it in errors.
+        delta: which, of several that have trained together.
+
     Raises:
-        DeltaFileError: if it is damaged or not ours.
+        DeltaFileError: if it is damaged or not ours, or holds several deltas and none of this name.
     """
     entry = read_entry(checkpoint, path)
     check_tensors(checkpoint, entry, path)
+    several = deltas_in_entry(entry)
+    if several and delta not in several:
+        known = ", ".join(map(repr, several))
+        raise DeltaFileError(
+            f"{path} holds the deltas of {len(several)} tasks: {known}. Say which one is meant, by its name: "
+            f"load_delta(model, path, name={several[0]!r}); load_from_checkpoint loads all of them.",
+            "mismatch",
+        )
     tensors, rest = split_below(checkpoint["state_dict"], entry["root"])
     tensors.pop(MARK, None)  # of a checkpoint that was not read but is about to be written
-    tensors = in_file(tensors)  # of a run among other deltas
+    if several:
+        tensors = {name: tensor for name, tensor in tensors.items() if name_of_delta(name) in (None, delta)}
+    tensors = in_file(as_base_names(tensors))  # of a run among other deltas
     if odd := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise fault(f"{path}: {odd[0]}", f"found {type(tensors[odd[0]]).__name__}, expected a tensor.")
     beside = {name: tensor for name, tensor in rest.items() if name != MARK and isinstance(tensor, Tensor)}
     base = saved_fingerprint(entry, path)
-    return Stored(Path(path), methods_of(entry, path), tensors, base, entry["root"], beside)
+    methods = methods_of(entry, path, delta if several else None)
+    return Stored(Path(path), methods, tensors, base, entry["root"], beside)
 
 
-def manifest_of(path: PathLike) -> Manifest:
+def deltas_of_checkpoint(checkpoint: Mapping[str, Any], path: PathLike) -> tuple[str, ...]:
+    """Names of the deltas that trained together in the run of a checkpoint; none if there was one."""
+    return deltas_in_entry(read_entry(checkpoint, path))
+
+
+def manifest_of(path: PathLike, delta: str | None = None) -> Manifest:
     """What a delta file or a training checkpoint says of itself.
 
     Of a delta file no values are read; a checkpoint can only be read as a whole.
@@ -94,14 +121,19 @@ def manifest_of(path: PathLike) -> Manifest:
     Raises:
         DeltaFileError: if it is damaged or not ours.
     """
-    return read_manifest(path) if is_delta_file(path) else checkpoint_manifest(load_checkpoint(path), path)
+    return (
+        read_manifest(path) if is_delta_file(path) else _checkpoint_manifest(load_checkpoint(path), path, delta=delta)
+    )
 
 
-def checkpoint_manifest(
-    checkpoint: Mapping[str, Any], path: PathLike, notes: Mapping[str, str] | None = None
+def _checkpoint_manifest(
+    checkpoint: Mapping[str, Any],
+    path: PathLike,
+    notes: Mapping[str, str] | None = None,
+    delta: str | None = None,
 ) -> Manifest:
     """What the contents of a training checkpoint say of their delta."""
-    stored, step = delta_of(checkpoint, path), checkpoint.get("global_step")
+    stored, step = delta_of(checkpoint, path, delta), checkpoint.get("global_step")
     return Manifest(
         methods=stored.methods,
         tensors=describe(stored.tensors),
@@ -116,7 +148,9 @@ def checkpoint_manifest(
 # --- from a training checkpoint to a delta file, without the model --------------------------------
 
 
-def extract_delta(checkpoint: PathLike, path: PathLike, *, notes: Mapping[str, str] | None = None) -> int:
+def extract_delta(
+    checkpoint: PathLike, path: PathLike, *, notes: Mapping[str, str] | None = None, delta: str | None = None
+) -> int:
     """Write the delta in a training checkpoint into a delta file. Neither the model nor Lightning is needed.
 
     The checkpoint is verified as for a load. The file holds the tensors as training holds them: what ``save_delta``
@@ -127,6 +161,7 @@ def extract_delta(checkpoint: PathLike, path: PathLike, *, notes: Mapping[str, s
         checkpoint: a training checkpoint of any engine.
         path: usually ends in ``.pet.safetensors``; an existing file is replaced.
         notes: free text for people, at most 4 KB; never interpreted.
+        delta: which, of a checkpoint in which the deltas of several tasks have trained together.
 
     Returns:
         Bytes written.
@@ -142,7 +177,7 @@ def extract_delta(checkpoint: PathLike, path: PathLike, *, notes: Mapping[str, s
     content = load_checkpoint(checkpoint)
     if os.path.exists(expanded(path)) and os.path.samefile(expanded(checkpoint), expanded(path)):
         raise ArgumentError(f"{path} is the checkpoint itself; give the delta file another name.")
-    return write_delta_of(content, checkpoint, path, notes)
+    return write_delta_of(content, checkpoint, path, notes, delta)
 
 
 def _is_file(path: PathLike) -> bool:
@@ -153,17 +188,25 @@ def _is_file(path: PathLike) -> bool:
 
 
 def write_delta_of(
-    checkpoint: Mapping[str, Any], source: PathLike, path: PathLike, notes: Mapping[str, str] | None = None
+    checkpoint: Mapping[str, Any],
+    source: PathLike,
+    path: PathLike,
+    notes: Mapping[str, str] | None = None,
+    delta: str | None = None,
 ) -> int:
     """Write the delta in the contents of a training checkpoint; ``source`` names it in errors."""
-    stored = delta_of(checkpoint, source)
-    manifest = replace(checkpoint_manifest(checkpoint, source, notes), written_by=written_by())
+    stored = delta_of(checkpoint, source, delta)
+    manifest = replace(_checkpoint_manifest(checkpoint, source, notes, delta), written_by=written_by())
     return write_delta(path, {name: tensor.cpu().contiguous() for name, tensor in stored.tensors.items()}, manifest)
 
 
-def delta_path(checkpoint: PathLike) -> str:
-    """Where the delta file of a checkpoint lies: beside it, ``x.pet.safetensors`` for ``x.ckpt``."""
-    return f"{os.fspath(checkpoint).removesuffix('.ckpt')}.pet.safetensors"
+def delta_path(checkpoint: PathLike, delta: str = "") -> str:
+    """Where the delta file of a checkpoint lies: beside it, ``x.pet.safetensors`` for ``x.ckpt``.
+
+    >>> delta_path("x.ckpt"), delta_path("x.ckpt", "sst2")
+    ('x.pet.safetensors', 'x.sst2.pet.safetensors')
+    """
+    return f"{os.fspath(checkpoint).removesuffix('.ckpt')}{'.' * bool(delta)}{delta}.pet.safetensors"
 
 
 # --- the checkpoint to go on from after a crash ---------------------------------------------------
@@ -239,7 +282,7 @@ def _unfit(path: Path, model: nn.Module | None) -> str | None:
             read(path)
             return "it is a delta file, which holds only weights."
         content = load_checkpoint(path)
-        stored = delta_of(content, path)
+        stored = delta_of(content, path, next(iter(deltas_of_checkpoint(content, path)), None))
     except (DeltaFileError, OSError) as error:
         return str(error)
     missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in content]

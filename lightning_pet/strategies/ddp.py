@@ -27,7 +27,7 @@ class DDPAdapter(StrategyAdapter[DDPStrategy]):
         """Send the weights that torch cannot."""
         module = self.strategy.lightning_module
         if complete and module is not None:
-            share_quantised(module)
+            _share_quantised(module)
 
     def configure_ddp(self, rules: CheckpointRules, original: Callable[..., Any]) -> None:
         """Wrap the model, unless nothing trains: torch refuses to, and there is no gradient to exchange."""
@@ -56,7 +56,7 @@ class DDPAdapter(StrategyAdapter[DDPStrategy]):
         self.strategy.configure_ddp()
 
 
-def share_quantised(module: nn.Module) -> None:
+def _share_quantised(module: nn.Module) -> None:
     """Give every process of a DDP run the quantised weights of the first one, as DDP does with all others.
 
     DDP sends tensors. A tensor subclass cannot be sent as a whole, but the tensors can that it is made of; and what

@@ -29,6 +29,7 @@ def hold_delta(
     host_of: Mapping[str, str],
     lr_ratio: Mapping[str, float],
     options: Mapping[str, Mapping[str, float]] | None = None,
+    runs: Mapping[str, tuple[str, Mapping[str, float]]] | None = None,
 ) -> T:
     """Let the optimizers hold what is planned, and nothing else of the base; call after freezing.
 
@@ -47,6 +48,8 @@ def hold_delta(
         host_of: name of the host's base parameter, by delta name.
         lr_ratio: factor on the host's learning rate, by delta name; 1 where absent.
         options: options of an optimizer's group, by delta name; those that the optimizer does not have are left out.
+        runs: by delta name, which of several runs it is a part of, with the learning rate and decay of that run; see
+            :class:`~lightning_pet.strategies.parameter_groups.Wish`.
 
     Returns:
         ``returned`` itself; the optimizers in it have been changed in place.
@@ -75,10 +78,11 @@ def hold_delta(
             host = host_of.get(delta_names.get(name, name), "")
             place = places.get(aliases.get(host, host))
             _join(optimizers, place or _only_place(optimizers, name), name, parameter)
-    wishes = {
-        name: Wish(lr_ratio.get(own, 1.0), tuple(sorted((options or {}).get(own, {}).items())))
-        for name, own in delta_names.items()
-    }
+    wishes = {}
+    for name, own in delta_names.items():
+        run, of_run = (runs or {}).get(own, ("", {}))
+        options_of = tuple(sorted((options or {}).get(own, {}).items()))
+        wishes[name] = Wish(lr_ratio.get(own, 1.0), options_of, run, tuple(sorted(of_run.items())))
     regroup(optimizers, schedulers, module, wishes)
     _warn_empty(optimizers)
     return returned

@@ -36,18 +36,40 @@ class Wish:
     Attributes:
         ratio: factor on every learning rate.
         options: options to set. A learning rate is meant absolutely; a schedule acts on it as on the others.
+        run: of which of several runs the parameter is one; each has groups of its own, under its name.
+        of_run: what that run would have in the place of the optimizer's first learning rate and weight decay that are
+            not 0. Those of other groups go with them; 0 stays 0.
     """
 
     ratio: float = 1.0
     options: tuple[tuple[str, float], ...] = ()
+    run: str = ""
+    of_run: tuple[tuple[str, float], ...] = ()
 
-    def on(self, group: Mapping[str, Any]) -> "Wish":
-        """The part of it that a group can grant and does not grant already, with the learning rate as a ratio."""
+    def on(self, group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] = ()) -> "Wish":
+        """The part of it that a group can grant and does not grant already, with the learning rate as a ratio.
+
+        Args:
+            group: that the parameter is in.
+            groups: of the optimizer.
+        """
         wanted = {key: value for key, value in self.options if key in group and key != "lr" and group[key] != value}
         rate = dict(self.options).get("lr")
         start = float(group.get("initial_lr", group["lr"]))
         ratio = self.ratio if rate is None or start == 0 else rate / start
-        return Wish(ratio, tuple(sorted(wanted.items())))
+        own = dict(self.of_run)
+        if "lr" in own and rate is None:
+            ratio *= own["lr"] / _first([float(other.get("initial_lr", other["lr"])) for other in groups], own["lr"])
+        if "weight_decay" in own and "weight_decay" in group and "weight_decay" not in dict(self.options):
+            decay = group["weight_decay"]
+            first = _first([float(other["weight_decay"]) for other in groups], 0.0)
+            wanted["weight_decay"] = decay * (own["weight_decay"] / first) if first else own["weight_decay"]
+        return Wish(ratio, tuple(sorted(wanted.items())), self.run)
+
+
+def _first(values: Sequence[float], default: float) -> float:
+    """The first that is not 0."""
+    return next((value for value in values if value), default)
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,8 @@ def regroup(optimizers: list[Any], schedulers: list[Any], module: nn.Module, wis
     """
     moving: dict[tuple[int, int, Wish], list[str]] = {}
     for name, place in places_of(optimizers, names_of(module)).items():
-        wish = wishes.get(name, Wish()).on(optimizers[place.optimizer].param_groups[place.group])
+        groups = optimizers[place.optimizer].param_groups
+        wish = wishes.get(name, Wish()).on(groups[place.group], groups)
         if wish != Wish():
             moving.setdefault((place.optimizer, place.group, wish), []).append(name)
     parameters = trainable_of(module)
@@ -190,6 +213,10 @@ def _add_group(
         if isinstance(group.get(key), (int, float, Tensor)):
             group[key] = group[key] * wish.ratio
     group |= dict(wish.options)
+    if wish.run:
+        taken = {other.get("name") for other in optimizer.param_groups}
+        names = (wish.run, *(f"{wish.run}/{number}" for number in range(2, len(taken) + 3)))
+        group["name"] = next(name for name in names if name not in taken)
     named = "param_names" in original
     optimizer.add_param_group({**group, "params": list(parameters.items() if named else parameters.values())})
     groups = len(optimizer.param_groups) - 1

@@ -75,7 +75,7 @@ def _of_numpy(value: Any, where: str, depth: int) -> Any:
             return torch.from_numpy(value.copy())
         except TypeError:  # a dtype that torch does not have
             pass
-    raise not_plain(value, where)
+    raise _not_plain(value, where)
 
 
 def _collection(value: Any, where: str, depth: int) -> Any:
@@ -95,14 +95,14 @@ def _collection(value: Any, where: str, depth: int) -> Any:
         return tuple(plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value))
     if isinstance(value, set | frozenset):
         return {plain(item, where, depth + 1) for item in value}
-    raise not_plain(value, where)
+    raise _not_plain(value, where)
 
 
 def _is_omegaconf(value: object) -> bool:
     return type(value).__module__.partition(".")[0] == OMEGACONF
 
 
-def not_plain(value: object, where: str) -> NotPlainError:
+def _not_plain(value: object, where: str) -> NotPlainError:
     """The error that names a value and its type."""
     kind = value if isinstance(value, type) else type(value)
     text = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
@@ -174,7 +174,7 @@ _NESTED: Final = ("callbacks",)
 _NEEDED: Final = ("optimizer_states", "lr_schedulers", "loops")  # what a run cannot go on without stays as it is
 
 
-def readable(value: Any, where: str = "it") -> Any:
+def _readable(value: Any, where: str = "it") -> Any:
     """The value with numbers of Python for those of numpy.
 
     Raises:
@@ -185,10 +185,10 @@ def readable(value: Any, where: str = "it") -> Any:
     if isinstance(value, np.generic) and type(value.item()) in AS_IT_IS:
         return value.item()
     if type(value) in (dict, OrderedDict):
-        return type(value)((readable(key, where), readable(item, f"{where}[{key!r}]")) for key, item in value.items())
+        return type(value)((_readable(key, where), _readable(item, f"{where}[{key!r}]")) for key, item in value.items())
     if type(value) in (list, tuple, set):
-        return type(value)(readable(item, where) for item in value)
-    raise not_plain(value, where)
+        return type(value)(_readable(item, where) for item in value)
+    raise _not_plain(value, where)
 
 
 def seal(checkpoint: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ def _split(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
     closed: dict[str, bytes] = {}
     for key, value in entries.items():
         try:
-            kept[key] = readable(value, str(key))
+            kept[key] = _readable(value, str(key))
         except (NotPlainError, RecursionError):
             buffer = io.BytesIO()
             torch.save(value, buffer)

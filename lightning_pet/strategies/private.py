@@ -37,6 +37,7 @@ name                                                      used for
 ``Node._saved_weight``, ``torch._C._autograd``
 ``Module._parameters``, ``Module._modules``,              a module's own tensors under their own names;
 ``Module._buffers``, ``._non_persistent_buffers_set``     guarded by ``tests/methods``
+``Module._forward_hooks``, ``._forward_pre_hooks``        a call that does more than its forward: ``insertion/rows.py``
 ``aten._unsafe_view``                                     outputs that own their memory, in ``layers/``
 ``torch._C._current_graph_task_id``,                      telling recomputation from forward, in ``layers/`` and
 ``._current_autograd_node``, ``threading._DummyThread``,  ``model/``; which forward it repeats, in which thread:

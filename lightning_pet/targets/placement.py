@@ -26,8 +26,8 @@ from torch import nn
 from lightning_pet.errors import TargetError
 from lightning_pet.layers.delta import options_beside
 from lightning_pet.model.named_roles import layer_index, named_places, without_numbers
-from lightning_pet.model.naming import canonical, delta_prefix, is_below, join, module_at
-from lightning_pet.model.structure import Role, Site, SiteKind, Structure, Target
+from lightning_pet.model.naming import is_below, module_at
+from lightning_pet.model.structure import Role, Site, SiteKind, Structure, Target, host_parameter
 from lightning_pet.targets.patterns import name_matcher, names_from_above
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -350,16 +350,3 @@ def _first(preferred: Iterable[str], otherwise: Sequence[str]) -> str | None:
 def _is_norm_like(module: nn.Module) -> bool:
     dropout = "drop" in type(module).__name__.lower()
     return not dropout and all(parameter.dim() <= 1 for parameter in module.parameters())
-
-
-def host_parameter(root: nn.Module, target: Target) -> str:
-    """Name of the base parameter that stands for a place: its own, else the nearest one around its module."""
-    if target.parameter:
-        return target.path
-    path = target.module if target.reads is None else target.reads
-    while True:
-        names = (join(path, canonical(name)) for name, _ in module_at(root, path).named_parameters())
-        name = next((name for name in names if not delta_prefix(name)), "")
-        if name or not path:
-            return name
-        path = path.rpartition(".")[0]

@@ -21,12 +21,13 @@ Every pattern must hit something, otherwise :class:`~lightning_pet.errors.Target
 import difflib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lightning_pet.errors import TargetError
-from lightning_pet.model.layer_kinds import is_bias, is_made
+from lightning_pet.model.layer_kinds import is_bias, is_made, reader_of
 from lightning_pet.model.named_roles import (
     gives_one_number,
     is_linear,
@@ -35,7 +36,7 @@ from lightning_pet.model.named_roles import (
     layer_index,
     named_places,
 )
-from lightning_pet.model.naming import canonical, is_below, join
+from lightning_pet.model.naming import canonical, is_below, join, named_modules
 from lightning_pet.model.structure import Structure, Target, overlap
 from lightning_pet.targets.patterns import GROUPS, KINDS, has_role, is_role, name_matcher, names_from_above
 
@@ -445,3 +446,33 @@ def _check_overlap(targets: Sequence[Target]) -> None:
                     "part of it. Keep one of the two patterns."
                 )
         others.append(target)
+
+
+def with_readers(root: nn.Module, targets: Sequence[Target], structure: Structure) -> tuple[Target, ...]:
+    """Note who reads a weight without a call of its own module: who was seen to, or the module right around it.
+
+    A delta there must act on the weight: its host's call never comes, or is not all that the weight is for.
+    """
+    found = []
+    for target in targets:
+        called = structure.called is None or target.module in structure.called
+        seen = structure.reader(target.module, target.parameter)
+        if seen is not None and called and _holders(root, target) > 1:
+            seen = None  # by which of its names it was read cannot be told; each place has its own delta
+        near = reader_of(root, target, structure.called)
+        if seen is None and near == target.module.rpartition(".")[0]:
+            seen = near
+        found.append(target if seen is None else replace(target, reads=seen))
+    return tuple(found)
+
+
+def _holders(root: nn.Module, target: Target) -> int:
+    """How many places hold the tensor of a target."""
+    weight = named_modules(root)[target.module]._parameters.get(target.parameter)
+    return sum(p is weight for module in named_places(root).values() for p in module._parameters.values())
+
+
+def seen_reader(root: nn.Module, target: Target, structure: Structure | None) -> str | None:
+    """The module in whose call a parameter is read outside of its own module's calls, as far as is known."""
+    seen = None if structure is None else structure.reader(target.module, target.parameter)
+    return reader_of(root, target, structure.called if structure else None) if seen is None else seen

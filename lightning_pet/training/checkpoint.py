@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lightning_pet.errors import DeltaFileError, OptimizerMismatchError, PETError
 from lightning_pet.insertion.commit import take_forms
 from lightning_pet.layers.delta import Excerpt
-from lightning_pet.model.adaptation import Adaptation, note_changed, outside_parameters
+from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.naming import canonical, join, named_tensors, split_below
+from lightning_pet.model.outside import note_changed, outside_parameters
 from lightning_pet.operations.saved import base_fingerprint, changed_besides, check_base, check_fit, check_methods
 from lightning_pet.store.entry import KEY, MARK, check_tensors, make_entry, read_entry, saved_fingerprint
 from lightning_pet.store.manifest import Fingerprint

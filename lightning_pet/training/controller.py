@@ -1,6 +1,7 @@
 """What happens around a model during a Trainer's run, for all PET callbacks of that Trainer together."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -26,20 +27,20 @@ from lightning_pet.insertion.commit import (
 from lightning_pet.insertion.method import Method, delta_name, key_of
 from lightning_pet.insertion.widening import narrow, widen
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation, described, mark_anew, record_of
+from lightning_pet.model.adaptation import Adaptation, described, record_of
 from lightning_pet.model.naming import by_delta, delta_prefix, join, modules_on_the_way, named_parameters
+from lightning_pet.model.outside import mark_anew
+from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.apply import insert_methods, is_applied, start
+from lightning_pet.operations.apply import insert_methods, is_applied, read_starts, start
 from lightning_pet.operations.plan import Plan, show_plan
 from lightning_pet.operations.roots import batch_forward, default_root, root_of
-from lightning_pet.store.reader import read
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
 from lightning_pet.strategies.parameter_groups import Exchange, exchange, names_of
 from lightning_pet.strategies.plain import warn_left_out
 from lightning_pet.strategies.strategy import StrategyAdapter, adapter_for
-from lightning_pet.targets.placement import host_parameter
 from lightning_pet.training.checkpoint import Checkpoints
 from lightning_pet.training.durable_io import install as install_durable_io
 from lightning_pet.training.durable_io import keep_last_linked, save_after_module
@@ -65,6 +66,8 @@ from lightning_pet.training.step import (
     replaces_layers,
     warn_of_rounding,
 )
+from lightning_pet.training.tasks.steps import Steps
+from lightning_pet.training.tasks.tasks import Tasks, tasks_of
 from lightning_pet.training.watch import Firing, Trained, Watch, refuse_meddlers
 
 _ATTRIBUTE = "_pet_controller"
@@ -95,6 +98,8 @@ class Controller:
         self.watch = Watch(self)
         self.firing = Firing(self)
         self._given: tuple[str, ...] = ()  # names of what was applied before this run
+        self.tasks: Tasks | None = None
+        self._undo_steps: Callable[[], None] = lambda: None
 
     # --- finding the controller -----------------------------------------------------------------
 
@@ -169,6 +174,7 @@ class Controller:
     def setup(self, stage: str) -> None:
         """Insert now if the model is complete, else right after the hook that completes it."""
         refuse_averaging_first(self.trainer.callbacks, self.methods[0])  # type: ignore[attr-defined]
+        self.tasks = tasks_of(self.trainer)
         if stage == "fit":
             refuse_meddlers(self.trainer.callbacks)  # type: ignore[attr-defined]
         self.adapter = adapter_for(self.trainer)
@@ -182,6 +188,8 @@ class Controller:
         self.firing.new_run()
         self.checkpoints.new_run()
         builds_later = is_overridden("configure_model", self.module)
+        if self.tasks is not None:
+            self._undo_steps = Steps(self, self.tasks).install()
         self._converts = replaces_layers(self.trainer.precision_plugin)
         self._advance(last=False)
         self._after("setup", last=not builds_later)
@@ -193,7 +201,8 @@ class Controller:
             self._replace("configure_optimizers", self._configure_optimizers)
             self.resume.setup(self.trainer)
         keep_precision(self.trainer, self.adapter)
-        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods))
+        names = self.tasks.names if self.tasks is not None else ()
+        install_durable_io(self.trainer.strategy, any(method.delta_files for method in self.methods), names)
         keep_last_linked(self.trainer)
         trainer = self.trainer
         self.adapter.install(lambda: Controller.get(trainer).rules())
@@ -278,8 +287,10 @@ class Controller:
             if last:
                 raise
             return False
-        root = self._root()[1]
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        root, fitting = self._root()[1], self.trainer.state.fn == TrainerFn.FITTING
+        if self.tasks is not None:
+            self.tasks.gather(root, train=fitting)
+        elif fitting:
             train_beside(root, self._deltas())
         freeze(root)
         self.adapter.settle()
@@ -299,6 +310,8 @@ class Controller:
         with self.adapter.planning(root):
             try:
                 self._new += insert_methods(self.module, self.methods)
+                if self.tasks is not None:
+                    self.tasks.draw_as_alone(root)
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
@@ -307,12 +320,11 @@ class Controller:
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""
-        paths = [method.start_from for method in self._new if method.start_from]
-        if not paths:
+        if not any(method.start_from for method in self._new):
             return
         self.adapter.check_start(self._root()[1])
         with self.adapter.undisturbed():
-            files = self.adapter.agreed("reading start_from", lambda: {path: read(path) for path in paths})
+            files = self.adapter.agreed("reading start_from", partial(read_starts, self.module, self._new))
             start(self.module, self._new, files, self.adapter.whole, self.adapter.fill)
 
     def _warn_spawn(self) -> None:
@@ -367,10 +379,12 @@ class Controller:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
+        of_runs = self.tasks.of_optimizer(record.delta_names) if self.tasks is not None else {}
+        runs = {join(prefix, name): found for name, found in of_runs.items()}
         warn_of_frozen_base(self.adapted.root, prefix, self.methods)
         made = original()
         self._leave_out(optim.collect(made, "param_groups"))
-        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options)
+        returned = optim.hold_delta(made, self.module, delta, hosts, ratios, options, runs)
         self.adapter.optimizers_made(optim.collect(returned, "param_groups"), self.module)
         return returned
 
@@ -464,6 +478,8 @@ class Controller:
         What is on the strategy stays: ``save_checkpoint`` works after fit.
         """
         self._undo_all()
+        self._undo_steps()
+        self._undo_steps = lambda: None
         self.resume.teardown(self.trainer)
         self._warn_changed_form()
         root = self._root()[1]

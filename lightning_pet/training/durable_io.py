@@ -8,7 +8,7 @@ goes through :func:`lightning_pet.store.files.atomic_write` instead.
 import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 from weakref import WeakSet
@@ -40,11 +40,16 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Args:
         delta_files: write a delta file beside each checkpoint, and remove it together with it.
+        deltas: names of those that train together: each has a file of its own.
     """
 
-    def __init__(self, delta_files: bool = False) -> None:
+    def __init__(self, delta_files: bool = False, deltas: Sequence[str] = ()) -> None:
         super().__init__()
-        self.delta_files = delta_files
+        self.delta_files, self.deltas = delta_files, tuple(deltas)
+
+    def _beside(self, path: Path) -> list[str]:
+        """Paths of the delta files of a checkpoint."""
+        return [delta_path(path, delta) for delta in self.deltas or ("",)]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint; when this returns, it survives a power loss.
@@ -61,10 +66,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """
         beside = self.delta_files and KEY in checkpoint
         if beside:
-            self._remove(delta_path(path))  # first: a kill between the two leaves none, rather than an outdated one
+            for file in self._beside(path):  # first: a kill between the two leaves none, rather than an outdated one
+                self._remove(file)
         self._save(checkpoint, path, storage_options)
         if beside:
-            _write_beside(checkpoint, path)
+            for delta, file in zip(self.deltas or (None,), self._beside(path), strict=True):
+                _write_beside(checkpoint, path, file, delta)
 
     def _save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
         local = _local(path)
@@ -83,8 +90,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             DeltaFileError: code ``io``, if the operating system refuses.
         """
-        if self.delta_files:
-            self._remove(delta_path(path))
+        for file in self._beside(path) if self.delta_files else ():
+            self._remove(file)
         self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -107,15 +114,15 @@ class DurableCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def _write_beside(checkpoint: dict[str, Any], path: Path) -> None:
+def _write_beside(checkpoint: dict[str, Any], path: Path, beside: str, delta: str | None) -> None:
     """Write the delta file that goes with a checkpoint; one with NaN or infinity is none, and announced."""
-    beside = delta_path(path)
+    notes = None if delta is None else {"name": delta}
     try:
         if _local(path) is not None:
-            write_delta_of(checkpoint, path, beside)
+            write_delta_of(checkpoint, path, beside, notes, delta)
             return
         with tempfile.TemporaryDirectory() as folder:
-            write_delta_of(checkpoint, path, made := os.path.join(folder, "delta"))
+            write_delta_of(checkpoint, path, made := os.path.join(folder, "delta"), notes, delta)
             system, plain = url_to_fs(beside)
             system.put_file(made, plain)
     except DeltaFileError as error:
@@ -124,7 +131,7 @@ def _write_beside(checkpoint: dict[str, Any], path: Path) -> None:
         rank_zero_warn(f"{beside} is not written: {error}")
 
 
-def install(strategy: Strategy, delta_files: bool = False) -> None:
+def install(strategy: Strategy, delta_files: bool = False, deltas: Sequence[str] = ()) -> None:
     """Let a strategy write its checkpoints durably, unless the user chose a writer.
 
     Replaced is exactly Lightning's default, :class:`TorchCheckpointIO`, also inside wrappers such as
@@ -134,6 +141,7 @@ def install(strategy: Strategy, delta_files: bool = False) -> None:
     Args:
         strategy: of the Trainer.
         delta_files: write a delta file beside each checkpoint.
+        deltas: names of those that train together.
 
     Raises:
         ArgumentError: if delta files are wanted and another writer was chosen.
@@ -142,7 +150,7 @@ def install(strategy: Strategy, delta_files: bool = False) -> None:
     wrapper = private.innermost_wrapper(outer)
     current: CheckpointIO | None = outer if wrapper is None else wrapper.checkpoint_io
     if isinstance(current, DurableCheckpointIO):
-        current.delta_files = delta_files
+        current.delta_files, current.deltas = delta_files, tuple(deltas)
         return
     if type(current) is not TorchCheckpointIO:
         if delta_files:
@@ -158,9 +166,9 @@ def install(strategy: Strategy, delta_files: bool = False) -> None:
             )
         return
     if wrapper is None:
-        strategy.checkpoint_io = DurableCheckpointIO(delta_files)
+        strategy.checkpoint_io = DurableCheckpointIO(delta_files, deltas)
         return
-    private.replace_wrapped(wrapper, DurableCheckpointIO(delta_files))
+    private.replace_wrapped(wrapper, DurableCheckpointIO(delta_files, deltas))
     for layer in private.wrappers(outer):
         if isinstance(layer, AsyncCheckpointIO):
             private.replace_method(layer, "remove_checkpoint", _after_saves(layer))

@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, UnsupportedStrategyError
-from lightning_pet.insertion.choice import let_train, place, record_at
+from lightning_pet.insertion.choice import let_train, place
 from lightning_pet.insertion.method import key_of
 from lightning_pet.insertion.prepare import target_patterns
-from lightning_pet.model.adaptation import Adaptation, Applied, deltas_in, record_of
+from lightning_pet.model.adaptation import Adaptation, Applied, deltas_in, record_at, record_of
 from lightning_pet.model.naming import CHILD, delta_prefix, is_below, join, named_parameters
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.saved import digest_of, packed

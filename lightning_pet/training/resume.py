@@ -50,7 +50,7 @@ def random_state(devices: Sequence[torch.device]) -> RandomState:
     }
 
 
-def set_random_state(state: RandomState, devices: Sequence[torch.device]) -> None:
+def _set_random_state(state: RandomState, devices: Sequence[torch.device]) -> None:
     """Set what :func:`random_state` returned; devices beyond those saved keep their state."""
     torch.set_rng_state(state["torch"].cpu())
     for saved, device in zip(state["cuda"], devices, strict=False):
@@ -61,7 +61,7 @@ def set_random_state(state: RandomState, devices: Sequence[torch.device]) -> Non
     np.random.set_state((name, np.array(key, dtype=np.uint32), position, has_gauss, cached))
 
 
-def cuda_devices(trainer: Trainer) -> list[torch.device]:
+def _cuda_devices(trainer: Trainer) -> list[torch.device]:
     """Return the CUDA devices in use by this process, its own first."""
     root = trainer.strategy.root_device
     held = {parameter.device for parameter in trainer.lightning_module.parameters()} | {root}
@@ -268,11 +268,11 @@ class ExactResume:
         return own
 
     def _random(self, trainer: Trainer) -> RandomState:
-        return random_state(cuda_devices(trainer))
+        return random_state(_cuda_devices(trainer))
 
     def _set(self, trainer: Trainer, own: RandomState | None, which: str) -> None:
         if own is not None and own[which] is not None:
-            set_random_state(own[which], cuda_devices(trainer))
+            _set_random_state(own[which], _cuda_devices(trainer))
 
     def _detach(self) -> None:
         for undo in reversed(self._undo):
@@ -332,10 +332,10 @@ def _differences(trainer: Trainer, state: dict[str, Any], own: RandomState | Non
         )
     elif own is None and not state["inexact"]:
         reasons.append("the checkpoint does not hold the random state of every process")
-    if own is not None and len(own["now"]["cuda"]) != len(cuda_devices(trainer)):
+    if own is not None and len(own["now"]["cuda"]) != len(_cuda_devices(trainer)):
         reasons.append(
             f"the checkpoint was written with {len(own['now']['cuda'])} CUDA devices per process and is resumed with "
-            f"{len(cuda_devices(trainer))}"
+            f"{len(_cuda_devices(trainer))}"
         )
     if trainer.current_epoch > 0 and any(map(_keeps_workers, private.training_loaders(trainer))):
         reasons.append(

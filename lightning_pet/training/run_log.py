@@ -28,12 +28,12 @@ def log_options(trainer: pl.Trainer, adapted: Adapted, plan: Plan, methods: Sequ
         methods: those of the run.
     """
     if trainer.loggers:
-        facts = private.logged_hyperparameters(trainer) | facts_of(adapted, plan, methods)
+        facts = private.logged_hyperparameters(trainer) | _facts_of(adapted, plan, methods)
         for logger in trainer.loggers:
             logger.log_hyperparams(facts)
 
 
-def facts_of(adapted: Adapted, plan: Plan, methods: Sequence[Method]) -> dict[str, Any]:
+def _facts_of(adapted: Adapted, plan: Plan, methods: Sequence[Method]) -> dict[str, Any]:
     """Options, numbers and shares of the base by a name with slashes, such as ``pet/lora_default/r``."""
     start = {key_of(method): method.start_from for method in methods}
     facts: dict[str, Any] = {"pet/methods": ", ".join(applied.key for applied in adapted.record.applied)}

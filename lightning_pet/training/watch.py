@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import DeadSiteError, OptimizerMismatchError, PETError, UnsupportedStrategyError
 from lightning_pet.insertion.commit import required_gradients
-from lightning_pet.model.adaptation import Mark, adapted_root, compare, frozen_parameters, mark, record_of
-from lightning_pet.model.naming import CHILD, canonical, is_inside, join, named_tensors
+from lightning_pet.model.adaptation import Mark, adapted_root, compare, mark, record_of
+from lightning_pet.model.naming import CHILD, canonical, delta_of, is_inside, join, named_tensors
+from lightning_pet.model.outside import frozen_parameters
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.operations.unaccompanied import reads_checkpoint
 from lightning_pet.strategies import private
 from lightning_pet.strategies.parameter_groups import shown, trainable_of
-from lightning_pet.strategies.strategy import StrategyAdapter
+from lightning_pet.strategies.strategy import StrategyAdapter, reads_checkpoint
 from lightning_pet.targets.heads import HEAD
+from lightning_pet.training.tasks.tasks import Tasks
 
 
 class Run(Protocol):
@@ -32,6 +33,7 @@ class Run(Protocol):
     trainer: pl.Trainer
     module: pl.LightningModule
     adapter: StrategyAdapter[Any]
+    tasks: Tasks | None
 
     @property
     def adapted(self) -> Adapted:
@@ -288,6 +290,8 @@ class Firing:
         self._idle |= {name: own[name] for name in sorted(silent)}
         if not self._idle or self._others_wait(wanted):
             return
+        if self._fired and not self._places():
+            return
         if not self._fired:
             raise DeadSiteError(
                 f"no delta received a gradient in the first step: {shown(self._places())}. {_REASONS}. Exclude these "
@@ -329,7 +333,11 @@ class Firing:
         return False
 
     def _places(self) -> list[str]:
-        return list(dict.fromkeys(name.partition(f".{CHILD}.")[0] for name in self._idle))
+        resting = (
+            self._run.tasks.unseen if self._run.tasks is not None else ()
+        )  # it is said of these that they had no rows
+        idle = [name for name in self._idle if delta_of(name) not in resting]
+        return list(dict.fromkeys(name.partition(f".{CHILD}.")[0] for name in idle))
 
     def report(self, when: str) -> None:
         """Say which never fired, and look no more.
@@ -341,7 +349,7 @@ class Firing:
             return
         silent = self._run.adapter.everywhere(set(self._idle))
         self._idle = {name: p for name, p in self._idle.items() if name in silent}
-        if self._idle:
+        if self._places():
             rank_zero_warn(
                 f"{len(self._places())} deltas never received a gradient {when}: {shown(self._places())}. They are as "
                 f"they were at the start. {_REASONS}. If the model does not use these hosts, exclude_modules leaves "

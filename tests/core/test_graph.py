@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from lightning_pet.probe.graph import Edge, Graph, sequence_number, tensors
+from lightning_pet.probe.graph import Edge, Graph
+from lightning_pet.probe.trace import sequence_number, tensors
 
 
 def graph_of(output, model):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -10,14 +11,21 @@ from torch import Tensor, nn
 
 from lightning_pet import Adapted, LoRACallback, NotMergeableError, apply
 from lightning_pet.errors import DeadSiteError
+from lightning_pet.insertion.commit import commit
 from lightning_pet.insertion.host import attach
 from lightning_pet.insertion.method import Insertion
+from lightning_pet.insertion.prepare import prepare
 from lightning_pet.layers.delta import Delta, Tied
 from lightning_pet.model.call import HERE
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.operations.adapted import adapt
 
 X = torch.linspace(-1, 2, 8).view(2, 4)
+
+
+def adapt(root: nn.Module, methods: Sequence[Any], structure: Structure | None = None) -> Adapted:
+    """Apply methods to a root whose structure is known."""
+    commit(root, prepare(root, methods, structure))
+    return Adapted(root)
 
 
 class Block(nn.Module):

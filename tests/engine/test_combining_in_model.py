@@ -262,3 +262,162 @@ def test_methods_that_change_no_weight_are_combined_as_their_files_are(tmp_path:
         adapted.combine("no", ["one", "prefix"])
     with pytest.raises(lp.ArgumentError, match="weights mean nothing for prefix_tuning"):
         adapted.combine("no", {"prefix": 0.5}, method="cat")
+
+
+# --- weights by a metric -------------------------------------------------------------------------------
+
+
+class Regression:
+    """Two deltas of a linear model, and data of which a known sum of them is the truth."""
+
+    def __init__(self, folder: Path, methods: dict[str, Any], truth: dict[str, float]) -> None:
+        self.base = self.model()
+        changes = {}
+        for seed, (name, method) in enumerate(methods.items()):
+            model = self.model()
+            adapted = lp.apply(model, [method()])
+            with torch.no_grad():
+                for parameter in (p for p in model.parameters() if p.requires_grad):
+                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                    parameter += noise
+            adapted.save(folder / f"{name}.pet.safetensors")
+            adapted.merge_()
+            changes[name] = {key: t - self.base.state_dict()[key] for key, t in model.state_dict().items()}
+        for name in methods:
+            lp.load_delta(self.base, folder / f"{name}.pet.safetensors", name=name)
+        self.adapted = lp.Adapted(self.base)
+        self.x = torch.randn(50, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        target = self.model()
+        with torch.no_grad():
+            for key, tensor in target.state_dict().items():
+                tensor += sum(weight * changes[name][key] for name, weight in truth.items())
+            self.y = target(self.x)
+        self.calls, self.seen = 0, set()
+
+    @staticmethod
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double().eval()
+
+    def validate(self, root: nn.Module) -> Tensor:
+        self.calls += 1
+        self.seen |= {id(d.delta) for d in self.adapted.record.deltas(root) if d.method.delta == "best"}
+        with torch.no_grad():
+            return (root(self.x) - self.y).square().mean()
+
+
+TASKS = {
+    "low rank": {
+        "one": lambda: lora(r=2, target_modules=["1"]),
+        "two": lambda: lora(r=3, target_modules=["1"], use_rslora=True),
+    },
+    "through weights": {
+        "one": lambda: lora(r=2, target_modules=["1"], use_dora=True),
+        "two": lambda: lora(r=1, target_modules=["1"], modules_to_save=["1.bias"]),
+    },
+}
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_weights_are_found_by_a_metric(case: str, tmp_path: Path) -> None:
+    wanted = {"one": 0.7, "two": -0.3}
+    task = Regression(tmp_path, TASKS[case], wanted)
+    adapted, before = task.adapted, task.base(task.x)
+    found = lp.choose_weights(adapted, list(wanted), task.validate, mode="min", name="best", rounds=5, grid=[0.3, 0.6])
+    assert found.weights == pytest.approx(wanted, abs=0.03)
+    assert found.value == min(value for _, value in found.trials)
+    assert found.value < found.even / 50
+    assert found.trials[0] == (dict.fromkeys(wanted, 0.5), found.even)
+    assert len(found.trials) == task.calls
+    assert len(task.seen) == 1  # one delta, into which numbers were written
+    with adapted.using("best"):
+        assert float(task.validate(task.base)) == pytest.approx(found.value)
+    assert adapted.active == ("one",)
+    assert torch.allclose(task.base(task.x), before, atol=1e-12)
+    largest = lp.choose_weights(adapted, list(wanted), lambda root: -task.validate(root), mode="max", rounds=0)
+    assert largest.value == max(value for _, value in largest.trials)
+    assert list(adapted) == ["one", "two", "best"]
+
+
+def test_entries_are_cut_with_weights_that_are_not_negative(files: Any) -> None:
+    _, adapted = model_with(files, "lora", "full")
+    found = lp.choose_weights(
+        adapted, ["lora", "full"], lambda root: output(root).square().sum(), mode="min", method="ties", rounds=2
+    )
+    assert all(min(weights.values()) >= 0 and any(weights.values()) for weights, _ in found.trials)
+
+
+def test_what_only_an_average_has_stays_one(tmp_path: Path) -> None:
+    from tests.engine.test_combining import bert, perturb
+
+    for index, name in enumerate(("one", "two")):
+        model, ids = bert()
+        method = lp.AdapterCallback(bottleneck_size=2, modules_to_save=[], verbose=False)
+        perturb(lp.apply(model, [method], forward=lambda model=model, ids=ids: model(ids)), scale=0.1 - 0.3 * index)
+        lp.save_delta(model, tmp_path / f"{name}.pet.safetensors")
+    model, ids = bert()
+    for name in ("one", "two"):
+        lp.load_delta(model, tmp_path / f"{name}.pet.safetensors", name=name)
+    adapted = lp.Adapted(model)
+    with torch.no_grad(), adapted.using("two"):
+        target = model(ids).logits
+
+    def validate(root: nn.Module) -> float:
+        with torch.no_grad():
+            return float((root(ids).logits - target).square().mean())
+
+    found = lp.choose_weights(adapted, ["one", "two"], validate, mode="min")
+    assert found.weights == pytest.approx({"one": 0.0, "two": 1.0}, abs=1e-6)
+    assert all(sum(weights.values()) == pytest.approx(1) for weights, _ in found.trials)
+
+
+def test_a_trainer_may_validate(files: Any) -> None:
+    import lightning as L
+
+    class Task(L.LightningModule):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("loss", self.model(X).square().mean())
+
+    model, adapted = model_with(files, "lora", "head")
+    task, data = Task(model), torch.utils.data.DataLoader([0])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(**quiet)
+
+    def validate(_: nn.Module) -> float:
+        return trainer.validate(task, data, verbose=False)[0]["loss"]
+
+    found = lp.choose_weights(adapted, ["lora", "head"], validate, mode="min", rounds=1, grid=[0.0, 1.0], name="best")
+    with adapted.using("best"):
+        assert float(output(model).square().mean()) == pytest.approx(found.value)
+    assert found.value < found.even
+
+
+def test_a_search_that_fails_leaves_the_model_as_it_was(files: Any) -> None:
+    model, adapted = model_with(files, "lora", "head")
+    before, keys = output(model), list(model.state_dict())
+
+    def fails(root: nn.Module) -> float:
+        raise RuntimeError("no data")
+
+    for options, message in (
+        ({"names": ["lora", "heads"]}, "Did you mean 'head'"),
+        ({"validate": 3}, "expected a function"),
+        ({"mode": "least"}, "mode='least'"),
+        ({"grid": [float("nan")]}, "finite numbers"),
+        ({"step": 0}, "step=0"),
+        ({"rounds": -1}, "rounds=-1"),
+        ({"name": "lora"}, "there is a delta of this name"),
+        ({"validate": lambda root: "good"}, "validate returned 'good'"),
+        ({"validate": lambda root: float("nan"), "rounds": 0}, "no finite number"),
+    ):
+        given = {"names": ["lora", "head"], "validate": lambda root: 0.0, "mode": "min", **options}
+        with pytest.raises(lp.ArgumentError, match=message):
+            lp.choose_weights(adapted, given.pop("names"), given.pop("validate"), **given)
+    with pytest.raises(RuntimeError, match="no data"):
+        lp.choose_weights(adapted, ["lora", "head"], fails, mode="min")
+    assert list(model.state_dict()) == keys
+    assert torch.equal(output(model), before)

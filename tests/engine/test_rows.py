@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet import (
+    AdaLoRACallback,
     Adapted,
     AdapterBiasCallback,
     AdapterCallback,
     ArgumentError,
+    AutoPromptCallback,
     BitFitCallback,
     CompacterCallback,
     DiffPruningCallback,
@@ -29,6 +31,7 @@ from lightning_pet import (
     apply,
     load_delta,
 )
+from lightning_pet.layers.prompt import TriggerRows
 from tests.methods import zoo
 from tests.methods.battery import in_threads, perturb
 
@@ -38,6 +41,9 @@ Build = Callable[[int], list[PETCallback]]
 METHODS: dict[str, Build] = {
     "lora": lambda i: [LoRACallback(r=2 + i, **NONE)],
     "pissa": lambda i: [LoRACallback(r=2, init="pissa", **NONE)],
+    "olora": lambda i: [LoRACallback(r=2 + i, init="olora", use_rslora=True, **NONE)],
+    "adalora": lambda i: [AdaLoRACallback(init_r=3 + i, target_r=2, **NONE)],
+    "biased": lambda i: [LoRACallback(r=2, lora_bias=i > 0, **NONE)],
     "dora": lambda i: [LoRACallback(r=2, use_dora=True, **NONE)],
     "ia3": lambda i: [IA3Callback(**NONE)],
     "houlsby": lambda i: [AdapterCallback(bottleneck_size=4 + i, **NONE)],
@@ -117,8 +123,35 @@ def test_rows_are_as_one_by_one(method: str, tmp_path: Path) -> None:
         base = zoo.first_tensor(net(**given))
     out = check(net, adapted, given, ["d2", None, "d0", "d1", "d2"])
     assert torch.allclose(out[1], base[1], rtol=0, atol=1e-13)
+    with adapted.rows(["d2", None, "d0", "d1", "d2"]), torch.no_grad():  # with stacks that are kept
+        again = [zoo.first_tensor(net(**given)) for _ in range(2)]
+    assert torch.equal(again[0], again[1])
+    assert torch.allclose(again[0], out, rtol=0, atol=1e-12)
     assert all((out[row] - base[row]).abs().max() > 1e-4 for row in (0, 2, 3, 4))
     check(net, adapted, given, ["d1"] * 5)  # one delta for all
+    check(net, adapted, {name: value[:3] for name, value in given.items()}, ["d2", "d0", "d1"])  # one for each
+    check(net, adapted, given, [None, "d1", None, None, None])  # one of many
+
+
+AT_ONCE = ["lora", "pissa", "olora", "adalora", "biased", "dora", "ia3", "houlsby", "pfeiffer", "parallel", "compacter"]
+AT_ONCE += ["adapter_bias", "prefix", "network"]
+
+
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_all_rows_at_once(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = [METHODS[method](i) for i in range(3)]
+    net, adapted = several("bert", builds, tmp_path)
+    given = inputs("bert")
+    with adapted.disabled(), torch.no_grad():
+        base = zoo.first_tensor(net(**given))
+    for name in ("apart", "_one_by_one"):
+        monkeypatch.setattr(f"lightning_pet.insertion.rows.{name}", None)
+    for names in (["d2", None, "d0", "d1", "d2"], [None, None, "d1", None, None]):
+        with adapted.rows(names):
+            out = zoo.first_tensor(net(**given))
+        for row, name in enumerate(names):
+            same = torch.allclose(out[row], base[row], rtol=0, atol=1e-13 * ("prefix" in method or "network" in method))
+            assert same == (name is None)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])
@@ -314,11 +347,58 @@ def test_prompts_generate(how: dict, model: str, tmp_path: Path) -> None:
         assert torch.equal(found[row, : alone.shape[1]], alone[0])
 
 
-def test_prompts_of_different_lengths_are_refused_by_name(tmp_path: Path) -> None:
-    _, adapted = several("llama", [[PromptTuningCallback(length=n, **NONE)] for n in (2, 3)], tmp_path)
+def test_prompts_of_different_lengths_are_refused_where_a_model_looks_at_its_first_column(tmp_path: Path) -> None:
+    _, adapted = several("bert", [[PromptTuningCallback(length=n, **NONE)] for n in (2, 3)], tmp_path)
     for names in (["d0", None], ["d0", "d1"]):
-        with pytest.raises(TargetError, match="prompts of one length"), adapted.rows(names):
+        with pytest.raises(TargetError, match=r"prompts of different lengths .*'bert'"), adapted.rows(names):
             pass
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])
+def test_prompts_of_different_lengths(model: str, tmp_path: Path) -> None:
+    builds = [[PromptTuningCallback(length=n, **NONE)] for n in (2, 3)] + [METHODS["lora"](0)]
+    net, adapted = several(model, builds, tmp_path)
+    check(net, adapted, inputs(model), ["d1", "d0", None, "d2", "d0"])
+    given = inputs(model)
+    given["attention_mask"] = torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1] * 6, [1] * 5 + [0]])
+    names = ["d1", "d0", None, "d2", "d0"]
+    with adapted.rows(names), torch.no_grad():
+        out = zoo.first_tensor(net(**given))
+    for row, name in enumerate(names):
+        with adapted.using(*filter(None, [name])), torch.no_grad():
+            alone = zoo.first_tensor(net(**{key: value[row : row + 1] for key, value in given.items()}))
+        real = given["attention_mask"][row].bool() if model != "t5" else slice(None)
+        assert torch.allclose(out[row][real], alone[0][real], rtol=0, atol=1e-12)
+
+
+def test_triggers_and_prompts_in_one_batch(tmp_path: Path) -> None:
+    for number, trigger in enumerate([[5, 6], [9, 7, 11]]):
+        base, _ = zoo.llama()
+        adapted = apply(base.double(), [AutoPromptCallback(length=len(trigger))])
+        rows = next(module for module in base.modules() if isinstance(module, TriggerRows))
+        rows.ids.copy_(torch.tensor(trigger))
+        adapted.save(tmp_path / f"t{number}.pet.safetensors")
+    net, adapted = several("llama", [[PromptTuningCallback(length=4, **NONE)]], tmp_path)
+    for number in range(2):
+        load_delta(net, tmp_path / f"t{number}.pet.safetensors", name=f"t{number}")
+    check(net, adapted, inputs("llama"), ["t1", "d0", None, "t0", "t1"])
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])
+def test_prompts_of_different_lengths_generate(how: dict, model: str, tmp_path: Path) -> None:
+    if model == "gpt2" and "cache_implementation" in how:
+        pytest.skip("gpt2 has no static cache")
+    net, adapted = several(model, [[PromptTuningCallback(length=n, **NONE)] for n in (2, 4)], tmp_path)
+    ids, names = inputs("llama", 3)["input_ids"], ["d1", None, "d0"]
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **how}
+    with adapted.rows(names):
+        found = net.generate(ids, attention_mask=mask, **options)
+    for row, name in enumerate(names):
+        with adapted.using(*filter(None, [name])):
+            alone = net.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        assert torch.equal(found[row, : alone.shape[1]], alone[0])
 
 
 class SequenceFirst(nn.Module):
@@ -389,12 +469,12 @@ def test_the_look_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_the_stack_is_made_once_while_nobody_trains(tmp_path: Path) -> None:
-    from lightning_pet.layers import low_rank_rows
+    from lightning_pet.layers import row_forms
 
     net, adapted = several("bert", [METHODS["lora"](i) for i in range(2)], tmp_path)
     given, made = inputs("bert", 3), []
-    original = low_rank_rows._stacked
-    low_rank_rows._stacked = lambda *args: made.append(1) or original(*args)
+    original = row_forms._stack
+    row_forms._stack = lambda *args: made.append(1) or original(*args)
     try:
         with adapted.rows(["d0", "d1", None]), torch.no_grad():
             net(**given)
@@ -403,9 +483,9 @@ def test_the_stack_is_made_once_while_nobody_trains(tmp_path: Path) -> None:
             assert len(made) == first > 0
             next(p for n, p in net.named_parameters() if n.endswith("lora_default@d0.b")).add_(1.0)
             net(**given)
-            assert len(made) == first + 1
+            assert len(made) == first + 4  # A, B and two vectors that there are not
     finally:
-        low_rank_rows._stacked = original
+        row_forms._stack = original
 
 
 class Attention(nn.Module):

@@ -109,6 +109,28 @@ def test_value_and_gradients_are_those_of_the_definition(
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@pytest.mark.parametrize("form", ["product", "sum"])
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_small_weights_take_a_shorter_way_to_the_same(
+    law: HardConcrete, group: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, w, alpha, whole = tensors(torch.float32, (37, 43))
+    given = [w, alpha, *([whole] if group else [])]
+    direction = torch.linspace(-1, 1, w.numel()).view(43, 37).t()  # gradients come in any order of memory
+    made = gates(form, 0.7, law)
+    found = []
+    for kept in (fused.KEPT, 0):
+        monkeypatch.setattr(fused, "KEPT", kept)
+        assert fused._is_light(weight, w, alpha) == bool(kept)
+        out = gated_weight(weight, w, alpha, whole if group else None, made)
+        found.append([out, *torch.autograd.grad((out * direction).sum(), given)])
+    torch.testing.assert_close(*found, rtol=2e-5, atol=2e-6)
+    assert torch.equal(found[0][0] == weight, found[1][0] == weight)  # the very same gates are closed
+    expected = reference(weight.double(), w.double(), alpha.double(), whole.double() if group else None, made)
+    torch.testing.assert_close(found[0][0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_pieces_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, w, alpha, group = tensors(torch.float32, (2, (1 << 15) + 7))
     made = gates(weight=0.1)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, NotMergeableError, PETError
 from lightning_pet.insertion.checks import check_intact, refuse_lost
-from lightning_pet.insertion.choice import LOCK, record_at
+from lightning_pet.insertion.choice import LOCK
 from lightning_pet.layers.sharding import holds_parts
-from lightning_pet.model.adaptation import Adaptation
+from lightning_pet.model.adaptation import Adaptation, record_at
 from lightning_pet.model.naming import check_delta_name, check_known, delta_of, tensors_at
 from lightning_pet.operations.combining.files import by_rules, checked_options, provenance
 from lightning_pet.operations.combining.rules import (
@@ -44,21 +44,42 @@ def combine(
     """Make one delta of several; see :meth:`lightning_pet.Adapted.combine`."""
     record = record_at(root)
     check_delta_name(name)
+    refuse_taken(record, name)
+    names, options = options_of(record, weights, method, rank, density, seed)
+    stored, made = combined(root, names, options)
+    insert_combined(root, name, names, stored)
+    return made
+
+
+def refuse_taken(record: Adaptation, name: str) -> None:
+    """Refuse a name that another delta has.
+
+    Raises:
+        ArgumentError: saying what to do.
+    """
     if name in record.names:
         raise ArgumentError(
             f"name={name!r}: there is a delta of this name in this model already. Give the result another, or remove "
             f"that one first: adapted[{name!r}].remove()."
         )
-    names, options = options_of(record, weights, method, rank, density, seed)
-    with LOCK:
-        stored, made = combined(root, names, options)
+
+
+def insert_combined(root: nn.Module, name: str, names: Sequence[str], stored: Stored) -> None:
+    """Let what was made of some deltas be one more, which waits.
+
+    Args:
+        root: the adapted root.
+        name: what it is called.
+        names: of those that it was made of.
+        stored: what it holds.
+    """
     insert(root, stored, "off", name=name)
+    record = record_at(root)
     beside: dict[str, str] = {}
     for one in names:
         beside |= record.beside.get(one, {})
     if beside:
         record.beside[name] = beside
-    return made
 
 
 def options_of(
@@ -102,6 +123,13 @@ def combined(root: nn.Module, names: Sequence[str], options: Options) -> tuple[S
     """
     record = record_at(root)
     check_intact(root, record)
+    with LOCK:
+        return _combined(root, record, names, options)
+
+
+def _combined(
+    root: nn.Module, record: Adaptation, names: Sequence[str], options: Options
+) -> tuple[Stored, Combination]:
     if holds_parts(root):
         raise PETError(
             "the engine has left each process a part of the parameters, and deltas are combined whole. Save them "
@@ -110,7 +138,7 @@ def combined(root: nn.Module, names: Sequence[str], options: Options) -> tuple[S
         )
     for name in names:
         refuse_lost(record.of(name), "combined")
-    files = [_file(root, record, name) for name in names]
+    files = [file_of(root, record, name) for name in names]
     values = {
         name: {n: tensor for n, tensor in file.tensors.items() if delta_of(n) is None}
         for name, file in zip(names, files, strict=True)
@@ -130,7 +158,8 @@ def combined(root: nn.Module, names: Sequence[str], options: Options) -> tuple[S
     return replace(stored, base=None, notes={"combined": provenance(files, options)}), made
 
 
-def _file(root: nn.Module, record: Adaptation, name: str) -> Stored:
+def file_of(root: nn.Module, record: Adaptation, name: str) -> Stored:
+    """A delta of a model, as a file would hold it."""
     methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in record.of(name).applied)
     tensors = {key: tensor.detach() for key, tensor in packed(root, record, name).items()}
     return Stored(Path(name), methods, tensors, None)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.insertion.choice import LOCK, record_at, remove
+from lightning_pet.insertion.choice import LOCK, remove
 from lightning_pet.insertion.commit import renew
 from lightning_pet.insertion.host import attach
 from lightning_pet.layers.delta import Delta
-from lightning_pet.model.adaptation import Adaptation, Inserted, record_of
+from lightning_pet.model.adaptation import Adaptation, Inserted, record_at, record_of
 from lightning_pet.model.naming import CHILD, by_delta, delta_of, host_key, in_model, join, own_key, walk
 from lightning_pet.operations.library.forms import Form, is_of_delta, padded
 from lightning_pet.operations.loading import insert

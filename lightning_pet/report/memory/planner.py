@@ -70,7 +70,7 @@ def activations_of_decoder(
     return layer * layers + logits
 
 
-def estimate(root: nn.Module, tokens: int) -> int | None:
+def _estimate(root: nn.Module, tokens: int) -> int | None:
     """The formula for a transformers model, by its configuration; ``None`` if that does not tell what is needed."""
     config: Any = getattr(root, "config", None)
     config = getattr(config, "text_config", None) or config
@@ -212,7 +212,7 @@ def plan_memory(
     record = record_of(root_of(twin)[1])
     originals = sum(_plain(tensor) for tensor in record.originals.values()) if record else 0
     inventory = Inventory(
-        parts=_parts(twin, {n: stored_bytes(p) for n, p in named_parameters(model) if is_packed(p)}, states),
+        parts=_parts(twin, {n: _stored_bytes(p) for n, p in named_parameters(model) if is_packed(p)}, states),
         buffers=sum(_plain(buffer) for buffer in twin.buffers()),
         step=step,
         optimizer_step=momentary,
@@ -240,7 +240,7 @@ def _true_dtype(precision: str) -> torch.dtype | None:
 
 
 def _parts(twin: nn.Module, packed: Mapping[str, int], states: Mapping[int, int]) -> tuple[Part, ...]:
-    units = layers_of(twin)
+    units = _layers_of(twin)
     return tuple(
         Part(
             tuple(parameter.shape),
@@ -254,7 +254,7 @@ def _parts(twin: nn.Module, packed: Mapping[str, int], states: Mapping[int, int]
     )
 
 
-def layers_of(model: nn.Module) -> dict[int, int]:
+def _layers_of(model: nn.Module) -> dict[int, int]:
     """Number of the layer, from 1, of every parameter that is in one, by ``id``.
 
     Layers are what is numbered and not within anything numbered, as wrap policies and ``fully_shard`` take them.
@@ -285,12 +285,12 @@ def _step(stage: Stage, twin: nn.Module, batch: Any, precision: str, notes: list
         notes.append("nothing trains by a gradient: activations are not counted.")
         return None
     try:
-        return rehearse(stage, twin, loss, layers_of(twin))
+        return rehearse(stage, twin, loss, _layers_of(twin))
     except Exception as error:  # user code, of any kind
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
     root = root_of(twin)[1]
     tokens = _tokens(batch)
-    estimated = None if tokens is None else estimate(root, tokens)
+    estimated = None if tokens is None else _estimate(root, tokens)
     known = "not counted" if estimated is None else "estimated by a formula"
     notes.append(f"activations are {known}: the training step does not run without values ({reason}).")
     return None if estimated is None else Step(estimated, estimated, estimated)
@@ -311,10 +311,10 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
         return loss
     out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     found = getattr(out, "loss", None)
-    return found if found is not None else first_tensor(out).float().sum()
+    return found if found is not None else _first_tensor(out).float().sum()
 
 
-def first_tensor(out: Any) -> Tensor:
+def _first_tensor(out: Any) -> Tensor:
     """The first tensor of an output that has a gradient."""
     return next(tensor for tensor in tree_iter(out) if isinstance(tensor, Tensor) and tensor.requires_grad)
 
@@ -377,11 +377,11 @@ def _plain(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def _stored_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor with all that it consists of: scales, zero points and codes of a quantised one."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+        return sum(_stored_bytes(getattr(tensor, name)) for name in names)
     return _plain(tensor) + sum(_plain(part) for part in _quantisation(getattr(tensor, "quant_state", None)))
 
 

@@ -133,7 +133,7 @@ _ANSWERS: dict[Any, Callable[[Any, Any], Any]] = {
 
 
 @contextmanager
-def gpu_kernels() -> Iterator[None]:
+def _gpu_kernels() -> Iterator[None]:
     """Within the block attention and dropout need memory as they do on a GPU; the tensors themselves are on the CPU.
 
     The functions are exchanged, because no mode of torch is active while a checkpointed layer runs again.
@@ -176,7 +176,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 @contextmanager
-def not_traced() -> Iterator[None]:
+def _not_traced() -> Iterator[None]:
     """Within the block transformers treats tensors without values as tensors, and not as a graph that is traced.
 
     Otherwise it would write out masks that it leaves out when it trains.
@@ -212,11 +212,11 @@ class Stage:
             known: tensors that are there already, and are not counted.
             kernels: on a GPU, count as its kernels do. Their graph is not the one that the structure is read from.
         """
-        counted = gpu_kernels() if self.gpu and kernels else nullcontext()
+        counted = _gpu_kernels() if self.gpu and kernels else nullcontext()
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            for context in (not_traced(), counted, self.mode):
+            for context in (_not_traced(), counted, self.mode):
                 stack.enter_context(context)
             yield stack.enter_context(Ledger(known))
 

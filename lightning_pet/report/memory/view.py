@@ -49,7 +49,7 @@ def short(size: int) -> str:
     return f"{value:.{digits}f}{unit[0]}" if unit != "B" else str(size)
 
 
-def fits(plan: MemoryPlan, memory: int | None) -> str:
+def _fits(plan: MemoryPlan, memory: int | None) -> str:
     """Whether a plan fits into a device's memory; nothing if that is not known."""
     if memory is None:
         return ""
@@ -96,5 +96,5 @@ def _others(plans: Sequence[tuple[MemoryPlan, str]], memory: int | None) -> Tabl
         moved = own.communication + own.gathered
         sizes = (own.base + own.buffers, own.delta, own.gradients, own.optimizer, moved, own.activations, plan.total)
         figures = map(short, sizes)
-        table.add_row(str(plan.engine), *figures, remark or fits(plan, memory))
+        table.add_row(str(plan.engine), *figures, remark or _fits(plan, memory))
     return table

@@ -1,0 +1,100 @@
+"""Reading a folder of HF PEFT: its kind of delta decides how, and every option that changes numbers is known."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from lightning_pet.errors import DeltaFileError
+from lightning_pet.exchange import peft_layers, peft_prompts
+from lightning_pet.exchange.folder import CONFIG, Base, Folder
+from lightning_pet.exchange.peft_hosts import Read
+from lightning_pet.store.reader import Stored
+from lightning_pet.store.strict_json import fault, shown
+
+
+def _options(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_COMMON: Final = _options(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode modules_to_save "
+    "target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out init_weights runtime_config "
+    "ensure_weight_tying"
+)
+_LOW_RANK: Final = _options(
+    "r lora_alpha lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
+    "target_parameters loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size"
+)
+_ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step")
+_VIRTUAL: Final = _options(
+    "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers num_frozen_layers"
+)
+_KNOWN: Final[Mapping[str, frozenset[str]]] = {
+    "LORA": _LOW_RANK,
+    "ADALORA": _LOW_RANK | _ADAPTIVE,
+    "IA3": _options("feedforward_modules init_ia3_weights"),
+    "PROMPT_TUNING": _VIRTUAL
+    | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
+    "P_TUNING": _VIRTUAL
+    | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
+    "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
+}
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+"""Values of options that ask for nothing."""
+_READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
+    "LORA": peft_layers.lora,
+    "ADALORA": peft_layers.adalora,
+    "IA3": peft_layers.ia3,
+    "PROMPT_TUNING": peft_prompts.prompt,
+    "P_TUNING": peft_prompts.prompt,
+    "PREFIX_TUNING": peft_prompts.prefix,
+}
+
+
+def read_peft(folder: Folder, base: Base | None) -> Stored:
+    """A folder of HF PEFT as what one of our files would hold.
+
+    Args:
+        folder: as it was read.
+        base: the model that it is for; ``None``: without one, where its names tell enough.
+
+    Raises:
+        DeltaFileError: if it is of a type that has no counterpart here, an option changes its numbers in a way that
+            is not known, a tensor has no place, or a base is needed.
+    """
+    kind = folder.config["peft_type"]
+    if kind not in _READERS:
+        raise fault(
+            str(folder.path / CONFIG),
+            f"found the peft_type {shown(kind)}; those that have a counterpart here are {', '.join(sorted(_READERS))}. "
+            "Merge it with PEFT and save the model, or train it again with one of them.",
+            "version",
+        )
+    _check_options(folder, kind)
+    read = _READERS[kind](folder, base)
+    return Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
+
+
+def _check_options(folder: Folder, kind: str) -> None:
+    known = _COMMON | _KNOWN[kind]
+    for option, value in folder.config.items():
+        asked = bool(value) and value not in _HARMLESS.get(option, ())
+        if asked and option not in known:
+            raise _unknown(folder, option, value)
+
+
+def _unknown(folder: Folder, option: str, value: object) -> DeltaFileError:
+    return fault(
+        str(folder.path / CONFIG),
+        f"{option}={shown(value)} changes what the delta computes, and has no counterpart here. Merge it with PEFT, or "
+        "train it without this option.",
+        "mismatch",
+    )
+
+
+def _notes(folder: Folder) -> dict[str, str]:
+    """Where it comes from, for people."""
+    told = {"imported_from": "HF PEFT"}
+    for name, option in (("base_model", "base_model_name_or_path"), ("revision", "revision")):
+        if isinstance(value := folder.config.get(option), str) and value:
+            told[name] = value[:512]
+    return told

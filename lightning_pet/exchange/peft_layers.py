@@ -1,0 +1,219 @@
+"""Deltas of HF PEFT that sit on layers, in terms of ours: LoRA with its variants, AdaLoRA, (IA)³."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_pet.exchange.folder import CONFIG, Base, Folder
+from lightning_pet.exchange.peft_hosts import (
+    WRAPPED,
+    Read,
+    Values,
+    biases_of,
+    fits,
+    is_kernel,
+    placed,
+    split_hosts,
+    whole_of,
+)
+from lightning_pet.insertion.method import METHODS
+from lightning_pet.model.naming import join, named_modules
+from lightning_pet.model.structure import Target
+from lightning_pet.store.strict_json import fault, shown
+from lightning_pet.targets.patterns import exactly
+
+
+def lora(folder: Folder, base: Base | None) -> Read:
+    """LoRA, rsLoRA, DoRA, PiSSA and OLoRA."""
+    config, root = folder.config, base.root if base else None
+    hosts, rest = split_hosts(folder)
+    init = _start(folder)
+    if init != "kaiming" and root is None:
+        raise fault(
+            str(folder.path),
+            f"init_lora_weights={config['init_lora_weights']!r} has moved a part of the base into A and B, which only "
+            "the base itself can tell. Read the folder together with its base.",
+            "mismatch",
+        )
+    rsl, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
+    targets: list[Target] = []
+    tensors: Values = {}
+    ranks, alphas = {}, {}
+    for host, target, parts in placed(folder, hosts, root, ("a", "b")):
+        if dora is not ("magnitude" in parts):
+            raise fault(str(folder.path), f"use_dora is {dora}, which {host.path} contradicts.", "mismatch")
+        rank = parts["a"].shape[0 if is_kernel(parts) else -2]
+        # PEFT merges into an attention before each call, and adds the change of its output projection twice. Its rank
+        # of a convolution in groups counts for all of them.
+        wide = host.parts["a"].shape[0] / parts["a"].shape[0] if is_kernel(parts) else 1.0
+        factor = (2 if host.inside else 1) / (math.sqrt(wide) if rsl else wide)
+        alphas[exactly(target)] = _alpha(folder, host.path) * factor if factor != 1 else _alpha(folder, host.path)
+        ranks[exactly(target)] = rank
+        targets.append(target)
+        tensors |= {(target, name): tensor for name, tensor in parts.items()}
+    r, alpha = _most(ranks), _most(alphas)
+    options = {
+        "r": r,
+        "alpha": alpha,
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "use_rslora": rsl,
+        "use_dora": dora,
+        "init": init,
+        "rank_pattern": {place: rank for place, rank in ranks.items() if rank != r} or None,
+        "alpha_pattern": {place: value for place, value in alphas.items() if value != alpha} or None,
+        "bias": config.get("bias", "none"),
+        "lora_bias": bool(config.get("lora_bias")),
+        "target_modules": sorted({target.module for target in targets}),
+    }
+    rest = _without_tables(folder, rest, [target.module for target in targets], root)
+    biases = biases_of(folder, rest, {target.module for target in targets})
+    read = whole_of(folder, "lora", options, targets, tensors, rest, biases)
+    return read if init == "kaiming" else _with_starts(read, targets, options, root)
+
+
+def _without_tables(
+    folder: Folder, rest: Mapping[str, Tensor], hosts: Sequence[str], root: nn.Module | None
+) -> dict[str, Tensor]:
+    """PEFT writes the whole table beside a delta on an embedding or output layer: it has to be the base's."""
+    left = dict(rest)
+    modules = {} if root is None else named_modules(root)
+    for path in hosts:
+        for name in (f"{path}{WRAPPED}.weight", f"{path}.weight"):
+            table = left.pop(name, None)
+            if table is None:
+                continue
+            if root is None:
+                raise fault(
+                    str(folder.path),
+                    f"found the whole table {name} beside its delta, which only the base can tell from a trained one. "
+                    "Read the folder together with its base.",
+                    "mismatch",
+                )
+            own = modules[path]._parameters.get("weight") if path in modules else None
+            if own is not None and not own.is_meta and (own.shape != table.shape or not _equal(own, table)):
+                raise fault(
+                    str(folder.path),
+                    f"{name} {tuple(table.shape)} is not the base's {path}.weight {tuple(own.shape)}: the vocabulary "
+                    "was resized, or the table trained, or this is another base. Resize the base as it was "
+                    "(resize_token_embeddings) and give it these values first.",
+                    "base",
+                )
+    return left
+
+
+def _equal(own: Tensor, table: Tensor) -> bool:
+    return torch.equal(own.detach().cpu().to(table.dtype), table)
+
+
+def _start(folder: Folder) -> str:
+    """How A and B started, where that has changed the base."""
+    start = folder.config.get("init_lora_weights", True)
+    if start in ("pissa", "olora"):
+        return str(start)
+    if start in (True, False, None, "gaussian", "eva", "orthogonal", "mica"):
+        return "kaiming"
+    raise fault(
+        str(folder.path / CONFIG),
+        f"init_lora_weights={shown(start)} has changed the base in a way that cannot be repeated here. Save the delta "
+        "again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+        "mismatch",
+    )
+
+
+def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None) -> Read:
+    """PiSSA and OLoRA took their start values out of the base: they are computed from it again."""
+    assert root is not None
+    tensors = dict(read.tensors)
+    method = METHODS["lora"](**options)
+    for insertion in method.insertions(root, targets):
+        path = insertion.path(method)
+        for name in ("a0", "b0"):
+            tensors[join(path, name)] = getattr(insertion.delta, name).detach().clone()
+    return replace(read, tensors=tensors)
+
+
+def adalora(folder: Folder, base: Base | None) -> Read:
+    """AdaLoRA: its scale is ``lora_alpha / (init_r + 1e-5)``, whatever is left of the ranks."""
+    config, root = folder.config, base.root if base else None
+    hosts, rest = split_hosts(folder)
+    start = int(config.get("init_r") or 12)
+    targets: list[Target] = []
+    tensors: Values = {}
+    for _, target, parts in placed(folder, hosts, root, ("a", "b", "e")):
+        kept = parts["a"].shape[0]
+        if kept > start:
+            raise fault(str(folder.path), f"{target.module} has rank {kept}, above init_r={start}.", "mismatch")
+        room = start - kept  # rows that the allocation has taken away are not in the file
+        e = torch.cat([parts["e"].flatten(), torch.zeros(room)])
+        # ours divides by init_r itself
+        e *= start / (start + 1e-5)
+        own = {
+            "a": torch.cat([parts["a"], parts["a"].new_zeros(room, parts["a"].shape[1])]),
+            "b": torch.cat([parts["b"], parts["b"].new_zeros(parts["b"].shape[0], room)], 1),
+            "e": e,
+            "kept": torch.tensor([1] * kept + [0] * room, dtype=torch.int32),
+        }
+        targets.append(target)
+        tensors |= {(target, name): tensor for name, tensor in own.items()}
+    options = {
+        "init_r": start,
+        "target_r": min(int(config.get("target_r") or 8), start),
+        "alpha": config.get("lora_alpha", 8),
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "orth_reg_weight": float(config.get("orth_reg_weight", 0.5)),
+        "beta1": float(config.get("beta1", 0.85)),
+        "beta2": float(config.get("beta2", 0.85)),
+        "target_modules": sorted({target.module for target in targets}),
+    }
+    return whole_of(folder, "adalora", options, targets, tensors, rest, frozenset())
+
+
+def _alpha(folder: Folder, path: str) -> Any:
+    """What the first pattern that fits gives, in the order of the file."""
+    found = [value for key, value in (folder.config.get("alpha_pattern") or {}).items() if fits(folder, key, path)]
+    if len({*found}) > 1:
+        rank_zero_warn(
+            f"{folder.path}: {len(found)} keys of alpha_pattern fit {path}, with different values. The first one in "
+            "the file counts, which may be another than in training: PEFT sorts them when it saves."
+        )
+    return found[0] if found else folder.config.get("lora_alpha", 8)
+
+
+def _most(values: Mapping[str, Any]) -> Any:
+    """The commonest value, so that few places need one of their own."""
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def ia3(folder: Folder, base: Base | None) -> Read:
+    """(IA)³: a column rescales what a layer returns, a row what it gets."""
+    root = base.root if base else None
+    hosts, rest = split_hosts(folder)
+    targets: list[Target] = []
+    tensors: Values = {}
+    for _, place, parts in placed(folder, hosts, root, ("scale",)):
+        inner = _reads(folder, place.module, parts["scale"])
+        target = replace(place, role="ffn.down" if inner else None)
+        targets.append(target)
+        tensors[target, "scale"] = parts["scale"].flatten()
+    options = {
+        "target_modules": [target.module for target in targets if target.role != "ffn.down"],
+        "feedforward_modules": [target.module for target in targets if target.role == "ffn.down"],
+    }
+    return whole_of(folder, "ia3", options, targets, tensors, rest, frozenset())
+
+
+def _reads(folder: Folder, path: str, scale: Tensor) -> bool:
+    """Whether a vector rescales what its layer gets: by its shape, or where that does not tell by the configuration."""
+    rows, columns = scale.shape[:2]
+    if scale.dim() == 2 and (rows == 1) is not (columns == 1):
+        return bool(rows == 1)
+    named = folder.config.get("feedforward_modules") or []
+    if isinstance(named, str):
+        return fits(folder, named, path)
+    return any(f".{path}".endswith(f".{name}") for name in named)

@@ -1,0 +1,158 @@
+"""Folders that the adapters library has written give the outputs here that they give there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_pet import DeltaFileError, load_delta
+from tests.methods.adapters_files import ARCHITECTURES, Reference, read
+
+_COMMON: dict[str, Any] = {
+    "adapter_residual_before_ln": False,
+    "cross_adapter": False,
+    "dropout": 0.0,
+    "factorized_phm_W": True,
+    "factorized_phm_rule": False,
+    "inv_adapter": None,
+    "is_parallel": False,
+    "learn_phm": True,
+    "leave_out": [],
+    "ln_after": False,
+    "ln_before": False,
+    "mh_adapter": False,
+    "non_linearity": "relu",
+    "original_ln_after": True,
+    "original_ln_before": False,
+    "output_adapter": True,
+    "phm_bias": True,
+    "phm_dim": 4,
+    "phm_layer": False,
+    "phm_rank": 1,
+    "residual_before_ln": True,
+    "scaling": 1.0,
+    "shared_W_phm": False,
+    "shared_phm_rule": True,
+    "use_gating": False,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "houlsby": {**_COMMON, "mh_adapter": True, "non_linearity": "swish"},
+    "pfeiffer": {**_COMMON, "original_ln_before": True},
+    "parallel": {**_COMMON, "is_parallel": True, "scaling": 4.0},
+    "compacter": {**_COMMON, "mh_adapter": True, "non_linearity": "gelu", "phm_layer": True},
+    "prefix": {
+        "architecture": "prefix_tuning",
+        "bottleneck_size": 8,
+        "flat": False,
+        "leave_out": [],
+        "non_linearity": "tanh",
+        "prefix_length": 3,
+        "use_gating": False,
+    },
+}
+
+
+def written(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], version: str = "adapters.1.3.0") -> Path:
+    """A folder as that library writes it."""
+    folder.mkdir(exist_ok=True)
+    described = {"config": config, "hidden_size": 16, "model_class": "M", "model_name": "", "name": "task"}
+    (folder / "adapter_config.json").write_text(json.dumps({**described, "version": version}))
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "adapter.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_outputs_are_those_of_adapters(architecture: str, method: str, tmp_path: Path) -> None:
+    reference: Reference = read(architecture, method)
+    assert (reference.run() - reference.output).abs().max() > 0.1
+    load_delta(reference.model, written(tmp_path / "folder", CONFIGS[method], reference.delta))
+    assert (reference.run() - reference.output).abs().max() <= 1e-5
+
+
+def test_it_needs_no_task_named_alike_and_is_inside_of_a_model_with_a_head(tmp_path: Path) -> None:
+    import transformers
+
+    reference = read("bert", "houlsby")
+    config = reference.model.config
+    outer = transformers.BertForSequenceClassification(config).eval()
+    outer.bert = reference.model
+    load_delta(outer, written(tmp_path / "folder", CONFIGS["houlsby"], reference.delta))
+    assert (reference.run() - reference.output).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("version", ["adapters.1.3.0", "adapters.1.0.1"])
+def test_lora_and_its_old_scale(version: str, tmp_path: Path) -> None:
+    reference = read("bert", "houlsby")
+    model = reference.model
+    tensors, expected = {}, {}
+    torch.manual_seed(0)
+    for layer in range(2):
+        for part in ("query", "value"):
+            path = f"encoder.layer.{layer}.attention.self.{part}"
+            a, b = torch.randn(2, 16), torch.randn(16, 2)
+            tensors |= {f"{path}.loras.task.lora_A": a, f"{path}.loras.task.lora_B": b}
+            expected[path] = b @ a * (3.0 if version.endswith("1.3.0") else 1.0)
+    config = {"architecture": "lora", "composition_mode": "add", "r": 2, "alpha": 6, "dropout": 0.0}
+    load_delta(model, written(tmp_path / "folder", config, tensors, version))
+    attached = reference.run()
+    plain = read("bert", "houlsby").model
+    with torch.no_grad():
+        for path, change in expected.items():
+            plain.get_submodule(path).weight.add_(change)
+    assert (attached - reference.run(plain)).abs().max() <= 1e-5
+
+
+def test_ia3_and_flat_prefixes(tmp_path: Path) -> None:
+    reference = read("bert", "houlsby")
+    path = "encoder.layer.0.intermediate.dense"
+    scale = torch.rand(24, 1)
+    config = {"architecture": "lora", "composition_mode": "scale", "r": 1, "alpha": 1}
+    load_delta(reference.model, written(tmp_path / "ia3", config, {f"{path}.loras.task.lora_B": scale}))
+    plain = read("bert", "houlsby").model
+    with torch.no_grad():
+        layer = plain.get_submodule(path)
+        layer.weight.mul_(scale)
+        layer.bias.mul_(scale[:, 0])
+    assert (reference.run() - reference.run(plain)).abs().max() <= 1e-6
+    other = read("bert", "houlsby")
+    values = torch.randn(3 * 4 * 16)
+    flat = {**CONFIGS["prefix"], "flat": True}
+    adapted = load_delta(
+        other.model,
+        written(tmp_path / "flat", flat, {"prefix_tuning.prefix_tunings.task.self_prefix.control_trans": values}),
+    )
+    tensors = adapted["default"].state_dict()
+    first = tensors["encoder.layer.0.attention.self.pet.prefix_tuning_default.key"]
+    assert torch.equal(first, values.view(3, 4, 2, 8)[:, 0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_gating": True}, "use_gating"),
+        ({"inv_adapter": "nice"}, "inv_adapter"),
+        ({"scaling": "learned"}, "scaling"),
+        ({"leave_out": [1]}, "leave_out"),
+        ({"architecture": "prompt_tuning"}, "prompt_tuning"),
+        ({"output_adapter": False}, "places of that kind"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    reference = read("bert", "houlsby")
+    folder = written(tmp_path / "folder", CONFIGS["houlsby"] | change, reference.delta)
+    before = reference.run()
+    with pytest.raises(DeltaFileError, match=words):
+        load_delta(reference.model, folder)
+    assert torch.equal(reference.run(), before)
+
+
+def test_a_compacter_without_its_rule_is_refused(tmp_path: Path) -> None:
+    reference = read("bert", "compacter")
+    tensors = {name: tensor for name, tensor in reference.delta.items() if "phm_rule" not in name}
+    with pytest.raises(DeltaFileError, match="no phm_rule"):
+        load_delta(reference.model, written(tmp_path / "folder", CONFIGS["compacter"], tensors))
