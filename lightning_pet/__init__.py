@@ -112,7 +112,7 @@ def _runs_file_verb(argv: list[str]) -> bool:
     if not argv or Path(argv[0]).stem != "lightning-pet":
         return False
     if not argv[1:] or argv[1] in (*_FILE_VERBS, "-h", "--help"):
-        return True
+        return argv[1:2] != ["combine"] or not any(word.partition("=")[0] == "--base" for word in argv[2:])
     return argv[1] in _HELPED_VERBS and bool({"-h", "--help"} & set(argv))
 
 

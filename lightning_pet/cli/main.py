@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] == "plan":
         plan(argv[1:])
         return
+    if argv and argv[0] == "sweep":
+        sweep(argv[1:])
+        return
     if argv and argv[0] == "combine":
         combine(argv[1:])
         return
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         print(_overview(verbs))
         return
     if argv[0] not in verbs:
-        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "combine", "plan", "intrinsic-dimension"])
+        _refuse_verb(argv[0], [*TRAINER_VERBS, *verbs, "combine", "sweep", "plan", "intrinsic-dimension"])
     try:
         jsonargparse.auto_cli(verbs, args=argv)
     except (ValueError, OSError) as error:
@@ -60,6 +63,7 @@ def _overview(verbs: dict[str, Any]) -> str:
         "predict": "predict with a checkpoint",
     } | {name: (function.__doc__ or "").partition("\n")[0] for name, function in verbs.items()}
     summaries["combine"] = "add, average or join delta files of one base, without the model"
+    summaries["sweep"] = "try learning rates, ranks, seeds … side by side, in one run"
     summaries["plan"] = "print the memory that a run would need, and train nothing"
     summaries["intrinsic-dimension"] = "measure how many trained numbers a task needs"
     return "\n".join([*lines, *(f"  {name:<21}{text}" for name, text in summaries.items())])
@@ -168,7 +172,7 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
 
 
 def combine(argv: list[str]) -> None:
-    """Combine delta files of one base into one, without the model.
+    """Combine delta files of one base into one, without the model where that is possible.
 
     Args:
         argv: files and options.
@@ -181,7 +185,7 @@ def combine(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lightning-pet combine",
         description="Add, average, prune or join what several deltas of one base change: on the change itself, not on "
-        "its factors. The model is not needed.",
+        "its factors. The model is not needed, but for deltas whose change depends on the base (--base).",
         epilog="lightning-pet combine a.pet.safetensors b.pet.safetensors --weights=0.7,0.3 --how=ties "
         "--output=c.pet.safetensors",
         allow_abbrev=False,
@@ -197,17 +201,19 @@ def combine(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, help="of the result, where it is an approximation")
     parser.add_argument("--density", type=float, help="share of entries to keep (TIES, DARE, magnitude_prune)")
     parser.add_argument("--seed", type=int, default=0, help="of DARE")
+    parser.add_argument("--base", type=Path, help="folder of the base (transformers): DoRA, different methods, …")
+    parser.add_argument("--model_class", default="auto", help="class of transformers to load the base with")
     options = parser.parse_args(argv)
+    wanted = {name: getattr(options, name) for name in ("weights", "how", "rank", "density", "seed")}
     try:
-        made = combine_deltas(
-            options.paths,
-            options.output,
-            weights=options.weights,
-            how=options.how,
-            rank=options.rank,
-            density=options.density,
-            seed=options.seed,
-        )
+        if options.base is None:
+            made = combine_deltas(options.paths, options.output, **wanted)
+        else:
+            from lightning_pet.operations.combining.on_base import combine_on_base
+
+            made = combine_on_base(
+                options.paths, options.output, options.base, model_class=options.model_class, **wanted
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"lightning-pet combine: {error}")
     print(f"delta file: {made.path} ({made.size / 1024:,.0f} KiB)")
@@ -327,3 +333,35 @@ def plan(argv: list[str]) -> None:
     from lightning_pet.cli.plan import plan_run
 
     plan_run(options, rest)
+
+
+def sweep(argv: list[str]) -> None:
+    """Try options side by side.
+
+    Args:
+        argv: options of the sweep, what is to be tried, and options of ``fit``.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-pet sweep",
+        usage="lightning-pet sweep [options of fit] --OPTION=VALUE,VALUE… [--OPTION=VALUE,VALUE…] [--output FOLDER]",
+        description="Trains all combinations of the values in one Trainer: the base is in memory once, every batch "
+        "goes through all runs, and each gets the weights that it would get alone. To be tried are lr, weight_decay, "
+        "seed (random start and dropout) and the options of the methods (r, alpha, dropout …). All other options are "
+        "those of fit. At the end: a table, best first, one delta file for each run, sweep.json, and a picture if "
+        "matplotlib is installed.",
+        epilog="lightning-pet sweep -c my.yaml --lr=1e-3,3e-3 --seed=0,1,2 --r=4,8 --output=sweep",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, default=Path("sweep"), help="folder to write; default: sweep")
+    parser.add_argument("--metric", help="logged metric that counts; default: the data's, or what is monitored")
+    parser.add_argument("--mode", choices=["min", "max"], help="whether less or more of it is better")
+    parser.add_argument("--at_once", type=int, help="so many runs in one Trainer, the others after them; default: all")
+    parser.add_argument("--split", action="store_true", help="one after the other in each step, for any loss")
+    parser.add_argument("--device_memory", metavar="SIZE", help="that there is, such as 24GiB; default: what is free")
+    parser.add_argument("--plot", type=Path, help="picture to write; default: sweep.png in the folder")
+    options, rest = parser.parse_known_args(argv)
+    from lightning_pet.cli.sweep import sweep as train
+
+    train(options, rest)

@@ -30,7 +30,7 @@ class _PlanTrainer(pl.Trainer):
     estimated_stepping_batches = 1000
 
 
-class _Plan(PetCLI):
+class PlannedRun(PetCLI):
     """Builds the parts of a run, on this machine whatever the run will be on."""
 
     def __init__(self, arguments: list[str]) -> None:
@@ -92,7 +92,7 @@ def plan_run(options: Namespace, arguments: list[str]) -> None:
     with command("plan"):
         memory = None if options.device_memory is None else bytes_of(options.device_memory)
         with without_weights() if options.meta else nullcontext():
-            run = _Plan(or_default(arguments))
+            run = PlannedRun(or_default(arguments))
             engine = engine_of(run.asked["strategy"], run.asked["devices"], run.asked["num_nodes"] or 1)
             run.assembled(engine)
         batch = run.batch(options.batch_size, options.tokens)

@@ -21,7 +21,7 @@ from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out
 from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
-from lightning_pet.layers.sharding import holds_parts, whole_shape
+from lightning_pet.layers.sharding import has_master, holds_parts, is_flattened, is_partition, settled, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_at
 from lightning_pet.model.call import Rows, Switch, between_forwards
 from lightning_pet.model.naming import (
@@ -55,6 +55,7 @@ def activate(root: nn.Module, deltas: tuple[str, ...]) -> None:
         TargetError: if two cannot act on one layer.
     """
     record = record_at(root)
+    check_known(deltas, record.names)
     coming = {name for name in deltas if name not in record.active}
     for _ in record.of(*coming).deltas(root) if coming else ():
         pass  # raises before anything is changed
@@ -126,7 +127,8 @@ def remove_all(root: nn.Module) -> None:
     own = tensors_at(root, record.originals)
     if len(record.names) > 1 or any(whole_shape(t) != record.originals[name].shape for name, t in own.items()):
         place(root, ())
-    undo(root)
+    with between_forwards(root):
+        undo(root)
 
 
 def refuse_in_use(record: Adaptation, delta: str, what: str) -> None:
@@ -212,7 +214,13 @@ def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) 
     values = {name: value for name, value in values.items() if not value.is_meta}
     if not values:
         return {}
+    settled(root)
     present = tensors_at(root, values)
+    if held := [name for name, tensor in present.items() if is_flattened(tensor) or is_partition(tensor)]:
+        raise PETError(
+            f"{', '.join(held[:4])} cannot get the values of another delta for all threads: the engine (FSDP1 or "
+            "ZeRO-3) holds a piece in each process. Choose before the fit, or for a block: `with adapted.using(name)`."
+        )
     by_copy = any(_is_held(tensor) for tensor in present.values()) or holds_parts(root, without=CHILD)
     if other := [n for n, t in present.items() if by_copy and whole_shape(t) != whole_shape(values[n])]:
         raise PETError(
@@ -249,7 +257,8 @@ def show_in_blocks(root: nn.Module, record: Adaptation, delta: str, values: Mapp
 
 def _is_held(tensor: Tensor) -> bool:
     """Whether others may hold the memory of a tensor, or it is of a kind whose memory is not to be exchanged."""
-    return type(tensor.data) is not Tensor or (tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
+    shared = tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]
+    return shared or type(tensor.data) is not Tensor or has_master(tensor)
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -322,8 +331,8 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
             names = {*wanted, *record.held_by(record.names)}
             modules = named_modules(root, of_base=True) if names or not deltas else {}
             places, values = places_of(modules, names, aside=not deltas)
-            if wanted and _others_hold(root, places):
-                stack.callback(copy_in, root, _exchange(root, wanted))
+            if wanted and _is_exchanged(root, wanted, places):
+                stack.callback(_exchange, root, _exchange(root, wanted))
                 places, values = places_of(modules, set(), aside=not deltas)
             else:
                 values |= placed_values(root, wanted)
@@ -347,9 +356,12 @@ def belong(root: nn.Module, record: Adaptation) -> None:
             deltas.belong(key, record.switch)
 
 
-def _others_hold(root: nn.Module, places: _Places) -> bool:
-    """Whether values cannot be read side by side: an engine holds parts of them, or the class of a module."""
-    return holds_parts(root, without=CHILD) or any(is_swapped_by_others(module) for module, _ in places)
+def _is_exchanged(root: nn.Module, names: Iterable[str], places: _Places) -> bool:
+    """Whether a block has to exchange values: they cannot be read in the place of what an engine holds."""
+    parts = holds_parts(root, without=CHILD) and not any(
+        is_partition(tensor) for tensor in tensors_at(root, names).values()
+    )
+    return parts or any(is_swapped_by_others(module) for module, _ in places)
 
 
 def wanted_by(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> dict[str, Tensor]:
@@ -422,6 +434,7 @@ def placed_values(
 
 def _exchange(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put these values in, and return the present ones."""
+    settled(root)
     present = {name: tensor.detach().clone() for name, tensor in named_tensors(root) if name in values}
     copy_in(root, values)
     return present
@@ -454,7 +467,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
             everything = differing | set(record.held_by(record.names))
             modules = named_modules(root, of_base=True)
             places, _ = places_of(modules, everything, aside=False)
-            if differing and _others_hold(root, places):
+            if differing and _is_exchanged(root, differing, places):
                 raise TargetError(
                     f"an engine holds parts of {', '.join(sorted(differing)[:4])}, and every delta has values of its "
                     "own there: rows of one batch cannot read different ones. Use one after the other: `using(name)`."

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.insertion.remade import may_remake, remaking
 from lightning_pet.insertion.rows import apart, around_form, changed_rows, differing_at, generating
 from lightning_pet.insertion.slot import (
     KEPT,
@@ -149,9 +150,16 @@ class WeightHost(_AroundHost):
         before = call.scope  # a reader may be inside another
         call.scope = (*before, self, *self.__dict__.get(_READS, ()))
         try:
-            return super()._pet_base_forward(*args, **kwargs)
+            if not self._pet_remakes():
+                return super()._pet_base_forward(*args, **kwargs)
+            with remaking(call):
+                return super()._pet_base_forward(*args, **kwargs)
         finally:
             call.scope = before
+
+    def _pet_remakes(self) -> bool:
+        pet: Any = self._modules[CHILD]
+        return may_remake() and any(pet._modules[key].remakes for key in pet.acting().weight)
 
     def _pet_weight(self, name: str) -> Any:
         weight = held(self, name)
@@ -164,9 +172,13 @@ class WeightHost(_AroundHost):
         acting = pet.acting()
         if acting.groups is not None and any(group.weight for group in acting.groups):
             return differing(weight, name)
-        for key in acting.weight:
-            delta = pet._modules[key]
-            weight = delta(weight) if delta.parameter == name else weight
+        deltas = [pet._modules[key] for key in acting.weight if pet._modules[key].parameter == name]
+        base = weight
+        for delta in deltas:
+            weight = delta(weight)
+        remade = HERE.call.remade
+        if remade is not None and len(deltas) == 1 and (remake := deltas[0].remaker(base)) is not None:
+            remade.note(weight, remake)
         return weight
 
 

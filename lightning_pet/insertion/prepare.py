@@ -105,6 +105,8 @@ def prepare(
             targets = (*targets, *_heads(root, method, targets, bases, structure))
         with started(method, states):
             item = _build(root, method, targets, bases, structure, stored, twins)
+        if (as_alone := getattr(method, "as_alone", None)) is not None:
+            as_alone(root, [target for target in targets if target.role != HEAD])
         prepared.append(replace(item, trained=_once(root, item.trained, prepared)))
     return _with_own_values(root, prepared, structure, record.active if record and acts else (), states)
 

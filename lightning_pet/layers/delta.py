@@ -10,11 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_pet.errors import ArgumentError, NotMergeableError
-from lightning_pet.layers.sharding import placed
+from lightning_pet.errors import ArgumentError, NotMergeableError, PETError
+from lightning_pet.layers.sharding import is_partition, placed
+from lightning_pet.layers.transforms import is_ordinary
 
 MAX_SCALE: Final = 1024.0
 """Largest factor of a delta: beyond it numbers overflow sooner than a model learns anything."""
+
+REMADE: Final = 1 << 16
+"""Effective weights of as many numbers may be made again in backward: 256 KiB; smaller ones are kept until then."""
+
+Remaker = Callable[[], Tensor]
+"""Makes an effective weight once more."""
 
 Path = Literal["activation", "around", "weight", "generate", "shared"]
 
@@ -108,6 +115,29 @@ def wrong_kinds(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     ]
 
 
+def unchanged_since(*tensors: Tensor) -> Callable[[], None] | None:
+    """A function that fails if one of these tensors has been changed in place since now.
+
+    Returns:
+        The function; ``None`` where that cannot be told, as an engine may take the values away meanwhile: of anything
+        but parameters and plain tensors that hold their values.
+    """
+    if not all(type(t) in (Tensor, nn.Parameter) and is_ordinary(t) and not is_partition(t) for t in tensors):
+        return None
+    if any(t.is_floating_point() and type(t) is not nn.Parameter for t in tensors):
+        return None  # a view of what FSDP1 has gathered, or the copy of a parameter for another thread
+    before = [tensor._version for tensor in tensors]
+
+    def check() -> None:
+        if [tensor._version for tensor in tensors] != before:
+            raise PETError(
+                "a weight, or the delta that moves it, was changed between forward and backward, which needs both as "
+                "they were. Change parameters after backward, as an optimizer does."
+            )
+
+    return check
+
+
 class Excerpt(NamedTuple):
     """What files hold of a parameter: a few of its entries, under a name of their own.
 
@@ -155,6 +185,9 @@ class Delta(Part):
     """:meth:`initialize_from` needs the values of the base weight: it gets dequantised ones."""
     reads_weight: bool = False
     """``forward`` needs the host's weight: a quantised host calls ``delta(x, output, weight, bias)``."""
+
+    remakes: bool = False
+    """An effective weight is large and quickly made: ask :meth:`remaker` how, instead of keeping it for backward."""
 
     row_form: ClassVar[Any] = None
     """``row_form(deltas, ids, x, output, host)``: what :meth:`forward` does, at once for rows of different deltas.
@@ -209,6 +242,18 @@ class Delta(Part):
         """
         with torch.no_grad():
             weight.copy_(self.merged(weight))
+
+    def remaker(self, weight: Tensor) -> Remaker | None:
+        """What makes the effective weight of a weight once more in a backward pass, without gradients.
+
+        Args:
+            weight: as the forward has read it.
+
+        Returns:
+            A function that gives the very values that :meth:`forward` gave, or fails if what it needs has changed
+            since; ``None`` if nothing does, and the effective weight is kept.
+        """
+        return None
 
     def reach(self, largest: float) -> float:
         """A number that no value of the merged weight exceeds in size, as far as that can be told without computing it.
@@ -297,6 +342,17 @@ class Tied(Delta):
         """Effective weight, as the first module sees it."""
         effective: Tensor = self.__dict__["source"](weight)
         return effective
+
+    @property
+    def remakes(self) -> bool:  # type: ignore[override]
+        """As the first one's."""
+        source: Delta = self.__dict__["source"]
+        return source.remakes
+
+    def remaker(self, weight: Tensor) -> Remaker | None:
+        """As the first one's."""
+        source: Delta = self.__dict__["source"]
+        return source.remaker(weight)
 
 
 # --- building deltas without memory, and without the values that a file brings anyway -------------

@@ -150,7 +150,18 @@ def fastfood(vector: Tensor, numel: int, seed: int) -> Tensor:
 
 def projected_values(vector: Tensor, numel: int, seed: int) -> Tensor:
     """What :func:`fastfood` returns, without a gradient."""
-    drawn, exactly = _drawn(vector, vector.numel(), numel, seed), multiplies_exactly(vector)
+    return _projected(vector, _drawn(vector, vector.numel(), numel, seed), numel)
+
+
+def projected_before_back(vector: Tensor, numel: int, seed: int) -> Tensor:
+    """The same where :func:`transposed_values` follows soon, which then finds drawn what is random."""
+    drawn = _drawn(vector, vector.numel(), numel, seed)
+    _kept.lend((seed, vector.numel(), numel, vector.dtype, vector.device), drawn)
+    return _projected(vector, drawn, numel)
+
+
+def _projected(vector: Tensor, drawn: "_Drawn", numel: int) -> Tensor:
+    exactly = multiplies_exactly(vector)
     table = vector.new_zeros(drawn.table)
     torch.mul(vector, drawn.signs, out=table[: drawn.size])
     table = _hadamard(table, exactly)
@@ -337,7 +348,8 @@ class _Drawn:
     def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first index, normal numbers, positions in the table that the permutation takes them from), in order."""
         if self._kept:
-            yield from self._kept
+            for start, normal, index in self._kept:
+                yield start, normal, index.int()
             return
         bits = self._length.bit_length() - 1
         step = min(self._length, _PIECE.get(self._like.device.type, _PIECE_ELSEWHERE))
@@ -364,9 +376,14 @@ class _Drawn:
         """What it takes to keep all of it."""
         return self._length * (self._like.itemsize + 4) + self.signs.nbytes
 
-    def keep(self) -> None:
-        """Hold what was drawn."""
-        self._kept = list(self.pieces())
+    def keep(self, densely: bool = False) -> None:
+        """Hold what was drawn.
+
+        Args:
+            densely: in less memory, and with a little more work at every use.
+        """
+        short = torch.int16 if densely and self.table <= 1 << 15 else torch.int32
+        self._kept = [(start, normal, index.to(short)) for start, normal, index in self.pieces()]
         self._scale = self.scale()
 
 
@@ -378,6 +395,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.drawn: dict[tuple[Any, ...], _Drawn] = {}
+        self.lent: dict[tuple[Any, ...], _Drawn] = {}
         self.users: Counter[int] = Counter()
         self.bytes = 0
         self._released: deque[int] = deque()
@@ -392,6 +410,13 @@ class _Kept:
             self.bytes += drawn.bytes
             drawn.keep()
             self.drawn[key] = drawn
+
+    def lend(self, key: tuple[Any, ...], drawn: _Drawn) -> None:
+        """Hold one until it is used once more, or another takes its place."""
+        self.lent.clear()
+        if key not in self.drawn and drawn.bytes <= KEPT_BYTES:
+            drawn.keep(densely=True)
+            self.lent[key] = drawn
 
     def hold(self, seed: int) -> None:
         """One more uses this seed."""
@@ -432,7 +457,7 @@ def hold(owner: object, seed: int) -> None:
 
 def _drawn(like: Tensor, size: int, numel: int, seed: int) -> _Drawn:
     key = (seed, size, numel, like.dtype, like.device)
-    held = _kept.drawn.get(key)
+    held = _kept.drawn.get(key) or _kept.lent.pop(key, None)
     if held is not None:
         return held
     with torch.inference_mode(False), torch.no_grad():

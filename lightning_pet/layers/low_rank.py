@@ -15,7 +15,9 @@ from lightning_pet.layers.low_rank_dora import Dora, dora_linear
 from lightning_pet.layers.low_rank_product import (
     add_low_rank,
     compute_dtype,
+    is_narrow,
     is_plain,
+    is_simple,
     low_rank_directly,
     low_rank_linear,
     prefers_merged,
@@ -50,6 +52,7 @@ class LowRankLinear(OwnBias):
     fuses_linear: ClassVar[bool] = True
     _bare = False
     _direct = False
+    _adds = False
 
     def __init__(
         self,
@@ -85,9 +88,9 @@ class LowRankLinear(OwnBias):
             bias=bias,
         )
         # A and B as they are, and nothing else: decided once, because generation asks in every layer for every token.
-        own = type(self)._flat_a is LowRank._flat_a
-        self._direct = self.rows is None and self.a0 is None and not bias and not use_dora
-        self._bare = own and self._direct
+        self._direct = self.rows is None and not bias
+        self._adds = self._direct and self.a0 is None and not use_dora
+        self._bare = self._adds and type(self)._flat_a is LowRank._flat_a
 
     def forward(
         self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
@@ -107,10 +110,7 @@ class LowRankLinear(OwnBias):
             ArgumentError: if neither output nor weight is given, or DoRA does not get the weight.
         """
         if self._direct and output is None and weight is not None:
-            own, matrix = self._parameters, weight.t() if self.transposed else weight
-            dropout = self.dropout if self.training else 0.0
-            made = None if self._bare else self._flat_a
-            direct = low_rank_directly(x, matrix, bias, own.get("a"), own.get("b"), self.scale, dropout, made)
+            direct = self._directly(x, weight.t() if self.transposed else weight, bias)
             if direct is not None:
                 return direct
         if weight is None and (output is None or self.use_dora):
@@ -138,6 +138,38 @@ class LowRankLinear(OwnBias):
         matrix, bias = matrix.to(dtype), None if bias is None else bias.to(dtype)
         origin, dropout = self._origin(dtype), self.dropout if drops else 0.0
         return low_rank_linear(x, matrix, bias, a, b, self.scale, merged=merged, origin=origin, dropout=dropout)
+
+    def _directly(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output in autograd's own nodes where these are cheaper than one of ours; ``None`` where they are not."""
+        own, dropout = self._parameters, self.dropout if self.training else 0.0
+        a, b = own.get("a"), own.get("b")
+        if self._bare or not is_narrow(x, weight) or (dropout and self._adds):
+            made = None if self._bare else self._flat_a
+            return low_rank_directly(x, weight, bias, a, b, self.scale, dropout, made) if self._adds else None
+        if a is None or b is None or (dropout and not self.use_dora) or not is_simple(x, weight, bias, a, b):
+            return None
+        changed = self._changed_directly(weight, b)
+        if changed is None:
+            return None
+        if not dropout:
+            return F.linear(x, changed, bias)
+        return F.linear(x, weight, bias) + F.linear(F.dropout(x, dropout), changed - weight)
+
+    def _changed_directly(self, weight: Tensor, b: Tensor) -> Tensor | None:
+        """The effective weight, exactly the base's at the start; ``None`` where something is of another dtype."""
+        a0, b0, magnitude = self.a0, self.b0, self._parameters.get("magnitude")
+        for tensor in (a0, b0, magnitude):
+            if tensor is not None and tensor.dtype != b.dtype:
+                return None
+        a = self._flat_a()
+        if a0 is None or b0 is None:
+            changed = torch.addmm(weight, b, a, alpha=self.scale)
+        else:
+            changed = torch.add(weight, b @ a - b0 @ a0, alpha=self.scale)
+        if magnitude is None:
+            return changed
+        norm: Tensor = torch.linalg.vector_norm(changed.detach(), dim=-1)
+        return changed * (magnitude / norm).unsqueeze(-1)
 
     @staticmethod
     def row_form(

@@ -24,6 +24,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _PIECE = 1 << 18  # numbers of a weight that are widened at a time: they stay in a cache
 _ROWS = 64  # but never fewer: a strip of a transposed weight should hold whole lines of a cache
 _SMALL = 2**15
+_NARROW = 2**14
 _BITS = 53
 _CHUNK = 1 << 16  # numbers that stay in a cache
 
@@ -314,18 +315,9 @@ def low_rank_directly(
     memory. Returns ``None`` where it is not as simple; arguments as there, of any dtype. ``made`` gives what acts in
     the place of A; it is asked only where the product is computed here, because asking may count (a penalty).
     """
-    dtype, shape = x.dtype, x.shape
-    if (
-        torch.compiler.is_compiling()  # what would be gained is not there
-        or type(weight) not in _PLAIN
-        or a is None
-        or b is None
-        or not (dtype == a.dtype == b.dtype == weight.dtype)
-        or (bias is not None and bias.dtype != dtype)
-        or torch._C._is_any_autocast_enabled()
-        or is_transformed()
-    ):
+    if a is None or b is None or not is_simple(x, weight, bias, a, b):
         return None
+    shape = x.shape
     grows = torch.is_grad_enabled()
     if not is_small(x, weight) and (grows or dropout or prefers_merged(x, weight)):
         return None
@@ -342,6 +334,19 @@ def low_rank_directly(
     return output if flat is x else output.view(*shape[:-1], output.shape[-1])
 
 
+def is_simple(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
+    """Whether nothing must be converted, and neither a compiler nor a transform looks on."""
+    dtype = x.dtype
+    return not (
+        torch.compiler.is_compiling()  # what would be gained is not there
+        or type(weight) not in _PLAIN
+        or not (dtype == a.dtype == b.dtype == weight.dtype)
+        or (bias is not None and bias.dtype != dtype)
+        or torch._C._is_any_autocast_enabled()
+        or is_transformed()
+    )
+
+
 def is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether input and output have so few numbers that a node written in Python would cost more than it saves.
 
@@ -349,6 +354,17 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
     """
     rows, columns = weight.shape
     return x.numel() * max(rows, columns) < _SMALL * columns
+
+
+def is_narrow(x: Tensor, weight: Tensor) -> bool:
+    """Whether a small layer's weight is so small, too, that it costs less to change it than to add to its output.
+
+    Measured on CPU with gradients: at 2 ** 12 numbers 0.8 to 0.9 of the time, at 2 ** 14 they break even, whatever the
+    tokens. What is kept more is the changed weight, 64 KiB at most in single precision. Half precision would round the
+    change away, and in another layout the base's product would round differently.
+    """
+    exact = x.dtype in (torch.float32, torch.float64) and weight.is_contiguous()
+    return exact and weight.numel() <= _NARROW and is_small(x, weight)
 
 
 def _reduced(flat: Tensor, a: Tensor) -> Tensor:

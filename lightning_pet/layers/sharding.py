@@ -20,6 +20,16 @@ def is_partition(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_shape")
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether FSDP1 keeps this parameter as a part of a flat one, of which each process holds a piece."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def has_master(tensor: Tensor) -> bool:
+    """Whether ZeRO trains a copy of this parameter, and writes it back into a flat memory that this is a part of."""
+    return hasattr(tensor, "_hp_mapping")
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape of all of a tensor."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
@@ -81,6 +91,16 @@ def holds_parts(module: nn.Module, *, without: str | None = None) -> bool:
             return True
         todo += [child for name, child in part._modules.items() if child is not None and name != without]
     return False
+
+
+def settled(module: nn.Module) -> None:
+    """Let modules hold the parts that their processes keep, where FSDP2 has left whole parameters after a forward.
+
+    What is written into those would be gone with them.
+    """
+    for part in module.modules():
+        if callable(getattr(part, "unshard", None)) and callable(getattr(part, "reshard", None)):
+            part.reshard()  # type: ignore[operator]
 
 
 def ordinary_parts(tensor: Tensor) -> list[Tensor]:

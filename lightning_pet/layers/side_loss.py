@@ -125,14 +125,24 @@ class Penalty:
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The scaled gradient with respect to each parameter, in its dtype; zeros if it was taken already."""
+        return self._due_gradients(parameters) or [torch.zeros_like(parameter) for parameter in parameters]
+
+    def within(self, gradient: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The same for the backward of a node with this gradient; ``None`` if it was taken already."""
+        if torch.is_grad_enabled():  # the operator refuses to be differentiated
+            found: list[Tensor] = torch.ops.lightning_pet.side_gradients(gradient, list(parameters), self.key)
+            return found
+        return self._due_gradients(parameters)
+
+    def _due_gradients(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         if self._held is not None:
             self._compute_together(self._held.place)
         ready, self._ready = self._ready, None
         factor = self.take()
         if isinstance(factor, float) and factor == 0:
-            return [torch.zeros_like(parameter) for parameter in parameters]
+            return None
         if ready is not None and ready[0] == torch._C._current_graph_task_id():
-            return [g.to(p.dtype) for g, p in zip(ready[1], parameters, strict=True)]
+            return [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(ready[1], parameters, strict=True)]
         values = [_wide(parameter) for parameter in parameters]
         if self.gradient is not None:
             found = self.gradient(*values)
@@ -155,11 +165,12 @@ class Penalty:
         if task == -1 or not self.weight or (self._ready is not None and self._ready[0] == task):
             return
         members: list[Penalty] = []
-        parameters, size = [], 0
+        parameters, size, weight = [], 0, self.weight
         for penalty in (self, *filter(None, (reference() for reference in reversed(_alive.valuerefs())))):
             held = penalty._held
-            alike = held is not None and penalty.function is self.function and penalty.weight == self.weight
-            if held is None or not alike or held.place != place or not held.is_whole or penalty in members[:1]:
+            if held is None or penalty.function is not self.function or penalty.weight != weight:
+                continue
+            if held.place != place or not held.is_whole or penalty in members[:1]:
                 continue
             size += sum(parameter.numel() for parameter in held.parameters)
             if members and size > TOGETHER:
@@ -254,11 +265,8 @@ class _Side(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors  # may run the forward again
-        if torch.is_grad_enabled():  # the operator refuses to be differentiated
-            found = torch.ops.lightning_pet.side_gradients(gradient, list(parameters), ctx.penalty.key)
-        else:
-            found = ctx.penalty.gradients(parameters)
-        return gradient, None, *found
+        found = ctx.penalty.within(gradient, parameters)
+        return gradient, None, *(found or [None] * len(parameters))
 
 
 # Past what ``Function.apply`` does for torch.func, which does not come here.

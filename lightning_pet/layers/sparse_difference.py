@@ -7,7 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.layers.delta import Delta, Excerpt, kind_of, wrong_names
+from lightning_pet.layers.delta import (
+    REMADE,
+    Delta,
+    Excerpt,
+    Remaker,
+    kind_of,
+    unchanged_since,
+    wrong_names,
+)
 from lightning_pet.layers.gated_weight import Form, Gates, expected_open, gated_weight
 from lightning_pet.layers.hard_concrete import HardConcrete
 from lightning_pet.layers.sharding import is_sharded
@@ -16,6 +24,12 @@ from lightning_pet.layers.side_loss import Penalty
 Kind = Literal["both", "weight", "group"]
 
 _GATES = ("alpha", "alpha_group")
+
+
+def _with_values(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    flat, places = weight.reshape(-1), indices.long()
+    moved = flat.index_select(0, places).to(values.dtype) + values
+    return flat.index_copy(0, places, moved.to(weight.dtype)).view(weight.shape)
 
 
 class SparseDifference(Delta):
@@ -117,10 +131,27 @@ class SparseDifference(Delta):
         assert self.indices is not None
         if not self.indices.numel():
             return weight
-        flat, places = weight.reshape(-1), self.indices.long()
-        values = self._values(self.values, self.w)
-        moved = flat.index_select(0, places).to(values.dtype) + values
-        return flat.index_copy(0, places, moved.to(weight.dtype)).view(weight.shape)
+        return _with_values(weight, self.indices, self._values(self.values, self.w))
+
+    @property
+    def remakes(self) -> bool:  # type: ignore[override]
+        """A weight that differs at a few places is copied soon; one with gates has to be drawn."""
+        return self.indices is not None and self.size >= REMADE and bool(self.indices.numel())
+
+    def remaker(self, weight: Tensor) -> Remaker | None:
+        """See :meth:`Delta.remaker`; once the places are decided."""
+        indices, values = self.indices, self.values
+        if indices is None or values is None or not self.remakes:
+            return None
+        if (check := unchanged_since(weight, indices, values)) is None:
+            return None
+
+        @torch.no_grad()
+        def remake() -> Tensor:
+            check()
+            return _with_values(weight, indices, values)
+
+        return remake
 
     def _values(self, values: Tensor | None, w: Tensor | None) -> Tensor:
         if values is not None:

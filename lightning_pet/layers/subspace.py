@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_pet.layers.delta import Delta
+from lightning_pet.layers.delta import REMADE, Delta, Remaker, unchanged_since
 from lightning_pet.layers.fastfood import (
     define,
     fastfood,
     fastfood_transposed,
     hold,
     padded_length,
+    projected_before_back,
     projected_values,
     transposed_values,
 )
@@ -96,6 +97,26 @@ class Projected(Delta):
             return 1
         return padded_length(len(self.__dict__["subspace"].vector), self.numel)
 
+    @property
+    def remakes(self) -> bool:  # type: ignore[override]
+        """Projecting once more costs little where backward projects back with the same random numbers at once."""
+        return self.numel >= REMADE
+
+    def remaker(self, weight: Tensor) -> Remaker | None:
+        """See :meth:`Delta.remaker`; for a weight that stays where it is, on the device of θ."""
+        subspace = cast(Subspace, self.__dict__["subspace"])
+        vector, factors = subspace.vector, subspace.factors
+        check = unchanged_since(weight, vector, *([] if factors is None else [factors]))
+        if check is None or not self.remakes or vector.device != weight.device:
+            return None
+
+        @torch.no_grad()
+        def remake() -> Tensor:
+            check()
+            return _moved(weight, vector, factors, self, soon_back=True)
+
+        return remake
+
     def forward(self, weight: Tensor) -> Tensor:
         """Effective weight, in the dtype of the base; the sum is made in at least float32.
 
@@ -137,6 +158,12 @@ class Projected(Delta):
         return f"numel={self.numel}, seed={self.seed}"
 
 
+def _moved(weight: Tensor, vector: Tensor, factors: Tensor | None, delta: Projected, soon_back: bool = False) -> Tensor:
+    scaled = vector if factors is None else vector * factors[delta.index]
+    change = (projected_before_back if soon_back else projected_values)(scaled, delta.numel, delta.seed)
+    return (weight + change.view(weight.shape)).to(weight.dtype)
+
+
 class _Move(torch.autograd.Function):
     """``W + λ P θ`` in one node; it keeps θ and λ alone."""
 
@@ -144,9 +171,7 @@ class _Move(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, vector: Tensor, factors: Tensor | None, delta: Projected) -> Tensor:
         ctx.index, ctx.seed, ctx.divisor = delta.index, delta.seed, delta.divisor
         ctx.save_for_backward(vector, factors)
-        scaled = vector if factors is None else vector * factors[delta.index]
-        change = projected_values(scaled, delta.numel, delta.seed)
-        return (weight + change.view(weight.shape)).to(weight.dtype)
+        return _moved(weight, vector, factors, delta)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,6 +16,7 @@ from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
 from lightning_pet.layers.low_rank_base import LowRank
 from lightning_pet.layers.low_rank_hosts import ConvWeight, LowRankConv
 from lightning_pet.layers.side_loss import Penalty, with_penalty
+from lightning_pet.layers.transforms import apply_node
 
 # --- which triplets of which matrix are worth their place ------------------------------------------
 
@@ -110,6 +111,7 @@ def allocate(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
 
 
 _STD = 0.02
+_LEAST = 1e-30  # what no norm but zero is below
 
 
 class SvdLowRank(LowRank):
@@ -207,6 +209,42 @@ class SvdLowRank(LowRank):
 class SvdLowRankLinear(SvdLowRank, LowRankLinear):
     """AdaLoRA on a linear layer; arguments of :class:`~lightning_pet.layers.low_rank.LowRankLinear`."""
 
+    def _changed_directly(self, weight: Tensor, b: Tensor) -> Tensor | None:
+        a, e, penalty = self._parameters.get("a"), self._parameters.get("e"), self.penalty
+        if a is None or e is None or e.dtype != b.dtype:
+            return None
+        if penalty.weight:
+            with_gradients = torch.is_grad_enabled()
+            penalty.arm(with_gradients)
+            if with_gradients:
+                penalty.hold((a, b))
+                changed: Tensor = apply_node(_Changed, weight, b, e, a, self.scale, penalty)
+                return changed
+        return torch.addmm(weight, b * e, a, alpha=self.scale)
+
+
+class _Changed(torch.autograd.Function):
+    """``W + s · B diag(e) A`` for a small W, whose backward adds the penalty of A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, b: Tensor, e: Tensor, a: Tensor, scale: float, penalty: Penalty) -> Tensor:
+        ctx.scale, ctx.penalty = scale, penalty
+        ctx.save_for_backward(b, e, a)
+        return torch.addmm(weight, b * e, a, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        b, e, a = ctx.saved_tensors  # may run the forward again
+        need_weight, _, need_e, _, *_ = ctx.needs_input_grad
+        scaled, inner = e * ctx.scale, grad @ a.t()
+        rows = (b * scaled).t()
+        if (added := ctx.penalty.within(grad, (a, b))) is not None:
+            of_a, of_b = torch.addmm(added[0], rows, grad), torch.addcmul(added[1], inner, scaled)
+        else:
+            of_a, of_b = rows @ grad, inner * scaled
+        of_e = (inner * b).sum(0) * ctx.scale if need_e else None
+        return grad if need_weight else None, of_b, of_e, of_a, None, None
+
 
 class SvdLowRankParameter(SvdLowRank, LowRankParameter):
     """AdaLoRA on a bare parameter; arguments of :class:`~lightning_pet.layers.low_rank.LowRankParameter`."""
@@ -231,28 +269,35 @@ def orthogonality(a: Tensor, b: Tensor) -> Tensor:
 
 def orthogonality_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`orthogonality`; zero where the rows are orthonormal already."""
-    return _gradient(a), _gradient(b.mT).mT
+    return _scaled(a, 1.0) @ a, b @ _scaled(b.mT, 1.0)
 
 
 def _orthogonality_gradients(pairs: Sequence[Sequence[Tensor]], factor: Tensor | float) -> list[Sequence[Tensor]]:
     """The same of several pairs (A, B), times a factor: one product for all matrices of one shape."""
-    rows = [matrix for a, b in pairs for matrix in (a, b.mT)]
+    of_a, of_b = zip(*pairs, strict=True)
+    return list(zip(_gradients(of_a, False, factor), _gradients(of_b, True, factor), strict=True))
+
+
+def _gradients(matrices: Sequence[Tensor], columns: bool, factor: Tensor | float) -> list[Tensor]:
     alike: dict[Any, list[int]] = defaultdict(list)
-    for index, matrix in enumerate(rows):
+    for index, matrix in enumerate(matrices):
         alike[matrix.shape, matrix.dtype].append(index)
+    found = list(matrices)
     for indices in alike.values():
-        found = _gradient(torch.stack([rows[index] for index in indices])).mul_(factor)
-        for index, gradient in zip(indices, found.unbind(), strict=True):
-            rows[index] = gradient
-    return [(a, b.mT) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        several = torch.stack([matrices[index] for index in indices])
+        gradients = several @ _scaled(several.mT, factor) if columns else _scaled(several, factor) @ several
+        for index, gradient in zip(indices, gradients.unbind(), strict=True):
+            found[index] = gradient
+    return found
 
 
 def _distance(rows: Tensor) -> tuple[Tensor, Tensor]:
-    difference = rows @ rows.mT - torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
-    return difference, torch.linalg.matrix_norm(difference)
+    difference = rows @ rows.mT
+    difference.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return difference, torch.linalg.vector_norm(difference, dim=(-2, -1), keepdim=True)
 
 
-def _gradient(rows: Tensor) -> Tensor:
+def _scaled(rows: Tensor, factor: Tensor | float) -> Tensor:
+    """The gradient of the distance, times a factor, with respect to the rows: this symmetric matrix times the rows."""
     difference, norm = _distance(rows)
-    scale = torch.where(norm > 0, 2 / norm, torch.zeros_like(norm))
-    return scale[..., None, None] * (difference @ rows)
+    return difference.mul_(2 * factor / norm.clamp_(min=_LEAST))  # where the norm is zero, so is the difference

@@ -170,6 +170,7 @@ class CallState:
         around: what deltas around a running module hold for the time, as pairs of delta and value, innermost last.
         observer: sees the attentions that this thread runs.
         part: chosen while some of the rows of a batch run alone.
+        remade: effective weights of the running host that backward makes again.
     """
 
     def __init__(self) -> None:
@@ -184,6 +185,7 @@ class CallState:
         self.around: tuple[tuple[nn.Module, Any], ...] = ()
         self.observer: Any = None
         self.part: Chosen | None = None
+        self.remade: Any = None
 
     @contextmanager
     def only(self, number: int, part: Selection) -> Iterator[None]:

@@ -13,7 +13,7 @@ from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileErro
 from lightning_pet.insertion.checks import check_intact
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.insertion.tasks.own_values import is_own, own_places
-from lightning_pet.layers.sharding import holds_parts
+from lightning_pet.layers.sharding import holds_parts, whole
 from lightning_pet.model.adaptation import Adaptation, record_at, record_of
 from lightning_pet.model.naming import (
     as_base_names,
@@ -282,8 +282,8 @@ def check_base(
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """One digest of a delta's tensors, by their names in files."""
-    parts = (f"{name}\0{digest(tensor)}\n" for name, tensor in sorted(tensors.items()))
+    """One digest of a delta's tensors, by their names in files; of parts, every process must ask for it together."""
+    parts = (f"{name}\0{digest(whole(tensor))}\n" for name, tensor in sorted(tensors.items()))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

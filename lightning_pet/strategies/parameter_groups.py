@@ -37,8 +37,8 @@ class Wish:
         ratio: factor on every learning rate.
         options: options to set. A learning rate is meant absolutely; a schedule acts on it as on the others.
         run: of which of several runs the parameter is one; each has groups of its own, under its name.
-        of_run: what that run would have in the place of the optimizer's first learning rate and weight decay that are
-            not 0. Those of other groups go with them; 0 stays 0.
+        of_run: what that run would give the optimizer as its learning rate and weight decay. Groups that were given
+            others keep those. If all were, those of the first group that are not 0 are meant, and others go with them.
     """
 
     ratio: float = 1.0
@@ -46,30 +46,38 @@ class Wish:
     run: str = ""
     of_run: tuple[tuple[str, float], ...] = ()
 
-    def on(self, group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]] = ()) -> "Wish":
+    def on(self, group: Mapping[str, Any], optimizer: Any = None) -> "Wish":
         """The part of it that a group can grant and does not grant already, with the learning rate as a ratio.
 
         Args:
             group: that the parameter is in.
-            groups: of the optimizer.
+            optimizer: whose it is.
         """
         wanted = {key: value for key, value in self.options if key in group and key != "lr" and group[key] != value}
         rate = dict(self.options).get("lr")
         start = float(group.get("initial_lr", group["lr"]))
         ratio = self.ratio if rate is None or start == 0 else rate / start
-        own = dict(self.of_run)
-        if "lr" in own and rate is None:
-            ratio *= own["lr"] / _first([float(other.get("initial_lr", other["lr"])) for other in groups], own["lr"])
-        if "weight_decay" in own and "weight_decay" in group and "weight_decay" not in dict(self.options):
-            decay = group["weight_decay"]
-            first = _first([float(other["weight_decay"]) for other in groups], 0.0)
-            wanted["weight_decay"] = decay * (own["weight_decay"] / first) if first else own["weight_decay"]
+        for key, value in self.of_run:
+            if key in group and key not in dict(self.options):
+                present = _start(group, key)
+                own = _of_run(present, value, optimizer.defaults[key], [_start(g, key) for g in optimizer.param_groups])
+                if key == "lr":
+                    ratio *= own / present if present else 1.0
+                elif own != present:
+                    wanted[key] = own
         return Wish(ratio, tuple(sorted(wanted.items())), self.run)
 
 
-def _first(values: Sequence[float], default: float) -> float:
-    """The first that is not 0."""
-    return next((value for value in values if value), default)
+def _start(group: Mapping[str, Any], key: str) -> float:
+    return float(group.get(f"initial_{key}", group[key]))
+
+
+def _of_run(present: float, wanted: float, default: float, all_of_them: Sequence[float]) -> float:
+    """What a group would have if the optimizer were made with another value."""
+    if default in all_of_them:
+        return wanted if present == default else present
+    first = next((value for value in all_of_them if value), 0.0)
+    return present * wanted / first if first else wanted
 
 
 @dataclass(frozen=True)
@@ -122,8 +130,8 @@ def regroup(optimizers: list[Any], schedulers: list[Any], module: nn.Module, wis
     """
     moving: dict[tuple[int, int, Wish], list[str]] = {}
     for name, place in places_of(optimizers, names_of(module)).items():
-        groups = optimizers[place.optimizer].param_groups
-        wish = wishes.get(name, Wish()).on(groups[place.group], groups)
+        optimizer = optimizers[place.optimizer]
+        wish = wishes.get(name, Wish()).on(optimizer.param_groups[place.group], optimizer)
         if wish != Wish():
             moving.setdefault((place.optimizer, place.group, wish), []).append(name)
     parameters = trainable_of(module)

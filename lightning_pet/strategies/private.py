@@ -48,7 +48,8 @@ name                                                      used for
 ``torch._C._is_any_autocast_enabled``                     one cheap question per layer and token, in ``layers/``;
                                                           guarded by ``tests/core/test_acting.py``
 ``Tensor._version``, ``Node._saved_approximate``          inputs that autograd keeps, in ``layers/low_rank_source.py``
-``_top_saved_tensors_default_hooks``                      whether hooks see what is saved, there as well
+``_top_saved_tensors_default_hooks``                      whether hooks see what is saved, there, and weights that are
+                                                          made again, in ``insertion/remade.py``
 ``nn.modules.conv._ConvNd``                               the class of all convolutions, in ``targets/targets.py``
 ``CustomPolicy._lambda_fn``                                a wrap policy of FSDP1 that is extended, in ``fsdp.py``
 ``FullyShardedDataParallel._is_root``                      whether a unit of FSDP1 was used before

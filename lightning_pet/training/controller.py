@@ -310,8 +310,6 @@ class Controller:
         with self.adapter.planning(root):
             try:
                 self._new += insert_methods(self.module, self.methods)
-                if self.tasks is not None:
-                    self.tasks.draw_as_alone(root)
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise

@@ -1,5 +1,6 @@
 """Deltas in a model become one more: of any methods that merge, through what they change of the weights."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,13 @@ def test_what_is_known_of_the_base_is_used(files: Any) -> None:
 
 
 def test_what_is_named_after_peft_takes_the_factors(files: Any) -> None:
-    _, adapted = model_with(files, "lora", "dora", "head")
+    _, adapted = model_with(files, "lora", "dora", "head", "ia3")
     made = adapted.combine("theirs", {"lora": 0.5, "head": 0.5}, method="peft_linear")
     assert made.error == 0
-    with pytest.raises(lp.ArgumentError, match="method='peft_ties' adds A and B apart"):
+    with pytest.raises(lp.DeltaFileError, match="use_dora"):
         adapted.combine("no", ["lora", "dora"], method="peft_ties")
+    with pytest.raises(lp.ArgumentError, match="method='peft_ties' adds A and B apart"):
+        adapted.combine("no", ["lora", "ia3"], method="peft_ties")
 
 
 def test_what_cannot_be_combined_is_refused_and_the_model_stays(files: Any, tmp_path: Path) -> None:
@@ -421,3 +424,87 @@ def test_a_search_that_fails_leaves_the_model_as_it_was(files: Any) -> None:
         lp.choose_weights(adapted, ["lora", "head"], fails, mode="min")
     assert list(model.state_dict()) == keys
     assert torch.equal(output(model), before)
+
+
+def test_the_verb_takes_the_base_where_it_is_needed(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from lightning_pet.cli.main import main
+    from tests.engine.test_combining import bert, perturb
+
+    base, folder = bert(), tmp_path / "base"
+    base[0].save_pretrained(folder)
+    paths = []
+    for index, use_dora in enumerate((True, False)):
+        model, ids = bert()
+        model.load_state_dict(base[0].state_dict())
+        options = {"r": 2 + index, "use_dora": use_dora, "modules_to_save": [], "verbose": False}
+        perturb(lp.apply(model, [lp.LoRACallback(**options)], forward=lambda model=model, ids=ids: model(ids)))
+        paths.append(tmp_path / f"{index}.pet.safetensors")
+        lp.save_delta(model, paths[-1])
+    verb = ["lightning-pet", "combine", *map(str, paths), f"--output={tmp_path / 'c.pet.safetensors'}", "--how=svd"]
+    monkeypatch.setattr("sys.argv", [*verb, "--rank=3"])
+    with pytest.raises(SystemExit, match=r"use_dora=True.*"):
+        main()
+    monkeypatch.setattr("sys.argv", [*verb, "--rank=3", f"--base={tmp_path}"])
+    with pytest.raises(SystemExit, match="not a folder of a transformers model"):
+        main()
+    monkeypatch.setattr("sys.argv", [*verb, "--rank=3", f"--base={folder}", "--weights=0.5,0.25"])
+    main()
+    assert "relative error of the change" in capsys.readouterr().out
+    model, _ = bert()
+    model.load_state_dict(base[0].state_dict())
+    adapted = lp.load_delta(model, tmp_path / "c.pet.safetensors")
+    assert [applied.method for applied in adapted.record.applied] == ["lora"]
+    assert read(tmp_path / "c.pet.safetensors").notes["combined"].startswith("svd: 0.5 x 1-0 (")
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_positions_one_behind_the_other_are_what_both_are_together(method: str, tmp_path: Path) -> None:
+    from tests.engine.test_combining import bert, perturb
+
+    paths = []
+    for index in range(2):
+        model, ids = bert()
+        options = {"modules_to_save": [], "verbose": False, "length": 2 + index}
+        chosen = (
+            lp.PrefixTuningCallback(projection=False, **options)
+            if method == "prefix"
+            else lp.PromptTuningCallback(**options)
+        )
+        perturb(lp.apply(model, [chosen], forward=lambda model=model, ids=ids: model(ids)), scale=0.2 + index)
+        paths.append(tmp_path / f"{index}.pet.safetensors")
+        lp.save_delta(model, paths[-1])
+    model, ids = bert()
+    for name, path in zip(("one", "two"), paths, strict=True):
+        lp.load_delta(model, path, name=name)
+    adapted = lp.Adapted(model)
+    adapted.combine("both", ["one", "two"], method="cat")
+    adapted.activate("one", "two")
+    together = model(ids).logits
+    adapted.activate("both")
+    assert torch.allclose(model(ids).logits, together, atol=1e-5)
+
+
+def test_weights_beyond_what_a_tensor_holds_and_a_removal_in_a_forward(files: Any) -> None:
+    model, adapted = model_with(files, "lora", "lora3")
+    before = output(model)
+    for weights in ({"lora": 1e308}, {"lora": 1e308, "lora3": 1e308}):
+        with pytest.raises(lp.ArgumentError, match="numbers that are not finite"):
+            adapted.combine("both", weights)
+    with pytest.raises(lp.ArgumentError, match="there is no delta"):
+        adapted.activate(["lora"])
+    assert list(adapted) == ["lora", "lora3"]
+    adapted["lora3"].remove()
+    inside, go, found = threading.Event(), threading.Event(), []
+
+    def waits(*_: Any) -> None:
+        inside.set()
+        go.wait(10)
+
+    model.fc1.register_forward_hook(waits)
+    thread = threading.Thread(target=lambda: found.append(output(model)))
+    thread.start()
+    inside.wait()
+    threading.Timer(0.2, go.set).start()
+    adapted["lora"].remove()  # waits for the forward, which needs the delta of the next layer
+    thread.join()
+    assert torch.equal(found[0], before)

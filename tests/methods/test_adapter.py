@@ -15,14 +15,14 @@ from lightning_pet.layers.low_rank import LowRankLinear
 from lightning_pet.model.naming import named_modules
 
 from . import zoo
-from .battery import Battery, Case, output_in_a_new_process, perturb
+from .battery import LIKE_SMALLER, Battery, Case, output_in_a_new_process, perturb
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 WIDTH, SIZE = 16, 4
 ONE = 2 * WIDTH * SIZE + SIZE + WIDTH  # with biases
 
 
-def case(model: str, placement: str, adapters: int, one: int = ONE, **options: Any) -> Case:
+def case(model: str, placement: str, adapters: int, one: int = ONE, not_compiled: str = "", **options: Any) -> Case:
     near = options.get("init", "normal") == "normal"
     return Case(
         model,
@@ -32,6 +32,7 @@ def case(model: str, placement: str, adapters: int, one: int = ONE, **options: A
         identity_tolerance=1e-3,
         mergeable=False,
         parameters=adapters * one,
+        not_compiled=not_compiled,
     )
 
 
@@ -40,20 +41,20 @@ class TestAdapter(Battery):
         case("bert", "houlsby", 4, layer_norms=True),
         case("bert", "pfeiffer", 2, init="lora"),
         case("bert", "parallel", 2, init="lora", scale=4.0, bias=False, one=2 * WIDTH * SIZE),
-        case("gpt2", "houlsby", 4, init="lora"),
+        case("gpt2", "houlsby", 4, init="lora", not_compiled=LIKE_SMALLER),
         case("gpt2", "pfeiffer", 2, inner_norm=True, one=ONE + 2 * WIDTH),
-        case("gpt2", "parallel", 2),
-        case("llama", "houlsby", 4),
-        case("llama", "pfeiffer", 2, init="lora", sublayers=["ffn"]),
+        case("gpt2", "parallel", 2, not_compiled=LIKE_SMALLER),
+        case("llama", "houlsby", 4, not_compiled=LIKE_SMALLER),
+        case("llama", "pfeiffer", 2, init="lora", sublayers=["ffn"], not_compiled=LIKE_SMALLER),
         case("llama", "parallel", 2, non_linearity="silu"),
         case("t5", "houlsby", 10, cross_attention=True, init="lora"),
-        case("t5", "pfeiffer", 4),
-        case("t5", "parallel", 6, sublayers=["attention"], cross_attention=True),
-        case("vit", "houlsby", 2, sublayers=["attention"]),
-        case("vit", "pfeiffer", 2, init="lora"),
+        case("t5", "pfeiffer", 4, not_compiled=LIKE_SMALLER),
+        case("t5", "parallel", 6, sublayers=["attention"], cross_attention=True, not_compiled=LIKE_SMALLER),
+        case("vit", "houlsby", 2, sublayers=["attention"], not_compiled=LIKE_SMALLER),
+        case("vit", "pfeiffer", 2, init="lora", not_compiled=LIKE_SMALLER),
         case("vit", "parallel", 2),
-        case("transformer_encoder", "houlsby", 4, init="lora"),
-        case("transformer_encoder", "pfeiffer", 4, sublayers=["attention", "ffn"]),
+        case("transformer_encoder", "houlsby", 4, init="lora", not_compiled=LIKE_SMALLER),
+        case("transformer_encoder", "pfeiffer", 4, sublayers=["attention", "ffn"], not_compiled=LIKE_SMALLER),
         case("transformer_encoder", "parallel", 2, inner_norm=True, one=ONE + 2 * WIDTH),
         case("scaled_blocks", "houlsby", 4),
         case("scaled_blocks", "pfeiffer", 2),

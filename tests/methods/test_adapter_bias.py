@@ -9,13 +9,14 @@ from lightning_pet import AdapterBiasCallback, ArgumentError, TargetError, apply
 from lightning_pet.layers.adapter_bias import TokenShift
 
 from . import zoo
-from .battery import Battery, Case, perturb
+from .battery import LIKE_SMALLER, Battery, Case, perturb
 
 D, F = 16, 24
 
 
-def case(model: str, parameters: int, **options: Any) -> Case:
-    return Case(model, AdapterBiasCallback, options, mergeable=False, parameters=parameters)
+def case(model: str, parameters: int, not_compiled: str = "", **options: Any) -> Case:
+    own = {"parameters": parameters, "not_compiled": not_compiled}
+    return Case(model, AdapterBiasCallback, options, mergeable=False, **own)
 
 
 class TestAdapterBias(Battery):
@@ -23,8 +24,8 @@ class TestAdapterBias(Battery):
         case("bert", 2 * (D + F + 1)),
         case("bert", 2 * D + F + 1, share_alpha=True, layer_norms=True),
         case("gpt2", 2 * 2 * D, form="survey"),
-        case("t5", 4 * (D + F + 1)),
-        case("vit", D + F + 1, layers_to_transform=[1]),
+        case("t5", 4 * (D + F + 1), LIKE_SMALLER),
+        case("vit", D + F + 1, LIKE_SMALLER, layers_to_transform=[1]),
         case("transformer_encoder", 3 * D, form="survey", share_alpha=True),
     ]
 

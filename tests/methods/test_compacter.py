@@ -12,14 +12,16 @@ from lightning_pet import AdapterCallback, ArgumentError, CompacterCallback, PET
 from lightning_pet.layers.phm import PHMBottleneck, PHMRule
 
 from . import zoo
-from .battery import Battery, Case, output_in_a_new_process, perturb
+from .battery import LIKE_SMALLER, Battery, Case, output_in_a_new_process, perturb
 
 SIZE = {"bottleneck_size": 8}
 D, K = 16, 8
 ONE = 3 * (D + K)  # factored, rank 1, without a rule
 
 
-def case(model: str, parameters: int | None = None, tolerance: float | None = 1e-4, **options: Any) -> Case:
+def case(
+    model: str, parameters: int | None = None, tolerance: float | None = 1e-4, not_compiled: str = "", **options: Any
+) -> Case:
     return Case(
         model,
         method=CompacterCallback,
@@ -28,6 +30,7 @@ def case(model: str, parameters: int | None = None, tolerance: float | None = 1e
         identity_tolerance=tolerance,
         mergeable=False,
         parameters=parameters,
+        not_compiled=not_compiled,
     )
 
 
@@ -37,8 +40,8 @@ class TestCompacter(Battery):
         case("bert", 4 * ONE, None, phm_dim=1),
         case("gpt2", 2 * ONE + 64, placement="ffn"),
         case("llama", 4 * (2 * D * K // 4 + D + K + 2 * 64), 5e-2, factorized=False),
-        case("t5", 10 * ONE + 8, phm_dim=2, cross_attention=True),
-        case("vit", 4 * (ONE + 2 * 64), 5e-2, shared_rule=False),
+        case("t5", 10 * ONE + 8, phm_dim=2, cross_attention=True, not_compiled=LIKE_SMALLER),
+        case("vit", 4 * (ONE + 2 * 64), 5e-2, shared_rule=False, not_compiled=LIKE_SMALLER),
         case("transformer_encoder", 4 * (2 * ONE - D - K) + 64, rank=2),
     ]
 

@@ -25,7 +25,7 @@ from lightning_pet.layers.fastfood import fastfood
 from lightning_pet.layers.subspace import Projected
 
 from . import zoo
-from .battery import RECURRENT, Battery, Case, output_in_a_new_process, perturb
+from .battery import LIKE_SMALLER, RECURRENT, Battery, Case, output_in_a_new_process, perturb
 
 METHOD = IntrinsicDimensionCallback
 SMALL = {"d": 40}
@@ -39,9 +39,9 @@ class TestIntrinsicDimension(Battery):
         Case("conv2d", METHOD, {"d": 30, "structure_aware": False}, parameters=30),
         Case("transformer_encoder", METHOD, SMALL, parameters=40),
         Case("bert", METHOD, {"d": 100}, parameters=100),
-        Case("t5", METHOD, {"d": 100}, parameters=100),
+        Case("t5", METHOD, {"d": 100}, parameters=100, not_compiled=LIKE_SMALLER),
         Case("mixtral", METHOD, {"d": 60, "norms": False}, parameters=60),
-        Case("vit", METHOD, {"d": 60, "embeddings": False}, parameters=60),
+        Case("vit", METHOD, {"d": 60, "embeddings": False}, parameters=60, not_compiled=LIKE_SMALLER),
         Case("lstm", METHOD, {"d": 30}, parameters=30, not_compiled=RECURRENT),
     ]
 

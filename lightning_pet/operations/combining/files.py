@@ -26,6 +26,7 @@ from lightning_pet.operations.combining.rules import (
     HOWS,
     OF_A_RANK,
     RULES,
+    WITH_BASE,
     Combination,
     How,
     Options,
@@ -150,17 +151,19 @@ def checked_options(
     Raises:
         ArgumentError: naming the argument.
     """
-    _check_kinds(weights, density, seed)
+    _check_kinds(weights, density, seed, "file" if word == "how" else "delta")
     return replace(_checked(count, weights, how, rank, density, seed, word), word=word)
 
 
-def _check_kinds(weights: Any, density: Any, seed: Any) -> None:
+def _check_kinds(weights: Any, density: Any, seed: Any, each: str) -> None:
     try:
         if isinstance(weights, str):
             raise TypeError
+        if any(isinstance(weight, bool) for weight in (() if weights is None else weights)):
+            raise TypeError
         [float(weight) for weight in (() if weights is None else weights)]
     except (TypeError, ValueError):
-        raise ArgumentError(f"weights={weights!r}: expected a list with one number for each file.") from None
+        raise ArgumentError(f"weights={weights!r}: expected a list with one number for each {each}.") from None
     if density is not None and not isinstance(density, Real):
         raise ArgumentError(f"density={density!r}: expected a number in (0, 1].")
     if not is_whole(seed):
@@ -221,15 +224,15 @@ def _check_methods(files: Sequence[Stored]) -> None:
     for file in files[1:]:
         if named(file) != named(files[0]):
             raise DeltaFileError(
-                f"{files[0].path} holds {', '.join(named(files[0]))}, {file.path} holds {', '.join(named(file))}: only "
-                "deltas of the same methods and names are combined into one.",
+                f"{files[0].path} holds {', '.join(named(files[0]))}, {file.path} holds {', '.join(named(file))}: "
+                f"only files of the same methods and names are combined without the base. {WITH_BASE}",
                 "mismatch",
             )
     for record in files[0].methods:
         if record.method not in RULES:
             raise DeltaFileError(
                 f"{files[0].path} holds {record.method}:{record.name}, which has no arithmetic on files: it is not "
-                f"linear in what it holds. Combined are {', '.join(RULES)}.",
+                f"linear in what it holds. Combined are {', '.join(RULES)}. {WITH_BASE}",
                 "mismatch",
             )
 
@@ -274,7 +277,7 @@ def _values(files: Sequence[Stored], options: Options, names: set[str]) -> dict[
         elif not tensors[0].is_floating_point() or not math.isclose(sum(options.weights), 1, rel_tol=1e-6):
             raise ArgumentError(
                 f"weights={list(options.weights)}: {name} trains as a part of the base, and its change is not known "
-                "without the base. Give weights that sum to one, for the average of the values."
+                f"without the base. Give weights that sum to one, for the average of the values. {WITH_BASE}"
             )
         else:
             mean = arithmetic.weighted_sum([tensor.double() for tensor in tensors], options.weights)

@@ -149,13 +149,28 @@ def _combined(
         if refused is None:
             stored, made = by_rules(_saving_the_same(files), options, originals)
     except (ArgumentError, DeltaFileError) as error:
+        if options.how.startswith("peft"):
+            raise
         refused = error
     if refused is not None:
         try:
             stored, made = through_weights(root, record, values, originals, options)
         except NotMergeableError as error:
             raise refused from error
+    _check_finite(files, stored, options)
     return replace(stored, base=None, notes={"combined": provenance(files, options)}), made
+
+
+def _check_finite(files: Sequence[Stored], stored: Stored, options: Options) -> None:
+    """Refuse weights that carry numbers beyond what a tensor can hold; what was no number before is the user's."""
+
+    def lost(tensors: Mapping[str, Tensor]) -> list[str]:
+        return [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+
+    if (names := lost(stored.tensors)) and not any(lost(file.tensors) for file in files):
+        raise ArgumentError(
+            f"weights={list(options.weights)}: {names[0]} would hold numbers that are not finite. Give smaller weights."
+        )
 
 
 def file_of(root: nn.Module, record: Adaptation, name: str) -> Stored:

@@ -27,6 +27,9 @@ from lightning_pet.targets.patterns import exactly, value_at
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "peft_linear", "peft_ties"]
 HOWS: Final = get_args(How)
 OF_A_RANK: Final = ("svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+WITH_BASE: Final = (
+    "What the base decides is combined in a model (adapted.combine), or with --base=FOLDER of lightning-pet combine."
+)
 ENTRYWISE: Final = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 ELECTING: Final = ("ties", "dare_ties", "peft_ties")
 DENSITIES: Final = {
@@ -164,7 +167,7 @@ def _low_rank(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
     if records[0].config.get("use_dora"):
         raise DeltaFileError(
             f"{result.files[0].path}: a DoRA rescales the whole weight, so that its change depends on the base and is "
-            "no sum of factors. Merge it into the base, or combine deltas without use_dora.",
+            f"no sum of factors. {WITH_BASE}",
             "mismatch",
         )
     targets = list(dict.fromkeys(target for record in records for target in record.targets))

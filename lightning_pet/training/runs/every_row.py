@@ -1,6 +1,7 @@
 """Every row of a batch goes to every run: one forward for all of them, and each is what it would be alone."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import lightning.pytorch as pl
@@ -11,9 +12,10 @@ from lightning_pet.errors import ArgumentError, PETError, TargetError, Unsupport
 from lightning_pet.model.naming import delta_of
 from lightning_pet.strategies import private
 from lightning_pet.training.runs.clipping import clip_each
-from lightning_pet.training.runs.losses import loss_in, measured_factor, scaled, unnoticed
+from lightning_pet.training.runs.losses import check_apart, loss_in, measured_factor, scaled, unnoticed
 from lightning_pet.training.runs.repeat import repeated, rows_of
 from lightning_pet.training.runs.streams import Streams, state_of
+from lightning_pet.training.tasks.routing import size_of
 from lightning_pet.training.watch import Run
 
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -27,10 +29,20 @@ class EveryRow:
         run: the Trainer and its module.
         names: of the runs: their deltas in the model.
         streams: their random numbers.
+        heard: a block in which what is logged is that of one run, with so many rows.
         split: run them one after the other in each step.
     """
 
-    def __init__(self, run: Run, names: Sequence[str], streams: Streams, *, split: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run,
+        names: Sequence[str],
+        streams: Streams,
+        heard: Callable[[str, int], AbstractContextManager[None]],
+        *,
+        split: bool = False,
+    ) -> None:
+        self._heard = heard
         self._run, self._names, self._streams, self._split = run, tuple(names), streams, split or len(names) == 1
         self._factor: float | None = None
         self._draws = True
@@ -56,14 +68,13 @@ class EveryRow:
         """
         self._streams.follow()
         try:
+            self._rows = 0 if self._split else rows_of(batch)
             if self._factor is None:
                 self._begin()
+                self._factor = self._measured(original, batch, rest, kwargs)
             if self._split:
                 return self._one_by_one(original, batch, rest, kwargs)
-            self._rows = rows_of(batch)
             several = repeated(batch, len(self._names))
-            if self._factor is None:
-                self._factor = self._measured(original, batch, several, rest, kwargs)
             return scaled(self._together(original, several, rest, kwargs), self._factor)
         finally:
             self._streams.look()
@@ -89,27 +100,33 @@ class EveryRow:
 
     def _one_by_one(self, original: Callable[..., Any], batch: Any, rest: Any, kwargs: Any) -> Any:
         """The sum of the losses: the gradient of each is that of its own."""
-        outputs = [self._alone(name, original, batch, rest, kwargs) for name in self._names]
+        outputs, rows = [], size_of(batch) or 1
+        for name in self._names:
+            with self._heard(name, rows):
+                outputs.append(self._alone(name, original, batch, rest, kwargs))
         losses = [scaled(output, 1.0) for output in outputs]
         total = sum(loss["loss"] if isinstance(loss, dict) else loss for loss in losses)
-        self._factor = 1.0
         return {**outputs[0], "loss": total} if isinstance(outputs[0], dict) else total
 
-    def _measured(self, original: Callable[..., Any], batch: Any, several: Any, rest: Any, kwargs: Any) -> float:
+    def _measured(self, original: Callable[..., Any], batch: Any, rest: Any, kwargs: Any) -> float:
+        """What the loss is multiplied by; also a look whether the runs are apart."""
         streams, before, common = self._streams, self._streams.state(), torch.get_rng_state()
 
         def together() -> Tensor:
             streams.load_state(before)
-            return loss_in(self._together(original, several, rest, kwargs))
+            return loss_in(self._together(original, repeated(batch, len(self._names)), rest, kwargs))
 
         def alone(name: str) -> Tensor:
+            streams.load_state(before)
             return loss_in(self._alone(name, original, batch, rest, kwargs))
 
-        parameters = [parameter for own in self._parameters.values() for parameter in own]
-        streams.drew = False
+        streams.drew, factor = False, 1.0
         try:
             with unnoticed(self._run.module):
-                factor = measured_factor(together, alone, self._names, parameters)
+                if self._split:
+                    check_apart(alone, self._parameters)
+                else:
+                    factor = measured_factor(together, alone, self._parameters)
         finally:
             streams.load_state(before)
             torch.set_rng_state(common)

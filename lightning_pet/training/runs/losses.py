@@ -6,7 +6,7 @@ of one run would depend on the others, is refused.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -27,26 +27,24 @@ _APART = 30  # times the tolerance: what losses have to differ by
 def measured_factor(
     together: Callable[[], Tensor],
     alone: Callable[[str], Tensor],
-    runs: Sequence[str],
-    parameters: Sequence[nn.Parameter],
+    runs: Mapping[str, Sequence[nn.Parameter]],
 ) -> float:
     """What the loss of all is multiplied by, so that every run gets the gradient that it gets alone.
 
     Args:
         together: the loss of a batch that has the rows of all.
         alone: the loss of a run.
-        runs: their names.
-        parameters: what the runs train; moved for the time, and put back.
+        runs: their names, with what they train; it is moved for the time, and put back.
 
     Raises:
-        PETError: if the loss is neither the mean nor the sum of those of the runs.
+        PETError: if the loss is neither the mean nor the sum of those of the runs, or that of a run depends on others.
     """
     if len(runs) == 1:
         return 1.0
     own: list[float] = []
     total = tolerance = 0.0
     for noise in _NOISE:
-        with torch.no_grad(), _moved(parameters, noise):
+        with torch.no_grad(), _moved(runs.values(), noise):
             losses = [alone(name) for name in runs]
             all_of_them = together()
         own, total = [float(loss) for loss in losses], float(all_of_them)
@@ -55,6 +53,7 @@ def measured_factor(
             break
         if max(own) - min(own) > _APART * tolerance:
             break
+    _check_apart(alone, runs, noise, own[0], tolerance)
     mean = sum(own) / len(own)
     fits = {len(runs): abs(total - mean) <= tolerance, 1: abs(total - sum(own)) <= tolerance}
     if not math.isfinite(total) or sum(fits.values()) != 1:
@@ -69,6 +68,37 @@ def measured_factor(
     return float(next(factor for factor, fit in fits.items() if fit))
 
 
+def check_apart(alone: Callable[[str], Tensor], runs: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Refuse a loss of one run that depends on what others train.
+
+    Raises:
+        PETError: saying so.
+    """
+    if len(runs) > 1:
+        noise = _NOISE[-2]
+        with torch.no_grad(), _moved(runs.values(), noise):
+            loss = alone(next(iter(runs)))
+        _check_apart(alone, runs, noise, float(loss), _tolerance([loss]))
+
+
+def _check_apart(
+    alone: Callable[[str], Tensor],
+    runs: Mapping[str, Sequence[nn.Parameter]],
+    noise: float,
+    expected: float,
+    tolerance: float,
+) -> None:
+    first = next(iter(runs))
+    with torch.no_grad(), _moved([runs[first]], noise):
+        loss = float(alone(first))
+    if abs(loss - expected) > tolerance:
+        raise PETError(
+            f"the loss of {first!r} alone is {loss:.6g}, and {expected:.6g} when what the other runs train has other "
+            "values: a penalty on all that trains, for example. Let it go by what acts (weight_decay of the optimizer "
+            "does), or train these runs one by one."
+        )
+
+
 def _tolerance(losses: Sequence[Tensor]) -> float:
     steps = [torch.finfo(loss.dtype).eps for loss in losses]
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
@@ -78,7 +108,8 @@ def _tolerance(losses: Sequence[Tensor]) -> float:
 
 
 @contextmanager
-def _moved(parameters: Sequence[nn.Parameter], noise: float) -> Iterator[None]:
+def _moved(runs: Iterable[Sequence[nn.Parameter]], noise: float) -> Iterator[None]:
+    parameters = [parameter for own in runs for parameter in own]
     before = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
     try:

@@ -37,13 +37,19 @@ class Stream:
     """The random numbers of one run.
 
     Args:
-        seed: that it begins with; ``None``: where torch's own generator stands.
+        seed: that it begins with; ``None``: where torch's own generator stands when it is first drawn from.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
         self.states: dict[str, Tensor] = {}
-        self.at(_CPU)
+
+    @classmethod
+    def here(cls) -> "Stream":
+        """The one that goes on where torch's own generator stands now."""
+        stream = cls()
+        stream.at(_CPU)
+        return stream
 
     def at(self, device: torch.device) -> Tensor:
         """Its state on a device."""
@@ -100,13 +106,18 @@ class Streams:
         self._repeatable = _Repeatable(torch.get_rng_state())
         self._common = torch.get_rng_state()  # of torch's own generator, at the last look
 
+    def capture(self) -> None:
+        """Streams without a seed begin where torch's own generator stands now, if they have not begun."""
+        for stream in self.own.values():
+            stream.at(_CPU)
+
     @contextmanager
     def by_rows(self, names: Sequence[str], rows: int) -> Iterator[None]:
         """Within the block a batch has a block of so many rows of each of these runs.
 
         What gradient checkpointing will repeat is remembered for :meth:`backward`.
         """
-        self._repeatable, common = _Repeatable(torch.get_rng_state()), Stream()
+        self._repeatable, common = _Repeatable(torch.get_rng_state()), Stream.here()
         try:
             with _Drawing(self, tuple(names), rows, self._repeatable, common):
                 yield
@@ -116,7 +127,7 @@ class Streams:
     @contextmanager
     def alone(self, name: str, devices: Iterable[torch.device]) -> Iterator[None]:
         """Within the block all that is drawn on these devices is one run's."""
-        common = Stream()
+        common = Stream.here()
         try:
             with ExitStack() as stack:
                 if name == self.leader:
@@ -134,7 +145,7 @@ class Streams:
             return
         before, states = torch.get_rng_state(), self.state()
         try:
-            with _Drawing(self, tuple(names), rows, self._repeatable, Stream()):
+            with _Drawing(self, tuple(names), rows, self._repeatable, Stream.here()):
                 yield
         finally:
             torch.set_rng_state(before)
@@ -157,6 +168,7 @@ class Streams:
 
     def state(self) -> dict[str, Any]:
         """Where they stand, by run and device."""
+        self.capture()
         return {name: dict(stream.states) for name, stream in self.own.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:

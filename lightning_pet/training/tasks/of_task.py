@@ -22,6 +22,8 @@ class OfTask:
     """Seed of its random start."""
     stream: Any = None
     """The random numbers of the run that it is a part of, if it is one of several beside each other on all rows."""
+    as_alone: Any = None
+    """Called with the root and the places after it was built, if it is the first of several that are built there."""
 
     @property
     def not_for_tasks(self) -> str | None:

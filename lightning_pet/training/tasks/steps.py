@@ -37,7 +37,7 @@ class Steps:
         self._figures = Figures(run.module, tasks.names)
         self._every_row: EveryRow | None = None
         if tasks.streams is not None:
-            self._every_row = EveryRow(run, tasks.names, tasks.streams, split=tasks.split)
+            self._every_row = EveryRow(run, tasks.names, tasks.streams, self._figures.task, split=tasks.split)
 
     def install(self) -> Callable[[], None]:
         """Put it around the steps; returns what takes it off."""
@@ -63,7 +63,8 @@ class Steps:
             return original(batch if self._tasks.every_row else taken(batch, self._tasks.key)[1], *rest, **kwargs)
         if self._every_row is not None and name == "training_step":
             self._tasks.note(self._tasks.names)
-            return self._every_row.step(original, batch, rest, kwargs)
+            with self._figures.step(size_of(batch) or 1, fill=False):
+                return self._every_row.step(original, batch, rest, kwargs)
         if self._tasks.every_row:
             everything = list(range(size_of(batch) or 1))
             return self._apart(name, original, batch, {task: everything for task in self._tasks.names}, rest, kwargs)

@@ -1,7 +1,9 @@
 """The tasks of a run: their names, options, and the callbacks that each gets of its own."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Final, cast
 
 import lightning.pytorch as pl
@@ -12,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_pet.arguments import positive, whole
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.choice import gather
-from lightning_pet.insertion.method import key_of
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.naming import check_delta_name, delta_of
 from lightning_pet.training.runs.streams import Streams
@@ -47,11 +48,10 @@ class Tasks:
         self._in_fit: set[str] = set()
         self._in_epoch: set[str] = set()
         self._copies: list[Any] = []
-        self._templates: list[Any] = []
         self.streams: Streams | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_copies": [], "_templates": [], "streams": None, "_in_fit": set(), "_in_epoch": set()}
+        return self.__dict__ | {"_copies": [], "streams": None, "_in_fit": set(), "_in_epoch": set()}
 
     # --- callbacks of each task -------------------------------------------------------------------
 
@@ -82,13 +82,15 @@ class Tasks:
         for template in templates:
             place = next(index for index, callback in enumerate(callbacks) if callback is template)
             callbacks[place : place + 1] = made[id(template)]
-        self._copies, self._templates = [copy for copies in made.values() for copy in copies], templates
+        self._copies = [copy for copies in made.values() for copy in copies]
         if self.every_row:
             same = [task for task in self.names if self.options[task].keys() <= _OF_ONE_FORM]
             seeds = {task: self.options[task].get("seed") for task in self.names}
             self.streams = Streams(seeds, leader=next(iter(same), None))
             for copy in self._copies:
                 copy.stream = self.streams.own[copy.delta]
+            for copy, template in zip(self._copies[:: len(self.names)], templates, strict=True):
+                copy.as_alone = partial(self._draw_as_alone, template)
 
     def first_of(self, trainer: pl.Trainer, template: object) -> Any:
         """The callback that stands first in the place of a PET callback; ``None`` if this is one of those made."""
@@ -113,16 +115,13 @@ class Tasks:
                     + (f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}.")
                 )
 
-    def draw_as_alone(self, root: Any) -> None:
+    def _draw_as_alone(self, template: Any, root: Any, targets: Any) -> None:
         """Let torch's own generator stand where one run alone would have left it, which draws its start from there."""
-        record = record_of(root)
-        if self.streams is None or record is None or any(p.is_meta for p in root.parameters()):
-            return
-        firsts = self._copies[:: len(self.names)]  # of each template, that of the first task
-        for template, key in zip(self._templates, map(key_of, firsts), strict=True):
-            targets = [target for applied, target, _ in record.places() if applied.key == key]
-            template.insertions(root, targets)
-        self.streams.look()
+        if self.streams is not None and not any(parameter.is_meta for parameter in root.parameters()):
+            self.streams.capture()
+            with suppress(PETError):
+                template.insertions(root, targets)
+            self.streams.look()
 
     # --- rows -----------------------------------------------------------------------------------------
 
