@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.checks import check_acting, sizes_of
 from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
-from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
+from lightning_pet.insertion.host import belong, conceal, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import has_master, holds_parts, is_flattened, is_partition, settled, whole_shape
@@ -29,7 +29,6 @@ from lightning_pet.model.naming import (
     check_known,
     delta_of,
     join,
-    module_at,
     named_modules,
     named_tensors,
     tensors_at,
@@ -322,7 +321,7 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
     What is trained in place keeps its values: this thread reads others. Only where an engine holds parts of the
     parameters are the values exchanged, for all threads: there every process runs one forward at a time.
     """
-    belong(root, record)
+    belong(root, record.keys(), record.switch)
     selection = record.selection(deltas)
     with ExitStack() as stack, ExitStack() as exposed:
         with LOCK:
@@ -346,14 +345,6 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
         finally:
             for module, attributes in places:
                 close(module, attributes, record.switch, block.made_a_graph)
-
-
-def belong(root: nn.Module, record: Adaptation) -> None:
-    """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
-    for host, own in record.keys().items():
-        deltas = deltas_of(module_at(root, host))
-        for key in own:
-            deltas.belong(key, record.switch)
 
 
 def _is_exchanged(root: nn.Module, names: Iterable[str], places: _Places) -> bool:
@@ -457,7 +448,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
         TargetError: if the values of what was trained in place cannot be read side by side here.
     """
     switch = record.switch
-    belong(root, record)
+    belong(root, record.keys(), record.switch)
     groups = tuple(dict.fromkeys(names))
     tuples = [() if name is None else (name,) for name in groups]
     with ExitStack() as exposed:

@@ -289,6 +289,14 @@ def deltas_of(host: nn.Module) -> Deltas:
     return cast(Deltas, host._modules[CHILD])
 
 
+def belong(root: nn.Module, keys: Mapping[str, Iterable[str]], switch: Switch) -> None:
+    """Let hosts, by path with the keys of their deltas, listen to a switch: user code may have put a copy of one there."""
+    for path, own in keys.items():
+        deltas = deltas_of(module_at(root, path))
+        for key in own:
+            deltas.belong(key, switch)
+
+
 def attach(
     root: nn.Module, target: Target, key: str, delta: Delta, reader: str | None = None, switch: Switch | None = None
 ) -> None:

@@ -99,7 +99,8 @@ def settled(module: nn.Module) -> None:
     What is written into those would be gone with them.
     """
     for part in module.modules():
-        if callable(getattr(part, "unshard", None)) and callable(getattr(part, "reshard", None)):
+        # Of its class: an instance would look among its parameters and children for what it does not have.
+        if callable(getattr(type(part), "unshard", None)) and callable(getattr(type(part), "reshard", None)):
             part.reshard()  # type: ignore[operator]
 
 
