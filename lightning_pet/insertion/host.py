@@ -290,7 +290,7 @@ def deltas_of(host: nn.Module) -> Deltas:
 
 
 def belong(root: nn.Module, keys: Mapping[str, Iterable[str]], switch: Switch) -> None:
-    """Let hosts, by path with the keys of their deltas, listen to a switch: user code may have put a copy of one there."""
+    """Let hosts (paths, and keys of their deltas) listen to a switch: user code may have put a copy of one there."""
     for path, own in keys.items():
         deltas = deltas_of(module_at(root, path))
         for key in own:
