@@ -85,6 +85,7 @@ def load_delta(
     heads: bool = True,
     rename: Mapping[str, str] | None = None,
     base_check: str = "error",
+    revision: str | None = None,
 ) -> Adapted:
     """Insert a delta from a file into a model and load its values; any number of times, each under its own name.
 
@@ -94,7 +95,7 @@ def load_delta(
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
         path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT or the adapters
-            library wrote.
+            library wrote; or ``owner/name`` of a repository of the hub, which is downloaded.
         name: what the delta is called in this model. Default: the note ``"name"`` of the file, or ``"default"``;
             without a name, methods join the delta that is called so already. With a name its heads may have another
             number of outputs than the model's.
@@ -103,6 +104,7 @@ def load_delta(
         base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
             byte), ``"warn"`` or ``"off"``. A folder of HF PEFT knows no more of it than its name: it is compared,
             and the shapes, which a warning says.
+        revision: branch, tag or commit of a repository of the hub.
 
     Returns:
         The handle on the adapted model.
@@ -112,7 +114,7 @@ def load_delta(
         DeltaFileError: if the file is damaged or does not fit the model.
         BaseMismatchError: if the base is another one. In all cases the model is untouched.
     """
-    return Adapted(load(model, path, base_check, name=name, heads=heads, rename=rename))
+    return Adapted(load(model, path, base_check, name=name, heads=heads, rename=rename, revision=revision))
 
 
 def load_from_checkpoint(
