@@ -301,7 +301,13 @@ class DeltaLibrary(Mapping[str, Path]):
         with self._held(names, refresh) as held:
             with self._lock, torch.inference_mode(False):
                 for one in held:
-                    self._place(one)
+                    try:
+                        self._place(one)
+                    except BaseException:  # what cannot be placed is not to be found in memory either
+                        if self._residents.get(one.name) is one:
+                            del self._residents[one.name]
+                            self._left.append(one)
+                        raise
                 slots = {one.name: one.slot.name for one in held if one.slot is not None}
             yield slots
 
@@ -349,6 +355,8 @@ class DeltaLibrary(Mapping[str, Path]):
             with self._lock:
                 self._verified += verified
                 self._base.check(volume)
+                with torch.inference_mode(False):
+                    volume.form.places_in(self.root, volume.stored)  # a form that is new has to fit the model
                 return self._admit(name, volume)
         finally:
             with self._lock:

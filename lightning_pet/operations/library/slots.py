@@ -118,7 +118,6 @@ class Slots:
         with LOCK:
             name = self._name()
             if like is None:
-                form.places_in(self.root, stored)
                 insert(self.root, stored, "off", name=name, acts=False)
             else:
                 copied(self.root, like.name, name)
