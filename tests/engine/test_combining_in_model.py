@@ -508,3 +508,33 @@ def test_weights_beyond_what_a_tensor_holds_and_a_removal_in_a_forward(files: An
     adapted["lora"].remove()  # waits for the forward, which needs the delta of the next layer
     thread.join()
     assert torch.equal(found[0], before)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_deltas_that_were_trained_together(method: Any, tmp_path: Path) -> None:
+    from tests.engine import test_tasks as tasks
+
+    module = tasks.Module(tasks.Net())
+    together = [lora(target_modules=["fc1", "fc2"], modules_to_save=None, verbose=False)]
+    run = tasks.trainer(*together, lp.TasksCallback(tasks=list(tasks.TASKS), key="task"), max_epochs=1)
+    run.fit(module, tasks.loader())
+    adapted, x = lp.Adapted(module), torch.randn(3, tasks.WIDTH)
+    paths = []
+    for name in tasks.TASKS:
+        paths.append(tmp_path / f"{name}.pet.safetensors")
+        adapted[name].save(paths[-1])
+    other = tasks.Module(tasks.Net())
+    for name, path in zip(tasks.TASKS, paths, strict=True):
+        lp.load_delta(other, path, name=name)
+    outputs = []
+    for each in (module, other):
+        handle = lp.Adapted(each.eval())
+        handle.combine("both", dict(zip(tasks.TASKS, (0.75, 0.25), strict=True)), method=method)
+        with torch.no_grad(), handle.using("both"):
+            outputs.append(each(x))
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-6)
+    if method == "linear":
+        lp.combine_deltas(paths, tmp_path / "c.pet.safetensors", weights=[0.75, 0.25])
+        last = tasks.Module(tasks.Net()).eval()
+        lp.load_delta(last, tmp_path / "c.pet.safetensors")
+        assert torch.allclose(last(x), outputs[0], atol=1e-6)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, DeltaFileError, NotMergeableError, PETError
 from lightning_pet.insertion.checks import check_intact, refuse_lost
 from lightning_pet.insertion.choice import LOCK
+from lightning_pet.insertion.tasks.own_values import is_own
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation, record_at
 from lightning_pet.model.naming import check_delta_name, check_known, delta_of, tensors_at
@@ -175,7 +176,8 @@ def _check_finite(files: Sequence[Stored], stored: Stored, options: Options) -> 
 
 def file_of(root: nn.Module, record: Adaptation, name: str) -> Stored:
     """A delta of a model, as a file would hold it."""
-    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in record.of(name).applied)
+    applied = (one for one in record.of(name).applied if not is_own(one))
+    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in applied)
     tensors = {key: tensor.detach() for key, tensor in packed(root, record, name).items()}
     return Stored(Path(name), methods, tensors, None)
 
@@ -183,7 +185,8 @@ def file_of(root: nn.Module, record: Adaptation, name: str) -> Stored:
 def _originals(root: nn.Module, record: Adaptation, values: Mapping[str, Mapping[str, Tensor]]) -> Originals:
     names = {name for own in values.values() for name in own}
     parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    found = {name: record.originals[name] for name in names if name in record.originals}
+    found = {name: tensor.detach() for name, tensor in tensors_at(root, names).items()}  # trained beside it: its own
+    found |= {name: record.originals[name] for name in names if name in record.originals}
     return Originals(found, frozenset(names - parameters))
 
 
@@ -220,7 +223,8 @@ def _entangled(
         for inserted in view.deltas(root):
             parameter = inserted.host._parameters.get(inserted.target.parameter)
             if parameter is not None:
-                acting.setdefault(id(parameter), set()).add(inserted.method.method)
+                label = "what trains in place" if is_own(inserted.method) else inserted.method.method
+                acting.setdefault(id(parameter), set()).add(label)
         for tensor in tensors_at(root, values[name]).values():
             acting.setdefault(id(tensor), set()).add("what trains in place")
     for methods in acting.values():

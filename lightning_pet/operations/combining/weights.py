@@ -16,6 +16,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.low_rank_places import Options as Form
 from lightning_pet.insertion.low_rank_places import fitted, largest_rank
 from lightning_pet.insertion.method import suffix_of
+from lightning_pet.insertion.tasks.own_values import is_own
 from lightning_pet.layers.delta import delta_dtype
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.layer_kinds import host_kind
@@ -76,8 +77,13 @@ def through_weights(
             f"{options.asked} adds A and B apart, which only LoRAs of equal ranks have. Use "
             f"{options.word}='linear', or 'svd' with a rank."
         )
-    sources = [Source(name, record.of(name), own, steps_of(root, name)) for name, own in values.items()]
+    sources = [Source(name, _of_users(record.of(name)), own, steps_of(root, name)) for name, own in values.items()]
     return _Through(root, sources, originals, options).combined()
+
+
+def _of_users(view: Adaptation) -> Adaptation:
+    """Without the values of its own that a delta has while it trains with others: they are among its values."""
+    return replace(view, applied=[applied for applied in view.applied if not is_own(applied)])
 
 
 class _Through:
