@@ -21,7 +21,7 @@ from lightning_pet.layers.delta import delta_dtype
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.layer_kinds import host_kind
 from lightning_pet.model.naming import delta_of, delta_path, join, named_tensors, tensors_at
-from lightning_pet.model.quantised import dense_values
+from lightning_pet.model.quantised import dense_values, format_of, is_quantised
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.combining.files import values_over
 from lightning_pet.operations.combining.rules import Combination, Options, Originals, combined_change
@@ -170,15 +170,17 @@ class _Through:
             if own is not None:
                 changes.append(own.of(start) - start)
                 weights.append(weight)
-            elif self.options.how in ("ties", "dare_ties"):  # one that changes nothing has no opinion, but a weight
-                changes.append(torch.zeros_like(start))
-                weights.append(weight)
         change = combined_change(self.options, self.names[key], changes, weights)
         targets = list(self.targets[key].values())
         kind = host_kind(step.host, step.name) if change.dim() > 1 else None
         if self.rank is not None and kind is not None and len(targets) == 1:
             self._approximate(targets[0], step, change)
             return
+        if is_quantised(step.parameter):
+            raise ArgumentError(
+                f"{targets[0].path} is stored as {format_of(step.parameter)}, beside which only a change of some rank "
+                f"has a place. Ask for one: {self.options.word}='svd', rank=8."
+            )
         places = change.reshape(-1).nonzero().squeeze(-1)
         path = delta_path(targets[0].module, _key("diff_pruning", targets[0]))
         index = torch.int32 if change.numel() < 2**31 else torch.int64
