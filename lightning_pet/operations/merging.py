@@ -103,6 +103,9 @@ class _Change(Protocol):
     def reach(self, largest: float, /) -> float:
         """See :meth:`Delta.reach`."""
 
+    def merges_finite(self, weight: Tensor, /) -> bool:
+        """See :meth:`Delta.merges_finite`."""
+
 
 class _OfBias:
     def __init__(self, delta: Delta) -> None:
@@ -113,6 +116,9 @@ class _OfBias:
 
     def reach(self, largest: float, /) -> float:
         return math.inf
+
+    def merges_finite(self, bias: Tensor, /) -> bool:
+        return False
 
 
 @dataclass
@@ -134,14 +140,23 @@ class Step:
             values = _finite(path, values, change.merged(values))
         return values
 
+    def reads(self) -> list[Tensor]:
+        """The parameter, and those of the deltas on it."""
+        deltas = [change for _, change in self.changes if isinstance(change, nn.Module)]
+        return [self.parameter, *(parameter for delta in deltas for parameter in delta.parameters())]
+
     def is_finite(self) -> bool:
-        """Whether a bound shows that the result is."""
+        """Whether a bound shows that the result is, or a look at it in pieces."""
         if not self.is_large():
             return False
-        bound = _size(self.parameter.detach())
+        bound = size = _size(self.parameter.detach())
         for _, change in self.changes:
             bound = change.reach(bound)
-        return bound < torch.finfo(self.parameter.dtype).max / 2  # a bound knows nothing of rounding
+        if bound < torch.finfo(self.parameter.dtype).max / 2:  # a bound knows nothing of rounding
+            return True
+        return (
+            len(self.changes) == 1 and math.isfinite(size) and self.changes[0][1].merges_finite(self.parameter.detach())
+        )
 
     def is_large(self) -> bool:
         """Whether to change it in place."""
@@ -176,7 +191,12 @@ class _Unit:
         self.dense: list[tuple[nn.Parameter, Tensor]] = []
 
     def check(self) -> None:
-        """Refuse what would not be finite, and what a parametrisation cannot make."""
+        """Refuse what has no values, what would not be finite, and what a parametrisation cannot make."""
+        if any(tensor.is_meta for step in self.steps.values() for tensor in step.reads()):
+            raise NotMergeableError(
+                f"{self.target.path} or its delta is on the meta device and has no values that could be merged. Load "
+                "the model with its weights, and the delta onto it, first."
+            )
         self._from_made()
         for step in self.steps.values():
             if is_quantised(step.parameter):
