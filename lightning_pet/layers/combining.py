@@ -77,9 +77,9 @@ def dropped(change: Tensor, density: float, generator: torch.Generator) -> Tenso
 
 
 def elected(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The mean of those entries that have the sign of the weighted sum, times ``Σ w`` (the second half of TIES, Yadav et al. 2023).
+    """The mean of those entries that have the sign of the weighted sum, times ``Σ w`` (the second half of TIES).
 
-    Where all changes agree it is their weighted sum.
+    Where all changes agree it is their weighted sum. Source: Yadav et al. 2023.
 
     Args:
         changes: trimmed ones; an entry of zero has no opinion.
