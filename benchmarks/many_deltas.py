@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import many_runs
 import torch
 from libraries import METHODS, OURS, PEFT, attach, libraries
 from measuring import best
@@ -228,6 +229,7 @@ TABLES: dict[Table, dict[str, Measure]] = {
         + [("last 2 layers", Case("last 2 layers"), 3.0)]
         + [(name, Case(name), bound) for name, bound in SLOWER]
     ),
+    many_runs.TABLE: many_runs.MEASURES,
 }
 
 if __name__ == "__main__":
