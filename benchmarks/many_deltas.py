@@ -13,7 +13,7 @@ import copy
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import lightning_pet
 COMMAND = "python benchmarks/many_deltas.py --write"
 LORA = Table("many_lora", "Llama 6×512, 128 tokens, LoRA: rows of many tasks / one task", COMMAND)
 OTHERS = Table("many_methods", "Llama 6×512, 8×128 tokens, forward: rows of 8 tasks / one task", COMMAND)
+TOKEN = Table("many_token", "Llama 6×512, 32×1 token, forward: rows of 32 tasks / one task", COMMAND)
 HEAD, FULL = "LoRA, q and v, with a head", "whole weights"
 Step = Callable[[], object]
 
@@ -45,6 +46,7 @@ class Case:
         tasks: deltas that are loaded, and as many of them as there are rows are used.
         rows: of the batch.
         train: a training step, else a forward without gradients.
+        tokens: of each row.
         differ: ranks and widths of the tasks differ.
     """
 
@@ -53,6 +55,7 @@ class Case:
     tasks: int = 8
     rows: int = 8
     train: bool = False
+    tokens: int = 128
     differ: bool = False
 
     @property
@@ -64,7 +67,8 @@ class Case:
 def base(case: Case, short: bool) -> tuple[nn.Module, Batch]:
     """The model and its batch; the same at every call."""
     torch.manual_seed(0)
-    model, batch = llama(64, 2, case.rows, 8) if short else llama(rows=case.rows)
+    sizes = {"rows": case.rows, "tokens": min(8, case.tokens) if short else case.tokens}
+    model, batch = llama(64, 2, **sizes) if short else llama(**sizes)
     return (_with_head(model) if case.method == HEAD else model), batch
 
 
@@ -222,6 +226,8 @@ STACKED = [
     (HEAD, Case(HEAD)),
 ]
 SLOWER = [("DoRA", 1.5), ("Compacter", 1.5), ("Compacter++", 1.5), ("diff pruning", 3.0), ("SAID", 3.0), (FULL, 3.0)]
+GENERATED = [("LoRA, q and v", Case("LoRA")), ("LoRA, all linear", Case("LoRA", "all")), *STACKED]
+GENERATED += [(name, Case(name)) for name, bound in SLOWER if bound < 3.0]
 TABLES: dict[Table, dict[str, Measure]] = {
     LORA: cases(lora_cases()),
     OTHERS: cases(
@@ -229,6 +235,7 @@ TABLES: dict[Table, dict[str, Measure]] = {
         + [("last 2 layers", Case("last 2 layers"), 3.0)]
         + [(name, Case(name), bound) for name, bound in SLOWER]
     ),
+    TOKEN: cases([(name, replace(case, tasks=32, rows=32, tokens=1), None) for name, case in GENERATED]),
     many_runs.TABLE: many_runs.MEASURES,
 }
 

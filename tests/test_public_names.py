@@ -47,6 +47,7 @@ NAMES = [
     "load_delta",
     "load_from_checkpoint",
     "plan_memory",
+    "push_to_hub",
     "save_delta",
 ]
 

@@ -60,15 +60,16 @@ class RowPrefixes(LivePrefix):
 
 def _joined(prefix: Tensor, real: Tensor) -> Tensor:
     heads, _, features = prefix.shape[-3:]
-    if real.dim() < 4 or real.shape[-3] != heads or real.shape[-1] != features:
+    shape = real.shape
+    if len(shape) < 4 or shape[-3] != heads or shape[-1] != features:
         raise TargetError(
-            f"prefix tuning: this attention was called with keys or values of shape {tuple(real.shape)}; its prefix "
+            f"prefix tuning: this attention was called with keys or values of shape {tuple(shape)}; its prefix "
             f"is for {heads} heads of {features} features. Exclude this site."
         )
     prefix = prefix if prefix.dtype == real.dtype else prefix.to(real.dtype)
     if prefix.dim() == 4:
         prefix = each_for(prefix, real)
-    return torch.cat([prefix.expand(*real.shape[:-3], -1, -1, -1), real], dim=-2)
+    return torch.cat([prefix.expand(*shape[:-3], -1, -1, -1), real], dim=-2)
 
 
 class InterfaceObserver(Protocol):
@@ -136,6 +137,9 @@ def _live_prefixes(module: nn.Module) -> list[LivePrefix]:
     around = HERE.call.around  # nothing runs around anything almost always: no need to ask what acts
     if not around:
         return []
+    owner, live = around[-1]
+    if len(pet._modules) == 1 and owner in pet._modules.values() and isinstance(live, LivePrefix):
+        return [live]  # the only one, and it runs
     if (rows := HERE.call.held_by(pet)) is not None:
         return [rows]
     found = [getattr(delta, "live", None) for delta in pet.active("around")]  # type: ignore[operator]
@@ -154,12 +158,14 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     prefixes = _live_prefixes(module)
-    call = partial(_attend_with, prefixes, attend, kind) if prefixes else attend
     observer: InterfaceObserver | None = HERE.call.observer
+    if prefixes and observer is None:
+        return _attend_with(prefixes, attend, kind, module, query, key, value, attention_mask, *args, **kwargs)
     if observer is not None:
+        call = partial(_attend_with, prefixes, attend, kind) if prefixes else attend
         call = partial(call, module, query, key, value, attention_mask, *args, **kwargs)
         return observer.interface(call, module, key, value, (attention_mask, kwargs.get("position_bias")))
-    return call(module, query, key, value, attention_mask, *args, **kwargs)
+    return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def _attend_with(
@@ -201,7 +207,7 @@ def _mask(
     kwargs: dict[str, Any],
 ) -> Any:
     """The mask with the prefixes, and ``is_causal`` set to what goes with it."""
-    length = sum(live.length for live in prefixes)
+    length = prefixes[0].length if len(prefixes) == 1 else sum(live.length for live in prefixes)
     if kind == "eager" or "flash" in kind or "flex" in kind:
         return wider(mask, length, query, key)  # eager and flex look at the mask alone; flash aligns at the end
     is_causal = kwargs.get("is_causal")

@@ -145,8 +145,15 @@ class AttentionPrefix(Prefix):
             DeadSiteError: if the call ended without any attention that the prefix could join.
         """
         live = LivePrefix(*self.key_value())
-        if self.site.route == "interface":
-            return self._seen(self, live, call, *args, **kwargs)
+        if self.site.route == "interface":  # as in :meth:`_seen`: generation comes here in every layer for every token
+            here = HERE.call
+            before = here.around
+            here.around = (*before, (self, live))
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                here.around = before
+            return output if live.used else self._used(live, output)
         route = FunctionalRoute(live, self.site.scale, self.site.axis)
         with route:
             output = call(*args, **kwargs)

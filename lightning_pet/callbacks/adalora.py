@@ -222,7 +222,8 @@ class AdaLoRACallback(PETCallback):
             ArgumentError: if the run has no end, or leaves no step to reduce ranks in.
         """
         super().on_train_start(trainer, pl_module)
-        total = self.total_step or trainer.estimated_stepping_batches
+        self._begin_steps(trainer)
+        total = self.total_step or self._steps.total(trainer)
         if not math.isfinite(total) or total < 1:
             raise ArgumentError(
                 "the run has no last step, and ranks are reduced over the length of the run. Give the Trainer "
@@ -236,7 +237,7 @@ class AdaLoRACallback(PETCallback):
                 f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of a run of {total} to reduce ranks in. "
                 "Lower them, or train longer."
             )
-        self._seen = trainer.global_step
+        self._seen = self._steps.made(trainer)
         Controller.get(trainer).adapter.watch_gradients(_named(self._triplets(trainer)))
 
     def on_train_batch_end(
@@ -244,7 +245,7 @@ class AdaLoRACallback(PETCallback):
     ) -> None:
         """After a step: note the importance of every number, and keep the triplets that the budget pays for."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        step = trainer.global_step
+        step = self._steps.made(trainer)
         if step == self._seen:
             return  # gradients are still being accumulated
         self._seen = step
@@ -267,9 +268,9 @@ class AdaLoRACallback(PETCallback):
         super().on_train_end(trainer, pl_module)
         ranks = [delta.rank for delta in self._triplets(trainer).values()]
         mean = sum(ranks) / len(ranks)
-        if trainer.global_step < self._last:
+        if (step := self._steps.made(trainer)) < self._last:
             rank_zero_warn(
-                f"the run ended after step {trainer.global_step}, before the ranks were to reach target_r="
+                f"the run ended after step {step}, before the ranks were to reach target_r="
                 f"{self.target_r} in step {self._last}: they are {mean:.1f} on average. Set total_step to the length "
                 "of the run."
             )

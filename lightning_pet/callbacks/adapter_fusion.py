@@ -236,13 +236,18 @@ class AdapterFusionCallback(PETCallback):
         """It takes the adapters of several tasks into one delta."""
         return "it joins adapters that were trained before, for one target task. Train these with AdapterCallback."
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out whose steps count."""
+        super().on_train_start(trainer, pl_module)
+        self._begin_steps(trainer)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Lower the temperature; it depends on the step alone, so that a resumed run goes on exactly."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.temperature > 1:
-            now = max(1.0, self.temperature * (1 - trainer.global_step / 1000))
+            now = max(1.0, self.temperature * (1 - self._steps.made(trainer) / 1000))
             for _, delta in self.deltas(Controller.get(trainer).adapted.root):
                 if isinstance(delta, Mixture) and delta.temperature is not None:
                     delta.temperature.fill_(now)

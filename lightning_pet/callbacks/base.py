@@ -26,6 +26,7 @@ from lightning_pet.model.naming import (
     join,
     named_modules,
     named_parameters,
+    tensors_at,
 )
 from lightning_pet.model.quantised import numbers_in
 from lightning_pet.model.structure import Structure, Target
@@ -34,6 +35,7 @@ from lightning_pet.strategies.private import logs_this_step
 from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.training.controller import Controller
+from lightning_pet.training.own_steps import OwnSteps
 from lightning_pet.training.run_log import log_figures, norm_of
 from lightning_pet.training.tasks.of_task import OfTask, for_tasks
 
@@ -146,6 +148,7 @@ class PETCallback(OfTask, Callback):
         self.verbose = verbose
         self.scalars = cast(list[Scalar] | None, figures)
         self._of_run: pl.LightningModule | None = None  # of the run that it is, or was last, part of
+        self._steps = OwnSteps()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -345,6 +348,7 @@ class PETCallback(OfTask, Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Before an optimizer's first step: its deltas must have received a gradient."""
+        self._steps.count(trainer, optimizer)
         if (controller := Controller.get(trainer)).leads(self):
             controller.before_step(optimizer)
 
@@ -376,6 +380,22 @@ class PETCallback(OfTask, Callback):
         """One of :attr:`figures`, now; every process calls this."""
         controller = Controller.get(trainer)
         return norm_of(controller.adapted, self, controller.adapter)
+
+    def _begin_steps(self, trainer: pl.Trainer) -> None:
+        """Count the steps of those optimizers that hold what this method trains."""
+        record = Controller.get(trainer).adapted.record
+        trained = next((applied.trained for applied in record.applied if applied.key == key_of(self)), ())
+        root = Controller.get(trainer).adapted.root
+        own = {id(p) for _, delta in self.deltas(root) for p in delta.parameters()}
+        self._steps.begin(trainer, own or {id(p) for p in tensors_at(root, trained).values()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps of the own optimizer, where there are several; what a method has beside its delta."""
+        return self._steps.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it over."""
+        self._steps.load(state_dict)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no wrapper behind."""

@@ -240,7 +240,9 @@ class LayerFreezingCallback(PETCallback):
         self._unfrozen = None
         if self.unfreeze_every is not None:
             groups = self._groups(*self._applied(Controller.get(trainer).adapted.root))
-            check_long_enough(trainer, self.unfreeze_every, self.unfreeze_interval, len(groups))
+            self._begin_steps(trainer)
+            steps = self._steps.total(trainer)
+            check_long_enough(trainer, self.unfreeze_every, self.unfreeze_interval, len(groups), steps)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the next layer train, if it is time."""
@@ -269,7 +271,8 @@ class LayerFreezingCallback(PETCallback):
         if self.unfreeze_every is None:
             return
         # From the counters alone, which a checkpoint restores.
-        unfrozen = 1 + elapsed(trainer, self.unfreeze_interval) // self.unfreeze_every
+        elapsed = trainer.current_epoch if self.unfreeze_interval == "epoch" else self._steps.made(trainer)
+        unfrozen = 1 + elapsed // self.unfreeze_every
         if unfrozen == self._unfrozen:
             return
         self._unfrozen = unfrozen
@@ -295,19 +298,14 @@ def _parameter(name: str, role: Any) -> Target:
     return Target(module, parameter, role)
 
 
-def elapsed(trainer: pl.Trainer, interval: str) -> int:
-    """Epochs or optimizer steps done; equal after a resume."""
-    return trainer.current_epoch if interval == "epoch" else trainer.global_step
-
-
-def check_long_enough(trainer: pl.Trainer, every: int, interval: str, groups: int) -> None:
+def check_long_enough(trainer: pl.Trainer, every: int, interval: str, groups: int, steps: float) -> None:
     """The last group must get to train, if the length of the run is known.
 
     Raises:
         ArgumentError: if the run ends before.
     """
     needed = every * (groups - 1)
-    length = _length(trainer, interval)
+    length = _length(trainer, interval, steps)
     if length <= needed:
         raise ArgumentError(
             f"unfreeze_every={every}: the last of {groups} groups of layers would start to train after {needed} "
@@ -315,9 +313,8 @@ def check_long_enough(trainer: pl.Trainer, every: int, interval: str, groups: in
         )
 
 
-def _length(trainer: pl.Trainer, interval: str) -> float:
+def _length(trainer: pl.Trainer, interval: str, steps: float) -> float:
     """Length of the run as far as it is known beforehand; a stop for another reason is not."""
-    steps = trainer.estimated_stepping_batches
     steps = math.inf if steps < 0 else steps  # a stream of unknown length, without max_steps
     if interval == "step":
         return steps

@@ -11,6 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_pet.arguments import checked, one_of
+from lightning_pet.errors import UnsupportedStrategyError
+from lightning_pet.strategies.strategy import adapter_for
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.tasks.files import SUFFIX, folder_of, values_of, write
 from lightning_pet.training.tasks.tasks import Tasks
@@ -73,7 +75,19 @@ class TasksCallback(Callback):
         self.best: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put one PET callback per task in the place of each."""
+        """Put one PET callback per task in the place of each, and prepare the engine.
+
+        Raises:
+            UnsupportedStrategyError: if the engine cannot train several deltas.
+        """
+        adapter = adapter_for(trainer)
+        if adapter.shards:
+            raise UnsupportedStrategyError(
+                f"TasksCallback: not tested with parameters that are sharded over processes, as "
+                f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp', or train the tasks one by one."
+            )
+        if stage == "fit" and not self.every_row:  # a process may have no row of a task in a step
+            adapter.expect_gaps(trainer, "TasksCallback")
         self._tasks.spread(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -90,7 +90,8 @@ class TextClassificationData(TableDataModule):
             ``val_fraction`` off the training split.
         test: file with the test split.
         predict: file with texts to predict, without labels.
-        columns: which columns hold the text, its pair and the label, such as ``{"text": "sentence"}``.
+        columns: which columns hold the text, its pair and the label, such as ``{"text": "sentence"}``; and ``task``, if
+            each row belongs to one (:class:`~lightning_pet.TasksCallback`): batches name the tasks of their rows.
         labels: names of the classes in order; ``None`` takes the LightningModule's, else those found.
         tokenizer: name of a tokenizer; ``None`` takes the LightningModule's.
         max_length: longest input in tokens; longer texts are cut, and how many is reported.
@@ -129,7 +130,7 @@ class TextClassificationData(TableDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(tokenizer, max_length, batch_size, similar_lengths, num_workers)
-        self.columns = check_columns(columns, ("text", "text_pair", "label"))
+        self.columns = check_columns(columns, ("text", "text_pair", "label", "task"))
         self.train, self.val, self.test, self.predict = train, val, test, predict
         self.labels = self.given_labels = labels
         self.val_fraction = val_fraction
@@ -156,6 +157,9 @@ class TextClassificationData(TableDataModule):
         pair = table.texts(table.find([pair_column])) if mapped or pair_column in table.columns else None
         encoded = tokenizer(text, pair, truncation=True, max_length=self.max_length)
         examples = [{name: values[row] for name, values in encoded.items()} for row in range(len(text))]
+        if "task" in self.columns:
+            for example, task in zip(examples, table.texts(table.find([self.columns["task"]])), strict=True):
+                example["task"] = task
         if targets:
             ids = label_ids(table, table.find([self.columns.get("label", "label")]), self.labels or [])
             for example, label in zip(examples, ids, strict=True):
@@ -166,4 +170,23 @@ class TextClassificationData(TableDataModule):
         """Pad to the longest text of the batch."""
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(tokenizer)
+        return WithTasks(DataCollatorWithPadding(tokenizer))
+
+
+class WithTasks:
+    """Batches as another makes them, with the names of the tasks beside, if the examples have any.
+
+    Args:
+        collate: makes a batch of examples without names.
+    """
+
+    def __init__(self, collate: Any) -> None:
+        self._collate = collate
+
+    def __call__(self, examples: Sequence[Example]) -> Any:
+        """One batch."""
+        tasks = [example["task"] for example in examples if "task" in example]
+        batch = self._collate([{n: value for n, value in example.items() if n != "task"} for example in examples])
+        if tasks:
+            batch["task"] = tasks
+        return batch

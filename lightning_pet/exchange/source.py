@@ -6,13 +6,32 @@ from typing import Final
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_pet.errors import BaseMismatchError
+from lightning_pet.errors import ArgumentError, BaseMismatchError
 from lightning_pet.exchange.adapters import read_adapters
 from lightning_pet.exchange.folder import Base, Folder, is_folder, read_folder, renamed
+from lightning_pet.exchange.hub import fetched, is_hub_id
 from lightning_pet.exchange.peft import read_peft
 from lightning_pet.store.reader import PathLike, Stored, read
 
 _NAMES: Final = {"peft": "base_model_name_or_path", "adapters": "model_name"}
+
+
+def local(source: PathLike, revision: str | None = None) -> PathLike:
+    """What a source is on this machine: itself, or the file or folder that was downloaded of ``owner/name``.
+
+    Args:
+        source: a path, or the name of a repository of the hub.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        ArgumentError: if a path is given a revision.
+        DeltaFileError: (``io``) if the hub does not have it, or cannot be asked.
+    """
+    if is_hub_id(source):
+        return fetched(str(source), revision)
+    if revision is not None:
+        raise ArgumentError(f"revision={revision!r} is for a repository of the hub (owner/name); {source} is a path.")
+    return source
 
 
 def read_source(
@@ -38,6 +57,7 @@ def read_source(
         DeltaFileError: if it is damaged, or cannot be understood.
         BaseMismatchError: if ``base_check`` is ``"exact"``, which nothing in such a folder can answer.
     """
+    source = local(source)
     if not is_folder(source):
         return read(source, delta)
     folder = renamed(read_folder(source), rename)

@@ -20,6 +20,7 @@ from lightning_pet.insertion.checks import check_acting, sizes_of
 from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
 from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
+from lightning_pet.insertion.tasks.together import part, shared
 from lightning_pet.insertion.widening import read_precisions
 from lightning_pet.layers.sharding import has_master, holds_parts, is_flattened, is_partition, settled, whole_shape
 from lightning_pet.model.adaptation import Adaptation, record_at
@@ -70,7 +71,8 @@ def place(root: nn.Module, deltas: tuple[str, ...]) -> None:
     if len(deltas) > 1:
         check_acting(root, deltas)
     if record.together:
-        part(root, next((name for name in deltas if name in record.together), record.together[-1]))
+        with between_forwards(root), LOCK:
+            part(root, record, next((name for name in deltas if name in record.together), record.together[-1]))
         check_sum(record, deltas)
     with between_forwards(root), LOCK:
         leaving = {name: owned(root, record, name) for name in record.active if name not in deltas}
@@ -170,6 +172,15 @@ def gather(root: nn.Module, deltas: tuple[str, ...], *, train: bool = True) -> N
     """
     record = record_at(root)
     check_known(deltas, record.names)
+    if record.together != deltas and (held := record.held_by(deltas)):
+        if not train:
+            return  # blocks read them side by side
+        name, (owner, *_) = next(iter(held.items()))
+        raise ArgumentError(
+            f"the delta {owner!r} of this model has values of its own for {name}, as one that was loaded or trained "
+            "alone has, and deltas that train together need a parameter each. Start from its file instead, in a model "
+            f"without it: TasksCallback(tasks={{{owner!r}: {{'start_from': path}}, …}})."
+        )
     if others := [name for name in record.active if name not in deltas]:
         raise ArgumentError(
             f"the delta {others[0]!r} acts, and each row of this run uses the delta of its task alone: "
@@ -179,27 +190,6 @@ def gather(root: nn.Module, deltas: tuple[str, ...], *, train: bool = True) -> N
     record.act(deltas)
     if train:
         let_train(root, deltas)
-
-
-def shared(root: nn.Module, record: Adaptation) -> tuple[str, ...]:
-    """What changes beside the plan of deltas that train together, and belongs to each of them."""
-    others = record.held_by(name for name in record.names if name not in record.together)
-    beside = [name for name in record.trained_names if name not in record.trained_in_place]
-    return tuple(n for n in dict.fromkeys((*beside, *changed_buffers(root))) if n not in others)
-
-
-def part(root: nn.Module, stays: str) -> None:
-    """Deltas that have trained together are ordinary ones from now on, of which one acts."""
-    record = record_at(root)
-    with between_forwards(root), LOCK:
-        names = shared(root, record)
-        present = tensors_at(root, names)
-        for name in record.together:
-            record.claims[name] = record.claims.get(name, frozenset()) | frozenset(present)
-            if name != stays:
-                record.values[name] = {n: tensor.detach().clone() for n, tensor in present.items()}
-        record.together = ()
-        record.act((stays,))
 
 
 # --- exchanging values ----------------------------------------------------------------------------------
@@ -417,14 +407,17 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
 
-def placed_values(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of values, placed as the present ones: the base may write into its buffers."""
+def placed_values(root: nn.Module, values: Mapping[str, Tensor], *, shared: bool = False) -> dict[str, Tensor]:
+    """Values placed as the present ones: copies, as the base may write into its buffers; ``shared``: of these only."""
     found, precisions = {}, read_precisions(root)
     with torch.no_grad():
         for name, tensor in tensors_at(root, values).items():
             if not values[name].is_meta:
-                dtype = precisions.get(id(tensor), tensor.dtype)
-                found[name] = values[name].detach().to(tensor.device, dtype, copy=True)
+                dtype, copy = (
+                    precisions.get(id(tensor), tensor.dtype),
+                    not shared or not isinstance(tensor, nn.Parameter),
+                )
+                found[name] = values[name].detach().to(tensor.device, dtype, copy=copy)
     return found
 
 
@@ -470,10 +463,9 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
                 )
             parts = [record.selection(deltas) for deltas in tuples]
             for part, values in zip(parts, wanted, strict=True):
-                part.values.update(placed_values(root, values) if values else {})
+                part.values.update(placed_values(root, values, shared=True) if values else {})
             paths = {id(module): path for path, module in modules.items()}
-            ids = tuple(groups.index(name) for name in names)
-            rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, manners)
+            rows = Rows(groups, tuple(map(groups.index, names)), tuple(parts), frozenset(differing), paths, manners)
             union = record.selection(tuple(name for name in groups if name is not None))
             for module, attributes in places:
                 expose(module, attributes, switch, by_rows=True)

@@ -124,10 +124,15 @@ class _AroundHost(_Host):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for slot in self.__dict__.get(_TAPS, ()):
             slot.put(args, kwargs)
-        groups = self._modules[CHILD].acting().groups  # type: ignore[union-attr, operator]
-        if groups is None:
-            return self._pet_around(*args, **kwargs)
+        pet: Any = self._modules[CHILD]
+        acting = pet.acting()
         call: Any = super().forward
+        if (groups := acting.groups) is None:
+            if not acting.activation and acting.fusing is None:
+                call = self._pet_base_forward  # what that comes to
+            for key in acting.around:
+                call = partial(pet._modules[key], call)
+            return call(*args, **kwargs)
         if not _runs_apart(self, groups):
             return call(*args, **kwargs)
         if (form := around_form(self, groups)) is not None and not _reads_apart(self, groups):

@@ -89,8 +89,8 @@ class LowRankLinear(OwnBias):
         )
         # A and B as they are, and nothing else: decided once, because generation asks in every layer for every token.
         self._direct = self.rows is None and not bias
-        self._adds = self._direct and self.a0 is None and not use_dora
-        self._bare = self._adds and type(self)._flat_a is LowRank._flat_a
+        self._adds = self._direct and not use_dora
+        self._bare = self._adds and self.a0 is None and type(self)._flat_a is LowRank._flat_a
 
     def forward(
         self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
@@ -143,10 +143,13 @@ class LowRankLinear(OwnBias):
         """The output in autograd's own nodes where these are cheaper than one of ours; ``None`` where they are not."""
         own, dropout = self._parameters, self.dropout if self.training else 0.0
         a, b = own.get("a"), own.get("b")
-        if self._bare or not is_narrow(x, weight) or (dropout and self._adds):
-            made = None if self._bare else self._flat_a
-            return low_rank_directly(x, weight, bias, a, b, self.scale, dropout, made) if self._adds else None
-        if a is None or b is None or (dropout and not self.use_dora) or not is_simple(x, weight, bias, a, b):
+        if self._bare or not is_narrow(x, weight) or (dropout and not self.use_dora):
+            if self._bare:
+                return low_rank_directly(x, weight, bias, a, b, self.scale, dropout)
+            if not self._adds or (self.a0 is not None and (dropout or self.a0.dtype != x.dtype)):
+                return None
+            return low_rank_directly(x, weight, bias, a, b, self.scale, dropout, self._flat_a, self._origin(x.dtype))
+        if a is None or b is None or not is_simple(x, weight, bias, a, b):
             return None
         changed = self._changed_directly(weight, b)
         if changed is None:

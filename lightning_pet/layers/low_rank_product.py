@@ -68,8 +68,13 @@ def shifted(weight: Tensor, a: Tensor, b: Tensor, scale: float, origin: Origin |
         return shifted(weight.t(), b.t(), a.t(), scale, swapped).t()
     if origin is None:
         return torch.addmm(weight, b, a, alpha=scale)
-    # B A - B0 A0 = (B - B0) A + B0 (A - A0): no product has the size of the weight.
-    return torch.addmm(torch.addmm(weight, b - origin[1], a, alpha=scale), origin[1], a - origin[0], alpha=scale)
+    a, b = _moved(a, b, origin)
+    return torch.addmm(weight, b, a, alpha=scale)
+
+
+def _moved(a: Tensor, b: Tensor, origin: Origin) -> Origin:
+    """A and B of rank 2 r whose product is ``B A - B0 A0 = (B - B0) A + B0 (A - A0)``, exactly zero at the start."""
+    return torch.cat([a, a - origin[0]]), torch.cat([b - origin[1], origin[1]], 1)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -125,7 +130,10 @@ class _LowRankLinear(torch.autograd.Function):
             grads[10] = grad
         scale = ctx.scale * ctx.kept
         g = grad.reshape(-1, grad.shape[-1])
-        gb = (b * scale).t() @ g.t()
+        together = a0 is not None and mask is None and need_x  # what x gets from both pairs, in one product
+        factor = torch.cat([b * scale, b0 * -scale], 1) if together else b * scale
+        both = factor.t() @ g.t()
+        gb = both[: a.shape[0]]
         if torch.is_grad_enabled():
             inner = None  # a second derivative is wanted, which a non-differentiable output would lose
         if mask is not None:
@@ -146,11 +154,11 @@ class _LowRankLinear(torch.autograd.Function):
         if need_bias:
             grads[2] = g.sum(0)
         if need_x:
-            flat = gb.t() @ a
+            flat = both.t() @ (torch.cat([a, a0]) if together else a)
             if mask is not None:
                 flat.mul_(mask)
-            if a0 is not None:
-                flat = flat - (g @ (b0 * ctx.scale)) @ a0
+            if a0 is not None and not together:
+                flat.addmm_(g @ (b0 * ctx.scale), a0, alpha=-1)
             if weight is not None:  # the large product adds to the small one, not the reverse: one pass less
                 flat.addmm_(g, weight)
             grads[0] = flat.view(*grad.shape[:-1], flat.shape[-1])
@@ -171,7 +179,12 @@ def _activation_form(
 ) -> tuple[Tensor, Tensor]:
     """The output, and x Aᵀ as [r, tokens]."""
     flat_x = x.reshape(-1, x.shape[-1])
-    inner = _reduced(flat_x if mask is None else flat_x * mask.reshape(flat_x.shape), a).t()
+    if origin is not None and mask is None:
+        a, b = _moved(a, b, origin)
+    both = _reduced(flat_x if mask is None else flat_x * mask.reshape(flat_x.shape), a).t()
+    inner = both
+    if origin is not None and mask is None:  # the other half must not be kept with it
+        inner = both[: len(origin[0])].clone(memory_format=torch.contiguous_format)
     if weight is None:
         assert product is not None
         output = product.clone(memory_format=torch.contiguous_format)
@@ -179,14 +192,10 @@ def _activation_form(
         output = F.linear(x, weight, bias).contiguous()
     flat = output.view(-1, output.shape[-1])
     if torch.compiler.is_compiling():  # torch 2.11 loses the node's gradients when it traces the form below
-        return torch.addmm(flat, inner.t(), b.t(), alpha=scale).view(output.shape), inner
-    if origin is None or mask is not None:
-        flat.addmm_(inner.t(), b.t(), alpha=scale * kept)
-    else:  # B A - B0 A0 = (B - B0) A + B0 (A - A0): both exactly zero at the start
-        flat.addmm_(inner.t(), (b - origin[1]).t(), alpha=scale)
-    if origin is not None:
-        other = (a - origin[0]) if mask is None else -origin[0]
-        flat.addmm_(_reduced(flat_x, other), origin[1].t(), alpha=scale)
+        return torch.addmm(flat, both.t(), b.t(), alpha=scale).view(output.shape), inner
+    flat.addmm_(both.t(), b.t(), alpha=scale * kept)
+    if origin is not None and mask is not None:
+        flat.addmm_(_reduced(flat_x, -origin[0]), origin[1].t(), alpha=scale)
     return output, inner
 
 
@@ -304,13 +313,15 @@ def low_rank_directly(
     scale: float,
     dropout: float = 0.0,
     made: Callable[[], Tensor] | None = None,
+    origin: Origin | None = None,
 ) -> Tensor | None:
     """:func:`low_rank_linear`, to the bit, where a node of ours does not pay, and nothing must be converted.
 
     That is where nobody wants a gradient (in generation a call has one token, and what is not arithmetic costs more
     than the products), and where the layer is small: autograd's own nodes run without Python then, and need no more
     memory. Returns ``None`` where it is not as simple; arguments as there, of any dtype. ``made`` gives what acts in
-    the place of A; it is asked only where the product is computed here, because asking may count (a penalty).
+    the place of A; it is asked only where the product is computed here, because asking may count (a penalty). An
+    ``origin`` must have the dtype of A, and no dropout beside it.
     """
     if a is None or b is None or not is_simple(x, weight, bias, a, b):
         return None
@@ -320,6 +331,8 @@ def low_rank_directly(
         return None
     if made is not None:
         a = made()
+    if origin is not None:
+        a, b = _moved(a, b, origin)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     # Dropped before it is flattened: what is drawn goes by the memory of x.
     output = F.linear(flat, weight, bias)

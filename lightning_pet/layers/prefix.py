@@ -128,7 +128,7 @@ class Prefix(Delta):
 
     def key_value(self) -> tuple[Tensor, Tensor]:
         """Keys (H × l × key_dim) and values (H × l × value_dim)."""
-        if self.network is None:
+        if self.__dict__["network"] is None:
             return self.key, self.value
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
             return self._unfolded()
@@ -170,11 +170,17 @@ class Prefix(Delta):
     def _stamp(self) -> tuple[Any, ...] | None:
         """Changes with every parameter behind the prefix; ``None`` where changes cannot be seen."""
         assert self.network is not None
-        network = self.network
-        tensors = (network.embedding, network.weight, network.bias, self.weight, self.bias)
-        if any(tensor.is_inference() for tensor in tensors):
-            return None
-        return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+        theirs, own = self.network._parameters, self._parameters
+        try:  # generation asks in every layer for every token
+            tensors = (theirs["embedding"], theirs["weight"], theirs["bias"], own["weight"], own["bias"])
+        except KeyError:  # an engine holds them
+            tensors = (self.network.embedding, self.network.weight, self.network.bias, self.weight, self.bias)
+        stamp: list[Any] = []
+        for tensor in tensors:
+            if tensor is None or tensor.is_inference():
+                return None
+            stamp += (tensor.data_ptr(), tensor._version, tensor.dtype)
+        return tuple(stamp)
 
     def train(self, mode: bool = True) -> "Prefix":
         """As for every module. It also drops the folded prefix: engines may write past a tensor's version."""

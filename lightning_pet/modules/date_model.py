@@ -7,6 +7,7 @@ meant: a small delta decides. One base, several deltas with different, verifiabl
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
 from random import Random
@@ -18,7 +19,23 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_pet.modules.cache import cached_folder
-from lightning_pet.modules.quiet import quiet_transformers
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' progress bars and its notes below the level of errors."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
 
 DateKind = Literal["us", "eu", "long"]
 

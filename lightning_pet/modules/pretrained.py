@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pet.errors import ArgumentError
-from lightning_pet.modules.date_model import date_model_folder
-from lightning_pet.modules.quiet import quiet_transformers
+from lightning_pet.modules.date_model import date_model_folder, quiet_transformers
 
 _BUILTIN: Mapping[str, Callable[[], Path]] = {"dates": date_model_folder}
 _WEIGHTS = "model.safetensors"

@@ -322,9 +322,10 @@ class Adapted(Mapping[str, OneDelta]):
         heads: bool = True,
         rename: Mapping[str, str] | None = None,
         base_check: str = "error",
+        revision: str | None = None,
     ) -> OneDelta:
         """Load one more delta, beside those that are there; see :func:`lightning_pet.load_delta`."""
-        load(self.root, source, base_check, name=name, heads=heads, rename=rename)
+        load(self.root, source, base_check, name=name, heads=heads, rename=rename, revision=revision)
         return self[name]
 
     def replace(self, name: str, source: PathLike, *, base_check: str = "error") -> None:

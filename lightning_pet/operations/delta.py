@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
 from lightning_pet.insertion.commit import copy_in, renew
 from lightning_pet.insertion.method import Method, delta_name, key_of
+from lightning_pet.insertion.tasks.own_values import is_own, own_places
 from lightning_pet.layers.sharding import whole_shape
+from lightning_pet.layers.value import Value
 from lightning_pet.model.adaptation import Adaptation, adapted_root
-from lightning_pet.model.naming import by_delta, join, named_tensors
+from lightning_pet.model.naming import VALUE, by_delta, join, named_tensors
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.file_terms import for_model
 from lightning_pet.operations.loading import deltas_of, insert, load
@@ -85,6 +87,7 @@ def load_delta(
     heads: bool = True,
     rename: Mapping[str, str] | None = None,
     base_check: str = "error",
+    revision: str | None = None,
 ) -> Adapted:
     """Insert a delta from a file into a model and load its values; any number of times, each under its own name.
 
@@ -94,7 +97,7 @@ def load_delta(
     Args:
         model: the base that the delta was trained on: the bare model or a LightningModule around it.
         path: a file of :func:`save_delta`, a training checkpoint, or a folder that HF PEFT or the adapters
-            library wrote.
+            library wrote; or ``owner/name`` of a repository of the hub, which is downloaded.
         name: what the delta is called in this model. Default: the note ``"name"`` of the file, or ``"default"``;
             without a name, methods join the delta that is called so already. With a name its heads may have another
             number of outputs than the model's.
@@ -103,6 +106,7 @@ def load_delta(
         base_check: what to do if the base is another one: ``"error"``, ``"exact"`` (compare every
             byte), ``"warn"`` or ``"off"``. A folder of HF PEFT knows no more of it than its name: it is compared,
             and the shapes, which a warning says.
+        revision: branch, tag or commit of a repository of the hub.
 
     Returns:
         The handle on the adapted model.
@@ -112,7 +116,7 @@ def load_delta(
         DeltaFileError: if the file is damaged or does not fit the model.
         BaseMismatchError: if the base is another one. In all cases the model is untouched.
     """
-    return Adapted(load(model, path, base_check, name=name, heads=heads, rename=rename))
+    return Adapted(load(model, path, base_check, name=name, heads=heads, rename=rename, revision=revision))
 
 
 def load_from_checkpoint(
@@ -233,6 +237,7 @@ def start_from(
     mine = next(applied.trained for applied in record.applied if applied.key == key_of(method))
     if absent := [name for name in mine if name not in stored.tensors]:
         rank_zero_warn(f"{path} does not hold {', '.join(absent[:4])}; they start with the values of the model.")
+    _start_own_values(adapted.root, view, stored)
     values = {name: stored.tensors[name] for name in _same_heads(adapted.root, view, stored)}
     if fill is None:
         copy_in(adapted.root, values)
@@ -240,12 +245,25 @@ def start_from(
         fill(named_tensors(adapted.root), values)
 
 
+def _start_own_values(root: nn.Module, record: Adaptation, stored: Stored) -> None:
+    """Let what a delta has in place of tensors of the base, as one of several, start from those of the file."""
+    for applied, target, _, delta, _ in record.deltas(root):
+        if not is_own(applied) or not isinstance(delta, Value):
+            continue
+        value = stored.tensors.get(target.path)
+        if value is not None and whole_shape(delta.value) == value.shape:
+            delta.unpack({VALUE: value})
+        else:
+            why = "is not there" if value is None else f"has the shape {tuple(value.shape)} there"
+            rank_zero_warn(f"{stored.path}: {target.path} {why}; it starts with the value of the model.")
+
+
 def _same_heads(root: nn.Module, record: Adaptation, stored: Stored) -> set[str]:
     """Trained base parameters that are in the file in the same shape; the others start as they are, with a warning."""
     own = dict(named_tensors(root))
     trained = set(record.trained_names)
     base = {name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)} - set(record.delta_names)
-    there = base & stored.tensors.keys()
+    there = (base & stored.tensors.keys()) - own_places(record)
     same = {name for name in there & trained if whole_shape(own[name]) == stored.tensors[name].shape}
     if there - same:
         rank_zero_warn(

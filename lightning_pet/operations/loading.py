@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.exchange.folder import is_folder
-from lightning_pet.exchange.source import read_source
+from lightning_pet.exchange.source import local, read_source
 from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
@@ -256,8 +256,10 @@ def load(
     name: str | None = None,
     heads: bool = True,
     rename: Rename | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """Read a delta from wherever it comes, and insert it; arguments and errors as :func:`insert`."""
+    source = local(source, revision)
     if not is_folder(source):
         return insert(model, read(source, name), base_check, name=name, heads=heads, rename=rename)
     stored = read_source(source, base_of(model), base_check, rename)

@@ -134,6 +134,11 @@ class Step:
             values = _finite(path, values, change.merged(values))
         return values
 
+    def reads(self) -> list[Tensor]:
+        """The parameter, and those of the deltas on it."""
+        deltas = [change for _, change in self.changes if isinstance(change, nn.Module)]
+        return [self.parameter, *(parameter for delta in deltas for parameter in delta.parameters())]
+
     def is_finite(self) -> bool:
         """Whether a bound shows that the result is."""
         if not self.is_large():
@@ -176,7 +181,12 @@ class _Unit:
         self.dense: list[tuple[nn.Parameter, Tensor]] = []
 
     def check(self) -> None:
-        """Refuse what would not be finite, and what a parametrisation cannot make."""
+        """Refuse what has no values, what would not be finite, and what a parametrisation cannot make."""
+        if any(tensor.is_meta for step in self.steps.values() for tensor in step.reads()):
+            raise NotMergeableError(
+                f"{self.target.path} or its delta is on the meta device and has no values that could be merged. Load "
+                "the model with its weights, and the delta onto it, first."
+            )
         self._from_made()
         for step in self.steps.values():
             if is_quantised(step.parameter):

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_pet.data.base import split_off
-from lightning_pet.data.sampler import SimilarLengths
+from lightning_pet.data.base import SimilarLengths, split_off
 from lightning_pet.data.seq2seq import Seq2SeqData
 from lightning_pet.data.tables import Table
 from lightning_pet.data.text_classification import TextClassificationData, label_ids, label_names

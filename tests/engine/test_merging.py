@@ -256,3 +256,12 @@ def test_a_merge_that_fails_half_way_adds_nothing_twice(method: Any, monkeypatch
     twin = net()
     assert twin.state_dict().keys() == model.state_dict().keys()
     assert not equal_states(twin.state_dict(), model.state_dict())
+
+
+def test_a_model_without_values_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    adapted = apply(model, [LoRACallback(r=2, target_modules=["0"])])
+    with pytest.raises(NotMergeableError, match=r"0\.weight.* on the meta device"):
+        adapted.merge_()
+    assert list(adapted) == ["default"]

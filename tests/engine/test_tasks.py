@@ -14,17 +14,21 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, M
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_pet import (
+    AdaLoRACallback,
     Adapted,
     AdapterCallback,
     ArgumentError,
     BitFitCallback,
+    CompacterCallback,
     DeltaFileError,
+    DiffPruningCallback,
     FullFineTuningCallback,
     IA3Callback,
     LayerFreezingCallback,
     LoRACallback,
     PETError,
     PrefixTuningCallback,
+    PromptTuningCallback,
     TasksCallback,
     extract_delta,
     inspect_delta,
@@ -141,6 +145,10 @@ METHODS = {
     "bitfit": lambda: BitFitCallback(**QUIET),
     "layers": lambda: LayerFreezingCallback(train_last=1, **QUIET),
     "full": lambda: FullFineTuningCallback(**QUIET),
+    "prompt": lambda: PromptTuningCallback(length=3, **QUIET),
+    "compacter": lambda: CompacterCallback(phm_dim=2, reduction_factor=4, **QUIET),
+    "adalora": lambda: AdaLoRACallback(target_r=1, init_r=2, total_step=8, tinit=1, tfinal=2, **QUIET),
+    "diff": lambda: DiffPruningCallback(density=0.2, **QUIET),
     "dora": lambda: LoRACallback(r=2, use_dora=True, target_modules=["fc1", "fc2"], **QUIET),
 }
 
@@ -148,7 +156,7 @@ METHODS = {
 @pytest.mark.usefixtures("_double")
 @pytest.mark.parametrize("method", METHODS)
 def test_each_task_is_as_if_it_were_alone(method, tmp_path):
-    words = method in ("adapter", "prefix", "ia3", "bitfit", "layers")
+    words = method not in ("lora", "full", "dora")
     net = bert if words else lambda: Net(dropout=0.0)
     torch.manual_seed(0)
     module, _ = fitted(
@@ -163,7 +171,7 @@ def test_each_task_is_as_if_it_were_alone(method, tmp_path):
         here, there = (load(tmp_path / f"{name}.pet.safetensors") for name in ("here", "solo"))
         assert here.keys() == there.keys()
         start = load(tmp_path / f"{task}-start.pet.safetensors")
-        assert any(not torch.equal(start[name], here[name]) for name in here)
+        assert any(not torch.equal(start[name], here[name]) for name in here if name in start)
         for name in here:
             assert torch.allclose(here[name], there[name], rtol=1e-12, atol=1e-12), name
 
@@ -562,3 +570,105 @@ def test_a_transformers_model_computes_its_own_loss():
     assert module.model.num_labels == 2
     with Adapted(module).using("even"):
         assert module.model(ids).logits.shape == (6, 5)
+
+
+# --- deltas that are there already ------------------------------------------------------------------------
+
+
+def test_files_of_tasks_are_validated_in_one_model(run):
+    """Deltas that were loaded, each with a head of its own: rows go to them, and nothing is trained."""
+    module, first, callback = run
+    loaded = Module(Net(dropout=0.0))
+    for task in TASKS:
+        load_delta(loaded, callback.files[task], name=task)
+    Adapted(loaded).activate()
+    again = trainer(METHODS["lora"](), TasksCallback(tasks=list(TASKS)), limit_val_batches=1.0)
+    (there,) = first.validate(module, loader(), verbose=False)
+    (here,) = again.validate(loaded, loader(), verbose=False)
+    assert here == pytest.approx(there)
+    assert Adapted(loaded).active == ()
+    for one, other in zip(again.predict(loaded, loader()), first.predict(module, loader()), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    with pytest.raises(ArgumentError, match=r"'odd' of this model has values of its own for head.*start_from"):
+        again.fit(loaded, loader())
+
+
+def test_tasks_start_from_files(run):
+    module, _, callback = run
+    tasks = {task: {"start_from": str(path)} for task, path in callback.files.items()}
+    again, _ = fitted(Net(dropout=0.0), METHODS["lora"](), TasksCallback(tasks=tasks), max_epochs=0)
+    for task in TASKS:
+        one, other = (Adapted(m)[task].state_dict() for m in (again, module))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_fit_goes_on(tmp_path):
+    callbacks = (METHODS["lora"](), TasksCallback(tasks=list(TASKS), dirpath=str(tmp_path)))
+    module, run = fitted(Net(dropout=0.0), *callbacks, max_epochs=1)
+    before = {task: load(tmp_path / f"{task}.pet.safetensors") for task in TASKS}
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader())
+    after = {task: load(tmp_path / f"{task}.pet.safetensors") for task in TASKS}
+    assert all(not torch.equal(before[t]["head.weight"], after[t]["head.weight"]) for t in TASKS)
+    other = trainer(METHODS["lora"](), TasksCallback(tasks=list(TASKS), dirpath=str(tmp_path)), max_epochs=1)
+    other.fit(module, loader())
+    assert list(Adapted(module)) == list(TASKS)
+    Adapted(module)["odd"].remove()
+    assert list(Adapted(module)) == ["even"]
+    Adapted(module).remove()
+    assert sorted(module.net.state_dict()) == sorted(Net().state_dict())
+
+
+def test_what_is_shared_goes_with_each(tmp_path):
+    """A layer of the user's own beside the base trains with all tasks, and is in the file of each."""
+
+    class Wide(Module):
+        def __init__(self) -> None:
+            super().__init__(Net(dropout=0.0, head=False, norm=True))
+            self.top = nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.top(self.net(x))
+
+    torch.manual_seed(3)
+    module = Wide()
+    top = module.top.weight.detach().clone()
+    method = LoRACallback(r=2, target_modules=["fc1", "fc2"], module="net", modules_to_save=[], **QUIET)
+    run = trainer(method, TasksCallback(tasks=list(TASKS), dirpath=str(tmp_path)), max_epochs=1)
+    run.fit(module, loader())
+    assert not torch.equal(top, module.top.weight)
+    module.eval()
+    x, outputs = torch.randn(4, WIDTH), {}
+    adapted = Adapted(module)
+    for task in TASKS:
+        with adapted.using(task), torch.no_grad():
+            outputs[task] = module(x)
+    for task in (*TASKS, *TASKS):
+        adapted.activate(task)
+        assert torch.equal(module(x), outputs[task])
+        fresh = Wide().eval()
+        load_delta(fresh, tmp_path / f"{task}.pet.safetensors")
+        assert torch.equal(fresh.net(x), module.net(x))
+
+
+def test_accumulation_clipping_and_checkpointing(tmp_path):
+    """Rows of several tasks with what Trainers do to gradients, and activations that are computed again."""
+    results = []
+    for again in (False, True):
+        net = bert()
+        if again:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        module, _ = fitted(
+            net,
+            LoRACallback(r=2, **QUIET),
+            TasksCallback(tasks=list(TASKS), dirpath=str(tmp_path)),
+            data=loader(words=True),
+            accumulate_grad_batches=2,
+            gradient_clip_val=0.1,
+            max_epochs=1,
+        )
+        results.append({t: Adapted(module)[t].state_dict() for t in TASKS})
+    for task in TASKS:
+        for name, value in results[0][task].items():
+            assert torch.allclose(value, results[1][task][name], atol=1e-6), name

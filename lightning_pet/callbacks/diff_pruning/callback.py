@@ -272,12 +272,13 @@ class DiffPruningCallback(PETCallback):
         self._plan(trainer)
 
     def _plan(self, trainer: pl.Trainer) -> None:
-        if math.isinf(trainer.estimated_stepping_batches):
+        self._begin_steps(trainer)
+        if math.isinf(self._steps.total(trainer)):
             raise ArgumentError(
                 "the length of this run is not known, so neither are its stages: set max_steps, or max_epochs and, if "
                 "the data has no length, limit_train_batches of the Trainer."
             )
-        steps = int(trainer.estimated_stepping_batches)
+        steps = int(self._steps.total(trainer))
         first, second = (Fraction(str(share)) for share in self.stages)
         self._cut_at, self._end_at = round(first * steps), round((first + second) * steps)
         if self._is_cut:  # a delta from a file, or a second fit
@@ -313,7 +314,7 @@ class DiffPruningCallback(PETCallback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._note(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._end_at <= trainer.global_step < trainer.estimated_stepping_batches:
+        if self._end_at <= self._steps.made(trainer) < self._steps.total(trainer):
             trainer.should_stop = True
 
     def figure(self, name: Scalar, trainer: pl.Trainer) -> float:
@@ -328,8 +329,8 @@ class DiffPruningCallback(PETCallback):
         super().on_train_end(trainer, pl_module)
         if not self._is_cut:
             rank_zero_warn(
-                f"the fit ended after {trainer.global_step} of {self._cut_at} steps of the first stage: its difference "
-                f"is cut to density {self.density} as it is, without fine-tuning."
+                f"the fit ended after {self._steps.made(trainer)} of {self._cut_at} steps of the first stage: its "
+                f"difference is cut to density {self.density} as it is, without fine-tuning."
             )
             self._cut_if_due(trainer, due=True)
         if self.plot:
@@ -353,7 +354,7 @@ class DiffPruningCallback(PETCallback):
         self._live, self._gate_groups = [], []
 
     def _cut_if_due(self, trainer: pl.Trainer, due: bool = False) -> None:
-        if not self._is_cut and (due or trainer.global_step >= self._cut_at):
+        if not self._is_cut and (due or self._steps.made(trainer) >= self._cut_at):
             controller = Controller.get(trainer)
             controller.exchange(self.cut(controller.adapted.root, controller.adapter))
             self._gate_groups = []
@@ -398,8 +399,9 @@ class DiffPruningCallback(PETCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""
-        return {"history": self._curve.history}
+        return super().state_dict() | {"history": self._curve.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the interrupted run."""
+        super().load_state_dict(state_dict)
         self._curve.history = [list(row) for row in state_dict.get("history", [])]
