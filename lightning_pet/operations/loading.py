@@ -16,7 +16,7 @@ from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, sho
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
 from lightning_pet.insertion.prepare import Prepared, is_shared, prepare
-from lightning_pet.insertion.tasks.own_values import is_own, names_of_own
+from lightning_pet.insertion.tasks.own_values import as_own, is_own
 from lightning_pet.insertion.widening import widen
 from lightning_pet.layers.delta import Delta, filled_later, without_memory, wrong_kinds, wrong_names, wrong_shapes
 from lightning_pet.layers.sharding import without_values
@@ -410,15 +410,13 @@ def replace_values(root: nn.Module, delta: str, stored: Stored, base_check: str 
     record = record_at(root)
     check_known((delta,), record.names)
     stored, view = for_model(stored, delta), record.of(delta)
-    own_names = names_of_own(view)
-    stored = replace(stored, tensors={own_names.get(name, name): t for name, t in stored.tensors.items()})
+    stored = replace(stored, tensors=as_own(stored.tensors, view))
     values = {name: tensor for name, tensor in stored.tensors.items() if delta_of(name) is None}
     there = {applied.key: applied for applied in view.applied if not is_own(applied)}
     coming = {key_of(method): own for method, own in zip(methods_of(stored, delta), stored.methods, strict=True)}
     found = by_delta(stored.tensors)
-    problems = [f"it holds {', '.join(sorted(coming))}, the model has {', '.join(sorted(there))}"] * (
-        there.keys() != coming.keys()
-    )
+    differ = f"it holds {', '.join(sorted(coming))}, the model has {', '.join(sorted(there))}"
+    problems = [differ] * (there.keys() != coming.keys())
     problems += [f"{key} has other options" for key in there.keys() & coming.keys() if _differ(there[key], coming[key])]
     problems += [
         join(inserted.path, text)

@@ -138,10 +138,11 @@ def is_own(applied: Applied) -> bool:
     return applied.method == VALUE
 
 
-def names_of_own(record: Adaptation) -> dict[str, str]:
-    """Names of tensors of the base, with those of the values that one delta has in their place."""
+def as_own(tensors: Mapping[str, Tensor], record: Adaptation) -> dict[str, Tensor]:
+    """What a file holds of one delta, with the names of the values that it has in place of tensors of the base."""
     places = [(target.path, join(path, VALUE)) for applied, target, path in record.places() if is_own(applied)]
-    return {base: name for base, name in places if name in set(record.delta_names)}
+    names = {base: name for base, name in places if name in set(record.delta_names)}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def own_places(record: Adaptation) -> set[str]:
