@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import runs_together
 import torch
 from libraries import METHODS, OURS, PEFT, attach, libraries
 from measuring import best
@@ -235,6 +236,7 @@ TABLES: dict[Table, dict[str, Measure]] = {
         + [(name, Case(name), bound) for name, bound in SLOWER]
     ),
     TOKEN: cases([(name, replace(case, tasks=32, rows=32, tokens=1), None) for name, case in GENERATED]),
+    runs_together.TABLE: runs_together.MEASURES,
 }
 
 if __name__ == "__main__":

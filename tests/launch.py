@@ -49,7 +49,10 @@ def launch(
 
 
 def run(
-    argv: Sequence[str], environments: Sequence[Mapping[str, str]] = ({},), timeout: float = 120
+    argv: Sequence[str],
+    environments: Sequence[Mapping[str, str]] = ({},),
+    timeout: float = 120,
+    cwd: str | os.PathLike[str] = ".",
 ) -> tuple[list[int], list[str]]:
     """Run ``python argv`` in one new process with each of these added to the environment, all at once."""
     while len(_parents) < 2:  # both import at the same time
@@ -60,7 +63,7 @@ def run(
         processes = []
         for rank, (more, file) in enumerate(zip(environments, files, strict=True)):
             env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
-            processes.append(Child(_parents[rank % 2], argv, env, str(file)))
+            processes.append(Child(_parents[rank % 2], argv, env, str(file), os.path.abspath(cwd)))
         _wait(processes, timeout)
         return [process.wait() for process in processes], [file.read_text(errors="replace") for file in files]
 
@@ -102,10 +105,10 @@ class Parent:
 class Child:
     """``python member.py argv``, whose output goes into a file; what is needed of :class:`subprocess.Popen`."""
 
-    def __init__(self, parent: Parent, argv: Sequence[str], env: Mapping[str, str], output: str) -> None:
+    def __init__(self, parent: Parent, argv: Sequence[str], env: Mapping[str, str], output: str, cwd: str) -> None:
         self._parent = parent
         self.returncode: int | None = None
-        self.pid: int = parent.ask(argv=list(argv), env=dict(env), output=output, cwd=os.getcwd())
+        self.pid: int = parent.ask(argv=list(argv), env=dict(env), output=output, cwd=cwd)
 
     def poll(self) -> int | None:
         """Its exit code, if it has ended."""

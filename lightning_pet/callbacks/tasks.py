@@ -32,7 +32,8 @@ class TasksCallback(Callback):
         key: where a batch says which task a row belongs to: the name of an entry, its position in a batch that is a
             tuple, or a function of the batch. The entry holds names or numbers (in the order of ``tasks``), one per
             row or one for all, and is taken out before the module sees the batch.
-        every_row: every row belongs to every task: several runs on the same data, side by side.
+        every_row: every row belongs to every task: several runs on the same data in one forward, each with the weights,
+            dropout and clipping that it has alone, where the loss is a mean or a sum over rows.
         monitor: figure that decides which values of a task its file holds, e.g. ``"val_acc"``, of which each task has
             its own, ``val_acc/TASK``. Without it, the file holds the values of the end.
         mode: ``"min"`` or ``"max"``: which values of it are better.

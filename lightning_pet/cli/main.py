@@ -77,12 +77,13 @@ def _refuse_verb(verb: str, known: list[str]) -> None:
     sys.exit(f"lightning-pet: there is no verb {verb!r}.{hint} Verbs: {', '.join(known)}.")
 
 
-def inspect(path: str, json_output: bool = False) -> None:
+def inspect(path: str, json_output: bool = False, delta: str | None = None) -> None:
     """Show what a delta file or checkpoint holds, without building the model.
 
     Args:
         path: delta file (.safetensors), training checkpoint (.ckpt), or folder of HF PEFT.
         json_output: print JSON instead of a table.
+        delta: name of the task, of a checkpoint in which several deltas have trained together.
     """
     from lightning_pet.report.delta_summary import print_summary, summarize_delta
     from lightning_pet.store.files import is_delta_file
@@ -92,7 +93,7 @@ def inspect(path: str, json_output: bool = False) -> None:
     else:  # a checkpoint is a file of torch, a folder may be
         from lightning_pet.report.summary import summarize
 
-        summary = summarize(path)
+        summary = summarize(path, delta)
     if json_output:
         print(json.dumps(summary, indent=2, sort_keys=True))
     else:

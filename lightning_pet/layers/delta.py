@@ -266,6 +266,13 @@ class Delta(Part):
         """
         return math.inf
 
+    def merges_finite(self, weight: Tensor) -> bool:
+        """Whether :meth:`merge_` would leave finite numbers, if that can be told in less memory than a second weight.
+
+        The default does not tell: it is ``False``, and whoever asks looks at what :meth:`merged` returns.
+        """
+        return False
+
     def merged_bias(self, bias: Tensor) -> Tensor:
         """Return the host's bias that goes with :meth:`merged`; only asked for where ``changes_bias``."""
         return bias

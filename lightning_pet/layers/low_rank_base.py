@@ -7,7 +7,7 @@ untouched, so the delta can be taken off exactly.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.layers import rows as ranges
 from lightning_pet.layers.combining import factored
 from lightning_pet.layers.delta import Delta, check_scale
-from lightning_pet.layers.low_rank_product import add_product_, is_plain
+from lightning_pet.layers.low_rank_product import add_product_, is_plain, sum_is_finite
 from lightning_pet.layers.sharding import whole
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
@@ -151,23 +151,30 @@ class LowRank(Delta):
         if not self._adds_in_place(weight):
             weight.copy_(self._effective(weight))
             return
+        for matrix, b, a, options in self._sums(weight):
+            add_product_(matrix, b, a, self.scale, **options)
+
+    @torch.no_grad()
+    def merges_finite(self, weight: Tensor) -> bool:
+        """See :meth:`Delta.merges_finite`."""
+        if not self._adds_in_place(weight):
+            return False
+        return all(sum_is_finite(matrix, b, a, self.scale, **options) for matrix, b, a, options in self._sums(weight))
+
+    def _sums(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+        """What each part of a weight changes by, as arguments of :func:`add_product_`."""
         dtype, matrix = _precise(weight), self._matrix(weight)
         a, b = self._flat_a().to(dtype), self._flat_b().to(dtype)
         a0, b0 = (None, None) if self.a0 is None or self.b0 is None else (self.a0.view_as(a), self.b0.view_as(b))
         used = 0
         for start, stop in self.rows or ((0, self.out_features),):
             own = slice(used, used + stop - start)
-            origin = None if a0 is None or b0 is None else (a0.to(dtype), b0[..., own, :].to(dtype))
-            magnitude = None if self.magnitude is None else self.magnitude[..., own]
-            add_product_(
-                matrix[..., start:stop, :],
-                b[..., own, :],
-                a,
-                self.scale,
-                origin=origin,
-                magnitude=magnitude,
-                rounds_twice=self.path == "weight",  # as the effective weight is: to the bit
-            )
+            options = {
+                "origin": None if a0 is None or b0 is None else (a0.to(dtype), b0[..., own, :].to(dtype)),
+                "magnitude": None if self.magnitude is None else self.magnitude[..., own],
+                "rounds_twice": self.path == "weight",  # as the effective weight is: to the bit
+            }
+            yield matrix[..., start:stop, :], b[..., own, :], a, options
             used = own.stop
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ products, and the input gradient is the base's, added to the low-rank one in the
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -435,12 +435,38 @@ def add_product_(
         if origin is None and magnitude is None and matrix.dtype == b.dtype and not rounds_twice:
             matrix.addmm_(b, a, alpha=scale)
         else:
-            _add_in_pieces_(matrix, b, a, scale, origin, magnitude)
+            for piece, work in _in_pieces(matrix, b, a, scale, origin, magnitude):
+                piece.copy_(work)
 
 
-def _add_in_pieces_(
+def sum_is_finite(
+    matrix: Tensor,
+    b: Tensor,
+    a: Tensor,
+    scale: float,
+    *,
+    origin: Origin | None = None,
+    magnitude: Tensor | None = None,
+    rounds_twice: bool = False,
+) -> bool:
+    """Whether :func:`add_product_` would leave finite numbers, with the same memory; it changes nothing."""
+    if matrix.dim() == 3:
+        pairs = [None if origin is None else (origin[0][i], origin[1][i]) for i in range(len(matrix))]
+        norms = [None if magnitude is None else magnitude[i] for i in range(len(matrix))]
+        return all(
+            sum_is_finite(part, b[i], a[i], scale, origin=pairs[i], magnitude=norms[i]) for i, part in enumerate(matrix)
+        )
+    if not matrix.numel():
+        return True
+    with torch.autocast(matrix.device.type, enabled=False):
+        ends = [torch.stack(torch.aminmax(w)) for _, w in _in_pieces(matrix, b, a, scale, origin, magnitude)]
+    return all(bool(end.to(matrix.dtype).isfinite().all()) for end in ends)
+
+
+def _in_pieces(
     matrix: Tensor, b: Tensor, a: Tensor, scale: float, origin: Origin | None, magnitude: Tensor | None
-) -> None:
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of the matrix, and what they become; the memory of the latter is used again for the next."""
     step = max(_ROWS, _PIECE // max(1, matrix.shape[1]))
     # All memory before the first number changes.
     memory = b.new_empty(1 if origin is None else 2, min(step, len(matrix)), matrix.shape[1])
@@ -455,4 +481,4 @@ def _add_in_pieces_(
         if magnitude is not None:
             norm = torch.linalg.vector_norm(work, dim=-1).to(magnitude.dtype)
             work.mul_((magnitude[rows] / norm).to(work.dtype).unsqueeze(-1))
-        piece.copy_(work)
+        yield piece, work

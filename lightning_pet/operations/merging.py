@@ -103,6 +103,9 @@ class _Change(Protocol):
     def reach(self, largest: float, /) -> float:
         """See :meth:`Delta.reach`."""
 
+    def merges_finite(self, weight: Tensor, /) -> bool:
+        """See :meth:`Delta.merges_finite`."""
+
 
 class _OfBias:
     def __init__(self, delta: Delta) -> None:
@@ -113,6 +116,9 @@ class _OfBias:
 
     def reach(self, largest: float, /) -> float:
         return math.inf
+
+    def merges_finite(self, bias: Tensor, /) -> bool:
+        return False
 
 
 @dataclass
@@ -140,13 +146,17 @@ class Step:
         return [self.parameter, *(parameter for delta in deltas for parameter in delta.parameters())]
 
     def is_finite(self) -> bool:
-        """Whether a bound shows that the result is."""
+        """Whether a bound shows that the result is, or a look at it in pieces."""
         if not self.is_large():
             return False
-        bound = _size(self.parameter.detach())
+        bound = size = _size(self.parameter.detach())
         for _, change in self.changes:
             bound = change.reach(bound)
-        return bound < torch.finfo(self.parameter.dtype).max / 2  # a bound knows nothing of rounding
+        if bound < torch.finfo(self.parameter.dtype).max / 2:  # a bound knows nothing of rounding
+            return True
+        return (
+            len(self.changes) == 1 and math.isfinite(size) and self.changes[0][1].merges_finite(self.parameter.detach())
+        )
 
     def is_large(self) -> bool:
         """Whether to change it in place."""

@@ -12,8 +12,12 @@ from lightning_pet.store.fingerprint import describe
 from lightning_pet.store.manifest import Manifest
 
 
-def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:
+def summarize(path: str | os.PathLike[str], delta: str | None = None) -> dict[str, Any]:
     """Read a file or folder completely (every digest that there is is verified) and describe it in plain types.
+
+    Args:
+        path: of it.
+        delta: which, of a checkpoint in which several have trained together.
 
     Returns:
         What :func:`~lightning_pet.report.delta_summary.described` does.
@@ -23,6 +27,6 @@ def summarize(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not is_folder(path) and is_delta_file(path):
         return summarize_delta(path)
-    stored = read_source(path)
+    stored = read_source(path, delta=delta)
     norms = {name: norm(tensor.detach().double().numpy()) for name, tensor in stored.tensors.items()}
     return described(path, Manifest(stored.methods, describe(stored.tensors), stored.base, stored.root), norms)

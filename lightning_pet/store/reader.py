@@ -92,7 +92,8 @@ def delta_of(checkpoint: Mapping[str, Any], path: PathLike, delta: str | None = 
         known = ", ".join(map(repr, several))
         raise DeltaFileError(
             f"{path} holds the deltas of {len(several)} tasks: {known}. Say which one is meant, by its name: "
-            f"load_delta(model, path, name={several[0]!r}); load_from_checkpoint loads all of them.",
+            f"load_delta(model, path, name={several[0]!r}), or --delta={several[0]} on the command line; "
+            "load_from_checkpoint loads all of them.",
             "mismatch",
         )
     tensors, rest = split_below(checkpoint["state_dict"], entry["root"])

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -20,16 +21,24 @@ SCRIPT = str(Path(sysconfig.get_path("scripts")) / "lightning-pet")  # what an i
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 
 
-def run(arguments: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run Python, or our script, with the user's code importable, in a folder of its own."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
-    command = arguments if arguments[0] == SCRIPT else [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def run(
+    arguments: list[str], folder: Path, check: bool = True, forked: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run Python, or our script, with the user's code importable, in a folder of its own.
+
+    ``forked``: in a process that has imported Lightning already, for what is not about starting. What it prints as an
+    error is part of its output then.
+    """
+    if forked:
+        codes, outputs = launch.run(arguments, [ENVIRONMENT], 240, folder)
+        done = subprocess.CompletedProcess(arguments, codes[0], outputs[0], outputs[0])
+    else:
+        command = arguments if arguments[0] == SCRIPT else [sys.executable, *arguments]
+        env = {**os.environ, **ENVIRONMENT}
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -79,7 +88,7 @@ def test_fit_with_the_users_own_cli(name: str, tmp_path: Path) -> None:
         f"--trainer.callbacks.target_modules={TARGETS}",
     ]
     eager = ["--optimizer=AdamW", "--optimizer.lr=0.01"] if "." in name else []
-    run([str(HERE / "user_code.py"), "fit", "--trainer.max_epochs=1", *QUIET, *callback, *eager], tmp_path)
+    run([str(HERE / "user_code.py"), "fit", "--trainer.max_epochs=1", *QUIET, *callback, *eager], tmp_path, forked=True)
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
     assert set(saved["state_dict"]) - {MARK} == EXPECTED
@@ -96,7 +105,7 @@ def test_dotted_name_needs_no_import(tmp_path: Path) -> None:
     )
     options = ["--trainer.callbacks+=lightning_pet.LoRACallback", "--trainer.callbacks.r=1"]
     options += ["--trainer.callbacks.target_modules=layer", "--trainer.fast_dev_run=true", *QUIET]
-    assert "lora" in run([str(script), "fit", *options], tmp_path).stdout
+    assert "lora" in run([str(script), "fit", *options], tmp_path, forked=True).stdout
 
 
 def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_path: Path) -> None:
@@ -115,7 +124,7 @@ def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_pa
         "    run(['fit', '-c', sys.argv[1], '--ckpt_path=last-good', '--trainer.default_root_dir=again',\n"
         "         f'--trainer.max_epochs={epochs}'])\n"
     )
-    done = run([str(script), str(config), str(trained[0])], tmp_path)
+    done = run([str(script), str(config), str(trained[0])], tmp_path, forked=True)
     for text in ("val/loss", "test/loss", "verb fit", "`Trainer.fit` stopped: `max_epochs=2` reached"):
         assert text in done.stdout + done.stderr
     assert "no checkpoint below" in done.stderr
@@ -149,7 +158,7 @@ def test_the_installed_script_names_and_writes_configurations(tmp_path: Path) ->
     (tmp_path / "reviews.csv").write_text("text,label\ngood,pos\nbad,neg\n")
     written = run(ours("init", "text_classification", "--method=bitfit", "--data=reviews.csv"), tmp_path)
     assert written.stdout.endswith("lightning-pet fit -c run.yaml\n")
-    printed = run(ours("fit", "-c", "run.yaml", "-c", "trainer/cpu", "--print_config"), tmp_path).stdout
+    printed = run(ours("fit", "-c", "run.yaml", "-c", "trainer/cpu", "--print_config"), tmp_path, forked=True).stdout
     assert "class_path: lightning_pet.BitFitCallback" in printed
     assert "accelerator: cpu" in printed
 
@@ -171,7 +180,7 @@ def test_the_installed_script_names_and_writes_configurations(tmp_path: Path) ->
 )
 def test_mistakes_get_a_message_and_no_traceback(arguments: list[str], texts: list[str], tmp_path: Path) -> None:
     model = ["--model=user_code.Net", "--data=user_code.Data", "--trainer.max_epochs=1", *QUIET]
-    done = run(ours("fit", *model, *arguments), tmp_path, check=False)
+    done = run(ours("fit", *model, *arguments), tmp_path, check=False, forked=True)
     assert done.returncode != 0
     for text in texts:
         assert text in done.stderr
@@ -187,7 +196,7 @@ def test_wrong_checkpoint_is_refused(tmp_path: Path) -> None:
 
     base = tmp_path / "base.ckpt"
     torch.save({"state_dict": {}, "pytorch-lightning_version": pl.__version__, "epoch": 0, "global_step": 0}, base)
-    done = run(fit_arguments(f"--ckpt_path={base}"), tmp_path, check=False)
+    done = run(fit_arguments(f"--ckpt_path={base}"), tmp_path, check=False, forked=True)
     assert done.returncode != 0
     assert "not a delta checkpoint" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,11 +1,13 @@
 """Several deltas trained in one run: each is what it would be alone on its rows, in one file of its own."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from models import CLASSES, WIDTH, Net, lora, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -30,6 +32,7 @@ from lightning_pet import (
     PrefixTuningCallback,
     PromptTuningCallback,
     TasksCallback,
+    UnsupportedStrategyError,
     extract_delta,
     inspect_delta,
     load_delta,
@@ -672,3 +675,37 @@ def test_accumulation_clipping_and_checkpointing(tmp_path):
     for task in TASKS:
         for name, value in results[0][task].items():
             assert torch.allclose(value, results[1][task][name], atol=1e-6), name
+
+
+def test_engines_that_shard_are_refused_by_name():
+    shards = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[])
+    with pytest.raises(UnsupportedStrategyError, match=r"TasksCallback.*as ModelParallelStrategy shards them"):
+        TasksCallback(tasks=list(TASKS)).setup(shards, None, "fit")
+
+
+class ByHand(Module):
+    """Optimizes by itself."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self._loss(**batch))
+        optimizer.step()
+
+
+def test_manual_optimization(tmp_path):
+    weights = []
+    for kind in (Module, ByHand):
+        torch.manual_seed(3)
+        module = kind(Net(dropout=0.0))
+        tasks = TasksCallback(tasks={"odd": {"seed": 1}, "even": {"seed": 2}}, dirpath=str(tmp_path))
+        trainer(METHODS["lora"](), tasks, max_epochs=1).fit(module, loader())
+        weights.append(module.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    callbacks = (METHODS["lora"](), TasksCallback(tasks=LABELS))
+    with pytest.raises(ArgumentError, match="ByHand optimizes by itself"):
+        trainer(*callbacks, max_epochs=1).fit(ByHand(Net()), labelled())
