@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lightning_pet.operations.delta import save_delta as save_delta
     from lightning_pet.operations.exchanging import export_delta as export_delta
     from lightning_pet.operations.exchanging import import_delta as import_delta
+    from lightning_pet.operations.library.library import DeltaLibrary as DeltaLibrary
     from lightning_pet.operations.publishing import push_to_hub as push_to_hub
     from lightning_pet.report.memory.planner import plan_memory as plan_memory
     from lightning_pet.store.reader import extract_delta as extract_delta
@@ -76,6 +77,7 @@ _WHERE = {
     "combine_deltas": "operations.combining.files",
     "export_delta": "operations.exchanging",
     "import_delta": "operations.exchanging",
+    "DeltaLibrary": "operations.library.library",
     "inspect_delta": "operations.delta",
     "load_delta": "operations.delta",
     "load_from_checkpoint": "operations.delta",

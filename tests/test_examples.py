@@ -42,8 +42,8 @@ def numbers(text: str, label: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
-def test_there_are_three() -> None:
-    assert [path.stem for path in EXAMPLES] == ["huggingface", "plain_torch", "vision"]
+def test_there_are_four() -> None:
+    assert [path.stem for path in EXAMPLES] == ["huggingface", "many_users", "plain_torch", "vision"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -79,3 +79,11 @@ def test_huggingface(outputs: dict[str, str]) -> None:
         assert numbers(out, "unseen words")[0] > 0.8
         assert numbers(out, "checkpoint:")[0] < 5
     assert float(re.search(r"differ by at most (\S+)", out)[1]) < 1e-4
+
+
+def test_many_users(outputs: dict[str, str]) -> None:
+    out = outputs["many_users"]
+    assert re.search(r"500 users' files, 128 in memory: \d+ were read, \d+ were there", out)
+    assert numbers(out, "answers:")[0] > 0.6  # the words of another user are right in an eighth of all cases
+    assert numbers(out, "32 users in a batch:")[0] > 1
+    assert numbers(out, "one user for all:")[0] > 1

@@ -21,6 +21,7 @@ NAMES = [
     "CompacterCallback",
     "DeadSiteError",
     "DeltaFileError",
+    "DeltaLibrary",
     "DiffPruningCallback",
     "FullFineTuningCallback",
     "IA3Callback",

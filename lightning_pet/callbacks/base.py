@@ -22,6 +22,7 @@ from lightning_pet.model.naming import (
     DEFAULT,
     canonical,
     check_delta_name,
+    delta_of,
     delta_prefix,
     join,
     named_modules,
@@ -37,7 +38,7 @@ from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.own_steps import OwnSteps
 from lightning_pet.training.run_log import log_figures, norm_of
-from lightning_pet.training.tasks.of_task import OfTask, for_tasks
+from lightning_pet.training.tasks.tasks import OfTask, for_tasks
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
 Scalar = Literal["norm", "rank", "density"]
@@ -179,7 +180,8 @@ class PETCallback(OfTask, Callback):
             return parameters_below(root, self.modules_to_save, "modules_to_save")
         modules = named_modules(root)
         heads = [(target.module, modules[target.module]) for target in targets if target.role == HEAD]
-        return tuple(dict.fromkeys(join(p, n) for p, m in heads for n, _ in named_parameters(m)))
+        names = dict.fromkeys(join(p, n) for p, m in heads for n, _ in named_parameters(m))
+        return tuple(name for name in names if delta_of(name) is None)  # a delta may lie in the head
 
     def heads_within(self, scope: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of heads in a part of the model; of heads elsewhere nothing is asked."""

@@ -14,7 +14,15 @@ from lightning_pet.layers.delta import Delta
 from lightning_pet.model.adaptation import Adaptation, deltas_in, record_of
 from lightning_pet.model.layer_kinds import base_class
 from lightning_pet.model.named_roles import named_places
-from lightning_pet.model.naming import delta_prefix, has_module, module_at, named_modules, tensors_at
+from lightning_pet.model.naming import (
+    delta_path,
+    delta_prefix,
+    has_module,
+    host_at,
+    module_at,
+    named_modules,
+    tensors_at,
+)
 from lightning_pet.model.quantised import format_of, is_quantised, is_repacked
 from lightning_pet.model.structure import Structure, Target, overlap
 
@@ -179,8 +187,11 @@ def check_intact(root: nn.Module, record: Adaptation) -> None:
         PETError: naming them.
     """
     # A delta may hold other tensors than when it was noted: what it may not be is gone.
-    there = {inserted.path for inserted in record.deltas(root, pass_over_gone=True)}
-    gone = {path for applied in record.applied for path in applied.paths} - there
+    gone: set[str] = set()
+    for path, keys in record.keys().items():
+        found = host_at(root, path)
+        there = found[1]._modules.keys() if found is not None else ()
+        gone |= {delta_path(path, key) for key in keys if key not in there}
     lost = sorted(name for name in (record.delta_names if gone else ()) if delta_prefix(name) in gone)
     lost += sorted({*record.trained_names} - tensors_at(root, record.trained_names).keys())
     if lost:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.checks import check_acting, sizes_of
 from lightning_pet.insertion.commit import check_sum, copy_in, keys_of, take_out, undo
-from lightning_pet.insertion.host import conceal, deltas_of, expose, is_swapped_by_others
+from lightning_pet.insertion.host import belong, conceal, expose, is_swapped_by_others
 from lightning_pet.insertion.row_guard import Manners
 from lightning_pet.insertion.tasks.together import part, shared
 from lightning_pet.insertion.widening import read_precisions
@@ -26,10 +26,10 @@ from lightning_pet.layers.sharding import has_master, holds_parts, is_flattened,
 from lightning_pet.model.adaptation import Adaptation, record_at
 from lightning_pet.model.call import Rows, Switch, between_forwards
 from lightning_pet.model.naming import (
+    CHILD,
     check_known,
     delta_of,
     join,
-    module_at,
     named_modules,
     named_tensors,
     tensors_at,
@@ -210,7 +210,7 @@ def exchange(root: nn.Module, record: Adaptation, values: Mapping[str, Tensor]) 
             f"{', '.join(held[:4])} cannot get the values of another delta for all threads: the engine (FSDP1 or "
             "ZeRO-3) holds a piece in each process. Choose before the fit, or for a block: `with adapted.using(name)`."
         )
-    by_copy = any(_is_held(tensor) for tensor in present.values()) or holds_parts(root)
+    by_copy = any(_is_held(tensor) for tensor in present.values()) or holds_parts(root, without=CHILD)
     if other := [n for n, t in present.items() if by_copy and whole_shape(t) != whole_shape(values[n])]:
         raise PETError(
             f"{', '.join(other[:4])} would get another shape, and others hold its memory (an engine that shards, or "
@@ -311,7 +311,7 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
     What is trained in place keeps its values: this thread reads others. Only where an engine holds parts of the
     parameters are the values exchanged, for all threads: there every process runs one forward at a time.
     """
-    belong(root, record)
+    belong(root, record.keys(), record.switch)
     selection = record.selection(deltas)
     with ExitStack() as stack, ExitStack() as exposed:
         with LOCK:
@@ -337,21 +337,11 @@ def using(root: nn.Module, record: Adaptation, deltas: tuple[str, ...]) -> Itera
                 close(module, attributes, record.switch, block.made_a_graph)
 
 
-def belong(root: nn.Module, record: Adaptation) -> None:
-    """Let the hosts listen to the root's switch: user code may have put a copy of one in its place."""
-    keys: dict[str, list[str]] = {}
-    for applied in record.applied:
-        for host, key in applied.hosts:
-            keys.setdefault(host, []).append(key)
-    for host, own in keys.items():
-        deltas = deltas_of(module_at(root, host))
-        for key in own:
-            deltas.belong(key, record.switch)
-
-
 def _is_exchanged(root: nn.Module, names: Iterable[str], places: _Places) -> bool:
     """Whether a block has to exchange values: they cannot be read in the place of what an engine holds."""
-    parts = holds_parts(root) and not any(is_partition(tensor) for tensor in tensors_at(root, names).values())
+    parts = holds_parts(root, without=CHILD) and not any(
+        is_partition(tensor) for tensor in tensors_at(root, names).values()
+    )
     return parts or any(is_swapped_by_others(module) for module, _ in places)
 
 
@@ -407,9 +397,16 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
 
-def placed_values(root: nn.Module, values: Mapping[str, Tensor], *, shared: bool = False) -> dict[str, Tensor]:
+def placed_values(
+    root: nn.Module,
+    values: Mapping[str, Tensor],
+    *,
+    shared: bool = False,
+    precisions: Mapping[int, torch.dtype] | None = None,
+) -> dict[str, Tensor]:
     """Values placed as the present ones: copies, as the base may write into its buffers; ``shared``: of these only."""
-    found, precisions = {}, read_precisions(root)
+    found: dict[str, Tensor] = {}
+    precisions = read_precisions(root) if precisions is None and values else precisions or {}
     with torch.no_grad():
         for name, tensor in tensors_at(root, values).items():
             if not values[name].is_meta:
@@ -446,7 +443,7 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
         TargetError: if the values of what was trained in place cannot be read side by side here.
     """
     switch = record.switch
-    belong(root, record)
+    belong(root, record.keys(), record.switch)
     groups = tuple(dict.fromkeys(names))
     tuples = [() if name is None else (name,) for name in groups]
     with ExitStack() as exposed:
@@ -462,8 +459,9 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
                     "own there: rows of one batch cannot read different ones. Use one after the other: `using(name)`."
                 )
             parts = [record.selection(deltas) for deltas in tuples]
+            precisions = read_precisions(root) if differing else {}
             for part, values in zip(parts, wanted, strict=True):
-                part.values.update(placed_values(root, values, shared=True) if values else {})
+                part.values.update(placed_values(root, values, shared=True, precisions=precisions))
             paths = {id(module): path for path, module in modules.items()}
             rows = Rows(groups, tuple(map(groups.index, names)), tuple(parts), frozenset(differing), paths, manners)
             union = record.selection(tuple(name for name in groups if name is not None))

@@ -294,6 +294,14 @@ def deltas_of(host: nn.Module) -> Deltas:
     return cast(Deltas, host._modules[CHILD])
 
 
+def belong(root: nn.Module, keys: Mapping[str, Iterable[str]], switch: Switch) -> None:
+    """Let hosts (paths, and keys of their deltas) listen to a switch: user code may have put a copy of one there."""
+    for path, own in keys.items():
+        deltas = deltas_of(module_at(root, path))
+        for key in own:
+            deltas.belong(key, switch)
+
+
 def attach(
     root: nn.Module, target: Target, key: str, delta: Delta, reader: str | None = None, switch: Switch | None = None
 ) -> None:
@@ -324,10 +332,10 @@ def attach(
     else:
         swap(host, _AroundHost if delta.path == "around" else _Host)
     pet = deltas_of(host)
-    pet[key] = delta
     if switch is not None:
-        pet.belong(key, switch)
-    pet.train(host.training)
+        pet.belong(key, switch)  # before it is there: other threads run the host, and it is not to act in them yet
+    pet[key] = delta
+    delta.train(host.training)
     if target.reads is not None and delta.path != "weight":
         delta.slot = Slot(pet, key)
         source = module_at(root, target.reads)

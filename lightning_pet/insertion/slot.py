@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import DeadSiteError, TargetError
 from lightning_pet.layers.delta import Delta, Path
-from lightning_pet.model.call import HERE, Chosen, Rows, Switch
+from lightning_pet.model.call import HERE, Chosen, Rows, Switch, note_compiled
 from lightning_pet.model.naming import CHILD, delta_in
 
 # --- parameters, read through the weight deltas of their host: properties in the place of a look-up ---
@@ -209,6 +209,10 @@ class Deltas(nn.ModuleDict):
         """What acts in this call."""
         chosen = of_host(self)
         if torch.compiler.is_dynamo_compiling():
+            for root in self._roots:
+                selection = chosen.get(root.number, root.selection)
+                if selection is not None:
+                    note_compiled(root.number, selection.deltas)
             return self._look(chosen)  # a compiler guards what is read, and would have to repeat what is written
         chosen_keys: tuple[Any, ...] = ()
         for root in self._roots:  # one, almost always
@@ -252,7 +256,7 @@ class Deltas(nn.ModuleDict):
             return Acting((), (), (), (), None, groups)
         # Not isinstance: a sharding engine passes the attributes of what it has wrapped through.
         own = cast(dict[str, Delta], self._modules)
-        keys = [key for key in own if self._acts(key, chosen)]
+        keys = [key for key in tuple(own) if self._acts(key, chosen)]  # another thread may attach one
         for root in self._roots:
             selection = chosen.get(root.number, root.selection) if chosen else root.selection
             if len(keys) > 1 and selection is not None and len(selection.deltas) > 1:

@@ -32,6 +32,7 @@ from lightning_pet.model.naming import (
     modules_on_the_way,
     named_modules,
     named_parameters,
+    walk,
 )
 from lightning_pet.model.quantised import is_quantised
 from lightning_pet.model.undisturbed import forbid
@@ -77,7 +78,7 @@ def _reads_as(module: nn.Module) -> Mapping[str, torch.dtype]:
 
 def read_precisions(root: nn.Module) -> dict[int, torch.dtype]:
     """The same of a whole model, by ``id`` of the parameter."""
-    modules = (module for module in root.modules() if READ_AS in module.__dict__)
+    modules = {module: None for _, module in walk(root, of_base=True) if READ_AS in module.__dict__}
     return {id(m._parameters[name]): dtype for m in modules for name, dtype in _reads_as(m).items()}
 
 

@@ -79,7 +79,7 @@ def dropped(change: Tensor, density: float, generator: torch.Generator) -> Tenso
 def elected(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The mean of those entries that have the sign of the weighted sum, times ``Σ w`` (the second half of TIES).
 
-    Where all changes agree it is their weighted sum.
+    Where all changes agree it is their weighted sum. Source: Yadav et al. 2023.
 
     Args:
         changes: trimmed ones; an entry of zero has no opinion.
@@ -92,11 +92,6 @@ def elected(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         agreeing += weight * change * agrees
         share += weight * agrees
     return sum(weights) * agreeing / torch.where(share > 0, share, torch.ones_like(share))
-
-
-def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """TIES (Yadav et al. 2023): trim, elect a sign for every entry, take the mean of those that have it."""
-    return elected([trimmed(change, density) for change in changes], weights)
 
 
 def peft_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:

@@ -262,7 +262,10 @@ def low_rank_linear(
     if is_transformed() or (special and torch.compiler.is_compiling()) or not _fits(product, x):
         return _written_out(x, weight, bias, a, b, scale, merged, origin, product, dropout)
     mask, kept = drawn_mask(x, dropout) if dropout else None, 1 / (1 - dropout)
-    if not torch.is_grad_enabled():  # a node would cost as much as the products, and end a compiler's graph
+    # Without a gradient a node would cost as much as the products, and end a compiler's graph.
+    given = (x, a, b, weight, bias, product)
+    rests = torch.compiler.is_compiling() and not any(t is not None and t.requires_grad for t in given)
+    if rests or not torch.is_grad_enabled():
         if merged and weight is not None:
             return F.linear(x, shifted(weight, a, b, scale, origin), bias)
         return _activation_form(x, weight, bias, a, b, origin, scale, product, mask, kept)[0]

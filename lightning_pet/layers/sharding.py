@@ -75,8 +75,13 @@ def gathered(module: nn.Module) -> Iterator[None]:
                 module._parameters[name] = part
 
 
-def holds_parts(module: nn.Module) -> bool:
-    """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3."""
+def holds_parts(module: nn.Module, *, without: str | None = None) -> bool:
+    """Whether an engine left this process parts of a model only: units of FSDP1, ``DTensor``, partitions of ZeRO-3.
+
+    Args:
+        module: the model.
+        without: children of this name are passed over.
+    """
     todo = [module]
     while todo:
         part = todo.pop()
@@ -84,7 +89,7 @@ def holds_parts(module: nn.Module) -> bool:
             return True
         if any(p is not None and (is_sharded(p) or is_partition(p)) for p in part._parameters.values()):
             return True
-        todo += [child for child in part._modules.values() if child is not None]
+        todo += [child for name, child in part._modules.items() if child is not None and name != without]
     return False
 
 
@@ -94,7 +99,8 @@ def settled(module: nn.Module) -> None:
     What is written into those would be gone with them.
     """
     for part in module.modules():
-        if callable(getattr(part, "unshard", None)) and callable(getattr(part, "reshard", None)):
+        # Of its class: an instance would look among its parameters and children for what it does not have.
+        if callable(getattr(type(part), "unshard", None)) and callable(getattr(type(part), "reshard", None)):
             part.reshard()  # type: ignore[operator]
 
 

@@ -360,6 +360,14 @@ class Adaptation:
                 elif not pass_over_gone:
                     raise KeyError(delta_path(host, key))
 
+    def keys(self) -> dict[str, list[str]]:
+        """Of every module that holds deltas, by its path, the keys of these."""
+        found: dict[str, list[str]] = {}
+        for applied in self.applied:
+            for host, key in applied.hosts:
+                found.setdefault(host, []).append(key)
+        return found
+
     def places(self) -> Iterator[tuple[Applied, Target, str]]:
         """The same by name: (method, target, path of the delta), whether the modules are there or not."""
         for applied in self.applied:

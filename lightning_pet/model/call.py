@@ -10,6 +10,7 @@ nodes of the graph have numbers that rise, and a thread remembers in which of it
 """
 
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -276,6 +277,28 @@ def _calling(call: CallState) -> CallState:
     caller = torch._C._get_obj_in_tls("context").get(_CALLER)
     _CALLER.set(caller)  # for a backward pass that is begun inside of this one
     return caller or call
+
+
+_COMPILED: Final[dict[int, set[tuple[str, ...]]]] = {}
+_MANY: Final = 8  # graphs of one function that torch.compile keeps by default, before it runs it as it is
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # run while a compiler traces, not afterwards
+def note_compiled(number: int, deltas: tuple[str, ...]) -> bool:
+    """A host of the root of this number is compiled for these deltas; warns of as many as a compiler gives up at."""
+    known = _COMPILED.setdefault(number, set())
+    if deltas not in known:
+        known.add(deltas)
+        if len(known) == _MANY:
+            names = ", ".join(deltas) or "none"
+            warnings.warn(
+                f"this is the {_MANY}th set of deltas that a model is compiled for ({names}). Each is compiled once, "
+                "and torch.compile gives up at torch._dynamo.config.recompile_limit, which is 8 unless you have raised "
+                "it. A DeltaLibrary and adapted.replace(name, path) put other deltas into one place, so that nothing "
+                "is compiled anew.",
+                stacklevel=2,
+            )
+    return True
 
 
 def chosen() -> Chosen:

@@ -274,6 +274,7 @@ def insert(
     name: str | None = None,
     heads: bool = True,
     rename: Rename | None = None,
+    acts: bool | None = None,
 ) -> nn.Module:
     """Check a stored delta against a model, then insert and load it.
 
@@ -284,6 +285,7 @@ def insert(
         name: what the delta is called in the model.
         heads: with the heads that it has trained.
         rename: prefixes of paths that are others in this model.
+        acts: it acts at once; default: if it is the first, or joins one that does.
 
     Returns:
         The adapted root.
@@ -304,7 +306,7 @@ def insert(
     if not heads:
         stored, left = without_heads(root, stored, methods)
         methods = methods_of(stored, delta)
-    acts = not present.applied or delta in present.active
+    acts = not present.applied or delta in present.active if acts is None else acts
     fit = fitted(root, stored, methods, acts=acts, other_sizes=name is not None or bool(present.applied))
     if stored.base is not None:
         trained = {*fit.trained, *left}

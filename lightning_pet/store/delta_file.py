@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,29 @@ from lightning_pet.store.strict_json import canonical, check_name, damaged_tenso
 _ALIGNMENT: Final = 8
 
 
+class Stamp(NamedTuple):
+    """What a file system says of a file: the same as long as nobody replaces it or writes into it."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+
+class Verified(NamedTuple):
+    """Where the values lie in a file that was verified.
+
+    Attributes:
+        stamp: of the file when that was done.
+        entries: its tensors, in file order.
+        start: where their bytes begin.
+    """
+
+    stamp: Stamp
+    entries: tuple[Entry, ...]
+    start: int
+
+
 @dataclass(frozen=True)
 class DeltaFile:
     """A delta as read from its file.
@@ -39,10 +62,12 @@ class DeltaFile:
     Attributes:
         manifest: what it says of itself.
         tensors: its values in main memory, by name; owned by the reader, no view of the file.
+        verified: for :func:`read_again`; ``None`` if the file was changed meanwhile.
     """
 
     manifest: Manifest
     tensors: Mapping[str, Tensor]
+    verified: Verified | None = None
 
 
 def write_delta(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Manifest) -> int:
@@ -93,6 +118,7 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
     """
     where = expanded(path)
     with open_regular(path, limits) as (file, size):
+        stamp = stamp_of(file.fileno())
         header = read_header(file, size, limits, where)
         manifest = manifest_in(header, where)
         digests = {record.name: record.digest for record in manifest.tensors}
@@ -103,7 +129,44 @@ def read_delta(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Del
                 raise damaged_tensor(entry.name, where)
             require_finite(entry.name, tensor, where=where)
             tensors[entry.name] = tensor
-    return DeltaFile(manifest, {name: tensors[name] for name in sorted(tensors)})
+        verified = Verified(stamp, header.entries, header.start) if stamp_of(file.fileno()) == stamp else None
+    return DeltaFile(manifest, {name: tensors[name] for name in sorted(tensors)}, verified)
+
+
+def stamp_of(file: str | os.PathLike[str] | int) -> Stamp:
+    """The stamp of a file, by path or descriptor.
+
+    Raises:
+        OSError: if there is none.
+    """
+    status = os.stat(file)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def read_again(path: str | os.PathLike[str], known: Verified) -> dict[str, Tensor] | None:
+    """The values of a file that was verified, without looking at each of its bytes once more.
+
+    Returns:
+        ``None`` if it is no longer that file: :func:`read_delta` then.
+
+    Raises:
+        DeltaFileError: ``io``, or ``corrupt`` if it becomes shorter while it is read.
+    """
+    where, size = expanded(path), known.stamp.size - known.start
+    with open_regular(path, DEFAULT) as (file, _):
+        if stamp_of(file.fileno()) != known.stamp:
+            return None
+        whole = torch.empty(size, dtype=torch.uint8)
+        file.seek(known.start)
+        fill(file, byte_view(whole), where)
+        if stamp_of(file.fileno()) != known.stamp:
+            return None
+    found = {}
+    for entry in sorted(known.entries):
+        part, dtype = whole[entry.begin : entry.end], DTYPES[entry.dtype]
+        part = part.clone() if entry.begin % dtype.itemsize else part  # as others may lay out a file
+        found[entry.name] = part.view(dtype).view(entry.shape)
+    return found
 
 
 def read_tensors(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> dict[str, Tensor]:

@@ -45,6 +45,13 @@ _MAX_DIMS: Final = 16
 _MAX_BESIDE: Final = 64
 
 
+# Thousands of deltas of one base repeat its fingerprint and their places letter by letter: what was found sound is so
+# wherever it stands again.
+_KNOWN: Final = 16
+_SOUND: Final[dict[tuple[Any, ...], None]] = {}
+_TARGETS: Final[dict[str, tuple[Target, ...]]] = {}
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """What is remembered of a base model; plain text throughout.
@@ -107,10 +114,20 @@ def from_plain(value: object, where: str) -> Fingerprint:
     for kind, count in fields["dtypes"].items():
         check_int(count, f"{where}.dtypes.{check_text(kind, f'{where}.dtypes: a key', 64)!r}", 1)
     found = Fingerprint(**fields)
+    text_of = (found.structure, found.layout, found.leaves, found.sketch, tuple(sorted(found.dtypes.items())))
+    if text_of in _SOUND:
+        return found
     base = remembered(found, where)
     if dict(found.dtypes) != dict(Counter(fact.kind for fact in base.values())):
         raise fault(f"{where}.dtypes", "does not count the kinds listed in the layout.")
+    _keep(_SOUND, text_of, None)
     return found
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= _KNOWN:
+        known.clear()
+    known[key] = value
 
 
 def remembered(found: Fingerprint, where: str) -> dict[str, Remembered]:
@@ -382,16 +399,19 @@ def _unpacked_rows(targets: Any, where: str) -> list[object]:
 
 def _checked_method(value: object, where: str, room: int, rows_of: Callable[[Any, str], list[object]]) -> MethodRecord:
     fields = check_fields(value, where, {"method": (str,), "name": (str,), "config": (dict,), "targets": (str, list)})
-    rows = rows_of(fields["targets"], f"{where}.targets")
+    packed = fields["targets"]
+    known = _TARGETS.get(packed) if isinstance(packed, str) else None
+    rows = rows_of(packed, f"{where}.targets") if known is None else known
     if len(rows) > room:
         text = f"found {len(rows)} targets, expected at most {room} of {MAX_TARGETS} for all methods."
         raise fault(f"{where}.targets", text, "limit")
-    return MethodRecord(
-        method=check_label(fields["method"], f"{where}.method"),
-        name=check_label(fields["name"], f"{where}.name"),
-        config=check_plain(fields["config"], f"{where}.config", depth=4),
-        targets=tuple(_target(row, f"{where}.targets[{index}]") for index, row in enumerate(rows)),
-    )
+    method, name = (check_label(fields[key], f"{where}.{key}") for key in ("method", "name"))
+    config = check_plain(fields["config"], f"{where}.config", depth=4)
+    if known is None:
+        known = tuple(_target(row, f"{where}.targets[{index}]") for index, row in enumerate(rows))
+        if isinstance(packed, str):
+            _keep(_TARGETS, packed, known)
+    return MethodRecord(method, name, config, known)
 
 
 def _target(row: object, where: str) -> Target:

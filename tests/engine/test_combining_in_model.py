@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lightning_pet as lp
 from lightning_pet.store.reader import read
 from tests.engine.test_combining import X, elected, lora, net, saved
+from tests.methods.battery import perturb
 
 METHODS: dict[str, Any] = {
     "lora": lambda: lora(target_modules=["fc1", "fc2"]),
@@ -81,6 +82,8 @@ def test_what_is_combined_is_the_change_of_the_weights(files: Any, pair: Any, me
         before = output(model)
     weights = dict(zip(pair, (0.75, -0.5) if method == "linear" else (0.75, 0.5), strict=True))
     options: dict[str, Any] = {"density": 0.5} if method != "linear" else {}
+    if method != "linear" and pair == ("lora", "lora3"):  # else of the rank that their sum has
+        options["rank"] = 18
     made = adapted.combine("both", weights, method=method, **options)
     assert list(adapted) == [*pair, "both"]
     assert adapted.active == (pair[0],)
@@ -234,7 +237,7 @@ def test_heads_of_different_sizes_are_no_sum(tmp_path: Path) -> None:
 
 
 def test_methods_that_change_no_weight_are_combined_as_their_files_are(tmp_path: Path) -> None:
-    from tests.engine.test_combining import bert, perturb
+    from tests.engine.test_combining import bert
 
     paths = {name: tmp_path / f"{name}.pet.safetensors" for name in ("one", "two", "prefix")}
     for name, path in paths.items():
@@ -351,7 +354,7 @@ def test_entries_are_cut_with_weights_that_are_not_negative(files: Any) -> None:
 
 
 def test_what_only_an_average_has_stays_one(tmp_path: Path) -> None:
-    from tests.engine.test_combining import bert, perturb
+    from tests.engine.test_combining import bert
 
     for index, name in enumerate(("one", "two")):
         model, ids = bert()
@@ -428,7 +431,7 @@ def test_a_search_that_fails_leaves_the_model_as_it_was(files: Any) -> None:
 
 def test_the_verb_takes_the_base_where_it_is_needed(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     from lightning_pet.cli.main import main
-    from tests.engine.test_combining import bert, perturb
+    from tests.engine.test_combining import bert
 
     base, folder = bert(), tmp_path / "base"
     base[0].save_pretrained(folder)
@@ -459,7 +462,7 @@ def test_the_verb_takes_the_base_where_it_is_needed(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_positions_one_behind_the_other_are_what_both_are_together(method: str, tmp_path: Path) -> None:
-    from tests.engine.test_combining import bert, perturb
+    from tests.engine.test_combining import bert
 
     paths = []
     for index in range(2):
@@ -508,3 +511,66 @@ def test_weights_beyond_what_a_tensor_holds_and_a_removal_in_a_forward(files: An
     adapted["lora"].remove()  # waits for the forward, which needs the delta of the next layer
     thread.join()
     assert torch.equal(found[0], before)
+
+
+def test_other_names_of_the_methods_do_not_matter(files: Any) -> None:
+    _, adapted = model_with(files, "lora", "lora3")  # the second is called "third"
+    adapted.combine("both", ["lora3", "lora"])
+    (applied,) = adapted["both"].record.applied
+    assert (applied.method, applied.name) == ("lora", "third")
+
+
+def test_beside_a_quantised_weight_a_change_has_a_rank(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).eval()
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return model
+
+    model, x = build(), torch.randn(2, 32)
+    for name, use_dora in (("one", False), ("two", True)):
+        adapted = lp.apply(build(), [lora(target_modules=["0"], use_dora=use_dora)])
+        perturb(adapted, scale=0.1)
+        adapted.save(tmp_path / f"{name}.pet.safetensors")
+        lp.load_delta(model, tmp_path / f"{name}.pet.safetensors", name=name)
+    adapted = lp.Adapted(model)
+    with pytest.raises(lp.ArgumentError, match=r"0\.weight is stored as .* method='svd', rank=8"):
+        adapted.combine("both", ["one", "two"])
+    adapted.combine("both", {"two": 1.0}, method="svd", rank=32)
+    outputs = []
+    for name in ("two", "both"):
+        with torch.no_grad(), adapted.using(name):
+            outputs.append(model(x))
+    assert torch.allclose(*outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_deltas_that_were_trained_together(method: Any, tmp_path: Path) -> None:
+    from tests.engine import test_tasks as tasks
+
+    module = tasks.Module(tasks.Net())
+    together = [lora(target_modules=["fc1", "fc2"], modules_to_save=None, verbose=False)]
+    run = tasks.trainer(*together, lp.TasksCallback(tasks=list(tasks.TASKS), key="task"), max_epochs=1)
+    run.fit(module, tasks.loader())
+    adapted, x = lp.Adapted(module), torch.randn(3, tasks.WIDTH)
+    paths = []
+    for name in tasks.TASKS:
+        paths.append(tmp_path / f"{name}.pet.safetensors")
+        adapted[name].save(paths[-1])
+    other = tasks.Module(tasks.Net())
+    for name, path in zip(tasks.TASKS, paths, strict=True):
+        lp.load_delta(other, path, name=name)
+    outputs = []
+    for each in (module, other):
+        handle = lp.Adapted(each.eval())
+        handle.combine("both", dict(zip(tasks.TASKS, (0.75, 0.25), strict=True)), method=method)
+        with torch.no_grad(), handle.using("both"):
+            outputs.append(each(x))
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-6)
+    if method == "linear":
+        lp.combine_deltas(paths, tmp_path / "c.pet.safetensors", weights=[0.75, 0.25])
+        last = tasks.Module(tasks.Net()).eval()
+        lp.load_delta(last, tmp_path / "c.pet.safetensors")
+        assert torch.allclose(last(x), outputs[0], atol=1e-6)

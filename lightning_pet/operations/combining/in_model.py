@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, DeltaFileError, NotMergeableError, PETError
 from lightning_pet.insertion.checks import check_intact, refuse_lost
 from lightning_pet.insertion.choice import LOCK
+from lightning_pet.insertion.tasks.own_values import is_own
 from lightning_pet.layers.sharding import holds_parts
 from lightning_pet.model.adaptation import Adaptation, record_at
-from lightning_pet.model.naming import check_delta_name, check_known, delta_of, tensors_at
+from lightning_pet.model.naming import CHILD, check_delta_name, check_known, delta_of, tensors_at
 from lightning_pet.operations.combining.files import by_rules, checked_options, provenance
 from lightning_pet.operations.combining.rules import (
     ENTRYWISE,
@@ -73,7 +74,7 @@ def insert_combined(root: nn.Module, name: str, names: Sequence[str], stored: St
         names: of those that it was made of.
         stored: what it holds.
     """
-    insert(root, stored, "off", name=name)
+    insert(root, replace(stored, path=Path(name)), "off", name=name)
     record = record_at(root)
     beside: dict[str, str] = {}
     for one in names:
@@ -138,7 +139,7 @@ def _combined(
         )
     for name in names:
         refuse_lost(record.of(name), "combined")
-    files = [file_of(root, record, name) for name in names]
+    files = _named_alike([file_of(root, record, name) for name in names])
     values = {
         name: {n: tensor for n, tensor in file.tensors.items() if delta_of(n) is None}
         for name, file in zip(names, files, strict=True)
@@ -156,7 +157,7 @@ def _combined(
         try:
             stored, made = through_weights(root, record, values, originals, options)
         except NotMergeableError as error:
-            raise refused from error
+            raise (ArgumentError(f"{refused} {error}") if isinstance(refused, ArgumentError) else refused) from error
     _check_finite(files, stored, options)
     return replace(stored, base=None, notes={"combined": provenance(files, options)}), made
 
@@ -175,15 +176,44 @@ def _check_finite(files: Sequence[Stored], stored: Stored, options: Options) -> 
 
 def file_of(root: nn.Module, record: Adaptation, name: str) -> Stored:
     """A delta of a model, as a file would hold it."""
-    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in record.of(name).applied)
+    applied = (one for one in record.of(name).applied if not is_own(one))
+    methods = tuple(MethodRecord(a.method, a.name, a.config, a.targets) for a in applied)
     tensors = {key: tensor.detach() for key, tensor in packed(root, record, name).items()}
     return Stored(Path(name), methods, tensors, None)
+
+
+def _named_alike(files: Sequence[Stored]) -> list[Stored]:
+    """The same, where deltas of the same methods have other names for them: as the first has it."""
+    kinds = [[record.method for record in file.methods] for file in files]
+    if any(own != kinds[0] or len(set(own)) < len(own) for own in kinds):
+        return list(files)
+    return [_renamed(file, [record.name for record in files[0].methods]) for file in files]
+
+
+def _renamed(file: Stored, names: Sequence[str]) -> Stored:
+    keys = {f"{own.method}_{own.name}": f"{own.method}_{name}" for own, name in zip(file.methods, names, strict=True)}
+
+    def moved(name: str) -> str:
+        path, found, rest = f".{name}".partition(f".{CHILD}.")
+        for old, new in keys.items():
+            if found and (rest.startswith((f"{old}.", f"{old}_"))):
+                return f"{path}{found}{new}{rest[len(old) :]}"[1:]
+        return name
+
+    if all(old == new for old, new in keys.items()):
+        return file
+    records = tuple(
+        replace(own, name=name, config={**own.config, **({"name": name} if "name" in own.config else {})})
+        for own, name in zip(file.methods, names, strict=True)
+    )
+    return replace(file, methods=records, tensors={moved(name): tensor for name, tensor in file.tensors.items()})
 
 
 def _originals(root: nn.Module, record: Adaptation, values: Mapping[str, Mapping[str, Tensor]]) -> Originals:
     names = {name for own in values.values() for name in own}
     parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    found = {name: record.originals[name] for name in names if name in record.originals}
+    found = {name: tensor.detach() for name, tensor in tensors_at(root, names).items()}  # trained beside it: its own
+    found |= {name: record.originals[name] for name in names if name in record.originals}
     return Originals(found, frozenset(names - parameters))
 
 
@@ -220,7 +250,8 @@ def _entangled(
         for inserted in view.deltas(root):
             parameter = inserted.host._parameters.get(inserted.target.parameter)
             if parameter is not None:
-                acting.setdefault(id(parameter), set()).add(inserted.method.method)
+                label = "what trains in place" if is_own(inserted.method) else inserted.method.method
+                acting.setdefault(id(parameter), set()).add(label)
         for tensor in tensors_at(root, values[name]).values():
             acting.setdefault(id(tensor), set()).add("what trains in place")
     for methods in acting.values():

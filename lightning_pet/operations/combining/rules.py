@@ -340,22 +340,22 @@ def combined_change(
     Args:
         options: what is asked for.
         place: the tensor; DARE draws for it alone.
-        changes: of each delta.
-        weights: theirs, where there are others than in the options.
+        changes: of each delta that makes one; the others have no opinion, as if their entries were cut.
+        weights: theirs, where not all deltas make one.
     """
-    density = options.density
+    how, density = options.how, options.density
     weights = options.weights if weights is None else weights
-    if options.how not in ENTRYWISE:
+    if how.startswith("dare"):
+        changes = [
+            arithmetic.dropped(change, density, _generator(options.seed, place, index))
+            for index, change in enumerate(changes)
+        ]
+    elif how in ENTRYWISE:
+        changes = [arithmetic.trimmed(change, density) for change in changes]
+    if how not in ELECTING:
         return arithmetic.weighted_sum(changes, weights)
-    if options.how == "ties":
-        return arithmetic.ties(changes, weights, density)
-    if options.how == "magnitude_prune":
-        return arithmetic.weighted_sum([arithmetic.trimmed(change, density) for change in changes], weights)
-    kept = [
-        arithmetic.dropped(change, density, _generator(options.seed, place, index))
-        for index, change in enumerate(changes)
-    ]
-    return arithmetic.elected(kept, weights) if options.how == "dare_ties" else arithmetic.weighted_sum(kept, weights)
+    share = sum(weights)
+    return arithmetic.elected(changes, weights) * (sum(options.weights) / share if share else 1.0)
 
 
 def _generator(seed: int, place: str, index: int) -> torch.Generator:

@@ -16,11 +16,12 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.insertion.low_rank_places import Options as Form
 from lightning_pet.insertion.low_rank_places import fitted, largest_rank
 from lightning_pet.insertion.method import suffix_of
+from lightning_pet.insertion.tasks.own_values import is_own
 from lightning_pet.layers.delta import delta_dtype
 from lightning_pet.model.adaptation import Adaptation
 from lightning_pet.model.layer_kinds import host_kind
 from lightning_pet.model.naming import delta_of, delta_path, join, named_tensors, tensors_at
-from lightning_pet.model.quantised import dense_values
+from lightning_pet.model.quantised import dense_values, format_of, is_quantised
 from lightning_pet.model.structure import Target
 from lightning_pet.operations.combining.files import values_over
 from lightning_pet.operations.combining.rules import Combination, Options, Originals, combined_change
@@ -76,8 +77,13 @@ def through_weights(
             f"{options.asked} adds A and B apart, which only LoRAs of equal ranks have. Use "
             f"{options.word}='linear', or 'svd' with a rank."
         )
-    sources = [Source(name, record.of(name), own, steps_of(root, name)) for name, own in values.items()]
+    sources = [Source(name, _of_users(record.of(name)), own, steps_of(root, name)) for name, own in values.items()]
     return _Through(root, sources, originals, options).combined()
+
+
+def _of_users(view: Adaptation) -> Adaptation:
+    """Without the values of its own that a delta has while it trains with others: they are among its values."""
+    return replace(view, applied=[applied for applied in view.applied if not is_own(applied)])
 
 
 class _Through:
@@ -164,15 +170,17 @@ class _Through:
             if own is not None:
                 changes.append(own.of(start) - start)
                 weights.append(weight)
-            elif self.options.how in ("ties", "dare_ties"):  # one that changes nothing has no opinion, but a weight
-                changes.append(torch.zeros_like(start))
-                weights.append(weight)
         change = combined_change(self.options, self.names[key], changes, weights)
         targets = list(self.targets[key].values())
         kind = host_kind(step.host, step.name) if change.dim() > 1 else None
         if self.rank is not None and kind is not None and len(targets) == 1:
             self._approximate(targets[0], step, change)
             return
+        if is_quantised(step.parameter):
+            raise ArgumentError(
+                f"{targets[0].path} is stored as {format_of(step.parameter)}, beside which only a change of some rank "
+                f"has a place. Ask for one: {self.options.word}='svd', rank=8."
+            )
         places = change.reshape(-1).nonzero().squeeze(-1)
         path = delta_path(targets[0].module, _key("diff_pruning", targets[0]))
         index = torch.int32 if change.numel() < 2**31 else torch.int64
