@@ -38,7 +38,7 @@ from lightning_pet.targets.patterns import listed_if_given
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.own_steps import OwnSteps
 from lightning_pet.training.run_log import log_figures, norm_of
-from lightning_pet.training.tasks.of_task import OfTask, for_tasks
+from lightning_pet.training.tasks.tasks import OfTask, for_tasks
 
 BaseCheck = Literal["error", "exact", "warn", "off"]
 Scalar = Literal["norm", "rank", "density"]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding
 
 from lightning_pet import ArgumentError, PETError
-from lightning_pet.training.runs.clipping import clip_each
+from lightning_pet.training.runs.every_row import clip_each
 from lightning_pet.training.runs.losses import measured_factor
 from lightning_pet.training.runs.repeat import repeated, rows_of
 from lightning_pet.training.runs.streams import Streams, numbers_between

@@ -1,6 +1,6 @@
 """Every row of a batch goes to every run: one forward for all of them, and each is what it would be alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -11,12 +11,48 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.model.naming import delta_of
 from lightning_pet.strategies import private
-from lightning_pet.training.runs.clipping import clip_each
 from lightning_pet.training.runs.losses import check_apart, loss_in, measured_factor, scaled, unnoticed
 from lightning_pet.training.runs.repeat import repeated, rows_of
 from lightning_pet.training.runs.streams import Streams, state_of
 from lightning_pet.training.tasks.routing import size_of
 from lightning_pet.training.watch import Run
+
+# --- gradients of each run are clipped by its own norm --------------------------------------------
+
+
+def clip_each(runs: Mapping[str, Sequence[nn.Parameter]], clip: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Clip as often as there are runs, each time with the gradients of one run only.
+
+    Args:
+        runs: the parameters of each.
+        clip: the module's own ``configure_gradient_clipping``.
+        args: its own.
+        kwargs: its own.
+    """
+    hidden: dict[str, list[tuple[nn.Parameter, Any]]] = {
+        name: [(p, p.grad) for p in own if p.grad is not None] for name, own in runs.items()
+    }
+    for own in hidden.values():
+        for parameter, _ in own:
+            parameter.grad = None
+    try:
+        for own in hidden.values():
+            for parameter, gradient in own:
+                parameter.grad = gradient
+            try:
+                clip(*args, **kwargs)
+            finally:
+                for place, (parameter, _) in enumerate(own):
+                    own[place] = (parameter, parameter.grad)
+                    parameter.grad = None
+    finally:
+        for own in hidden.values():
+            for parameter, gradient in own:
+                parameter.grad = gradient
+
+
+# --- the step -------------------------------------------------------------------------------------
+
 
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _ONE_BY_ONE: Final = "split=True runs them one after the other in each step, which takes as long as running them apart."

@@ -1,9 +1,9 @@
 """The tasks of a run: their names, options, and the callbacks that each gets of its own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Final, cast
 
 import lightning.pytorch as pl
@@ -15,7 +15,7 @@ from lightning_pet.arguments import positive, whole
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.choice import gather
 from lightning_pet.model.adaptation import record_of
-from lightning_pet.model.naming import check_delta_name, delta_of
+from lightning_pet.model.naming import DEFAULT, check_delta_name, delta_of
 from lightning_pet.training.runs.streams import Streams
 from lightning_pet.training.tasks.routing import Key
 
@@ -204,3 +204,65 @@ def _named(given: Any) -> tuple[tuple[str, ...], dict[str, dict[str, Any]]]:
         if "lr" in own:
             positive("lr", own["lr"], f"of the task {name!r} must be a positive number.")
     return names, options
+
+
+# --- what every method does to be one of several in a run: a callback of its own for each task ----
+
+
+class OfTask:
+    """Mixed into every method."""
+
+    own_values: bool = False
+    """It is one of several that train side by side: what it trains of the base is a parameter of its own."""
+    outputs: int | None = None
+    """Number of labels of its own head."""
+    start_seed: int | None = None
+    """Seed of its random start."""
+    stream: Any = None
+    """The random numbers of the run that it is a part of, if it is one of several beside each other on all rows."""
+    as_alone: Any = None
+    """Called with the root and the places after it was built, if it is the first of several that are built there."""
+
+    @property
+    def not_for_tasks(self) -> str | None:
+        """Why this method, with these options, cannot train several deltas in one run; ``None`` if it can."""
+        return None
+
+    def for_task(self, task: str, options: Mapping[str, Any]) -> Any:
+        """The same for the delta of one task.
+
+        Args:
+            task: its name.
+            options: arguments of the task's own; those that this method does not take are passed over.
+
+        Raises:
+            ArgumentError: if this method cannot be one of several.
+        """
+        template: Any = self
+        name = type(self).__name__
+        if template.delta != DEFAULT:
+            raise ArgumentError(
+                f"{name}(delta={template.delta!r}) beside TasksCallback: each task is a delta under its own name. "
+                "Leave delta out."
+            )
+        if (reason := self.not_for_tasks) is not None:
+            raise ArgumentError(f"{name} beside TasksCallback: {reason}")
+        arguments: dict[str, Any] = template.arguments()
+        own = {option: value for option, value in options.items() if option in arguments}
+        mine = type(self)(**{**arguments, **own, "delta": task})
+        mine.own_values, mine.outputs, mine.start_seed = True, options.get("labels"), options.get("seed")
+        return mine
+
+
+def for_tasks(setup: Callable[..., None]) -> Callable[..., None]:
+    """Let a method's ``setup`` run for the callbacks of single tasks, where there are such, and not for this one."""
+
+    @wraps(setup)
+    def run(self: Any, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        first = None
+        if (tasks := tasks_of(trainer)) is not None:
+            self._of_run = pl_module
+            first = tasks.first_of(trainer, self)
+        (partial(setup, self) if first is None else first.setup)(trainer, pl_module, stage)
+
+    return run
