@@ -12,6 +12,7 @@ A section of its own is a :class:`page.Table` in ``TABLES``, with its cases by t
 import copy
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ COMMAND = "python benchmarks/many_deltas.py --write"
 LORA = Table("many_lora", "Llama 6×512, 128 tokens, LoRA: rows of many tasks / one task", COMMAND)
 OTHERS = Table("many_methods", "Llama 6×512, 8×128 tokens, forward: rows of 8 tasks / one task", COMMAND)
 TOKEN = Table("many_token", "Llama 6×512, 32×1 token, forward: rows of 32 tasks / one task", COMMAND)
+SWITCHES = Table("many_switching", "ms of CPU to let another delta act, BERT 6×384; of a library, BERT 12×768", COMMAND)
 HEAD, FULL = "LoRA, q and v, with a head", "whole weights"
 Step = Callable[[], object]
 
@@ -238,6 +240,103 @@ TABLES: dict[Table, dict[str, Measure]] = {
     TOKEN: cases([(name, replace(case, tasks=32, rows=32, tokens=1), None) for name, case in GENERATED]),
     runs_together.TABLE: runs_together.MEASURES,
 }
+
+# --- switching, and deltas from a folder ----------------------------------------------------------
+
+
+SWITCHED = {
+    "LoRA": lambda heads: lightning_pet.LoRACallback(r=8, target_modules=["query", "value"], modules_to_save=heads),
+    "(IA)³": lambda heads: lightning_pet.IA3Callback(modules_to_save=heads),
+    "Houlsby": lambda heads: lightning_pet.AdapterCallback(modules_to_save=heads),
+    "prefix 10": lambda heads: lightning_pet.PrefixTuningCallback(length=10, modules_to_save=heads),
+}
+
+
+def bert(short: bool, hidden: int = 384, layers: int = 6) -> nn.Module:
+    """A BERT that classifies; a short vocabulary, as nobody reads it."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    hidden, layers = (64, 2) if short else (hidden, layers)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": hidden // 32}
+    return BertForSequenceClassification(BertConfig(vocab_size=1000, **sizes, intermediate_size=4 * hidden)).eval()
+
+
+def written(model: nn.Module, method: Any, folder: str, count: int) -> None:
+    """Files of deltas that differ; the model is as before."""
+    adapted = lightning_pet.apply(model, method)
+    for number in range(count):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+        adapted.save(f"{folder}/d{number}.pet.safetensors")
+    adapted.remove()
+
+
+def each(turns: int, act: Callable[[int], object]) -> float:
+    """Milliseconds of CPU of the best call."""
+    found = []
+    for turn in range(turns):
+        begin = time.process_time()
+        act(turn)
+        found.append(time.process_time() - begin)
+    return 1e3 * min(found)
+
+
+def measure_switch(name: str, method: str, heads: list[str], block: bool, options: Options) -> Row:
+    """One delta in the place of another: for everybody, or for a block."""
+    model = bert(options.short)
+    with tempfile.TemporaryDirectory() as folder:
+        written(model, SWITCHED[method](heads), folder, 2)
+        for number in range(2):
+            lightning_pet.load_delta(model, f"{folder}/d{number}.pet.safetensors", name=f"d{number}")
+    adapted = lightning_pet.Adapted(model)
+
+    def use(turn: int) -> None:
+        with adapted.using(f"d{1 - turn % 2}"):
+            pass
+
+    act = use if block else lambda turn: adapted.activate(f"d{1 - turn % 2}")
+    return Row(name, each(20 * options.turns, act), {}, 1.0)
+
+
+def measure_library(name: str, what: str, bound: float, options: Options) -> Row:
+    """Deltas of a folder: read and verified, read once more, or in memory; LoRA r=8 on queries and values."""
+    model, turns = bert(options.short, 768, 12), 10 * options.turns
+    count = 2 if what == "memory" else turns + 1
+    with tempfile.TemporaryDirectory() as folder:
+        written(model, SWITCHED["LoRA"]([]), folder, count)
+        library = lightning_pet.DeltaLibrary(model, folder, resident=2)
+
+        def use(turn: int) -> None:
+            with library.using(f"d{turn % count}"):
+                pass
+
+        use(count - 1)
+        if what == "again":
+            each(count, use)
+        return Row(name, each(turns, use), {}, bound)
+
+
+def switch_cases() -> dict[str, Measure]:
+    """Switching in the model, with heads and without; then deltas of a folder."""
+    found: dict[str, Measure] = {}
+    for method in SWITCHED:
+        for heads, more in (([], ""), (["classifier"], ", with a head")):
+            for block, way in ((False, "activate"), (True, "using")):
+                name = f"{way}: {method}{more}"
+                found[name] = partial(measure_switch, name, method, heads, block)
+    for what, words, bound in (
+        ("verified", "library: a delta that was never read, verified", 20.0),
+        ("again", "library: one that was read before", 20.0),
+        ("memory", "library: one that is in memory", 2.0),
+    ):
+        found[words] = partial(measure_library, words, what, bound)
+    return found
+
+
+TABLES[SWITCHES] = switch_cases()
 
 if __name__ == "__main__":
     run(__doc__, TABLES)

@@ -309,6 +309,25 @@ def test_a_damaged_file_leaves_everything_as_it_was(folder: Path, solo: dict[str
     assert torch.equal(used(library, net, "u2"), solo["u2"])
 
 
+def test_a_file_that_does_not_fit_is_not_kept(folder: Path, solo: dict[str, Tensor]) -> None:
+    write(
+        folder / "u9.pet.safetensors",
+        1,
+        LoRACallback(r=2, target_modules=["c"]),
+        net=nn.ModuleDict({"c": nn.Linear(6, 8)}),
+    )
+    net = Net().eval()
+    library = DeltaLibrary(net, folder, resident=2, base_check="off")
+    for name in ("u0", "u1"):
+        used(library, net, name)
+    for _ in range(2):
+        with pytest.raises(DeltaFileError, match="does not have"):
+            used(library, net, "u9")
+        assert library.resident == ("u0", "u1")
+        assert library.info().slots == 1
+    assert torch.equal(used(library, net, "u1"), solo["u1"])
+
+
 def test_changes_of_files_are_noticed_when_that_is_asked_for(folder: Path, solo: dict[str, Tensor]) -> None:
     net = Net().eval()
     library = DeltaLibrary(net, folder, resident=4)
