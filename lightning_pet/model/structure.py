@@ -7,11 +7,12 @@ Paths are dotted module names from the adapted root; the root itself is ``""``.
 
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from lightning_pet.model.naming import canonical, delta_prefix, join, module_at
+
+if TYPE_CHECKING:  # to read what a file says of places takes no torch
+    from torch import nn
 
 Rows = tuple[tuple[int, int], ...]
 """Ranges of features of a fused projection, each from its first to behind its last."""
@@ -250,7 +251,7 @@ def is_shared(target: Target) -> bool:
     return not target.path and target.role is None
 
 
-def host_parameter(root: nn.Module, target: Target) -> str:
+def host_parameter(root: "nn.Module", target: Target) -> str:
     """Name of the base parameter that stands for a place: its own, else the nearest one around its module."""
     if target.parameter:
         return target.path
