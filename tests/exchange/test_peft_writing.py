@@ -263,3 +263,42 @@ def test_a_fused_weight_needs_its_base(tmp_path: Path) -> None:
     save_delta(trained(made(gpt2), LoRACallback(r=2)), tmp_path / "x.pet.safetensors")
     with pytest.raises(DeltaFileError, match="only the base can tell"):
         export_delta(tmp_path / "x.pet.safetensors", tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        LoRACallback(r=2, modules_to_save=[]),
+        IA3Callback(modules_to_save=[]),
+        BitFitCallback(modules_to_save=[]),
+        PromptTuningCallback(length=3, modules_to_save=[]),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_a_head_that_has_not_trained_is_not_missed(callback: PETCallback, tmp_path: Path) -> None:
+    model = trained(made(bert), callback)
+    exported = export_delta(model, tmp_path / "peft", base=made(bert))
+    assert exported.reader.startswith("PEFT")
+    assert exported.difference is not None and exported.difference < 1e-6  # prompts of PEFT are of float32
+    again = load_delta(base := made(bert), tmp_path / "peft")
+    torch.testing.assert_close(output_of(base.eval()), output_of(model.eval()), rtol=0, atol=1e-6)
+    assert list(again) == ["default"]
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        model = llama()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    model = trained(made(tied), LoRACallback(r=2, modules_to_save=["lm_head"]))
+    with pytest.raises(DeltaFileError, match="shares a weight with the trained lm_head"):
+        export_delta(model, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_an_output_projection_alone(tmp_path: Path) -> None:
+    model = trained(made(Attention), LoRACallback(r=2, target_modules=["out_proj"]))
+    export_delta(model, tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(made(Attention), tmp_path / "peft").eval()
+    torch.testing.assert_close(output_of(theirs), output_of(model.eval()), rtol=0, atol=1e-12)
