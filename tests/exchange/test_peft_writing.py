@@ -279,7 +279,8 @@ def test_a_head_that_has_not_trained_is_not_missed(callback: PETCallback, tmp_pa
     model = trained(made(bert), callback)
     exported = export_delta(model, tmp_path / "peft", base=made(bert))
     assert exported.reader.startswith("PEFT")
-    assert exported.difference is not None and exported.difference < 1e-6  # prompts of PEFT are of float32
+    assert exported.difference is not None
+    assert exported.difference < 1e-6  # prompts of PEFT are of float32
     again = load_delta(base := made(bert), tmp_path / "peft")
     torch.testing.assert_close(output_of(base.eval()), output_of(model.eval()), rtol=0, atol=1e-6)
     assert list(again) == ["default"]
