@@ -86,6 +86,9 @@ class PETCallback(OfTask, Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
+    gives_meaning: ClassVar[frozenset[str]] = frozenset()
+    """Options without which the same tensors compute something else: ``start_from`` says where they differ."""
+
     of_the_run: ClassVar[frozenset[str]] = frozenset(
         {"delta", "start_from", "base_check", "delta_files", "verbose", "scalars"}
     )
@@ -390,14 +393,6 @@ class PETCallback(OfTask, Callback):
         root = Controller.get(trainer).adapted.root
         own = {id(p) for _, delta in self.deltas(root) for p in delta.parameters()}
         self._steps.begin(trainer, own or {id(p) for p in tensors_at(root, trained).values()})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Steps of the own optimizer, where there are several; what a method has beside its delta."""
-        return self._steps.state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it over."""
-        self._steps.load(state_dict)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no wrapper behind."""

@@ -87,12 +87,15 @@ def _ia3(export: Export, left: dict[str, Tensor]) -> None:
             shape = (1, -1, *(1,) * len(module.kernel_size))
         export.tensors[f"{PREFIX}{path}.ia3_l"] = scale.reshape(shape).contiguous()
     layers = [target for target in export.record.targets if target.module in vectors]
+    targets = targets_of(export, sorted(every))
+    # PEFT refuses one that is no target by the same words
+    targets["target_modules"] = sorted({*targets["target_modules"], *inner})
     export.config |= {
         "peft_type": "IA3",
         "feedforward_modules": sorted(inner),
         "init_ia3_weights": True,
         "fan_in_fan_out": all(kind_at(export, target) == "conv1d_hf" for target in layers),
-        **targets_of(export, sorted(every)),
+        **targets,
     }
 
 
@@ -175,7 +178,7 @@ def _heads(export: Export, left: dict[str, Tensor]) -> None:
             export.tensors[f"{'base_model.' if virtual else PREFIX}{name}"] = left.pop(name)
     paths = [] if export.root is None else [path for path in named_modules(export.root) if path]
     for path in named:
-        if others := [other for other in paths if other.endswith(path) and other != path and CHILD not in other]:
+        if others := [other for other in paths if other.endswith(path) and other not in named and CHILD not in other]:
             raise export.fault(f"PEFT would take {others[0]} for the trained {path}, too. Merge it.")
         if export.root is not None and (other := shared_with(export.root, path)):
             raise export.fault(

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_pet import (
@@ -66,6 +67,7 @@ CASES: dict[str, Case] = {
     "head": (llama, lambda: LoRACallback(r=2, modules_to_save=["lm_head"])),
     "adalora": (bert, lambda: AdaLoRACallback(init_r=4, target_r=2, total_step=10)),
     "ia3": (bert, lambda: IA3Callback()),
+    "ia3 by ends of names": (llama, lambda: IA3Callback()),
     "ia3 roles": (gpt2, lambda: IA3Callback()),
     "ia3 convolutions": (Convolutions, lambda: IA3Callback(target_modules=["first"], feedforward_modules=["second"])),
     "bitfit": (bert, lambda: BitFitCallback()),
@@ -236,6 +238,21 @@ def test_what_peft_cannot_say_is_refused(
         export_delta(model, tmp_path / "folder")
     assert caught.value.code == "mismatch"
     assert not (tmp_path / "folder").exists()
+
+
+def test_heads_of_which_one_ends_with_the_name_of_another(tmp_path: Path) -> None:
+    config = transformers.DistilBertConfig(
+        vocab_size=100, dim=8, hidden_dim=16, n_layers=1, n_heads=2, max_position_embeddings=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    base = transformers.DistilBertForSequenceClassification(config).double().eval()
+    both = trained(base, LoRACallback(r=2, modules_to_save=["pre_classifier", "classifier"]))
+    ours = output_of(both)
+    export_delta(both, tmp_path / "both")
+    torch.testing.assert_close(in_peft(base, tmp_path / "both", ours), ours, rtol=0, atol=1e-12)
+    one = trained(base, LoRACallback(r=2, modules_to_save=["classifier"]))
+    with pytest.raises(DeltaFileError, match="PEFT would take pre_classifier"):
+        export_delta(one, tmp_path / "one")
 
 
 def test_two_methods_are_refused(tmp_path: Path) -> None:
