@@ -64,7 +64,7 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
             is not known, a tensor has no place, or a base is needed.
     """
     kind = folder.config["peft_type"]
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise fault(
             str(folder.path / CONFIG),
             f"found the peft_type {shown(kind)}; those that have a counterpart here are {', '.join(sorted(_READERS))}. "
@@ -72,10 +72,53 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
             "version",
         )
     _check_options(folder, kind)
+    _check_types(folder)
     read = _READERS[kind](folder, base)
     if base is not None:
         _check_ties(folder, read, base.root)
     return Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
+
+
+_BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
+_WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
+_NUMBERS: Final = _options("lora_alpha lora_dropout beta1 beta2 orth_reg_weight")
+_LISTS: Final = _options("modules_to_save target_parameters")
+_MAPPINGS: Final = _options("rank_pattern alpha_pattern")
+
+
+def _check_types(folder: Folder) -> None:
+    """Every option that is read has the type that PEFT gives it.
+
+    Raises:
+        DeltaFileError: (``schema``) naming the first that has not.
+    """
+    for option, value in folder.config.items():
+        wanted = ""
+        if value is None:
+            continue
+        if option in _BOOLS and not isinstance(value, bool):
+            wanted = "true or false"
+        elif option in _WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            wanted = "a positive whole number"
+        elif option in _NUMBERS and not _is_number(value):
+            wanted = "a number"
+        elif option in _LISTS and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+            wanted = "a list of names"
+        elif option in _MAPPINGS and not (isinstance(value, Mapping) and all(map(_is_plain, value.values()))):
+            wanted = "a number for each name"
+        elif option == "bias" and value not in ("none", "all", "lora_only"):
+            wanted = "none, all or lora_only"
+        if wanted:
+            raise fault(str(folder.path / CONFIG), f"found {option}={shown(value)}, expected {wanted}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_plain(value: object) -> bool:
+    """A number; of AdaLoRA, the triplets that are kept."""
+    return _is_number(value) or (isinstance(value, list) and all(isinstance(kept, bool) for kept in value))
 
 
 def _check_options(folder: Folder, kind: str) -> None:

@@ -141,6 +141,10 @@ def split_hosts(folder: Folder) -> tuple[list[Host], dict[str, Tensor]]:
             outer, nested = outer.removesuffix(WRAPPED), nested + 1
         path = outer.replace(WRAPPED, "")
         host = hosts.setdefault((path, nested), Host(path, nested, inside=path != outer))
+        if _PARTS[suffix] in host.parts:
+            raise unused(folder, [key], "found a second tensor for one part of a delta")
+        if _PARTS[suffix] in ("a", "b") and tensor.dim() < 2:
+            raise unused(folder, [key], "found tensors that are no matrices")
         host.parts[_PARTS[suffix]] = tensor
         host.table |= "embedding" in suffix
     return list(hosts.values()), rest

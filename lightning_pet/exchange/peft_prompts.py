@@ -23,14 +23,9 @@ def prompt(folder: Folder, base: Base | None) -> Read:
     rows, heads, values = _parts(folder)
     base = _needed(folder, base, "where its model takes ids")
     stacks = int(folder.config.get("num_transformer_submodules") or 1)
-    length, left = divmod(rows.shape[0], stacks)
-    if left or (stacks > 1 and rows[length:].any()):
-        raise fault(
-            str(folder.path),
-            f"found {rows.shape[0]} rows for {stacks} stacks; only those of the encoder have a place here, and the "
-            "others are not zero. Train it for the encoder alone.",
-            "mismatch",
-        )
+    length, left = divmod(rows.shape[0], stacks)  # PEFT has rows for the decoder, too, and puts none there
+    if left:
+        raise fault(str(folder.path), f"found {rows.shape[0]} rows for {stacks} stacks. Copy it again.", "mismatch")
     options: dict[str, Any] = {"length": length}
     method = METHODS["prompt_tuning"](**options)
     targets: tuple[Target, ...] = method.resolve(base.root, base.structure())

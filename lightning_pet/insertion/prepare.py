@@ -123,7 +123,8 @@ def _with_own_values(
     for delta in alone:
         mine = [item for item in prepared if delta_name(item.method) == delta]
         check_together(root, [insertion for item in mine for insertion in item.insertions], {delta})
-        if names := [name for item in mine for name in item.trained]:
+        names = [name for item in mine for name in item.trained]
+        if names or getattr(mine[0].method, "outputs", None) is not None:  # without a head, their number is an error
             with started(mine[0].method, states):
                 prepared.append(_own_values(root, mine[0], delta, names, mine, structure))
     together = [item for item in prepared if delta_name(item.method) not in alone]

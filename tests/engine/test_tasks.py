@@ -33,6 +33,7 @@ from lightning_pet import (
     PETError,
     PrefixTuningCallback,
     PromptTuningCallback,
+    TargetError,
     TasksCallback,
     UnsupportedStrategyError,
     extract_delta,
@@ -285,6 +286,12 @@ def test_what_cannot_be_is_named(tasks, batch, message):
         fitted(net, METHODS["lora"](), TasksCallback(tasks=tasks), data=DataLoader([batch], batch_size=None))
     assert net.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_labels_need_a_head_of_the_tasks_own():
+    method = LoRACallback(r=2, target_modules=["fc1"], modules_to_save=[], **QUIET)
+    with pytest.raises(TargetError, match="no head trains in this run that is a task's own"):
+        fitted(Net(), method, TasksCallback(tasks={"odd": {"labels": 3}}))
 
 
 def test_tasks_need_a_method():

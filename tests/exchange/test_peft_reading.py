@@ -89,6 +89,7 @@ CASES: dict[str, tuple[Build, Any]] = {
     ),
     "prompt": (llama, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
     "prompt bert": (bert, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")),
+    "prompt t5": (t5, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")),
     "p-tuning": (
         llama,
         peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
@@ -120,7 +121,8 @@ def theirs(model: nn.Module, config: Any, folder: Path) -> Tensor:
     wrapped.save_pretrained(folder)
     output = output_of(wrapped)
     virtual = getattr(config, "num_virtual_tokens", 0)
-    shifts = virtual and output.dim() == 3 and not isinstance(config, peft.PrefixTuningConfig)
+    shifts = virtual and output.dim() == 3 and config.task_type == "CAUSAL_LM"
+    shifts = shifts and not isinstance(config, peft.PrefixTuningConfig)
     return output[:, virtual:] if shifts else output
 
 
@@ -292,6 +294,11 @@ def half(tensors: dict[str, Tensor]) -> None:
     del tensors[next(name for name in tensors if "lora_B" in name)]
 
 
+def flattened(tensors: dict[str, Tensor]) -> None:
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name] = tensors[name].flatten()
+
+
 def diverged(tensors: dict[str, Tensor]) -> None:
     next(iter(tensors.values())).view(-1)[0] = float("nan")
 
@@ -324,6 +331,14 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "intricate pattern": (lambda f: edit(f, alpha_pattern={"(a+)+$": 3}), "unsafe", "too intricate"),
     "choices": (lambda f: edit(f, alpha_pattern={f"({'.?' * 40}x)": 3}), "unsafe", "too intricate"),
     "open repetition": (lambda f: edit(f, alpha_pattern={".{,99}.{,99}.{,99}x": 3}), "unsafe", "too intricate"),
+    "a list as type": (lambda f: edit(f, peft_type=["LORA"]), "version", "LORA"),
+    "a text as truth": (lambda f: edit(f, use_rslora="false"), "schema", "use_rslora='false'"),
+    "a text as number": (lambda f: edit(f, lora_dropout="x"), "schema", "lora_dropout='x'"),
+    "a list of alphas": (lambda f: edit(f, alpha_pattern=["q"]), "schema", "alpha_pattern"),
+    "an alpha of text": (lambda f: edit(f, alpha_pattern={"query": "3"}), "schema", "alpha_pattern"),
+    "a number as module": (lambda f: edit(f, modules_to_save=5), "schema", "modules_to_save=5"),
+    "a module without name": (lambda f: edit(f, modules_to_save=[""]), "schema", "modules_to_save"),
+    "a vector as matrix": (lambda f: retouch(f, flattened), "mismatch", "lora_A"),
     "surplus": (lambda f: retouch(f, surplus), "mismatch", "bert.other.weight"),
     "half a delta": (lambda f: retouch(f, half), "mismatch", "has no B"),
     "NaN": (lambda f: retouch(f, diverged), "nonfinite", "NaN"),
