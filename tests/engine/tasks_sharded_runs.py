@@ -1,6 +1,6 @@
 """One of two processes that train several tasks on an engine that shards; in some steps one has no row of a task.
 
-``python tasks_sharded_runs.py FOLDER ENGINE METHOD``, started by the launcher.
+``python tasks_sharded_runs.py FOLDER ENGINE METHOD [refused]``, started by the launcher.
 """
 
 import json
@@ -76,7 +76,9 @@ def tried(*args: Any, **options: Any) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def main(folder: Path, engine: str, method: str) -> dict[str, Any]:
+def main(folder: Path, engine: str, method: str, *words: str) -> dict[str, Any]:
+    if words:
+        return {words[0]: tried(folder, engine, method)}
     module = run(folder / "plain", engine, method)
     found = {"losses": module.losses, "files": module.files, "deltas": list(Adapted(module))}
     noisy = run(folder / "noisy", engine, method, dropout=0.3)

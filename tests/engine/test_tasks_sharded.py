@@ -11,7 +11,7 @@ from two_processes import on_engine
 from lightning_pet import Adapted, load_delta
 
 SCRIPT = str(Path(__file__).with_name("tasks_sharded_runs.py"))
-SLOW = [(engine, method) for method in ("lora", "heads") for engine in ("fsdp", "zero3", "zero2", "zero1")]
+SLOW = [("fsdp", "lora"), ("zero3", "lora"), ("zero1", "lora"), ("zero2", "heads"), ("fsdp2-early", "lora")]
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,11 @@ def test_two_processes_train_what_one_trains(engine, method, tmp_path):
         load_delta(net, folder / "plain" / "tasks" / f"{task}.pet.safetensors")
         with Adapted(net).using(task), Adapted(one.eval()).using(task), torch.no_grad():
             assert torch.allclose(net(x), one(x), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_heads_are_refused_by_name_where_weights_are_taken_away(engine, tmp_path):
+    (folder := tmp_path / "two").mkdir()
+    _, ranks = on_engine(SCRIPT, engine, tmp_path, folder, timeout=300, words=("heads", "refused"))
+    assert all("each task has its own head" in rank["refused"] for rank in ranks)

@@ -10,8 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
+from torch import nn
 
 from lightning_pet.errors import ArgumentError, UnsupportedStrategyError
+from lightning_pet.layers.sharding import is_flattened, is_partition
+from lightning_pet.model.adaptation import deltas_in
 from lightning_pet.model.naming import delta_of
 from lightning_pet.strategies.parameter_groups import trainable_of
 from lightning_pet.strategies.strategy import StrategyAdapter
@@ -35,7 +38,7 @@ def refuse_for_shards(trainer: pl.Trainer, tasks: Tasks) -> None:
         raise UnsupportedStrategyError(
             f"{type(others[0]).__name__} beside TasksCallback: not tested with {name}, which shares parameters among "
             "processes: each has to call the deltas of all tasks, on no rows where it has none. There it is LoRA (not "
-            "DoRA), with heads, that can. Use it, or strategy='ddp', or train the tasks one by one."
+            "DoRA) that can. Use it, or strategy='ddp', or train the tasks one by one."
         )
     if tasks.split:
         raise UnsupportedStrategyError(
@@ -48,6 +51,25 @@ def refuse_for_shards(trainer: pl.Trainer, tasks: Tasks) -> None:
             f"{name} shares parameters among processes, which would each call other tasks. Leave labels out, or use "
             "strategy='ddp'."
         )
+
+
+def refuse_weights(trainer: pl.Trainer, root: nn.Module) -> None:
+    """Refuse weights of each task's own where the engine takes the memory of a delta away before the backward pass.
+
+    Raises:
+        UnsupportedStrategyError: naming the first.
+    """
+    if not any(is_flattened(parameter) or is_partition(parameter) for parameter in root.parameters()):
+        return
+    for inserted in deltas_in(root):
+        delta: Any = inserted.delta
+        if delta.path == "weight":
+            raise UnsupportedStrategyError(
+                f"TasksCallback: each task has its own {inserted.target.path} (a head, or a weight that is read and "
+                f"not called), and {type(trainer.strategy).__name__} (FSDP1 or ZeRO-3) takes a weight away before its "
+                "backward pass. Leave it out (modules_to_save=[]), or use ModelParallelStrategy (FSDP2), ZeRO-2 or "
+                "strategy='ddp'."
+            )
 
 
 class Shared:

@@ -15,7 +15,7 @@ from lightning_pet.strategies import private
 from lightning_pet.training.runs.every_row import EveryRow
 from lightning_pet.training.tasks.figures import Figures
 from lightning_pet.training.tasks.routing import check_size, joined, named_rows, part_of, size_of, taken, weighted
-from lightning_pet.training.tasks.shards import Shared
+from lightning_pet.training.tasks.shards import Shared, refuse_weights
 from lightning_pet.training.tasks.tasks import Tasks
 from lightning_pet.training.watch import Run
 
@@ -103,6 +103,7 @@ class Steps:
     def _of_engine(self) -> Shared | None:
         """What processes agree on that share parameters."""
         if self._shared is None and self._run.adapter.shards:
+            refuse_weights(self._run.trainer, self._run.adapted.root)
             self._shared = Shared(self._run.trainer, self._tasks)
         return self._shared
 
