@@ -343,11 +343,11 @@ class AdaLoRACallback(PETCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The running importance, so that a resumed run allocates as the uninterrupted one would have."""
-        return {**super().state_dict(), "importance": {name: list(pair) for name, pair in self._importance.items()}}
+        return {**self._steps.state(), "importance": {name: list(pair) for name, pair in self._importance.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it over."""
-        super().load_state_dict(state_dict)
+        self._steps.load(state_dict)
         self._importance = {name: Importance(*pair) for name, pair in state_dict["importance"].items()}
 
 

@@ -252,6 +252,14 @@ class AdapterFusionCallback(PETCallback):
                 if isinstance(delta, Mixture) and delta.temperature is not None:
                     delta.temperature.fill_(now)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Steps of the own optimizer, where a module steps several."""
+        return self._steps.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them over."""
+        self._steps.load(state_dict)
+
 
 # --- finding adapters --------------------------------------------------------------------------------
 

@@ -250,11 +250,10 @@ class AutoPromptCallback(PETCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The search between two batches; the trigger itself is in the delta."""
-        return super().state_dict() | self._search.state()
+        return self._search.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the search of a checkpoint."""
-        super().load_state_dict(state_dict)
         self._search = _Search(**state_dict)
 
 

@@ -391,14 +391,6 @@ class PETCallback(OfTask, Callback):
         own = {id(p) for _, delta in self.deltas(root) for p in delta.parameters()}
         self._steps.begin(trainer, own or {id(p) for p in tensors_at(root, trained).values()})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Steps of the own optimizer, where there are several; what a method has beside its delta."""
-        return self._steps.state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it over."""
-        self._steps.load(state_dict)
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no wrapper behind."""
         if (controller := Controller.find(trainer)) is not None and controller.leads(self):

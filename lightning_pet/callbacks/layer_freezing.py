@@ -288,6 +288,14 @@ class LayerFreezingCallback(PETCallback):
                 parameter.requires_grad_(not waiting[canonical(name)])
         Controller.get(trainer).adapter.wrap_again()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Steps of the own optimizer, where a module steps several."""
+        return self._steps.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them over."""
+        self._steps.load(state_dict)
+
 
 def _names(name: str, stack: Stack) -> bool:
     return f".{name}." in f".{stack.path}." or name == stack.path

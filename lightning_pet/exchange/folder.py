@@ -63,15 +63,6 @@ def is_folder(path: object) -> bool:
     return isinstance(path, str | os.PathLike) and os.path.isdir(expanded(path))
 
 
-def kind_of(path: str | os.PathLike[str]) -> Kind:
-    """Which library has written a folder.
-
-    Raises:
-        DeltaFileError: if it is of none, of both, or holds only folders of deltas.
-    """
-    return _kind(Path(expanded(path)), _config(Path(expanded(path))))
-
-
 def read_folder(path: str | os.PathLike[str], *, limits: Limits = DEFAULT) -> Folder:
     """Read a folder of HF PEFT or of adapters, by copy; nothing in it is run or imported.
 
@@ -133,10 +124,12 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"found no {CONFIG}, but folders that have one: {', '.join(below[:8])}. Give one of them, such as "
                 f"{folder / below[0]}.",
             )
+        parts = [name for files in _FILES.values() for name in files if (folder / name).is_file()]
         raise fault(
             str(folder),
             f"found a folder without {CONFIG}, expected one that HF PEFT or the adapters library has written. Give "
-            "such a folder, or the path of a delta file or checkpoint itself.",
+            "such a folder, whole, or the path of a delta file or checkpoint itself.",
+            "schema" if parts else "unsafe",
         )
     limits = Limits(file_bytes=_CONFIG_BYTES)
     with open_regular(file, limits) as (opened, size):

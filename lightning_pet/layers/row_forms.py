@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_pet.layers.low_rank_product import compute_dtype
 from lightning_pet.layers.transforms import is_transformed
 
 Parts = Sequence[Tensor | None]
@@ -214,8 +213,3 @@ def bottleneck_rows(
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-
-
-def stack_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of stacks that multiply with x."""
-    return compute_dtype(x)

@@ -399,9 +399,9 @@ class DiffPruningCallback(PETCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""
-        return super().state_dict() | {"history": self._curve.history}
+        return self._steps.state() | {"history": self._curve.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the interrupted run."""
-        super().load_state_dict(state_dict)
+        self._steps.load(state_dict)
         self._curve.history = [list(row) for row in state_dict.get("history", [])]
