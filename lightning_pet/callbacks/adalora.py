@@ -88,6 +88,7 @@ class AdaLoRACallback(PETCallback):
     width: ClassVar[str | None] = "init_r"
     shards = True
     figures = ("norm", "rank")
+    gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha"})
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "orth_reg_weight",

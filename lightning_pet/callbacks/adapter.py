@@ -65,6 +65,7 @@ class AdapterCallback(PETCallback):
     method: ClassVar[str] = "adapter"
     shards = True
     width: ClassVar[str | None] = "bottleneck_size"
+    gives_meaning: ClassVar[frozenset[str]] = frozenset({"scale", "non_linearity"})
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
 
     def __init__(

@@ -86,6 +86,9 @@ class PETCallback(OfTask, Callback):
     may_change: ClassVar[frozenset[str]] = frozenset({"module", "modules_to_save", "budget"})
     """Options that may differ between a checkpoint and the run that resumes it; its tensors are compared anyway."""
 
+    gives_meaning: ClassVar[frozenset[str]] = frozenset()
+    """Options without which the same tensors compute something else: ``start_from`` says where they differ."""
+
     of_the_run: ClassVar[frozenset[str]] = frozenset(
         {"delta", "start_from", "base_check", "delta_files", "verbose", "scalars"}
     )

@@ -59,6 +59,7 @@ class CompacterCallback(PETCallback):
     method: ClassVar[str] = "compacter"
     shards = True
     width: ClassVar[str | None] = "bottleneck_size"
+    gives_meaning: ClassVar[frozenset[str]] = frozenset({"non_linearity"})
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {"exclude_modules", "layers_to_transform"}
 
     def __init__(

@@ -71,6 +71,7 @@ class LoRACallback(PETCallback):
     shards = True
     width: ClassVar[str | None] = "r"
     figures = ("norm", "rank")
+    gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha", "use_rslora"})
     may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
         "dropout",
         "lora_plus_ratio",

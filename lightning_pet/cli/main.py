@@ -172,6 +172,15 @@ def merge(path: str, base: str, output: str, model_class: str = "auto", base_che
     print(f"merged model: {written}")
 
 
+def _numbers(text: str) -> list[float]:
+    import argparse
+
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; separate them by commas, such as 0.7,0.3") from None
+
+
 def combine(argv: list[str]) -> None:
     """Combine delta files of one base into one, without the model where that is possible.
 
@@ -195,7 +204,7 @@ def combine(argv: list[str]) -> None:
     parser.add_argument("--output", required=True, help="delta file to write; replaced if it exists")
     parser.add_argument(
         "--weights",
-        type=lambda text: [float(number) for number in text.split(",")],
+        type=_numbers,
         help="a number for each file, such as 0.7,0.3; negative to unlearn; default: equal ones that sum to one",
     )
     parser.add_argument("--how", choices=HOWS, default="linear", help="what to do; default: linear, exact for LoRA")

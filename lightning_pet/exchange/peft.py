@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from torch import nn
+
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.exchange import peft_layers, peft_prompts
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
-from lightning_pet.exchange.peft_hosts import Read
+from lightning_pet.exchange.peft_hosts import Read, shared_with
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
 
@@ -71,6 +73,8 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         )
     _check_options(folder, kind)
     read = _READERS[kind](folder, base)
+    if base is not None:
+        _check_ties(folder, read, base.root)
     return Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
 
 
@@ -89,6 +93,19 @@ def _unknown(folder: Folder, option: str, value: object) -> DeltaFileError:
         "train it without this option.",
         "mismatch",
     )
+
+
+def _check_ties(folder: Folder, read: Read, root: nn.Module) -> None:
+    """PEFT copies the modules that it saves: what was tied to one goes on with the base's values."""
+    for target in (target for record in read.methods for target in record.targets if target.role == "head"):
+        if other := shared_with(root, target.module):
+            raise fault(
+                str(folder.path),
+                f"modules_to_save has trained {target.module}, of which {other} shares a weight in this "
+                f"{type(root).__name__}; PEFT has trained a copy and left {other} as it was. Untie them in the base "
+                "(tie_word_embeddings=False, and a copy of the weight), or train it with a delta on the layer instead.",
+                "mismatch",
+            )
 
 
 def _notes(folder: Folder) -> dict[str, str]:

@@ -43,7 +43,8 @@ _HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 _MAX_PATTERN: Final = 256
-_QUANTIFIER: Final = re.compile(r"(?<!\\)(?:[*+]|\{\d+,\d*\})")
+_MAX_CHOICES: Final = 12
+_QUANTIFIER: Final = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
 Values = dict[tuple[Target, str], Tensor]
 """Tensors of deltas by their place and our name."""
 
@@ -58,6 +59,7 @@ class Host:
         parts: our names of the tensors, and their values.
             inside: it is a part of a wrapped module: the output projection of a MultiheadAttention.
         table: its keys were those of an embedding.
+        named: its parameter was asked for by its own name, which is then a part of what patterns fit.
     """
 
     path: str
@@ -65,6 +67,7 @@ class Host:
     parts: dict[str, Tensor] = field(default_factory=dict)
     inside: bool = False
     table: bool = False
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ def _parameters(folder: Folder, hosts: Sequence[Host], modules: Mapping[str, nn.
             if host.nested >= len(own):
                 raise fault(str(folder.path), f"{host.path} has {len(own)} of target_parameters.", "mismatch")
             found[host.path, host.nested] = own[len(own) - 1 - host.nested]
+            host.named = True
         else:
             found[host.path, host.nested] = "weight"
     return found
@@ -247,8 +251,11 @@ def fits(folder: Folder, pattern: str, path: str) -> bool:
     Raises:
         DeltaFileError: ``unsafe`` if it could take any time to say so.
     """
-    # Of an expression with few repetitions, none of them of a group, the time is bounded by the length of the path.
-    if len(pattern) > _MAX_PATTERN or len(_QUANTIFIER.findall(pattern)) > 2 or re.search(r"\)[*+{]", pattern):
+    # Of an expression with few repetitions, none of them of a group, the time is bounded by the length of the path;
+    # each thing that may be left out doubles it, as does each group of two ways.
+    choices = pattern.count("?") + (pattern.count("|") if pattern.count("(") > 1 else 0)
+    repeats = len(_QUANTIFIER.findall(pattern)) > 2 or re.search(r"\)[*+{]", pattern)
+    if len(pattern) > _MAX_PATTERN or repeats or choices > _MAX_CHOICES:
         raise fault(
             str(folder.path / CONFIG),
             f"the pattern {shown(pattern)} is too intricate to be run for a stranger. Write the names of the modules "
@@ -296,7 +303,7 @@ def heads_of(folder: Folder, rest: Mapping[str, Tensor]) -> tuple[list[Target], 
     Raises:
         DeltaFileError: (``mismatch``) if a tensor is of none of them.
     """
-    named = [*(folder.config.get("modules_to_save") or ()), *_usual_heads(folder)]
+    named = [*(folder.config.get("modules_to_save") or ()), *usual_heads(folder.config.get("task_type"))]
     found: dict[str, None] = {}
     left = []
     for name in rest:
@@ -312,15 +319,20 @@ def heads_of(folder: Folder, rest: Mapping[str, Tensor]) -> tuple[list[Target], 
     return [Target(path, "", "head") for path in found], dict(rest)
 
 
-def _usual_heads(folder: Folder) -> tuple[str, ...]:
-    kind = folder.config.get("task_type")
-    return (
-        ("classifier", "score")
-        if kind in ("SEQ_CLS", "TOKEN_CLS")
-        else ("qa_outputs",)
-        if kind == "QUESTION_ANS"
-        else ()
-    )
+def usual_heads(task: object) -> tuple[str, ...]:
+    """Names of the heads that PEFT saves for a task without being told."""
+    return _HEADS.get(task, ()) if isinstance(task, str) else ()
+
+
+def shared_with(root: nn.Module, path: str) -> str | None:
+    """Another module that has a parameter of the one at a path, or of what is in it; ``None`` if there is none."""
+    modules = named_modules(root)
+    if path not in modules:
+        return None
+    inside = {id(module) for module in modules[path].modules()}
+    own = {id(parameter) for parameter in modules[path].parameters()}
+    others = ((name, module) for name, module in modules.items() if id(module) not in inside)
+    return next((name for name, module in others if any(id(p) in own for p in module._parameters.values())), None)
 
 
 def biases_of(folder: Folder, rest: Mapping[str, Tensor], hosts: set[str]) -> frozenset[str]:

@@ -23,6 +23,7 @@ from lightning_pet.exchange.peft_hosts import (
     whole_of,
 )
 from lightning_pet.insertion.method import METHODS
+from lightning_pet.model.layer_kinds import host_kind
 from lightning_pet.model.naming import join, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.store.strict_json import fault, shown
@@ -53,7 +54,8 @@ def lora(folder: Folder, base: Base | None) -> Read:
         # of a convolution in groups counts for all of them.
         wide = host.parts["a"].shape[0] / parts["a"].shape[0] if is_kernel(parts) else 1.0
         factor = (2 if host.inside else 1) / (math.sqrt(wide) if rsl else wide)
-        alphas[exactly(target)] = _alpha(folder, host.path) * factor if factor != 1 else _alpha(folder, host.path)
+        own = _alpha(folder, join(host.path, target.parameter) if host.named else host.path)
+        alphas[exactly(target)] = own * factor if factor != 1 else own
         ranks[exactly(target)] = rank
         targets.append(target)
         tensors |= {(target, name): tensor for name, tensor in parts.items()}
@@ -127,14 +129,20 @@ def _start(folder: Folder) -> str:
 
 
 def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None) -> Read:
-    """PiSSA and OLoRA took their start values out of the base: they are computed from it again."""
+    """PiSSA and OLoRA took their start values out of the base: they are computed from it again.
+
+    Tables and kernels start at random in PEFT, whatever is asked for: nothing was taken out of them.
+    """
     assert root is not None
+    modules = named_modules(root)
     tensors = dict(read.tensors)
     method = METHODS["lora"](**options)
     for insertion in method.insertions(root, targets):
         path = insertion.path(method)
         for name in ("a0", "b0"):
-            tensors[join(path, name)] = getattr(insertion.delta, name).detach().clone()
+            start = getattr(insertion.delta, name).detach().clone()
+            kind = host_kind(modules[insertion.target.module], insertion.target.parameter)
+            tensors[join(path, name)] = torch.zeros_like(start) if kind in ("embedding", "conv") else start
     return replace(read, tensors=tensors)
 
 

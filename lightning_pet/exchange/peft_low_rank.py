@@ -133,7 +133,7 @@ def write_low_rank(export: Export, layers: Sequence[Layer], dora: bool, **config
         _fill_attention(export, path, rank)
     hosts = [layer for layer in layers if not layer.is_stack]
     names = {layer.target.module for layer in hosts}
-    names -= {join(path, "out_proj") for path in attentions}
+    names = (names | attentions) - {join(path, "out_proj") for path in attentions}  # PEFT wraps them as a whole
     export.config |= {
         "peft_type": "LORA",
         "r": rank,

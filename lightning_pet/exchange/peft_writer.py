@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import PREFIX
-from lightning_pet.exchange.peft_hosts import WRAPPED, Export
+from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
 from lightning_pet.exchange.peft_prompts import scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
-from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
+from lightning_pet.model.naming import CHILD, by_delta, join, module_at, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault
@@ -87,12 +87,15 @@ def _ia3(export: Export, left: dict[str, Tensor]) -> None:
             shape = (1, -1, *(1,) * len(module.kernel_size))
         export.tensors[f"{PREFIX}{path}.ia3_l"] = scale.reshape(shape).contiguous()
     layers = [target for target in export.record.targets if target.module in vectors]
+    targets = targets_of(export, sorted(every))
+    # PEFT refuses one that is no target by the same words
+    targets["target_modules"] = sorted({*targets["target_modules"], *inner})
     export.config |= {
         "peft_type": "IA3",
         "feedforward_modules": sorted(inner),
         "init_ia3_weights": True,
         "fan_in_fan_out": all(kind_at(export, target) == "conv1d_hf" for target in layers),
-        **targets_of(export, sorted(every)),
+        **targets,
     }
 
 
@@ -175,8 +178,13 @@ def _heads(export: Export, left: dict[str, Tensor]) -> None:
             export.tensors[f"{'base_model.' if virtual else PREFIX}{name}"] = left.pop(name)
     paths = [] if export.root is None else [path for path in named_modules(export.root) if path]
     for path in named:
-        if others := [other for other in paths if other.endswith(path) and other != path and CHILD not in other]:
+        if others := [other for other in paths if other.endswith(path) and other not in named and CHILD not in other]:
             raise export.fault(f"PEFT would take {others[0]} for the trained {path}, too. Merge it.")
+        if export.root is not None and (other := shared_with(export.root, path)):
+            raise export.fault(
+                f"{other} shares a weight with the trained {path}; PEFT would train a copy and leave {other} as it is "
+                "in the base. Merge it (to='transformers')."
+            )
     export.config["modules_to_save"] = [*named] or None
 
 
@@ -196,10 +204,30 @@ def _said_of_the_base(export: Export) -> dict[str, Any]:
     config["base_model_name_or_path"] = name if hub else ""
     kind = "" if root is None else type(root).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    task = task if _has_its_heads(export, task) else None
     config["task_type"] = task
     if task is None and root is not None:
         config["auto_mapping"] = {"base_model_class": kind, "parent_library": type(root).__module__}
     return {**config, "inference_mode": True}
+
+
+def _has_its_heads(export: Export, task: str | None) -> bool:
+    """Whether a folder holds the heads that PEFT looks for when it is told the task.
+
+    A folder of virtual tokens cannot do without the task: it gets the base's values.
+    """
+    paths = [path for path in named_modules(export.root) if path] if export.root is not None else []
+    heads = [path for path in paths if path.endswith(usual_heads(task) or ("\0",)) and CHILD not in path.split(".")]
+    heads = [path for path in heads if not any(path.startswith(f"{other}.") for other in heads)]
+    absent = [path for path in heads if path not in (export.config["modules_to_save"] or ())]
+    if not absent or "prompt_embeddings" not in export.tensors:
+        return not absent
+    assert export.root is not None
+    for path in absent:
+        for name, value in module_at(export.root, path).state_dict().items():
+            export.tensors.setdefault(f"base_model.{path}.{name}", value.detach().cpu().clone().contiguous())
+    export.config["modules_to_save"] = [*(export.config["modules_to_save"] or ()), *absent]
+    return True
 
 
 _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {

@@ -9,8 +9,9 @@ else a module gets and gives is noted, too: whether it belongs to rows, or all o
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -250,7 +251,7 @@ def _look_at_call(
         manners.take(record.switch.manners)
         return
     batch, paths = len(names), manners.looked_at
-    size = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
+    size = next((x.shape[0] for x in tensors_in((args, kwargs)).values() if x.dim()), 0)
     if size < batch or size % batch:
         raise TargetError(
             f"{type(root).__name__} was called with {size} rows, but rows were chosen for a batch of {batch}. Give one "
@@ -277,8 +278,11 @@ def _look_at_call(
 
 def _ordered(value: Any, batch: int, order: list[int], size: int | None = None) -> Any:
     """Arguments with the rows in another order."""
-    if isinstance(value, dict):
-        return {key: _ordered(item, batch, order, size) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        turned = copy(value)  # of its own kind: a tokenizer's batch has attributes
+        for key, item in value.items():
+            turned[key] = _ordered(item, batch, order, size)
+        return turned
     if type(value) in (tuple, list):
         return type(value)(_ordered(item, batch, order, size) for item in value)
     if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != (size or batch):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
 from lightning_pet.insertion.commit import copy_in, renew
-from lightning_pet.insertion.method import Method, delta_name, key_of
+from lightning_pet.insertion.method import METHODS, Method, delta_name, key_of
 from lightning_pet.insertion.tasks.own_values import is_own, own_places
 from lightning_pet.layers.sharding import whole_shape
 from lightning_pet.layers.value import Value
@@ -231,6 +231,7 @@ def start_from(
             f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
             "mismatch",
         )
+    _say_meaning(stored, method)
     for prefix, delta in deltas.items():
         delta.unpack(found.get(prefix, {}))
     renew(adapted.root)
@@ -243,6 +244,19 @@ def start_from(
         copy_in(adapted.root, values)
     else:
         fill(named_tensors(adapted.root), values)
+
+
+def _say_meaning(stored: Stored, method: Method) -> None:
+    """A scale, for one, is in no tensor: with another the run starts from another function than the file has."""
+    then = next(m.config for m in stored.methods if (m.method, m.name) == (method.method, method.name))
+    now = method.config()
+    differing = [o for o in sorted(METHODS[method.method].gives_meaning & then.keys()) if then[o] != now.get(o)]
+    if differing:
+        shown = ", ".join(f"{option}={then[option]!r} there and {now.get(option)!r} here" for option in differing)
+        rank_zero_warn(
+            f"start_from={str(stored.path)!r}: {method.method}:{method.name} was trained with {shown}. Its tensors are "
+            "taken over, but the run starts from other outputs than the file has; give its options to start from those."
+        )
 
 
 def _start_own_values(root: nn.Module, record: Adaptation, stored: Stored) -> None:

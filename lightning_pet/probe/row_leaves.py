@@ -4,7 +4,7 @@ A first dimension as long as the batch does not tell: a mask of T × T has one, 
 Two forwards do: with the rows in another order, and with one row more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,7 @@ def tensors_in(value: Any, key: Key = ()) -> Leaves:
     if isinstance(value, Tensor):
         return {key: value}
     items: Any = ()
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, tuple | list):
         items = enumerate(value)

@@ -222,6 +222,17 @@ def test_further_training_of_a_loaded_delta(trained):
     assert again.losses[0] < 1.5
 
 
+def test_a_start_with_another_scale_is_said(tmp_path, recwarn):
+    net = Net()
+    apply(net, [lora(r=2, alpha=4)])
+    save_delta(net, tmp_path / "d.pet.safetensors")
+    start = str(tmp_path / "d.pet.safetensors")
+    apply(Net(), [lora(r=2, alpha=4, dropout=0.1, start_from=start)])
+    assert not [w for w in recwarn if "other outputs" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"alpha=4(\.0)? there and 8(\.0)? here, use_rslora=False there and True here"):
+        apply(Net(), [lora(r=2, alpha=8, use_rslora=True, start_from=start)])
+
+
 def test_two_deltas_from_two_files(trained, tmp_path):
     _, folder = trained
     other = Net(norm=True)

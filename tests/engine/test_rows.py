@@ -1,12 +1,15 @@
 """Each row of a batch with its own delta: as if the rows had been computed one by one."""
 
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from lightning_pet import (
     AdaLoRACallback,
@@ -273,6 +276,26 @@ def test_heads_and_buffers_of_a_model_that_describes_nothing(tmp_path: Path) -> 
     choices = [["a", None] * 3, ["bb", "a"] * 3, [None, "bb", "a"] * 2]
     assert in_threads(lambda names: all(rows(names) for _ in range(3)), choices) == [True] * 3
     assert [type(module) for module in net.modules()] == kinds
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, BatchEncoding])
+def test_a_model_that_takes_its_batch_as_one_mapping(kind: type[Any], tmp_path: Path) -> None:
+    class OfBatches(Net):
+        def forward(self, batch: dict[str, Any]) -> Tensor:  # type: ignore[override]
+            return super().forward(batch["inputs"]["x"])
+
+    net = OfBatches().eval()
+    for name in ("a", "bb"):
+        adapted = load_delta(net, trained(tmp_path, name), name=name)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        with adapted.rows(["a", "bb", None, "a"]):
+            out = net(kind({"kind": "any", "inputs": {"x": x}}))
+        for row, name in enumerate(["a", "bb", None, "a"]):
+            with adapted.using(*filter(None, [name])):
+                torch.testing.assert_close(net(kind({"inputs": {"x": x}}))[row], out[row])
+        with adapted.rows(["a", "bb"]), pytest.raises(TargetError, match="2 names for 5 rows"):
+            net(kind({"inputs": {"x": torch.randn(5, 6)}}))
 
 
 def test_two_heads_of_different_widths_are_refused(tmp_path: Path) -> None:

@@ -322,6 +322,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "replicated layers": (lambda f: edit(f, layer_replication=[[0, 2]]), "mismatch", "layer_replication"),
     "start of the base": (lambda f: edit(f, init_lora_weights="corda"), "mismatch", "init_lora_weights"),
     "intricate pattern": (lambda f: edit(f, alpha_pattern={"(a+)+$": 3}), "unsafe", "too intricate"),
+    "choices": (lambda f: edit(f, alpha_pattern={f"({'.?' * 40}x)": 3}), "unsafe", "too intricate"),
+    "open repetition": (lambda f: edit(f, alpha_pattern={".{,99}.{,99}.{,99}x": 3}), "unsafe", "too intricate"),
     "surplus": (lambda f: retouch(f, surplus), "mismatch", "bert.other.weight"),
     "half a delta": (lambda f: retouch(f, half), "mismatch", "has no B"),
     "NaN": (lambda f: retouch(f, diverged), "nonfinite", "NaN"),
@@ -406,3 +408,43 @@ def test_what_is_known_of_the_base_is_said(folder: Path) -> None:
         load_delta(model, folder)
     with pytest.raises(BaseMismatchError, match="cannot be answered"):
         load_delta(made(bert), folder, base_check="exact")
+
+
+def tied() -> nn.Module:
+    model = llama()
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_copy_of_a_tied_module_is_refused(saved: str, tmp_path: Path) -> None:
+    model = made(tied)
+    theirs(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]), tmp_path)
+    before = output_of(model)
+    with pytest.raises(DeltaFileError, match="shares a weight"):
+        load_delta(model, tmp_path)
+    assert torch.equal(output_of(model), before)
+
+
+def test_patterns_fit_names_of_parameters(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=["q_proj"],
+        target_parameters=["experts.down_proj"],
+        rank_pattern={"experts.down_proj": 3},
+        alpha_pattern={"experts.down_proj": 9},
+    )
+    model = made(mixtral, torch.float32)
+    expected = theirs(model, config, tmp_path)
+    load_delta(model, tmp_path)
+    torch.testing.assert_close(output_of(model.eval()), expected, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_taken_out_of_a_table(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights="pissa")
+    model = made(llama, torch.float32)
+    expected = theirs(model, config, tmp_path)
+    load_delta(model, tmp_path)
+    torch.testing.assert_close(output_of(model.eval()), expected, rtol=0, atol=1e-5)

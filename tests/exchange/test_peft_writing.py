@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_pet import (
@@ -66,6 +67,7 @@ CASES: dict[str, Case] = {
     "head": (llama, lambda: LoRACallback(r=2, modules_to_save=["lm_head"])),
     "adalora": (bert, lambda: AdaLoRACallback(init_r=4, target_r=2, total_step=10)),
     "ia3": (bert, lambda: IA3Callback()),
+    "ia3 by ends of names": (llama, lambda: IA3Callback()),
     "ia3 roles": (gpt2, lambda: IA3Callback()),
     "ia3 convolutions": (Convolutions, lambda: IA3Callback(target_modules=["first"], feedforward_modules=["second"])),
     "bitfit": (bert, lambda: BitFitCallback()),
@@ -238,6 +240,21 @@ def test_what_peft_cannot_say_is_refused(
     assert not (tmp_path / "folder").exists()
 
 
+def test_heads_of_which_one_ends_with_the_name_of_another(tmp_path: Path) -> None:
+    config = transformers.DistilBertConfig(
+        vocab_size=100, dim=8, hidden_dim=16, n_layers=1, n_heads=2, max_position_embeddings=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    base = transformers.DistilBertForSequenceClassification(config).double().eval()
+    both = trained(base, LoRACallback(r=2, modules_to_save=["pre_classifier", "classifier"]))
+    ours = output_of(both)
+    export_delta(both, tmp_path / "both")
+    torch.testing.assert_close(in_peft(base, tmp_path / "both", ours), ours, rtol=0, atol=1e-12)
+    one = trained(base, LoRACallback(r=2, modules_to_save=["classifier"]))
+    with pytest.raises(DeltaFileError, match="PEFT would take pre_classifier"):
+        export_delta(one, tmp_path / "one")
+
+
 def test_two_methods_are_refused(tmp_path: Path) -> None:
     model = made(bert)
     apply(model, [LoRACallback(r=2), BitFitCallback()])
@@ -263,3 +280,43 @@ def test_a_fused_weight_needs_its_base(tmp_path: Path) -> None:
     save_delta(trained(made(gpt2), LoRACallback(r=2)), tmp_path / "x.pet.safetensors")
     with pytest.raises(DeltaFileError, match="only the base can tell"):
         export_delta(tmp_path / "x.pet.safetensors", tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        LoRACallback(r=2, modules_to_save=[]),
+        IA3Callback(modules_to_save=[]),
+        BitFitCallback(modules_to_save=[]),
+        PromptTuningCallback(length=3, modules_to_save=[]),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_a_head_that_has_not_trained_is_not_missed(callback: PETCallback, tmp_path: Path) -> None:
+    model = trained(made(bert), callback)
+    exported = export_delta(model, tmp_path / "peft", base=made(bert))
+    assert exported.reader.startswith("PEFT")
+    assert exported.difference is not None
+    assert exported.difference < 1e-6  # prompts of PEFT are of float32
+    again = load_delta(base := made(bert), tmp_path / "peft")
+    torch.testing.assert_close(output_of(base.eval()), output_of(model.eval()), rtol=0, atol=1e-6)
+    assert list(again) == ["default"]
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        model = llama()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    model = trained(made(tied), LoRACallback(r=2, modules_to_save=["lm_head"]))
+    with pytest.raises(DeltaFileError, match="shares a weight with the trained lm_head"):
+        export_delta(model, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_an_output_projection_alone(tmp_path: Path) -> None:
+    model = trained(made(Attention), LoRACallback(r=2, target_modules=["out_proj"]))
+    export_delta(model, tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(made(Attention), tmp_path / "peft").eval()
+    torch.testing.assert_close(output_of(theirs), output_of(model.eval()), rtol=0, atol=1e-12)
