@@ -120,6 +120,11 @@ class LoRACallback(PETCallback):
         self.lora_bias = lora_bias
         self._validate()
 
+    @property
+    def shares_tasks(self) -> bool:
+        """Whether several of it train on engines that share parameters; DoRA was not tested there."""
+        return not self.use_dora
+
     def _validate(self) -> None:
         for label, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             if patterns is not None and not (

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_pet.arguments import checked, one_of
-from lightning_pet.errors import UnsupportedStrategyError
 from lightning_pet.strategies.strategy import adapter_for
 from lightning_pet.training.controller import Controller
 from lightning_pet.training.tasks.files import SUFFIX, folder_of, values_of, write
+from lightning_pet.training.tasks.shards import pass_over, refuse_for_shards
 from lightning_pet.training.tasks.tasks import Tasks
 
 
@@ -82,13 +83,18 @@ class TasksCallback(Callback):
         """
         adapter = adapter_for(trainer)
         if adapter.shards:
-            raise UnsupportedStrategyError(
-                f"TasksCallback: not tested with parameters that are sharded over processes, as "
-                f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp', or train the tasks one by one."
-            )
-        if stage == "fit" and not self.every_row:  # a process may have no row of a task in a step
+            refuse_for_shards(trainer, self._tasks)
+        if stage == "fit" and not self.every_row and adapter.passes_over:  # a process may have no row of a task
             adapter.expect_gaps(trainer, "TasksCallback")
         self._tasks.spread(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """On an engine that shards, leave tasks as they are that no process has had a row of."""
+        adapter = adapter_for(trainer)
+        if adapter.shards:
+            pass_over(trainer, pl_module, self._tasks, adapter)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the tasks that have had no row."""

@@ -430,7 +430,13 @@ def _exchange(root: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 @contextmanager
-def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None], manners: Manners) -> Iterator[None]:
+def using_rows(
+    root: nn.Module,
+    record: Adaptation,
+    names: Sequence[str | None],
+    manners: Manners,
+    every: Sequence[str] | None = None,
+) -> Iterator[None]:
     """Within the block every row of a batch uses its own delta in this thread; ``None``: none.
 
     Args:
@@ -438,13 +444,15 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
         record: its own.
         names: one per row.
         manners: what is known of how modules treat rows.
+        every: deltas that are called in this order in any case, if need be on no rows: processes that share parameters
+            with an engine have to do the same.
 
     Raises:
         TargetError: if the values of what was trained in place cannot be read side by side here.
     """
     switch = record.switch
     belong(root, record.keys(), record.switch)
-    groups = tuple(dict.fromkeys(names))
+    groups: tuple[str | None, ...] = tuple(dict.fromkeys(names if every is None else (*every, *names)))
     tuples = [() if name is None else (name,) for name in groups]
     with ExitStack() as exposed:
         with LOCK:
@@ -463,7 +471,8 @@ def using_rows(root: nn.Module, record: Adaptation, names: Sequence[str | None],
             for part, values in zip(parts, wanted, strict=True):
                 part.values.update(placed_values(root, values, shared=True, precisions=precisions))
             paths = {id(module): path for path, module in modules.items()}
-            rows = Rows(groups, tuple(map(groups.index, names)), tuple(parts), frozenset(differing), paths, manners)
+            ids = tuple(map(groups.index, names))
+            rows = Rows(groups, ids, tuple(parts), frozenset(differing), paths, manners, steady=every is not None)
             union = record.selection(tuple(name for name in groups if name is not None))
             for module, attributes in places:
                 expose(module, attributes, switch, by_rows=True)

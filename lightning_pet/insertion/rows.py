@@ -291,7 +291,8 @@ def _joined_tensors(outputs: list[Tensor], rows: Rows, module: nn.Module, side: 
             "same with these deltas. Use them one after the other: `adapted.using(name)`."
         )
     counts = [rows.ids.count(group) for group in range(len(rows.names))]
-    each = outputs[0].shape[0] // counts[0] if outputs[0].dim() else 0
+    most = max(counts)
+    each = outputs[counts.index(most)].shape[0] // most if outputs[0].dim() else 0
     if not each or any(x.shape[:1] != (each * n,) for x, n in zip(outputs, counts, strict=True)):
         raise TargetError(
             f"{named(rows, module)} gives something of shape {tuple(outputs[0].shape)}, which has no part for each "
@@ -357,7 +358,8 @@ def changed_rows(
     for form, column in _columns(deltas):
         read: list[Any] = [value if delta.slot is None else taken[delta.slot] for delta in column if delta is not None]
         alike = isinstance(read[0], Tensor) and all(x is read[0] for x in read)
-        changed = _at_once(form, column, rows, read[0], tensor, weight_and_bias) if form and alike else None
+        at_once = _at_once if form and alike and not rows.steady else None
+        changed = at_once and at_once(form, column, rows, read[0], tensor, weight_and_bias)
         if changed is None:
             changed = _one_by_one(
                 column, rows, host, dict(zip(_used(column), read, strict=True)), tensor, weight_and_bias
@@ -479,7 +481,7 @@ def around_form(host: nn.Module, groups: Sequence[Acting]) -> Any:
     for form, column in _columns([[own[key] for key in group.around] for group in groups]):
         tensors = (p.device for delta in column if delta is not None for p in delta.parameters())
         ids = row_ids(pet.rows()[1], next(tensors, torch.device("cpu")))
-        run = None if form is None else form(column, ids, pet)
+        run = None if form is None or pet.rows()[1].steady else form(column, ids, pet)
         if run is None:
             return None
         runs.append(run)

@@ -65,6 +65,8 @@ class Rows:
         places: paths of modules, by their identity.
         manners: what is known of how modules treat rows.
         known: what was worked out for a size and a device.
+        steady: every process has the same groups in the same order, some of them without rows, and calls what acts on
+            them alike; otherwise groups are numbered in the order of their first rows.
     """
 
     names: tuple[str | None, ...]
@@ -74,6 +76,7 @@ class Rows:
     places: Mapping[int, str] = field(default_factory=dict)
     manners: Any = None
     known: dict[Any, Any] = field(default_factory=dict)
+    steady: bool = False
 
 
 class Switch:

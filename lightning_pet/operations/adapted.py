@@ -307,12 +307,18 @@ class Adapted(Mapping[str, OneDelta]):
         ...     net(torch.ones(3, 4)).shape
         torch.Size([3, 2])
         """
+        with self._rows(names):
+            yield
+
+    @contextmanager
+    def _rows(self, names: Sequence[str | None], every: Sequence[str] | None = None) -> Iterator[None]:
+        """The same; ``every``: deltas that are called in this order in any case, also where they have no rows."""
         record = self.record
         check_rows(names, record)
         if set(record.active) - set(names):
             refuse_lost(record, "switched off")
         check_intact(self.root, record)
-        with guarded(self.root, record, names) as manners, using_rows(self.root, record, names, manners):
+        with guarded(self.root, record, names) as manners, using_rows(self.root, record, names, manners, every):
             yield
 
     def load(

@@ -217,6 +217,10 @@ class DeepSpeedAdapter(ShardedAdapter[DeepSpeedStrategy]):
         for part in (part for part in parts if part is not None and factor < 1):
             part.mul_(factor)
 
+    def at_boundary(self) -> bool:
+        """Whether the engine's present step is one of its optimizer."""
+        return bool(self.strategy.model.is_gradient_accumulation_boundary())  # type: ignore[union-attr,operator]
+
     def watch_gradients(self, named: Named) -> None:
         """Gather them right before the engine steps: afterwards they are gone."""
         parameters = [parameter for _, parameter in named]

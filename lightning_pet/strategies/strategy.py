@@ -329,6 +329,10 @@ class StrategyAdapter(Generic[S]):
                 "as well. Use strategy='ddp' or ModelParallelStrategy (FSDP2), or leave the option out."
             )
 
+    def at_boundary(self) -> bool:
+        """Whether the optimizers step now, where the engine accumulates gradients itself."""
+        return True
+
     def expect_gaps(self, trainer: pl.Trainer, what: str) -> None:
         """An option leaves parameters without gradient in some steps, others each time; the model is not wrapped yet.
 

@@ -686,10 +686,19 @@ def test_accumulation_clipping_and_checkpointing(tmp_path):
             assert torch.allclose(value, results[1][task][name], atol=1e-6), name
 
 
-def test_engines_that_shard_are_refused_by_name():
-    shards = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[])
-    with pytest.raises(UnsupportedStrategyError, match=r"TasksCallback.*as ModelParallelStrategy shards them"):
-        TasksCallback(tasks=list(TASKS)).setup(shards, None, "fit")
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (lambda: AdapterCallback(**QUIET), {}, "AdapterCallback beside TasksCallback: not tested with ModelParallel"),
+        (lambda: LoRACallback(use_dora=True, **QUIET), {}, "LoRACallback beside TasksCallback.*not DoRA"),
+        (lambda: LoRACallback(**QUIET), {"split": True}, r"split=True\): ModelParallelStrategy shares parameters"),
+        (lambda: LoRACallback(**QUIET), {"tasks": {"odd": {"labels": 2}}}, "'odd' has a number of labels of its own"),
+    ],
+)
+def test_what_engines_that_shard_cannot_is_refused_by_name(method, options, message):
+    shards = SimpleNamespace(strategy=ModelParallelStrategy(), callbacks=[method()])
+    with pytest.raises(UnsupportedStrategyError, match=message):
+        TasksCallback(**{"tasks": list(TASKS), **options}).setup(shards, None, "fit")
 
 
 class ByHand(Module):

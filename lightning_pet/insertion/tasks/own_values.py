@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.method import Insertion, delta_name, suffix_of
 from lightning_pet.layers.delta import Tied
+from lightning_pet.layers.sharding import is_sharded
 from lightning_pet.layers.value import Value
 from lightning_pet.model.adaptation import Adaptation, Applied
 from lightning_pet.model.naming import VALUE, join, named_parameters
@@ -86,7 +87,7 @@ def insertions_for(
         outputs: number of labels of this delta's head.
 
     Raises:
-        TargetError: if the head with this number cannot be told.
+        TargetError: if the head with this number cannot be told, or an engine has split a tensor.
     """
     names = tuple(dict.fromkeys(names))
     every = named_parameters(root, every_name=True)
@@ -96,6 +97,11 @@ def insertions_for(
     found: list[Insertion] = []
     for name in names:
         parameter = parameters[name]
+        if is_sharded(parameter):
+            raise TargetError(
+                f"{name}: each task has its own, and fully_shard has split it already. Build the model in __init__ and "
+                "call fully_shard in configure_model, after the deltas are in; or leave it out (modules_to_save=[])."
+            )
         same = [name, *(other for other, p in every if p is parameter and other != name)]
         own: Value | None = None
         for each in same:

@@ -15,6 +15,7 @@ from lightning_pet.strategies import private
 from lightning_pet.training.runs.every_row import EveryRow
 from lightning_pet.training.tasks.figures import Figures
 from lightning_pet.training.tasks.routing import check_size, joined, named_rows, part_of, size_of, taken, weighted
+from lightning_pet.training.tasks.shards import Shared, refuse_weights
 from lightning_pet.training.tasks.tasks import Tasks
 from lightning_pet.training.watch import Run
 
@@ -35,6 +36,7 @@ class Steps:
         self._inserted = False
         self._sized: list[Any] | None = None
         self._figures = Figures(run.module, tasks.names)
+        self._shared: Shared | None = None
         self._every_row: EveryRow | None = None
         if tasks.streams is not None:
             self._every_row = EveryRow(run, tasks.names, tasks.streams, self._figures.task, split=tasks.split)
@@ -70,6 +72,10 @@ class Steps:
             return self._apart(name, original, batch, {task: everything for task in self._tasks.names}, rest, kwargs)
         found, batch = taken(batch, self._tasks.key)
         names = named_rows(found, self._tasks.names)
+        if (shared := self._of_engine()) is not None:
+            if name in ("training_step", "predict_step"):  # with all tasks in one call, as the other processes
+                names = [names] * (size_of(batch) or 1) if isinstance(names, str) else names
+            shared.note(name, names)
         rows: dict[str, list[int]] = {}
         if isinstance(names, str):
             rows[names] = list(range(size_of(batch) or 1))
@@ -82,13 +88,24 @@ class Steps:
             self._tasks.note(rows)
         mixed = isinstance(names, list) and (not self._tasks.split if training else name == "predict_step")
         if not (mixed and self.heads_are_alike()):
+            if shared is not None and training:
+                shared.refuse_apart()
             return self._apart(name, original, batch, rows, rest, kwargs)
         with self._figures.step(len(names), fill=False), self._choose(names):
             return original(batch, *rest, **kwargs)
 
     def _choose(self, names: Any) -> AbstractContextManager[None]:
         adapted = self._run.adapted
+        if self._of_engine() is not None:
+            return adapted._rows(names, self._tasks.names)
         return adapted.using(names[0]) if len(set(names)) == 1 else adapted.rows(names)
+
+    def _of_engine(self) -> Shared | None:
+        """What processes agree on that share parameters."""
+        if self._shared is None and self._run.adapter.shards:
+            refuse_weights(self._run.trainer, self._run.adapted.root)
+            self._shared = Shared(self._run.trainer, self._tasks)
+        return self._shared
 
     def _begun(self) -> bool:
         if not self._inserted:

@@ -40,6 +40,8 @@ class Tasks:
         names: in the order in which they were given; numbers in batches mean this order.
         options: of each.
         split: training batches are run task by task.
+        anywhere: tasks with rows in some process since the last step of an optimizer, where processes share parameters.
+        stepped: an optimizer has stepped since that began.
     """
 
     def __init__(self, names: Sequence[str] | Mapping[str, Any], key: Key = "task", *, every_row: bool = False) -> None:
@@ -47,6 +49,8 @@ class Tasks:
         self.key, self.every_row, self.split = key, every_row, False
         self._in_fit: set[str] = set()
         self._in_epoch: set[str] = set()
+        self.anywhere: set[str] | None = None
+        self.stepped = True
         self._copies: list[Any] = []
         self.streams: Streams | None = None
 
@@ -222,6 +226,11 @@ class OfTask:
     """The random numbers of the run that it is a part of, if it is one of several beside each other on all rows."""
     as_alone: Any = None
     """Called with the root and the places after it was built, if it is the first of several that are built there."""
+
+    @property
+    def shares_tasks(self) -> bool:
+        """Whether several of it train on engines that share parameters: on no rows it calls what it calls on some."""
+        return False
 
     @property
     def not_for_tasks(self) -> str | None:
