@@ -128,8 +128,8 @@ def _output_of(names: Sequence[str], parameters: Mapping[str, Tensor], heads: Se
     matrices = [name for name in own if parameters[name].dim() > 1]
     if not matrices:
         raise TargetError(
-            "labels: no head trains in this run that is a task's own (what lies beside the base is shared by all). Name "
-            "it in modules_to_save of the PET callback."
+            "labels: no head trains in this run that is a task's own (what lies beside the base is shared by all). "
+            "Name it in modules_to_save of the PET callback."
         )
     last = matrices[-1]
     path, rows = last.rpartition(".")[0], parameters[last].shape[0]
