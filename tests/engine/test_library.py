@@ -404,6 +404,29 @@ def test_the_fingerprint_of_the_base_is_taken_once_until_the_base_changes(folder
         used(library, net, "u2")
 
 
+def test_two_libraries_of_one_model_in_two_threads(folder: Path, solo: dict[str, Tensor]) -> None:
+    net = Net().eval()
+    libraries = [DeltaLibrary(net, folder, resident=3), DeltaLibrary(net, folder, resident=2)]
+    wrong: list[object] = []
+
+    def work(library: DeltaLibrary, own: list[str]) -> None:
+        try:
+            for turn in range(16):
+                name = own[turn % len(own)]
+                if not torch.equal(used(library, net, name), solo[name]):
+                    wrong.append(name)
+        except Exception as error:
+            wrong.append(error)
+
+    lists = (["u0", "u1", "u2", "u3"], ["u4", "u0", "u5"])
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(libraries, lists, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 @pytest.mark.parametrize("resident", [3, 6])
 def test_threads_each_with_deltas_of_their_own(folder: Path, solo: dict[str, Tensor], resident: int) -> None:
     net = Net().eval()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -61,6 +62,14 @@ class _Resident:
     users: int = 0
     slot: Slot | None = None
     stale: bool = False
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+"""One for each model: several libraries of one put their slots into it one after the other."""
+
+
+def _lock_of(root: nn.Module) -> threading.Lock:
+    return _LOCKS.setdefault(root, threading.Lock())
 
 
 class DeltaLibrary(Mapping[str, Path]):
@@ -117,7 +126,7 @@ class DeltaLibrary(Mapping[str, Path]):
         self._most = resident
         self._base = Base(self.root, base_check)
         self._slots = Slots(self.root, resident)
-        self._lock = threading.Condition(threading.Lock())
+        self._lock = threading.Condition(_lock_of(self.root))
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # the least recently used one first
         self._left: list[_Resident] = []  # in use, though their files are others now
         self._reading: set[str] = set()
