@@ -173,6 +173,8 @@ def placed(
             raise _no_such(folder, host.path, modules)
         target = place_of(host.path, parameters[host.path, host.nested], root, "embedding" if host.table else None)
         module = modules.get(host.path)
+        if getattr(module, "max_norm", None) is not None:
+            raise fault(str(folder.path), renormalised(host.path), "mismatch")
         yield host, target, _in_our_form(folder, host, target, module)
 
 
@@ -350,6 +352,14 @@ def biases_of(folder: Folder, rest: Mapping[str, Tensor], hosts: set[str]) -> fr
     if kind == "all":
         return frozenset(found)
     return frozenset(name for name in found if name.rpartition(".")[0].replace(WRAPPED, "") in hosts)
+
+
+def renormalised(path: str) -> str:
+    """What is said of a table whose rows are kept below a norm."""
+    return (
+        f"{path} is an embedding with max_norm, and PEFT keeps the rows of the delta below that norm, too, which this "
+        "library does not. Merge it with the library that trained it."
+    )
 
 
 def _no_such(folder: Folder, path: str, modules: Mapping[str, nn.Module]) -> DeltaFileError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import PREFIX
-from lightning_pet.exchange.peft_hosts import WRAPPED, Export
+from lightning_pet.exchange.peft_hosts import WRAPPED, Export, renormalised
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import host_kind, matrix_of, transposed
 from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
@@ -174,6 +174,8 @@ def _write_layer(export: Export, layer: Layer, rank: int, attentions: set[str]) 
         inside = True
         attentions.add(parent)
         path, b = f"{parent}{WRAPPED}.out_proj", b / 2  # PEFT adds this change twice
+    if getattr(export.module(target.module), "max_norm", None) is not None:
+        raise export.fault(renormalised(path))
     if kind == "embedding" or (kind is None and target.role == "embedding"):
         names = {"lora_embedding_A": a, "lora_embedding_B": b}
     else:

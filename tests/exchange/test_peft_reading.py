@@ -21,6 +21,8 @@ from lightning_pet import (
     BaseMismatchError,
     DeltaFileError,
     LoRACallback,
+    apply,
+    export_delta,
     import_delta,
     inspect_delta,
     load_delta,
@@ -160,8 +162,6 @@ def test_it_has_a_name_beside_others_and_is_saved_as_ours(folder: Path, tmp_path
     adapted = load_delta(model, folder, name="theirs")
     alone = output_of(model)
     other = LoRACallback(r=2, target_modules=["key"])
-    from lightning_pet import apply
-
     ours = made(bert)
     apply(ours, other)
     save_delta(ours, tmp_path / "ours.pet.safetensors")
@@ -402,6 +402,26 @@ def test_a_convolution_in_groups_is_refused(tmp_path: Path) -> None:
     theirs(model, peft.LoraConfig(r=2, target_modules=["second"]), tmp_path)
     with pytest.raises(DeltaFileError, match="2 groups"):
         load_delta(model, tmp_path)
+
+
+def test_a_table_that_renormalises_is_refused_both_ways(tmp_path: Path) -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 4, max_norm=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.table(x)
+            return out
+
+    wrapped = peft.get_peft_model(Bag(), peft.LoraConfig(r=2, target_modules=["table"]))
+    wrapped.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    with pytest.raises(DeltaFileError, match="max_norm"):
+        load_delta(Bag(), tmp_path / "theirs")
+    ours = Bag()
+    apply(ours, LoRACallback(r=2, target_modules=["table"]))
+    with pytest.raises(DeltaFileError, match="max_norm"):
+        export_delta(ours, tmp_path / "ours")
 
 
 def test_a_trained_table_is_refused(tmp_path: Path) -> None:
