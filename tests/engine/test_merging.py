@@ -232,6 +232,7 @@ def test_an_interrupt_waits_until_the_merge_is_done(monkeypatch: pytest.MonkeyPa
     model = net()
     adapted = moved(apply(model, [lora()]))
     attached = model(X)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was started without
     merge, handler = LowRankLinear.merge_, signal.getsignal(signal.SIGINT)
 
     def interrupted(self: LowRankLinear, weight: Tensor) -> None:
@@ -239,9 +240,12 @@ def test_an_interrupt_waits_until_the_merge_is_done(monkeypatch: pytest.MonkeyPa
         merge(self, weight)
 
     monkeypatch.setattr(LowRankLinear, "merge_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        adapted.merge_()
-    assert signal.getsignal(signal.SIGINT) is handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            adapted.merge_()
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not any(".pet." in name for name in model.state_dict())
     assert torch.allclose(model(X), attached, atol=1e-5)
 
