@@ -5,7 +5,7 @@ of their ranks' sum, and zeros fill all up to one rank, so that ``lora_alpha = r
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import PREFIX
-from lightning_pet.exchange.peft_hosts import WRAPPED, Export, renormalised
+from lightning_pet.exchange.peft_hosts import WRAPPED, Export, is_kernel, renormalised
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import host_kind, matrix_of, transposed
 from lightning_pet.model.naming import CHILD, by_delta, join, named_modules
@@ -41,7 +41,7 @@ class Layer:
     @property
     def is_kernel(self) -> bool:
         """They are those of a convolution."""
-        return self.b[0].dim() > 2 and all(size == 1 for size in self.b[0].shape[2:])
+        return is_kernel({"b": self.b[0]})
 
     @property
     def is_stack(self) -> bool:
@@ -53,13 +53,7 @@ def lora(export: Export, left: dict[str, Tensor]) -> None:
     """LoRA and its variants; PiSSA and OLoRA as a plain one of twice the rank, on the untouched base."""
     config = export.record.config
     layers: dict[tuple[str, str], Layer] = {}
-    groups = by_delta(left)
-    for target in export.record.targets:
-        parts = groups.get(export.path(target), None)
-        if parts is None:
-            continue
-        for name in parts:
-            del left[join(export.path(target), name)]
+    for target, parts in _taken(export, left):
         layer = layers.setdefault((target.module, target.parameter), Layer(target))
         scale = _scale(config, target, parts)
         _stack(export, layer, target, parts, scale)
@@ -67,14 +61,19 @@ def lora(export: Export, left: dict[str, Tensor]) -> None:
     _lora_biases(export, left, {layer.target.module for layer in layers.values()})
 
 
+def _taken(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dict[str, Tensor]]]:
+    """Each place with the tensors of its delta, which are taken out of those that are left."""
+    groups = by_delta(left)
+    for target in export.record.targets:
+        path = export.path(target)
+        if path in groups:
+            yield target, {name: left.pop(join(path, name)) for name in groups[path]}
+
+
 def _scale(config: Mapping[str, Any], target: Target, parts: Mapping[str, Tensor]) -> float:
-    rank = parts["b"].shape[1 if _is_kernel(parts["b"]) else -1]
+    rank = parts["b"].shape[1 if is_kernel(parts) else -1]
     alpha = value_at(config.get("alpha_pattern"), target, config.get("alpha", 16))
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
-
-
-def _is_kernel(b: Tensor) -> bool:
-    return b.dim() > 2 and all(size == 1 for size in b.shape[2:])
 
 
 def _stack(export: Export, layer: Layer, target: Target, parts: Mapping[str, Tensor], scale: float) -> None:
@@ -271,12 +270,7 @@ def adalora(export: Export, left: dict[str, Tensor]) -> None:
     """AdaLoRA as the plain LoRA of the triplets that are kept: A takes their factors."""
     config = export.record.config
     layers = []
-    groups = by_delta(left)
-    for target in export.record.targets:
-        if (parts := groups.get(export.path(target))) is None:
-            continue
-        for name in parts:
-            del left[join(export.path(target), name)]
+    for target, parts in _taken(export, left):
         scale = float(config["alpha"]) / int(config["init_r"])
         kept = (parts["kept"] != 0) if "kept" in parts else torch.ones_like(parts["e"], dtype=torch.bool)
         e = (parts["e"] * kept).reshape(-1, *(1,) * (parts["a"].dim() - 1))
