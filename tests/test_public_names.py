@@ -26,6 +26,7 @@ NAMES = [
     "FullFineTuningCallback",
     "IA3Callback",
     "IntrinsicDimensionCallback",
+    "LNTuningCallback",
     "LayerFreezingCallback",
     "LoRACallback",
     "NotMergeableError",

@@ -6,7 +6,7 @@ from typing import Any, Final
 from torch import nn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.exchange import peft_layers, peft_prompts
+from lightning_pet.exchange import peft_in_place, peft_layers, peft_prompts
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with
 from lightning_pet.store.reader import Stored
@@ -39,6 +39,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "P_TUNING": _VIRTUAL
     | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
+    "LN_TUNING": frozenset(),
 }
 _HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
 """Values of options that ask for nothing."""
@@ -49,6 +50,7 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
+    "LN_TUNING": peft_in_place.ln_tuning,
 }
 
 

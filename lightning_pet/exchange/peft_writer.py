@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
+from lightning_pet.exchange.peft_in_place import write_ln_tuning
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
 from lightning_pet.exchange.peft_prompts import scale_of, turn
 from lightning_pet.layers.rows import spread
@@ -237,6 +238,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "bitfit": _bitfit,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
+    "ln_tuning": write_ln_tuning,
 }
 
 

@@ -64,6 +64,7 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "Prompt tuning from words": lambda _: [pet.PromptTuningCallback(length=3, init="vocabulary")],
     "AutoPrompt": lambda _: [pet.AutoPromptCallback(candidates=4, accumulation=1)],
     "BitFit": lambda _: [pet.BitFitCallback()],
+    "LN tuning": lambda _: [pet.LNTuningCallback()],
     "Layer freezing": lambda _: [pet.LayerFreezingCallback(train_last=1)],
     "Gradual unfreezing": lambda _: [pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step")],
     "Diff pruning": lambda _: [

@@ -89,6 +89,8 @@ CASES: dict[str, tuple[Build, Any]] = {
         Convolutions,
         peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
     ),
+    "norms": (llama, peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], modules_to_save=["lm_head"])),
+    "norms of bert": (bert, peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS")),
     "prompt": (llama, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
     "prompt bert": (bert, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")),
     "prompt t5": (t5, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")),

@@ -21,6 +21,7 @@ from lightning_pet import (
     DeltaFileError,
     DiffPruningCallback,
     IA3Callback,
+    LNTuningCallback,
     LoRACallback,
     PETCallback,
     PrefixTuningCallback,
@@ -71,6 +72,8 @@ CASES: dict[str, Case] = {
     "ia3 roles": (gpt2, lambda: IA3Callback()),
     "ia3 convolutions": (Convolutions, lambda: IA3Callback(target_modules=["first"], feedforward_modules=["second"])),
     "bitfit": (bert, lambda: BitFitCallback()),
+    "norms": (bert, lambda: LNTuningCallback()),
+    "weights of norms": (gpt2, lambda: LNTuningCallback(target_modules=["ln_1.weight", "ln_f"])),
 }
 IN_FLOAT32: dict[str, Case] = {
     "pissa": (llama, lambda: LoRACallback(r=2, init="pissa")),
