@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
+    from lightning_pet.callbacks.trainable_tokens import TrainableTokensCallback as TrainableTokensCallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -73,6 +74,7 @@ _WHERE = {
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
     "TasksCallback": "callbacks.tasks",
+    "TrainableTokensCallback": "callbacks.trainable_tokens",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
     "choose_weights": "operations.combining.choosing",

@@ -37,6 +37,7 @@ NAMES = [
     "PromptTuningCallback",
     "TargetError",
     "TasksCallback",
+    "TrainableTokensCallback",
     "UnsupportedStrategyError",
     "apply",
     "choose_weights",

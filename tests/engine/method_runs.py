@@ -62,6 +62,7 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "Prefix tuning, no network": lambda _: [pet.PrefixTuningCallback(length=3, projection=False)],
     "Prompt tuning": lambda _: [pet.PromptTuningCallback(length=3)],
     "Prompt tuning from words": lambda _: [pet.PromptTuningCallback(length=3, init="vocabulary")],
+    "Trained tokens": lambda _: [pet.TrainableTokensCallback(list(range(3, 40)))],
     "AutoPrompt": lambda _: [pet.AutoPromptCallback(candidates=4, accumulation=1)],
     "BitFit": lambda _: [pet.BitFitCallback()],
     "LN tuning": lambda _: [pet.LNTuningCallback()],
