@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from torch import nn
-
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.exchange import peft_in_place, peft_layers, peft_prompts
+from lightning_pet.exchange import peft_in_place, peft_layers, peft_prompts, peft_tokens
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
-from lightning_pet.exchange.peft_hosts import Read, shared_with
+from lightning_pet.exchange.peft_hosts import Read
+from lightning_pet.exchange.peft_ties import check_ties, kept_tied
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
 
@@ -24,7 +23,8 @@ _COMMON: Final = _options(
 )
 _LOW_RANK: Final = _options(
     "r lora_alpha lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
-    "target_parameters loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size"
+    "target_parameters loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size "
+    "trainable_token_indices"
 )
 _ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step")
 _VIRTUAL: Final = _options(
@@ -40,6 +40,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
     "LN_TUNING": frozenset(),
+    "TRAINABLE_TOKENS": _options("token_indices"),
 }
 _HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
 """Values of options that ask for nothing."""
@@ -51,6 +52,7 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
     "LN_TUNING": peft_in_place.ln_tuning,
+    "TRAINABLE_TOKENS": peft_tokens.tokens,
 }
 
 
@@ -75,9 +77,10 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         )
     _check_options(folder, kind)
     _check_types(folder)
+    folder = kept_tied(folder, base)
     read = _READERS[kind](folder, base)
     if base is not None:
-        _check_ties(folder, read, base.root)
+        check_ties(folder, read, base.root)
     return Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
 
 
@@ -138,19 +141,6 @@ def _unknown(folder: Folder, option: str, value: object) -> DeltaFileError:
         "train it without this option.",
         "mismatch",
     )
-
-
-def _check_ties(folder: Folder, read: Read, root: nn.Module) -> None:
-    """PEFT copies the modules that it saves: what was tied to one goes on with the base's values."""
-    for target in (target for record in read.methods for target in record.targets if target.role == "head"):
-        if other := shared_with(root, target.module):
-            raise fault(
-                str(folder.path),
-                f"modules_to_save has trained {target.module}, of which {other} shares a weight in this "
-                f"{type(root).__name__}; PEFT has trained a copy and left {other} as it was. Untie them in the base "
-                "(tie_word_embeddings=False, and a copy of the weight), or train it with a delta on the layer instead.",
-                "mismatch",
-            )
 
 
 def _notes(folder: Folder) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Rows of a token table that train while the others stay: new words of a vocabulary, or old ones with a new meaning."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -61,7 +61,7 @@ class TokenRows(Delta):
         self.scale = float(scale)
         self.padding = self.ids.index(padding_idx) if padding_idx in self.ids and form == "table" else None
         self.rows = nn.Parameter(torch.empty(len(self.ids), width, device=device, dtype=dtype))
-        self.register_buffer("indices", torch.empty(len(self.ids), dtype=torch.long, device=device), persistent=False)
+        self.register_buffer("indices", torch.empty(len(self.ids), dtype=torch.long, device=device))
         # Hosts that hold their factor as a tensor cast it to the dtype of the table first.
         factor = torch.empty_like(scale, device=device) if isinstance(scale, Tensor) else None
         self.register_buffer("factor", factor, persistent=False)
@@ -91,6 +91,13 @@ class TokenRows(Delta):
         """Start from the rows of the table: the model starts as the base, bit for bit."""
         with torch.no_grad():
             self.rows.copy_(whole(weight)[list(self.ids)].to(self.rows.dtype))
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Also that the rows are those of other tokens."""
+        found = super().misfits(tensors)
+        if not found and tuple(tensors["indices"].tolist()) != self.ids:
+            found.append(f"indices holds {_shown(tensors['indices'].tolist())}, expected {_shown(self.ids)}")
+        return found
 
     def forward(self, call: Any, *args: Any, form: Form | None = None, host: Any = None, **kwargs: Any) -> Tensor:
         """Run the host with the rows.
@@ -150,6 +157,10 @@ class TokenRows(Delta):
     def extra_repr(self) -> str:
         """Sizes."""
         return f"rows={tuple(self.rows.shape)}, form={self.form!r}"
+
+
+def _shown(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:4])) + " …" * (len(ids) > 4)
 
 
 class TiedRows(Tied):

@@ -26,12 +26,13 @@ from lightning_pet import (
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
+    TrainableTokensCallback,
     apply,
     export_delta,
     load_delta,
     save_delta,
 )
-from tests.exchange.peft_models import Attention, Convolutions, bert, gpt2, llama, made, mixtral, output_of, t5
+from tests.exchange.peft_models import Attention, Convolutions, bert, gpt2, llama, made, mixtral, output_of, t5, tied
 
 Case = tuple[Callable[[], nn.Module], Callable[[], PETCallback]]
 CASES: dict[str, Case] = {
@@ -72,6 +73,9 @@ CASES: dict[str, Case] = {
     "ia3 roles": (gpt2, lambda: IA3Callback()),
     "ia3 convolutions": (Convolutions, lambda: IA3Callback(target_modules=["first"], feedforward_modules=["second"])),
     "bitfit": (bert, lambda: BitFitCallback()),
+    "tokens": (llama, lambda: TrainableTokensCallback([9, 3], modules_to_save=["norm"])),
+    "tokens of a tied table": (tied, lambda: TrainableTokensCallback([9, 3])),
+    "tokens of two stacks": (t5, lambda: TrainableTokensCallback([5, 60])),
     "norms": (bert, lambda: LNTuningCallback()),
     "weights of norms": (gpt2, lambda: LNTuningCallback(target_modules=["ln_1.weight", "ln_f"])),
 }
@@ -142,6 +146,38 @@ def test_by_the_command_with_and_without_a_base(tmp_path: Path) -> None:
         torch.testing.assert_close(
             in_peft(base, tmp_path / name, output_of(base)), output_of(expected), rtol=0, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_lora_and_tokens_in_one_folder(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    base = made(build)
+    model, heads = copy.deepcopy(base), {"modules_to_save": []}
+    both = {"embedding": [9, 3], "lm_head": [9, 5]} if build is llama else [9, 3]
+    apply(model, [TrainableTokensCallback(both, **heads), LoRACallback(r=2, **heads)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    ours = output_of(model.eval())
+    assert export_delta(model, tmp_path / "folder").difference <= 1e-6
+    torch.testing.assert_close(in_peft(base, tmp_path / "folder", ours), ours, rtol=0, atol=1e-12)
+    back = copy.deepcopy(base)
+    load_delta(back, tmp_path / "folder", base_check="off")
+    torch.testing.assert_close(output_of(back.eval()), ours, rtol=0, atol=1e-12)
+    with pytest.raises(DeltaFileError, match="does not read trained tokens"):
+        export_delta(model, tmp_path / "served", to="vllm")
+
+
+def test_tokens_beside_what_peft_has_no_tokens_with(tmp_path: Path) -> None:
+    for other, error in (
+        (IA3Callback(), "beside LoRA only, not beside IA3"),
+        (LoRACallback(r=2, target_modules="embed_tokens"), "no other delta on model.embed_tokens"),
+    ):
+        model = made(llama)
+        apply(model, [TrainableTokensCallback([9, 3]), other])
+        with pytest.raises(DeltaFileError, match=error):
+            export_delta(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_transformers_loads_it(tmp_path: Path) -> None:

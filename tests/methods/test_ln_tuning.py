@@ -92,7 +92,7 @@ def test_bad_input() -> None:
     model, run = zoo.mlp()
     with pytest.raises(TargetError, match="has no norm"):
         apply(model, [LNTuningCallback()])
-    with pytest.raises(TargetError, match="attention.norm.*no norm of such a sub-layer"):
+    with pytest.raises(TargetError, match=r"attention.norm.*no norm of such a sub-layer"):
         apply(model, [LNTuningCallback("attention.norm")], forward=lambda: run(model))
     with pytest.raises(TargetError, match="input_layernorm"):
         apply(zoo.llama()[0], [LNTuningCallback("input_layernrm")])

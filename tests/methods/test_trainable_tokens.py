@@ -24,7 +24,6 @@ from lightning_pet import (
 )
 from lightning_pet.layers.token_rows import TiedRows, TokenRows
 
-from . import zoo
 from .battery import Battery, Case, perturb
 
 NO_VALUES: dict[str, Any] = {"needs_values": True, "merge_tolerance": 1e-13}
