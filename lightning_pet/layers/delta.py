@@ -274,7 +274,7 @@ class Delta(Part):
         """
         return False
 
-    def factors(self) -> Factors | None:
+    def low_rank_factors(self) -> Factors | None:
         """A and B whose product is the whole change of the weight, in the shapes that LoRA on this host has.
 
         Returns:

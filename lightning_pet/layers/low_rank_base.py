@@ -178,8 +178,8 @@ class LowRank(Delta):
             used = own.stop
 
     @torch.no_grad()
-    def factors(self) -> Factors | None:
-        """A and s · B, with the start of both behind them; see :meth:`Delta.factors`."""
+    def low_rank_factors(self) -> Factors | None:
+        """A and s · B, with the start of both behind them; see :meth:`Delta.low_rank_factors`."""
         if self.magnitude is not None or self.changes_bias:
             return None
         a, b = self._flat_a(), self._flat_b() * self.scale

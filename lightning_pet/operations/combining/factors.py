@@ -35,7 +35,7 @@ def as_low_rank(root: nn.Module, name: str) -> Stored | None:
     tensors = {path: tensor for path, tensor in stored.tensors.items() if delta_of(path) is None}
     ranks: dict[Target, int] = {}
     for inserted in record.deltas(root):
-        factors = inserted.delta.factors()
+        factors = inserted.delta.low_rank_factors()
         if factors is None:
             return None
         a, b = (tensor.detach() for tensor in factors)
