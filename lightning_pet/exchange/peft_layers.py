@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import (
     WRAPPED,
+    Host,
     Read,
     Values,
     biases_of,
@@ -24,7 +25,7 @@ from lightning_pet.exchange.peft_hosts import (
 )
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.layer_kinds import host_kind
-from lightning_pet.model.naming import join, named_modules
+from lightning_pet.model.naming import join, named_modules, named_parameters
 from lightning_pet.model.structure import Target
 from lightning_pet.store.strict_json import fault, shown
 from lightning_pet.targets.patterns import exactly
@@ -54,7 +55,7 @@ def lora(folder: Folder, base: Base | None) -> Read:
         # of a convolution in groups counts for all of them.
         wide = host.parts["a"].shape[0] / parts["a"].shape[0] if is_kernel(parts) else 1.0
         factor = (2 if host.inside else 1) / (math.sqrt(wide) if rsl else wide)
-        own = _alpha(folder, join(host.path, target.parameter) if host.named else host.path)
+        own = _alpha(folder, _asked(host, target))
         alphas[exactly(target)] = own * factor if factor != 1 else own
         ranks[exactly(target)] = rank
         targets.append(target)
@@ -74,9 +75,20 @@ def lora(folder: Folder, base: Base | None) -> Read:
         "target_modules": sorted({target.module for target in targets}),
     }
     rest = _without_tables(folder, rest, [target.module for target in targets], root)
+    if not any("bias" in name.rpartition(".")[2] for name in rest):
+        options["bias"] = "none"  # it was asked for where there is none
+    elif config.get("bias", "none") != "none" and root is not None:
+        rest |= _untrained(root, rest, {target.module for target in targets}, config["bias"] == "all")
     biases = biases_of(folder, rest, {target.module for target in targets})
     read = whole_of(folder, "lora", options, targets, tensors, rest, biases)
-    return read if init == "kaiming" else _with_starts(read, targets, options, root)
+    return read if init == "kaiming" else _with_starts(folder, read, targets, options, root)
+
+
+def _asked(host: Host, target: Target) -> str:
+    """The path that PEFT asks its patterns about: of an attention's output projection that of the attention."""
+    if host.inside:
+        return host.path.rpartition(".")[0]
+    return join(host.path, target.parameter) if host.named else host.path
 
 
 def _without_tables(
@@ -109,6 +121,16 @@ def _without_tables(
     return left
 
 
+def _untrained(root: nn.Module, rest: Mapping[str, Tensor], hosts: set[str], every: bool) -> dict[str, Tensor]:
+    """PEFT trains biases of that very name only: others, such as those of attentions, have the base's values here."""
+    found = {}
+    for name, own in named_parameters(root):
+        path, _, last = name.rpartition(".")
+        if "bias" in last and last != "bias" and name not in rest and (every or path in hosts):
+            found[name] = own.detach().cpu().clone()
+    return found
+
+
 def _equal(own: Tensor, table: Tensor) -> bool:
     return torch.equal(own.detach().cpu().to(table.dtype), table)
 
@@ -128,7 +150,9 @@ def _start(folder: Folder) -> str:
     )
 
 
-def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None) -> Read:
+def _with_starts(
+    folder: Folder, read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None
+) -> Read:
     """PiSSA and OLoRA took their start values out of the base: they are computed from it again.
 
     Tables and kernels start at random in PEFT, whatever is asked for: nothing was taken out of them.
@@ -139,9 +163,16 @@ def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any],
     method = METHODS["lora"](**options)
     for insertion in method.insertions(root, targets):
         path = insertion.path(method)
+        kind = host_kind(modules[insertion.target.module], insertion.target.parameter)
+        if kind == "conv1d_hf" and options["init"] == "olora":
+            raise fault(
+                str(folder.path),
+                f"{insertion.target.module} keeps its weight as [in, out], where OLoRA of PEFT takes the transpose of "
+                "its start values out of the base, so that its model does not start as the base. Merge it with PEFT.",
+                "mismatch",
+            )
         for name in ("a0", "b0"):
             start = getattr(insertion.delta, name).detach().clone()
-            kind = host_kind(modules[insertion.target.module], insertion.target.parameter)
             tensors[join(path, name)] = torch.zeros_like(start) if kind in ("embedding", "conv") else start
     return replace(read, tensors=tensors)
 
