@@ -73,13 +73,13 @@ def lora(folder: Folder, base: Base | None) -> Read:
         "lora_bias": bool(config.get("lora_bias")),
         "target_modules": sorted({target.module for target in targets}),
     }
-    rest = _without_tables(folder, rest, [target.module for target in targets], root)
+    rest = without_tables(folder, rest, [target.module for target in targets], root)
     biases = biases_of(folder, rest, {target.module for target in targets})
     read = whole_of(folder, "lora", options, targets, tensors, rest, biases)
     return read if init == "kaiming" else _with_starts(read, targets, options, root)
 
 
-def _without_tables(
+def without_tables(
     folder: Folder, rest: Mapping[str, Tensor], hosts: Sequence[str], root: nn.Module | None
 ) -> dict[str, Tensor]:
     """PEFT writes the whole table beside a delta on an embedding or output layer: it has to be the base's."""
