@@ -6,7 +6,7 @@ from typing import Any, Final
 from torch import nn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.exchange import peft_layers, peft_prompts
+from lightning_pet.exchange import peft_layers, peft_on_weights, peft_prompts
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with
 from lightning_pet.store.reader import Stored
@@ -34,6 +34,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
+    "HIRA": _options("r hira_dropout rank_pattern"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -46,6 +47,7 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
+    "HIRA": peft_on_weights.read_hira,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -81,7 +83,7 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
 
 _BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
 _WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout beta1 beta2 orth_reg_weight")
+_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout beta1 beta2 orth_reg_weight")
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 

@@ -36,6 +36,10 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "ia3_l": "scale",
+    "hira_A": "a",
+    "hira_B": "b",
+    "hira_embedding_A": "a",
+    "hira_embedding_B": "b",
 }
 _HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
@@ -221,7 +225,7 @@ def _in_our_form(folder: Folder, host: Host, target: Target, module: nn.Module |
     if module is None or is_kernel(parts):
         return parts
     weight = module._parameters.get(target.parameter)
-    if weight is not None and weight.dim() == 3:
+    if weight is not None and weight.dim() == 3 and parts.keys() >= {"a", "b"}:
         return parts | _experts(parts, weight.shape[0], bool(transposed(module, target.parameter)))
     return parts
 

@@ -74,7 +74,7 @@ def lora(folder: Folder, base: Base | None) -> Read:
         "lora_bias": bool(config.get("lora_bias")),
         "target_modules": sorted({target.module for target in targets}),
     }
-    rest = _without_tables(folder, rest, [target.module for target in targets], root)
+    rest = without_tables(folder, rest, [target.module for target in targets], root)
     if not any("bias" in name.rpartition(".")[2] for name in rest):
         options["bias"] = "none"  # it was asked for where there is none
     elif config.get("bias", "none") != "none" and root is not None:
@@ -91,7 +91,7 @@ def _asked(host: Host, target: Target) -> str:
     return join(host.path, target.parameter) if host.named else host.path
 
 
-def _without_tables(
+def without_tables(
     folder: Folder, rest: Mapping[str, Tensor], hosts: Sequence[str], root: nn.Module | None
 ) -> dict[str, Tensor]:
     """PEFT writes the whole table beside a delta on an embedding or output layer: it has to be the base's."""

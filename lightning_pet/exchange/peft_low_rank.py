@@ -53,7 +53,7 @@ def lora(export: Export, left: dict[str, Tensor]) -> None:
     """LoRA and its variants; PiSSA and OLoRA as a plain one of twice the rank, on the untouched base."""
     config = export.record.config
     layers: dict[tuple[str, str], Layer] = {}
-    for target, parts in _taken(export, left):
+    for target, parts in taken(export, left):
         layer = layers.setdefault((target.module, target.parameter), Layer(target))
         scale = _scale(config, target, parts)
         _stack(export, layer, target, parts, scale)
@@ -61,7 +61,7 @@ def lora(export: Export, left: dict[str, Tensor]) -> None:
     _lora_biases(export, left, {layer.target.module for layer in layers.values()})
 
 
-def _taken(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dict[str, Tensor]]]:
+def taken(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dict[str, Tensor]]]:
     """Each place with the tensors of its delta, which are taken out of those that are left."""
     groups = by_delta(left)
     for target in export.record.targets:
@@ -78,17 +78,17 @@ def _scale(config: Mapping[str, Any], target: Target, parts: Mapping[str, Tensor
 
 def _stack(export: Export, layer: Layer, target: Target, parts: Mapping[str, Tensor], scale: float) -> None:
     layer.a.append(parts["a"])
-    layer.b.append(_wide(export, target, parts["b"] * scale))
+    layer.b.append(wide(export, target, parts["b"] * scale))
     if "a0" in parts:
         layer.a.append(parts["a0"])
-        layer.b.append(_wide(export, target, parts["b0"] * -scale))
+        layer.b.append(wide(export, target, parts["b0"] * -scale))
     if "bias" in parts:
         layer.bias = parts["bias"] * scale
     if "magnitude" in parts:
         layer.magnitude = _magnitude(export, layer, target, parts["magnitude"])
 
 
-def _wide(export: Export, target: Target, b: Tensor) -> Tensor:
+def wide(export: Export, target: Target, b: Tensor) -> Tensor:
     """B with a row for every output of its layer: zero where a role has none."""
     if target.rows is None:
         return b
@@ -163,7 +163,7 @@ def kind_at(export: Export, target: Target) -> str | None:
 def _write_layer(export: Export, layer: Layer, rank: int, attentions: set[str]) -> None:
     target, path = layer.target, layer.target.module
     groups, kind = _groups(export, layer), kind_at(export, target)
-    a, b = _padded(torch.cat(layer.a), rank // groups, 0), _padded(torch.cat(layer.b, 1), rank // groups, 1)
+    a, b = padded(torch.cat(layer.a), rank // groups, 0), padded(torch.cat(layer.b, 1), rank // groups, 1)
     if kind is None and not layer.is_kernel and target.role not in (*PROJECTIONS, "embedding"):
         export.needed(path, "may be a linear layer or a table")
     if groups > 1:
@@ -193,7 +193,8 @@ def _shaped(layer: Layer, b: Tensor) -> Tensor:
     return layer.magnitude.reshape(1, -1, *(1,) * (b.dim() - 2)) if layer.is_kernel else layer.magnitude
 
 
-def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+def padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    """With zeros behind a dimension until it has this size."""
     shape = list(tensor.shape)
     shape[dim] = rank - shape[dim]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] else tensor
@@ -239,7 +240,7 @@ def _write_parameter(export: Export, layer: Layer, rank: int) -> None:
     """Of experts A has its rows expert by expert, B its columns rank by rank."""
     target = layer.target
     host = export.needed(target.module, "holds a matrix of no layer, or several")
-    a, b = _padded(torch.cat(layer.a, -2), rank, -2), _padded(torch.cat(layer.b, -1), rank, -1)
+    a, b = padded(torch.cat(layer.a, -2), rank, -2), padded(torch.cat(layer.b, -1), rank, -1)
     if layer.is_stack:
         if transposed(host, target.parameter):
             a, b = b.transpose(1, 2), a.transpose(1, 2)
@@ -281,7 +282,7 @@ def adalora(export: Export, left: dict[str, Tensor]) -> None:
     config = export.record.config
     scale = float(config["alpha"]) / int(config["init_r"])
     layers: dict[tuple[str, str], Layer] = {}
-    for target, parts in _taken(export, left):
+    for target, parts in taken(export, left):
         layer = layers.setdefault((target.module, target.parameter), Layer(target))
         a, b = _of_triplets(parts)
         module = export.module(target.module)

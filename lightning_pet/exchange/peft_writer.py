@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
+from lightning_pet.exchange.peft_on_weights import write_hira
 from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
@@ -249,6 +250,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "lora": lora,
     "adalora": adalora,
     "ia3": _ia3,
+    "hira": write_hira,
     "bitfit": _bitfit,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,

@@ -12,6 +12,7 @@ import peft
 from lightning_pet import (
     AdaLoRACallback,
     BitFitCallback,
+    HiRACallback,
     IA3Callback,
     LoRACallback,
     PETCallback,
@@ -110,6 +111,7 @@ CASES: Final = (
         _ia3_inputs,
         lambda at: IA3Callback(target_modules=[], feedforward_modules=[*(at.down or at.names)]),
     ),
+    Case("HiRA", lambda at: peft.HiraConfig(r=2, **at.there), lambda at: HiRACallback(r=2, **at.here)),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),
     Case(
         "prompt tuning",
