@@ -1,5 +1,7 @@
 """Which low-rank delta fits a place: on what its layer returns where that is the plain product, else on the weight."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +23,7 @@ from lightning_pet.model.layer_kinds import (
 )
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.structure import Target
+from lightning_pet.targets.patterns import value_at
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,18 @@ def _convolution(
         padding_mode=conv.padding_mode,
         **common,
     )
+
+
+def scale_of(config: Mapping[str, Any], target: Target, rank: int) -> float:
+    """What a low-rank delta is multiplied by, as a file tells it.
+
+    Args:
+        config: options of the method.
+        target: the place.
+        rank: of the delta there.
+    """
+    alpha = value_at(config.get("alpha_pattern"), target, config.get("alpha", 16))
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def largest_rank(host: nn.Module, parameter: str) -> int:
