@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import (
     WRAPPED,
+    Host,
     Read,
     Values,
     biases_of,
@@ -49,20 +50,7 @@ def lora(folder: Folder, base: Base | None) -> Read:
     for host, target, parts in placed(folder, hosts, root, ("a", "b")):
         if dora is not ("magnitude" in parts):
             raise fault(str(folder.path), f"use_dora is {dora}, which {host.path} contradicts.", "mismatch")
-        given = rank = parts["a"].shape[0 if is_kernel(parts) else -2]
-        limit = rank if root is None else min(matrix_of(module_at(root, target.module), target.parameter))
-        if rank > limit:
-            parts = _of_rank(parts, limit)
-            rank = parts["a"].shape[0 if is_kernel(parts) else -2]
-        # PEFT merges into an attention before each call, and adds the change of its output projection twice. Its rank
-        # of a convolution in groups counts for all of them.
-        wide = host.parts["a"].shape[0] / given if is_kernel(parts) else 1.0
-        factor = (2 if host.inside else 1) * (rank / given / wide) ** (0.5 if rsl else 1)
-        own = _alpha(folder, join(host.path, target.parameter) if host.named else host.path)
-        if own <= 0:
-            own, parts = _signed(folder, own, rank, parts, init)
-        alphas[exactly(target)] = own * factor if factor != 1 else own
-        ranks[exactly(target)] = rank
+        parts, ranks[exactly(target)], alphas[exactly(target)] = _rank_and_alpha(folder, host, target, parts, root)
         targets.append(target)
         tensors |= {(target, name): tensor for name, tensor in parts.items()}
     r, alpha = _most(ranks), _most(alphas)
@@ -85,6 +73,25 @@ def lora(folder: Folder, base: Base | None) -> Read:
     return read if init == "kaiming" else _with_starts(read, targets, options, root)
 
 
+def _rank_and_alpha(
+    folder: Folder, host: Host, target: Target, parts: dict[str, Tensor], root: nn.Module | None
+) -> tuple[dict[str, Tensor], int, float]:
+    """A low-rank delta in a form that its layer has room for, its rank, and an alpha above zero."""
+    given = rank = parts["a"].shape[0 if is_kernel(parts) else -2]
+    limit = rank if root is None else min(matrix_of(module_at(root, target.module), target.parameter))
+    if rank > limit:
+        parts = _of_rank(parts, limit)
+        rank = parts["a"].shape[0 if is_kernel(parts) else -2]
+    # PEFT merges into an attention before each call, and adds the change of its output projection twice. Its rank of a
+    # convolution in groups counts for all of them.
+    wide = host.parts["a"].shape[0] / given if is_kernel(parts) else 1.0
+    factor = (2 if host.inside else 1) * (rank / given / wide) ** (0.5 if folder.config.get("use_rslora") else 1)
+    alpha = _alpha(folder, join(host.path, target.parameter) if host.named else host.path)
+    if alpha <= 0:
+        alpha, parts = _signed(folder, alpha, rank, parts)
+    return parts, rank, alpha * factor if factor != 1 else alpha
+
+
 def _of_rank(parts: Mapping[str, Tensor], limit: int) -> dict[str, Tensor]:
     """The same product in no more ranks than its weight has: without those of zeros, or else from another pair."""
     first, second = (0, 1) if is_kernel(parts) else (-2, -1)
@@ -104,12 +111,15 @@ def _of_rank(parts: Mapping[str, Tensor], limit: int) -> dict[str, Tensor]:
     return {**parts, "a": a.contiguous(), "b": b.contiguous()}
 
 
-def _signed(
-    folder: Folder, alpha: float, rank: int, parts: Mapping[str, Tensor], init: str
-) -> tuple[float, dict[str, Tensor]]:
+def _signed(folder: Folder, alpha: float, rank: int, parts: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     """An alpha of zero or below, which no scale has here: B takes its sign."""
-    if init != "kaiming":
-        raise fault(str(folder.path / CONFIG), f"found alpha={alpha} with init_lora_weights={init!r}.", "mismatch")
+    if (init := _start(folder)) != "kaiming":
+        raise fault(
+            str(folder.path / CONFIG),
+            f"found an alpha of {alpha} with init_lora_weights={init!r}, which has moved a part of the base by it. Save "
+            "the delta again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+            "mismatch",
+        )
     sign = -1.0 if alpha else 0.0
     turned = {name: parts[name] * sign for name in ("b", "bias") if name in parts}
     return -alpha or rank, {**parts, **turned}
