@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.exchange import peft_layers, peft_prompts
+from lightning_pet.exchange import peft_layers, peft_on_weights, peft_prompts
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
-from lightning_pet.exchange.peft_hosts import Read, shared_with, without_tables
+from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.naming import CHILD, is_below, named_parameters
 from lightning_pet.store.manifest import MethodRecord
@@ -39,6 +39,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
+    "HIRA": _options("r hira_dropout rank_pattern"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -52,6 +53,7 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
+    "HIRA": peft_on_weights.read_hira,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -79,14 +81,14 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         )
     _check_options(folder, kind)
     _check_types(folder)
-    read = _READERS[kind](folder if base is None else without_tables(folder, base.root), base)
+    read = _READERS[kind](folder if base is None else without_copies(folder, base.root), base)
     stored = Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
     return stored if base is None else settled(stored, base.root)
 
 
 _BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
 _WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout beta1 beta2 orth_reg_weight")
+_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout beta1 beta2 orth_reg_weight")
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 

@@ -38,6 +38,10 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "ia3_l": "scale",
+    "hira_A": "a",
+    "hira_B": "b",
+    "hira_embedding_A": "a",
+    "hira_embedding_B": "b",
 }
 _HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
@@ -244,7 +248,7 @@ def _in_our_form(folder: Folder, host: Host, target: Target, module: nn.Module |
     if module is None or is_kernel(parts):
         return parts
     weight = module._parameters.get(target.parameter)
-    if weight is not None and weight.dim() == 3:
+    if weight is not None and weight.dim() == 3 and parts.keys() >= {"a", "b"}:
         return parts | _experts(parts, weight.shape[0], bool(transposed(module, target.parameter)))
     return parts
 
@@ -364,7 +368,7 @@ def shared_with(root: nn.Module, path: str) -> str | None:
     return next((name for name, module in others if any(id(p) in own for p in module._parameters.values())), None)
 
 
-def without_tables(folder: Folder, root: nn.Module) -> Folder:
+def without_copies(folder: Folder, root: nn.Module) -> Folder:
     """A folder without the model's tables, if they are as in the base: ``save_embedding_layers`` writes them.
 
     Raises:

@@ -67,7 +67,7 @@ def lora(folder: Folder, base: Base | None) -> Read:
         "lora_bias": bool(config.get("lora_bias")),
         "target_modules": sorted({target.module for target in targets}),
     }
-    rest = _without_tables(folder, rest, [target.module for target in targets], root)
+    rest = without_tables(folder, rest, [target.module for target in targets], root)
     biases = biases_of(folder, rest, {target.module for target in targets})
     read = whole_of(folder, "lora", options, targets, tensors, rest, biases)
     return read if init == "kaiming" else _with_starts(read, targets, options, root)
@@ -116,8 +116,8 @@ def _signed(folder: Folder, alpha: float, rank: int, parts: Mapping[str, Tensor]
     if (init := _start(folder)) != "kaiming":
         raise fault(
             str(folder.path / CONFIG),
-            f"found an alpha of {alpha} with init_lora_weights={init!r}, which has moved a part of the base by it. Save "
-            "the delta again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+            f"found an alpha of {alpha} with init_lora_weights={init!r}, which has moved a part of the base by it. "
+            "Save the delta again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
             "mismatch",
         )
     sign = -1.0 if alpha else 0.0
@@ -125,7 +125,7 @@ def _signed(folder: Folder, alpha: float, rank: int, parts: Mapping[str, Tensor]
     return -alpha or rank, {**parts, **turned}
 
 
-def _without_tables(
+def without_tables(
     folder: Folder, rest: Mapping[str, Tensor], hosts: Sequence[str], root: nn.Module | None
 ) -> dict[str, Tensor]:
     """PEFT writes the whole table beside a delta on an embedding or output layer: it has to be the base's."""

@@ -72,17 +72,17 @@ def taken(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dic
 
 def _stack(export: Export, layer: Layer, target: Target, parts: Mapping[str, Tensor], scale: float) -> None:
     layer.a.append(parts["a"])
-    layer.b.append(_wide(export, target, parts["b"] * scale))
+    layer.b.append(wide(export, target, parts["b"] * scale))
     if "a0" in parts:
         layer.a.append(parts["a0"])
-        layer.b.append(_wide(export, target, parts["b0"] * -scale))
+        layer.b.append(wide(export, target, parts["b0"] * -scale))
     if "bias" in parts:
         layer.bias = parts["bias"] * scale
     if "magnitude" in parts:
         layer.magnitude = _magnitude(export, layer, target, parts["magnitude"])
 
 
-def _wide(export: Export, target: Target, b: Tensor) -> Tensor:
+def wide(export: Export, target: Target, b: Tensor) -> Tensor:
     """B with a row for every output of its layer: zero where a role has none."""
     if target.rows is None:
         return b
@@ -157,7 +157,7 @@ def _write_layer(export: Export, layer: Layer, rank: int, attentions: set[str]) 
         _write_stack(export, layer, rank)
         return
     groups, kind = _groups(export, layer), kind_at(export, target)
-    a, b = _padded(torch.cat(layer.a), rank // groups, 0), _padded(torch.cat(layer.b, 1), rank // groups, 1)
+    a, b = padded(torch.cat(layer.a), rank // groups, 0), padded(torch.cat(layer.b, 1), rank // groups, 1)
     if kind is None and not layer.is_kernel and target.role not in (*PROJECTIONS, "embedding"):
         export.needed(path, "may be a linear layer or a table")
     if groups > 1:
@@ -187,7 +187,8 @@ def _shaped(layer: Layer, b: Tensor) -> Tensor:
     return layer.magnitude.reshape(1, -1, *(1,) * (b.dim() - 2)) if layer.is_kernel else layer.magnitude
 
 
-def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+def padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    """With zeros behind a dimension until it has this size."""
     shape = list(tensor.shape)
     shape[dim] = rank - shape[dim]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] else tensor
@@ -225,7 +226,7 @@ def _write_stack(export: Export, layer: Layer, rank: int) -> None:
     """Experts: A has its rows expert by expert, B its columns rank by rank."""
     target = layer.target
     host = export.needed(target.module, "holds a stack of matrices")
-    a, b = _padded(torch.cat(layer.a, 1), rank, 1), _padded(torch.cat(layer.b, 2), rank, 2)
+    a, b = padded(torch.cat(layer.a, 1), rank, 1), padded(torch.cat(layer.b, 2), rank, 2)
     if transposed(host, target.parameter):
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     a = a.reshape(-1, a.shape[-1])

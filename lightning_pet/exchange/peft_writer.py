@@ -20,6 +20,7 @@ from lightning_pet.exchange.peft_low_rank import (
     write_biases,
     write_low_rank,
 )
+from lightning_pet.exchange.peft_on_weights import write_hira
 from lightning_pet.exchange.peft_prompts import scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
@@ -246,6 +247,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "lora": lora,
     "adalora": adalora,
     "ia3": _ia3,
+    "hira": write_hira,
     "bitfit": _bitfit,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
