@@ -9,11 +9,10 @@ from torch import nn
 
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.exchange.folder import CONFIG, PREFIX, Base, Folder
-from lightning_pet.exchange.peft_hosts import Read, shared_with
 from lightning_pet.model.naming import named_modules
 from lightning_pet.store.strict_json import fault
 
-_OPTION: Final = "ensure_weight_tying"
+OPTION: Final = "ensure_weight_tying"
 
 
 def holders_of(modules: Mapping[str, nn.Module], path: str) -> list[str]:
@@ -48,7 +47,7 @@ def kept_tied(folder: Folder, base: Base | None) -> Folder:
     named = [name for name in folder.config.get("modules_to_save") or () if isinstance(name, str)]
     tables = [key.removesuffix("lora_embedding_A") for key in folder.tensors if key.endswith(".lora_embedding_A")]
     saved = [key.removesuffix("weight") for key in folder.tensors if _is_of(key, named)]
-    if not folder.config.get(_OPTION) or not (tables or saved):
+    if not folder.config.get(OPTION) or not (tables or saved):
         return folder
     if base is None:
         raise _fault(folder, "which only the base can tell. Read the folder together with its base")
@@ -96,26 +95,12 @@ def _drop_copy(folder: Folder, left: dict[str, torch.Tensor], prefix: str, copy:
 
 
 def _fault(folder: Folder, why: str) -> DeltaFileError:
-    return fault(str(folder.path / CONFIG), f"{_OPTION} has kept weights tied, {why}.", "mismatch")
+    return fault(str(folder.path / CONFIG), f"{OPTION} has kept weights tied, {why}.", "mismatch")
 
 
-def check_ties(folder: Folder, read: Read, root: nn.Module) -> None:
-    """PEFT copies the modules that it saves: what was tied to one goes on with the base's values.
-
-    Unless it was told to keep the input embedding tied, as it always is here.
-    """
+def is_kept_tied(root: nn.Module, path: str) -> bool:
+    """Whether PEFT has kept a module tied that it was told to: one of those that share the input embedding."""
     modules = named_modules(root)
-    for target in (target for record in read.methods for target in record.targets if target.role == "head"):
-        if not (other := shared_with(root, target.module)):
-            continue
-        holders = holders_of(modules, target.module)
-        table: Any = modules[table_of(root, modules, holders)]
-        if folder.config.get(_OPTION) and says_tied(root) and isinstance(table, nn.Embedding) and len(holders) > 1:
-            continue
-        raise fault(
-            str(folder.path),
-            f"modules_to_save has trained {target.module}, of which {other} shares a weight in this "
-            f"{type(root).__name__}; PEFT has trained a copy and left {other} as it was. Untie them in the base "
-            "(tie_word_embeddings=False, and a copy of the weight), or train it with a delta on the layer instead.",
-            "mismatch",
-        )
+    holders = holders_of(modules, path)
+    table = modules[table_of(root, modules, holders)]
+    return says_tied(root) and isinstance(table, nn.Embedding) and len(holders) > 1

@@ -10,7 +10,7 @@ from lightning_pet.exchange.folder import CONFIG, PREFIX, Base, Folder, unused
 from lightning_pet.exchange.peft_hosts import Export, Read, heads_of, no_such, path_of, record_of
 from lightning_pet.exchange.peft_low_rank import targets_of
 from lightning_pet.exchange.peft_ties import holders_of, says_tied, table_of
-from lightning_pet.model.naming import by_delta, join, module_at, named_modules
+from lightning_pet.model.naming import by_delta, join, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.strict_json import fault, shown
@@ -69,7 +69,7 @@ def token_rows(
     targets = [Target(path, "weight") for path in rows]
     ids = {exactly(target): rows[target.module][0].tolist() for target in targets}
     options = {"token_indices": next(iter(ids.values())) if len(ids) == 1 else ids}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for target in targets:
         place = path_of(METHOD, target)
         tensors |= {join(place, "indices"): rows[target.module][0], join(place, "rows"): rows[target.module][1]}
@@ -107,32 +107,43 @@ def _of_base(folder: Folder, rows: _Rows, root: nn.Module) -> _Rows:
     for path, own in rows.items():
         if path not in modules:
             raise no_such(folder, path, modules)
-        holders = holders_of(modules, path)
-        table = table_of(root, modules, holders)
-        if table not in rows:
-            raise fault(
-                str(folder.path),
-                f"it has rows of {path} alone, which shares its weight with {table} in this {type(root).__name__}: "
-                "here both have the same. Untie them in the base first (tie_word_embeddings=False, and a copy of it).",
-                "mismatch",
-            )
-        if any(not torch.equal(a, b) for a, b in zip(own, rows[table], strict=True)):
+        table = table_of(root, modules, holders_of(modules, path))
+        if any(not torch.equal(a, b) for a, b in zip(own, rows.get(table, own), strict=True)):
             raise fault(
                 str(folder.path),
                 f"{path} and {table} share a weight in this {type(root).__name__} and have different rows in it. Untie "
                 "them in the base first (tie_word_embeddings=False, and a copy of the weight).",
                 "mismatch",
             )
-        _check_heads(str(folder.path), [modules[holder] for holder in holders], path)
-        if len(holders) > 1 and not says_tied(root):
+        kept |= {table: own} if table in rows else {path: own}
+    return kept
+
+
+def check_places(where: str, paths: Sequence[str], root: nn.Module) -> None:
+    """Refuse rows that PEFT applies to other modules, or otherwise, than a base here.
+
+    Raises:
+        DeltaFileError: (``mismatch``) naming the module.
+    """
+    modules, kind = named_modules(root), type(root).__name__
+    for path in (path for path in paths if path in modules):
+        holders = holders_of(modules, path)
+        table = table_of(root, modules, holders)
+        if table not in paths:
             raise fault(
-                str(folder.path),
-                f"{path} shares its weight with others, and the configuration of this {type(root).__name__} does not "
-                "say so (tie_word_embeddings), so that PEFT has changed one of them. Untie them in the base first.",
+                where,
+                f"it has rows of {path} alone, which shares its weight with {table} in this {kind}: here both have the "
+                "same. Untie them in the base first (tie_word_embeddings=False, and a copy of the weight).",
                 "mismatch",
             )
-        kept[table] = rows[table]
-    return kept
+        _check_heads(where, [modules[holder] for holder in holders], path)
+        if len(holders) > 1 and not says_tied(root):
+            raise fault(
+                where,
+                f"{path} shares its weight with others, and the configuration of this {kind} does not say so "
+                "(tie_word_embeddings), so that PEFT changes one of them. Untie them in the base first.",
+                "mismatch",
+            )
 
 
 def _check_heads(where: str, modules: Sequence[nn.Module], path: str) -> None:
@@ -199,12 +210,7 @@ def _taken(export: Export, record: MethodRecord, left: dict[str, Tensor]) -> dic
         ids, rows = left.pop(join(place, "indices")), left.pop(join(place, "rows"))
         path = target.module
         if export.root is not None:
-            holders = holders_of(modules, path)
-            _check_heads(str(export.stored.path), [module_at(export.root, holder) for holder in holders], path)
-            path = table_of(export.root, modules, holders)
-            if len(holders) > 1 and not says_tied(export.root):
-                raise export.fault(
-                    f"{path} shares its weight with others, which its configuration does not say. Merge it."
-                )
+            path = table_of(export.root, modules, holders_of(modules, path))
+            check_places(str(export.stored.path), [path], export.root)
         found[path] = ids.tolist(), rows.contiguous()
     return found

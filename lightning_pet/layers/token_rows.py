@@ -56,7 +56,7 @@ class TokenRows(Delta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.ids = tuple(sorted(ids))
+        self.ids = self.replaced = tuple(sorted(ids))
         self.form = form
         self.scale = float(scale)
         self.padding = self.ids.index(padding_idx) if padding_idx in self.ids and form == "table" else None
@@ -72,11 +72,6 @@ class TokenRows(Delta):
     def path(self) -> Path:  # type: ignore[override]
         """Around the call of a module that is known, else on the weight."""
         return "weight" if self.form == "weight" else "around"
-
-    @property
-    def replaced(self) -> tuple[int, ...]:
-        """T: rows of the base of which nothing is left."""
-        return self.ids
 
     def reset_parameters(self) -> None:
         """Rows of zeros, until they are taken from a table."""
