@@ -169,7 +169,7 @@ def settled(stored: Stored, root: nn.Module) -> Stored:
     for record in stored.methods:
         if record.method == peft_tokens.METHOD:
             peft_tokens.check_places(
-                str(stored.path), [target.module for target in record.targets if target.path], root
+                str(stored.path), [target.module for target in record.targets if target.role != "head"], root
             )
     tensors = _once(stored, root)
     methods = tuple(_with_biases(record, tensors, root) for record in stored.methods)

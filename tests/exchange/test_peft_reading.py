@@ -514,7 +514,7 @@ def test_token_rows_that_have_no_counterpart(tmp_path: Path) -> None:
             load_delta(model, tmp_path / name)
     theirs(model, peft.LoraConfig(r=2, trainable_token_indices=[3, 4]), tmp_path / "x")
     config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
-    wrong = {"a row for each": [3], "twice": [3, 3], "expected a list of rows": ["a", 1], "=null": None}
+    wrong = {"a row for each": [3], "twice": [3, 3], "expected a list of rows": ["a", 1], "=NoneType": None}
     for error, indices in (wrong | {"has 64 rows": [3, 64]}).items():
         (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": indices}))
         with pytest.raises(DeltaFileError, match=error):
