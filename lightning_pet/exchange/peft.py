@@ -35,19 +35,27 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
     "HIRA": _options("r hira_dropout rank_pattern"),
+    "MISS": _options("r miss_dropout mini_r"),
+    "SHIRA": _options("r mask_type random_seed"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
     | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
 }
-_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "megatron_core": ("megatron.core",),
+    "bias": ("none",),
+    "qalora_group_size": (16,),
+}
 """Values of options that ask for nothing."""
 _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
     "HIRA": peft_on_weights.read_hira,
+    "MISS": peft_on_weights.read_miss,
+    "SHIRA": peft_on_weights.read_shira,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -82,8 +90,8 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
 
 
 _BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
-_WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout beta1 beta2 orth_reg_weight")
+_WHOLE: Final = _options("r mini_r init_r target_r num_virtual_tokens num_transformer_submodules")
+_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout miss_dropout beta1 beta2 orth_reg_weight")
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
-from lightning_pet.exchange.peft_on_weights import write_hira
+from lightning_pet.exchange.peft_on_weights import write_hira, write_miss, write_shira
 from lightning_pet.exchange.peft_prompts import scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
@@ -236,6 +236,8 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "adalora": adalora,
     "ia3": _ia3,
     "hira": write_hira,
+    "miss": write_miss,
+    "shira": write_shira,
     "bitfit": _bitfit,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
