@@ -1,5 +1,6 @@
 """Which low-rank delta fits a place: on what its layer returns where that is the plain product, else on the weight."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -126,6 +127,18 @@ def _convolution(
         padding_mode=conv.padding_mode,
         **common,
     )
+
+
+def scale_of(config: Mapping[str, Any], target: Target, rank: int) -> float:
+    """What a low-rank delta is multiplied by, as a file tells it.
+
+    Args:
+        config: options of the method.
+        target: the place.
+        rank: of the delta there.
+    """
+    alpha = value_at(config.get("alpha_pattern"), target, config.get("alpha", 16))
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def rank_at(
