@@ -27,6 +27,8 @@ NAMES = [
     "IA3Callback",
     "IntrinsicDimensionCallback",
     "LayerFreezingCallback",
+    "LoHaCallback",
+    "LoKrCallback",
     "LoRACallback",
     "NotMergeableError",
     "OptimizerMismatchError",
