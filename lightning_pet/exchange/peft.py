@@ -6,7 +6,7 @@ from typing import Any, Final
 from torch import nn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.exchange import peft_layers, peft_prompts
+from lightning_pet.exchange import peft_layers, peft_products, peft_prompts
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with
 from lightning_pet.store.reader import Stored
@@ -30,10 +30,13 @@ _ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 ort
 _VIRTUAL: Final = _options(
     "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers num_frozen_layers"
 )
+_PRODUCTS: Final = _options("r alpha rank_pattern alpha_pattern rank_dropout module_dropout use_effective_conv2d")
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
+    "LOHA": _PRODUCTS,
+    "LOKR": _PRODUCTS | _options("decompose_both decompose_factor rank_dropout_scale"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -46,6 +49,8 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
+    "LOHA": peft_products.loha,
+    "LOKR": peft_products.lokr,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -79,9 +84,12 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
     return Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
 
 
-_BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
+_BOOLS: Final = _options(
+    "use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode use_effective_conv2d decompose_both "
+    "rank_dropout_scale"
+)
 _WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout beta1 beta2 orth_reg_weight")
+_NUMBERS: Final = _options("lora_alpha alpha lora_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight")
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 

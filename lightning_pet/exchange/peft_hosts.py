@@ -36,6 +36,8 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "ia3_l": "scale",
+    **{f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
 }
 _HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
@@ -218,7 +220,7 @@ def _in_our_form(folder: Folder, host: Host, target: Target, module: nn.Module |
     groups = getattr(module, "groups", 1)
     if isinstance(groups, int) and groups > 1 and is_kernel(parts):
         parts["a"] = _of_one_group(folder, host.path, parts["a"], groups)
-    if module is None or is_kernel(parts):
+    if module is None or is_kernel(parts) or "a" not in parts:
         return parts
     weight = module._parameters.get(target.parameter)
     if weight is not None and weight.dim() == 3:

@@ -53,7 +53,7 @@ def lora(export: Export, left: dict[str, Tensor]) -> None:
     """LoRA and its variants; PiSSA and OLoRA as a plain one of twice the rank, on the untouched base."""
     config = export.record.config
     layers: dict[tuple[str, str], Layer] = {}
-    for target, parts in _taken(export, left):
+    for target, parts in taken(export, left):
         layer = layers.setdefault((target.module, target.parameter), Layer(target))
         scale = _scale(config, target, parts)
         _stack(export, layer, target, parts, scale)
@@ -61,7 +61,7 @@ def lora(export: Export, left: dict[str, Tensor]) -> None:
     _lora_biases(export, left, {layer.target.module for layer in layers.values()})
 
 
-def _taken(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dict[str, Tensor]]]:
+def taken(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dict[str, Tensor]]]:
     """Each place with the tensors of its delta, which are taken out of those that are left."""
     groups = by_delta(left)
     for target in export.record.targets:
@@ -270,7 +270,7 @@ def adalora(export: Export, left: dict[str, Tensor]) -> None:
     """AdaLoRA as the plain LoRA of the triplets that are kept: A takes their factors."""
     config = export.record.config
     layers = []
-    for target, parts in _taken(export, left):
+    for target, parts in taken(export, left):
         scale = float(config["alpha"]) / int(config["init_r"])
         kept = (parts["kept"] != 0) if "kept" in parts else torch.ones_like(parts["e"], dtype=torch.bool)
         e = (parts["e"] * kept).reshape(-1, *(1,) * (parts["a"].dim() - 1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
+from lightning_pet.exchange.peft_products import write_loha, write_lokr
 from lightning_pet.exchange.peft_prompts import scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
@@ -235,6 +236,8 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "adalora": adalora,
     "ia3": _ia3,
     "bitfit": _bitfit,
+    "loha": write_loha,
+    "lokr": write_lokr,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
 }

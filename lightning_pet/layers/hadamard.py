@@ -93,8 +93,8 @@ class Hadamard(WeightChange):
         changed: Tensor = apply_node(_Change, *four, self.scale)
         return changed
 
-    def low_rank(self) -> Factors:
-        """See :meth:`WeightChange.low_rank`: every pair of a row of B1 and one of B2, multiplied; of rank r²."""
+    def matrices(self) -> Factors | None:
+        """See :meth:`WeightChange.matrices`: every pair of a row of B1 and one of B2, multiplied; of rank r²."""
         a1, b1, a2, b2 = self.four(self.w1_a.dtype)
         a = (b1.unsqueeze(-2) * b2.unsqueeze(-3)).flatten(-3, -2)
         b = (a1.unsqueeze(-1) * a2.unsqueeze(-2)).flatten(-2)
@@ -240,7 +240,8 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_to_factors(grad, *ctx.saved_tensors, ctx.scale), None)
+        a1, b1, a2, b2 = ctx.saved_tensors
+        return *_to_factors(grad, a1, b1, a2, b2, ctx.scale), None
 
 
 class _Linear(torch.autograd.Function):
@@ -268,17 +269,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *four = ctx.saved_tensors  # may run the forward again
+        x, weight, a1, b1, a2, b2 = ctx.saved_tensors  # may run the forward again
         need_x, need_weight, need_bias, *need = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])
         to_x = to_weight = to_bias = None
         if need_x:
-            to_x = grad @ _whole(weight, _product(*four, ctx.scale)).to(grad.dtype)
+            to_x = grad @ _whole(weight, _product(a1, b1, a2, b2, ctx.scale)).to(grad.dtype)
         factors: Sequence[Tensor | None] = (None,) * 4
         if need_weight or any(need):
             flow = flat.t() @ x.reshape(-1, x.shape[-1])
             to_weight = flow if need_weight else None
-            factors = _to_factors(flow.to(four[0].dtype), *four, ctx.scale)
+            factors = _to_factors(flow.to(a1.dtype), a1, b1, a2, b2, ctx.scale)
         if need_bias:
             to_bias = flat.sum(0)
         return to_x, to_weight, to_bias, *factors, None

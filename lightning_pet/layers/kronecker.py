@@ -165,16 +165,14 @@ class Kronecker(WeightChange):
         product = torch.einsum("ace,bd->abcde", second.view(k, n, places), first)
         return product.reshape(k * first.shape[0], -1)
 
-    def low_rank(self) -> Factors:
-        """See :meth:`WeightChange.low_rank`: of the rank of W1 times that of W2, or of all rows or columns if fewer."""
+    def matrices(self) -> Factors | None:
+        """See :meth:`WeightChange.matrices`: of the rank of W1 times that of W2."""
+        if self.turned:
+            return None
         dtype = next(self.parameters()).dtype
         second = self.second(dtype)
-        pairs = [_thin(self.first(dtype)) if self.w1_b is None else (self.w1_b, self.w1_a), second]
-        (right1, left1), (right2, left2) = (pair if isinstance(pair, tuple) else _thin(pair) for pair in pairs)
-        rank, limit = right1.shape[-2] * right2.shape[-2], min(self.form.own, self.form.columns)
-        if rank >= limit or self.turned:
-            right, left = _thin(self.change(dtype))
-            return right, left
+        right1, left1 = _thin(self.first(dtype)) if self.w1_a is None or self.w1_b is None else (self.w1_b, self.w1_a)
+        right2, left2 = _thin(second) if isinstance(second, Tensor) else second
         return kron(right1, right2), kron(left1, left2) * self.scale
 
     @torch.no_grad()

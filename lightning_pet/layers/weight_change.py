@@ -96,14 +96,24 @@ class WeightChange(Delta):
         """``s · change``, [..., own outputs, columns]."""
         raise NotImplementedError
 
-    def low_rank(self) -> Factors:
-        """A [..., R, columns] and B [..., own outputs, R] with ``s · change = B A``, R as small as the factors tell."""
+    def matrices(self) -> Factors | None:
+        """A [..., R, columns] and B [..., own outputs, R] with ``s · change = B A``; ``None`` if not known."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def low_rank_factors(self) -> Factors | None:
+        """See :meth:`Delta.low_rank_factors`; none where their rank would be that of any matrix of this size."""
+        found = self.matrices()
+        if found is None or found[0].shape[-2] >= min(self.form.own, self.form.columns):
+            return None
+        (a, b), kernel = found, self.form.kernel
+        if kernel:
+            a, b = a.reshape(-1, self.form.inputs, *kernel), b.reshape(*b.shape, *(1 for _ in kernel))
+        return a, b
 
     def largest(self) -> float:
         """A number that no value of ``s · change`` exceeds in size."""
-        a, b = self.low_rank()
-        return float((a.abs().amax(-1) * b.abs().amax(-2)).sum(-1).max())
+        raise NotImplementedError
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
