@@ -60,7 +60,11 @@ def _read(folder: Folder, base: Base | None, method: str, options: dict[str, Any
     for host, target, parts in placed(folder, hosts, root, ()):
         _check_padding(folder, host.path, modules.get(host.path))
         ranks[exactly(target)] = _rank(folder, host, parts)
-        alphas[exactly(target)] = value_of(folder, "alpha_pattern", host.path, "alpha", 8)
+        alphas[exactly(target)] = alpha = value_of(folder, "alpha_pattern", host.path, "alpha", 8)
+        if alpha <= 0:
+            raise fault(
+                str(folder.path), f"{host.path} has alpha={alpha}, which turns its change around or off.", "mismatch"
+            )
         targets.append(target)
         tensors |= {(target, name): _core(folder, host, name, own, modules) for name, own in parts.items()}
     r, alpha = most(ranks), most(alphas)
