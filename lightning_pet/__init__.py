@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.ln_tuning import LNTuningCallback as LNTuningCallback
+    from lightning_pet.callbacks.loha import LoHaCallback as LoHaCallback
+    from lightning_pet.callbacks.lokr import LoKrCallback as LoKrCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.callbacks.miss import MiSSCallback as MiSSCallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.shira import SHiRACallback as SHiRACallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
     from lightning_pet.callbacks.trainable_tokens import TrainableTokensCallback as TrainableTokensCallback
     from lightning_pet.errors import ArgumentError as ArgumentError
@@ -72,9 +76,13 @@ _WHERE = {
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
     "LNTuningCallback": "callbacks.ln_tuning",
+    "LoHaCallback": "callbacks.loha",
+    "LoKrCallback": "callbacks.lokr",
     "LoRACallback": "callbacks.lora",
+    "MiSSCallback": "callbacks.miss",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "SHiRACallback": "callbacks.shira",
     "TasksCallback": "callbacks.tasks",
     "TrainableTokensCallback": "callbacks.trainable_tokens",
     "Adapted": "operations.adapted",

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.exchange import peft_in_place, peft_layers, peft_on_weights, peft_prompts, peft_tokens
+from lightning_pet.exchange import (
+    peft_in_place,
+    peft_layers,
+    peft_on_weights,
+    peft_products,
+    peft_prompts,
+    peft_tokens,
+)
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
 from lightning_pet.exchange.peft_ties import OPTION, is_kept_tied, kept_tied
@@ -37,11 +44,16 @@ _ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 ort
 _VIRTUAL: Final = _options(
     "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers num_frozen_layers"
 )
+_PRODUCTS: Final = _options("r alpha rank_pattern alpha_pattern rank_dropout module_dropout use_effective_conv2d")
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
     "HIRA": _options("r hira_dropout rank_pattern"),
+    "MISS": _options("r miss_dropout mini_r"),
+    "SHIRA": _options("r mask_type random_seed"),
+    "LOHA": _PRODUCTS,
+    "LOKR": _PRODUCTS | _options("decompose_both decompose_factor rank_dropout_scale"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -51,13 +63,21 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "TRAINABLE_TOKENS": _options("token_indices"),
 }
 _FROM: Final = "HF PEFT"
-_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "megatron_core": ("megatron.core",),
+    "bias": ("none",),
+    "qalora_group_size": (16,),
+}
 """Values of options that ask for nothing."""
 _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
     "HIRA": peft_on_weights.read_hira,
+    "MISS": peft_on_weights.read_miss,
+    "SHIRA": peft_on_weights.read_shira,
+    "LOHA": peft_products.loha,
+    "LOKR": peft_products.lokr,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -93,9 +113,14 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
     return stored if base is None else settled(stored, base.root)
 
 
-_BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
-_WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout beta1 beta2 orth_reg_weight")
+_BOOLS: Final = _options(
+    "use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode use_effective_conv2d decompose_both "
+    "rank_dropout_scale"
+)
+_WHOLE: Final = _options("r mini_r init_r target_r num_virtual_tokens num_transformer_submodules")
+_NUMBERS: Final = _options(
+    "lora_alpha alpha lora_dropout hira_dropout miss_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight"
+)
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 
