@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
     from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
+    from lightning_pet.callbacks.hra import HRACallback as HRACallback
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.callbacks.oft import OFTCallback as OFTCallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
@@ -64,10 +66,12 @@ _WHERE = {
     "CompacterCallback": "callbacks.compacter",
     "DiffPruningCallback": "callbacks.diff_pruning.callback",
     "FullFineTuningCallback": "callbacks.full_fine_tuning",
+    "HRACallback": "callbacks.hra",
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
     "LoRACallback": "callbacks.lora",
+    "OFTCallback": "callbacks.oft",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
     "TasksCallback": "callbacks.tasks",

@@ -6,7 +6,7 @@ from typing import Any, Final
 from torch import nn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.exchange import peft_layers, peft_prompts
+from lightning_pet.exchange import peft_layers, peft_prompts, peft_rotations
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with
 from lightning_pet.store.reader import Stored
@@ -34,18 +34,28 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
+    "OFT": _options("module_dropout r oft_block_size use_cayley_neumann num_cayley_neumann_terms block_share coft eps"),
+    "HRA": _options("r apply_GS"),
+    "BOFT": _options("boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
     | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
 }
-_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+    "bias": ("none",),
+}
 """Values of options that ask for nothing."""
 _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
+    "OFT": peft_rotations.oft,
+    "HRA": peft_rotations.hra,
+    "BOFT": peft_rotations.boft,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -92,13 +102,14 @@ def _check_types(folder: Folder) -> None:
     Raises:
         DeltaFileError: (``schema``) naming the first that has not.
     """
+    least = 0 if folder.config["peft_type"] == "OFT" else 1  # where r = 0 says that blocks have a size instead
     for option, value in folder.config.items():
         wanted = ""
         if value is None:
             continue
         if option in _BOOLS and not isinstance(value, bool):
             wanted = "true or false"
-        elif option in _WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        elif option in _WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             wanted = "a positive whole number"
         elif option in _NUMBERS and not _is_number(value):
             wanted = "a number"

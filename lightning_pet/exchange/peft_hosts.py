@@ -36,6 +36,10 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "ia3_l": "scale",
+    "oft_R.weight": "skew",
+    "hra_u": "u",
+    "boft_R": "blocks",
+    "boft_s": "row_scale",
 }
 _HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
