@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers import rows as ranges
-from lightning_pet.layers.combining import factored
+from lightning_pet.layers.combining import Factors, factored
 from lightning_pet.layers.delta import Delta, check_scale
 from lightning_pet.layers.low_rank_product import add_product_, is_plain, sum_is_finite
 from lightning_pet.layers.sharding import whole
@@ -176,6 +176,20 @@ class LowRank(Delta):
             }
             yield matrix[..., start:stop, :], b[..., own, :], a, options
             used = own.stop
+
+    @torch.no_grad()
+    def low_rank_factors(self) -> Factors | None:
+        """A and s · B, with the start of both behind them; see :meth:`Delta.low_rank_factors`."""
+        if self.magnitude is not None or self.changes_bias:
+            return None
+        a, b = self._flat_a(), self._flat_b() * self.scale
+        if self.a0 is not None and self.b0 is not None:
+            a, b = torch.cat([a, self.a0.view_as(a)], -2), torch.cat([b, self.b0.view_as(b) * -self.scale], -1)
+        return self._shaped(a, b)
+
+    def _shaped(self, a: Tensor, b: Tensor) -> Factors:
+        """Matrices A and B of any rank in the shapes of the parameters."""
+        return a, b
 
     @torch.no_grad()
     def approximation(self, change: Tensor) -> tuple[dict[str, Tensor], Tensor]:

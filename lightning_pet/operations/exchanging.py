@@ -20,6 +20,7 @@ from lightning_pet.exchange.peft_writer import for_server, to_peft
 from lightning_pet.exchange.source import read_source
 from lightning_pet.model.adaptation import adapted_root, record_at
 from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.combining.factors import as_low_rank
 from lightning_pet.operations.combining.in_model import combined, file_of, options_of
 from lightning_pet.operations.delta import load_delta, load_model, merge_into_folder, save_delta
 from lightning_pet.operations.roots import root_of
@@ -103,7 +104,8 @@ def export_delta(
         folder: what to make; nothing, or an empty folder, may be there.
         to: ``"peft"``: a folder of HF PEFT, which ``PeftModel.from_pretrained`` and transformers' ``load_adapter``
             read. ``"vllm"`` and ``"llama.cpp"``: the plain LoRA that these servers read. ``"lora"``: whatever changes
-            weights, as a LoRA of this ``rank`` (PEFT's folder). ``"transformers"``: the merged model.
+            weights, as a LoRA of this ``rank`` (PEFT's folder); without a rank where some LoRA says all of the change.
+            ``"transformers"``: the merged model.
         base: the model that it is for, or a local folder of it. Deltas on fused weights, convolutions, embeddings or
             experts, and prefixes cannot be written without. With it outputs are compared.
         name: which delta, of a model that has several.
@@ -154,14 +156,17 @@ def _as_lora(
 ) -> tuple[Stored, float]:
     if root is None or model is None:
         raise ArgumentError("to='lora' computes with the base's weights: give it, base=….")
-    if rank is None:
-        raise ArgumentError("to='lora' needs a rank, such as rank=16.")
     there = adapted_root(model) is not None
     delta = str(stored.path) if there else "exported"
     if not there:
         load_delta(model, stored.path, name=delta)
     own = root_of(model)[1]
     try:
+        exact = None if stored.methods[0].method == "lora" else as_low_rank(own, delta)
+        if exact is not None and (rank is None or rank >= exact.methods[0].config["r"]):
+            return exact, 0.0
+        if rank is None:
+            raise ArgumentError("to='lora' needs a rank, such as rank=16; without one it would have to be exact.")
         names, options = options_of(record_at(own), {delta: 1.0}, "svd", rank, None, 0)
         made, result = combined(own, names, options)
     finally:

@@ -189,6 +189,17 @@ def test_any_change_of_weights_as_lora(tmp_path: Path) -> None:
     assert list(model.state_dict()) == list(trained(base, IA3Callback()).state_dict())
 
 
+def test_a_change_that_is_of_low_rank_is_written_without_asking_for_one(tmp_path: Path) -> None:
+    for build, targets in ((bert, ["attention.q", "attention.v"]), (Convolutions, ["first", "linear"])):
+        base, folder = made(build), tmp_path / build.__name__
+        model = trained(base, AdaLoRACallback(init_r=4, target_r=2, total_step=10, target_modules=targets))
+        done = export_delta(model, folder, to="lora")
+        assert (done.error, done.rank) == (0.0, 4)
+        torch.testing.assert_close(in_peft(base, folder, output_of(model)), output_of(model), rtol=0, atol=1e-12)
+    with pytest.raises(ArgumentError, match="would have to be exact"):
+        export_delta(trained(base, IA3Callback(["linear"], [])), tmp_path / "none", to="lora")
+
+
 def test_what_servers_read(tmp_path: Path) -> None:
     base = made(llama, torch.float32)
     export_delta(trained(base, LoRACallback(r=3, use_rslora=True)), tmp_path / "served", to="vllm")
