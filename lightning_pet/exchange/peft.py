@@ -6,9 +6,10 @@ from typing import Any, Final
 from torch import nn
 
 from lightning_pet.errors import DeltaFileError
-from lightning_pet.exchange import peft_layers, peft_prompts, peft_rotations
+from lightning_pet.exchange import peft_converted, peft_layers, peft_prompts, peft_rotations
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with
+from lightning_pet.exchange.peft_refused import way_out
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
 
@@ -37,6 +38,12 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "OFT": _options("module_dropout r oft_block_size use_cayley_neumann num_cayley_neumann_terms block_share coft eps"),
     "HRA": _options("r apply_GS"),
     "BOFT": _options("boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout"),
+    "DELORA": _options("r delora_lambda module_dropout rank_pattern lambda_pattern"),
+    "GRALORA": _options("r hybrid_r alpha gralora_dropout gralora_k"),
+    "VBLORA": _options(
+        "r num_vectors vector_length topk save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
+    ),
+    "TINYLORA": _options("r u weight_tying projection_seed save_projection init_v_bound tinylora_dropout"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -56,6 +63,10 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "OFT": peft_rotations.oft,
     "HRA": peft_rotations.hra,
     "BOFT": peft_rotations.boft,
+    "DELORA": peft_converted.delora,
+    "GRALORA": peft_converted.gralora,
+    "VBLORA": peft_converted.vblora,
+    "TINYLORA": peft_converted.tinylora,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -78,7 +89,7 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         raise fault(
             str(folder.path / CONFIG),
             f"found the peft_type {shown(kind)}; those that have a counterpart here are {', '.join(sorted(_READERS))}. "
-            "Merge it with PEFT and save the model, or train it again with one of them.",
+            + way_out(str(kind)),
             "version",
         )
     _check_options(folder, kind)
