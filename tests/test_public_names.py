@@ -24,6 +24,7 @@ NAMES = [
     "DeltaLibrary",
     "DiffPruningCallback",
     "FullFineTuningCallback",
+    "HiRACallback",
     "HRACallback",
     "IA3Callback",
     "IntrinsicDimensionCallback",

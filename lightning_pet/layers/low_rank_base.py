@@ -250,7 +250,11 @@ class LowRank(Delta):
         """These rows with the low-rank change added, in at least float32; a constant to autograd."""
         with torch.no_grad():
             matrix = matrix.to(_precise(matrix))
-            return matrix + self._change(matrix.dtype)
+            return self._moved(matrix, self._change(matrix.dtype))
+
+    def _moved(self, matrix: Tensor, change: Tensor) -> Tensor:
+        """What a change of this size makes of the rows that it belongs to."""
+        return matrix + change
 
     def _norm(self, matrix: Tensor) -> Tensor:
         """Norm of each output feature's effective weight, before DoRA rescales it; a constant to autograd."""
@@ -265,7 +269,7 @@ class LowRank(Delta):
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight).to(dtype)
             own = self._own(matrix)
-            changed = own + self._change(dtype, drop=drop)
+            changed = self._moved(own, self._change(dtype, drop=drop))
             if self.magnitude is not None:
                 # In the magnitude's dtype, so that the factor is exactly 1 at the start.
                 factor = self.magnitude / self._norm(own).to(self.magnitude.dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.arguments import one_of
@@ -43,8 +44,9 @@ def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike
         source: the folder.
         path: usually ends in ``.pet.safetensors``; an existing file is replaced.
         base: the model that it is for, or a local folder of it. With it everything is checked against the model, and
-            the file knows its fingerprint. PiSSA, OLoRA, prompts, prefixes and deltas on parameters that no layer
-            calls cannot be understood without.
+            the file knows its fingerprint; without it a note in the file says that this was not done, and ties and
+            biases are looked at when it is loaded. PiSSA, OLoRA, prompts, prefixes and deltas on parameters that no
+            layer calls cannot be understood without.
 
     Returns:
         Bytes written.
@@ -57,7 +59,12 @@ def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike
         raise ArgumentError(f"{source} is no folder: give the one that save_pretrained wrote.")
     if base is None:
         stored = read_source(source)
-        manifest = Manifest(stored.methods, notes=stored.notes, written_by=written_by())
+        rank_zero_warn(
+            f"{path}: imported without its base, so that nothing was compared with it: neither paths and shapes, nor "
+            "which of its parameters are one. That is done when the file is loaded; give the base to have it done now."
+        )
+        notes = {**stored.notes, "not_compared": "imported without its base"}
+        manifest = Manifest(stored.methods, notes=notes, written_by=written_by())
         return write_delta(path, stored.tensors, manifest)
     model = load_model(Path(os.fspath(base))) if isinstance(base, str | os.PathLike) else base
     adapted = load_delta(model, source, name="imported")
@@ -123,7 +130,8 @@ def export_delta(
     if to == "transformers":
         return _merged(source, Path(os.fspath(folder)), base)
     model = load_model(Path(os.fspath(base))) if isinstance(base, str | os.PathLike) else base
-    stored, root, model = _source(source, model, name)
+    stored, model = delta_in(source, name), source if isinstance(source, nn.Module) else model
+    root = None if model is None else root_of(model)[1]
     error = 0.0
     if to == "lora":
         stored, error = _as_lora(stored, root, model, rank, max_error)
@@ -136,19 +144,26 @@ def export_delta(
     return Exported(Path(os.fspath(folder)), int(export.config.get("r", 0)), error, difference, reader)
 
 
-def _source(
-    source: nn.Module | PathLike, base: nn.Module | None, name: str | None
-) -> tuple[Stored, nn.Module | None, nn.Module | None]:
-    """The delta, and the root of the base that it is for."""
-    if isinstance(source, nn.Module):
-        found = adapted_root(source)
-        if found is None:
-            raise PETError(f"nothing was applied to this {type(source).__name__}: there is no delta to export.")
-        record = record_at(found[1])
-        return file_of(found[1], record, meant(record, name)), found[1], source
-    if name is not None:
-        raise ArgumentError(f"name={name!r} tells deltas of a model apart; {source} is a file, which holds one.")
-    return read(source), None if base is None else root_of(base)[1], base
+def delta_in(source: nn.Module | PathLike, name: str | None = None) -> Stored:
+    """A delta from wherever a user has it.
+
+    Args:
+        source: a delta file, a training checkpoint, or an adapted model.
+        name: which, of a model that has several.
+
+    Raises:
+        PETError: if nothing was applied to a model.
+        ArgumentError: if a file is given a name.
+    """
+    if not isinstance(source, nn.Module):
+        if name is not None:
+            raise ArgumentError(f"name={name!r} tells deltas of a model apart; {source} is a file, which holds one.")
+        return read(source)
+    found = adapted_root(source)
+    if found is None:
+        raise PETError(f"nothing was applied to this {type(source).__name__}: there is no delta in it.")
+    record = record_at(found[1])
+    return file_of(found[1], record, meant(record, name))
 
 
 def _as_lora(

@@ -20,6 +20,7 @@ from lightning_pet import (
     BitFitCallback,
     DeltaFileError,
     DiffPruningCallback,
+    HiRACallback,
     IA3Callback,
     LoRACallback,
     PETCallback,
@@ -70,6 +71,9 @@ CASES: dict[str, Case] = {
     "ia3 by ends of names": (llama, lambda: IA3Callback()),
     "ia3 roles": (gpt2, lambda: IA3Callback()),
     "ia3 convolutions": (Convolutions, lambda: IA3Callback(target_modules=["first"], feedforward_modules=["second"])),
+    "hira": (llama, lambda: HiRACallback(r=3, target_modules=["q_proj", "embed_tokens"], rank_pattern={"q_proj": 2})),
+    "hira roles": (gpt2, lambda: HiRACallback(r=2)),
+    "hira convolutions": (Convolutions, lambda: HiRACallback(r=2, target_modules=["first", "linear"])),
     "bitfit": (bert, lambda: BitFitCallback()),
 }
 IN_FLOAT32: dict[str, Case] = {
