@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
+    from lightning_pet.callbacks.loha import LoHaCallback as LoHaCallback
+    from lightning_pet.callbacks.lokr import LoKrCallback as LoKrCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.oft import OFTCallback as OFTCallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
@@ -72,6 +74,8 @@ _WHERE = {
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
+    "LoHaCallback": "callbacks.loha",
+    "LoKrCallback": "callbacks.lokr",
     "LoRACallback": "callbacks.lora",
     "OFTCallback": "callbacks.oft",
     "PrefixTuningCallback": "callbacks.prefix_tuning",

@@ -29,6 +29,8 @@ NAMES = [
     "IA3Callback",
     "IntrinsicDimensionCallback",
     "LayerFreezingCallback",
+    "LoHaCallback",
+    "LoKrCallback",
     "LoRACallback",
     "NotMergeableError",
     "OFTCallback",
