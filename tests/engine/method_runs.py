@@ -60,6 +60,8 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "HiRA": lambda _: [pet.HiRACallback(r=2)],
     "HRA": lambda _: [pet.HRACallback(r=4)],
     "IA3": lambda _: [pet.IA3Callback()],
+    "MiSS": lambda _: [pet.MiSSCallback(r=4)],
+    "SHiRA": lambda _: [pet.SHiRACallback(r=2)],
     "LoHa": lambda _: [pet.LoHaCallback(r=2)],
     "LoKr": lambda _: [pet.LoKrCallback(r=1, decompose_both=True)],
     "OFT": lambda _: [pet.OFTCallback(oft_block_size=4)],
