@@ -62,8 +62,8 @@ def character_tokenizer() -> Any:
     assert set(characters) <= set(string.printable)
     vocabulary = {token: place for place, token in enumerate([*special, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=END, padding_side="left"
     )
@@ -118,7 +118,7 @@ def _pretrain(model: nn.Module, tokenizer: Any) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RECIPE["lr"], total_steps=_RECIPE["steps"] + 5)
     steps = track(_batches(tokenizer), "Training the date chat (once)", _RECIPE["steps"], console=Console(stderr=True))
     for batch in steps:
-        token_loss(model, batch).mean.backward()
+        torch.autograd.backward(token_loss(model, batch).mean)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

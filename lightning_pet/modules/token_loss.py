@@ -121,8 +121,8 @@ def _behind(model: nn.Module, head: nn.Module, hidden: Tensor, logits: Tensor) -
             if torch.allclose(way(raw).float(), logits.float(), rtol=1e-3, atol=1e-4):
                 return way
     raise ValueError(
-        f"{type(model).__name__} changes its logits behind the output layer in a way that is not known, so they cannot "
-        "be made in chunks. Use smaller batches, so that the logits of the trained tokens fit whole, or raise max_logits."
+        f"{type(model).__name__} changes its logits behind the output layer in an unknown way, so they cannot "
+        "be made in chunks. Use smaller batches, so that the logits of the trained tokens fit whole."
     )
 
 
@@ -132,7 +132,7 @@ def _in_chunks(logits: Callable[[Tensor], Tensor], head: nn.Module, hidden: Tens
     def loss(part: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits(part).float(), target, reduction="sum")
 
-    parts = list(zip(hidden.split(size), targets.split(size), strict=True))
+    parts = list(zip(torch.split(hidden, size), torch.split(targets, size), strict=True))
     if not torch.is_grad_enabled():
         found = [_whole(logits(part), target) for part, target in parts]
         right = torch.stack([cast(Tensor, part.right) for part in found]).sum()

@@ -148,7 +148,7 @@ class Collator:
 
     def _to_generate(self, examples: Sequence[Tokens]) -> dict[str, Tensor]:
         asked = [list(tokens.ids[: tokens.prompt]) for tokens in examples]
-        answers = [[t for t, learnt in list(zip(e.ids, e.trained, strict=True))[e.prompt :] if learnt] for e in examples]
+        answers = [[token for token in e.labels[e.prompt :] if token != IGNORED] for e in examples]
         width = max(max(map(len, asked)), 1)
         return {
             "prompt_ids": torch.tensor([[self.pad] * (width - len(ids)) + ids for ids in asked]),

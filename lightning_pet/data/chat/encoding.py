@@ -65,7 +65,8 @@ class ChatEncoder:
         self.cut = self.dropped = 0
         template = getattr(tokenizer, "chat_template", None)
         self._template = template if isinstance(template, str) else ""
-        self._marks = bool(_GENERATION.search(self._template))
+        # Tokenizers in Python cannot tell which token a character became.
+        self._marks = bool(_GENERATION.search(self._template)) and bool(getattr(tokenizer, "is_fast", False))
         self._seen: set[tuple[str, bool]] = set()
 
     # --- texts ---------------------------------------------------------------------------------------
@@ -208,6 +209,8 @@ class ChatEncoder:
             content = _SENTINEL if message["content"] else ""
             shown = [*example.messages[:turn], {**message, "content": content}, *example.messages[turn + 1 :]]
             rendered = self._render(shown, example.tools)
+            for answer in [answer for answer in _trained(example) if answer > turn][:1]:
+                rendered += self._render(shown[:answer], example.tools, ask=True)
             wanted = [content, *(call["function"]["name"] for call in message.get("tool_calls", ()))]
             lost = [text for text in wanted if text not in rendered]
             if lost:

@@ -12,8 +12,8 @@ from lightning_pet.errors import ArgumentError
 MAX_SHOWN: Final = 20
 MAX_LINE: Final = 64 << 20  # characters: a longer one is no example
 _MAX_DEPTH: Final = 64
-Row = tuple[int, Mapping[str, Any]]
-"""Number of a line, counted from 1, and its object."""
+Row = tuple[int, Mapping[str, Any] | LineError]
+"""Number of a line, counted from 1, and its object or what is wrong with it."""
 
 
 class Problems:
@@ -65,6 +65,8 @@ def read_conversations(table: Table, form: Format, kinds: tuple[type, ...]) -> T
     lines: list[int] = []
     for number, row in zip(table.columns["line"], table.columns["object"], strict=True):
         try:
+            if isinstance(row, LineError):
+                raise row
             form = form_of(row) if form == "auto" else form  # type: ignore[assignment]
             example = read_line(row, form)
         except LineError as error:
@@ -112,16 +114,14 @@ def _rows(table: Table) -> Table:
 
 
 def read_jsonl(path: Path) -> Table:
-    """One JSON object per line, in UTF-8; empty lines are left out.
+    """One JSON object per line, in UTF-8; empty lines are left out, and wrong ones stand as what is wrong with them.
 
     Raises:
-        ArgumentError: there is no such file, it is empty, or lines are no JSON objects; they are named.
+        ArgumentError: there is no such file, or it is empty.
     """
     if not path.is_file():
         raise ArgumentError(f"there is no file {path.absolute()}")
-    problems = Problems(str(path))
-    rows = list(_parsed(_lines(path), problems))
-    problems.check()
+    rows = list(_parsed(_lines(path)))
     if not rows:
         raise ArgumentError(f"{path} is empty: expected one JSON object per line")
     return Table(str(path), {"line": [number for number, _ in rows], "object": [row for _, row in rows]})
@@ -138,16 +138,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     pass
 
 
-def _parsed(lines: Iterable[tuple[int, bytes]], problems: Problems) -> Iterator[Row]:
+def _parsed(lines: Iterable[tuple[int, bytes]]) -> Iterator[Row]:
     for number, raw in lines:
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
                 yield number, _object(text)
         except UnicodeDecodeError as error:
-            problems.add(number, f"is no UTF-8 text (byte {error.start}: {error.reason})")
+            yield number, LineError(f"is no UTF-8 text (byte {error.start}: {error.reason})")
         except LineError as error:
-            problems.add(number, str(error))
+            yield number, error
 
 
 def _object(text: str) -> Mapping[str, Any]:
@@ -160,11 +160,11 @@ def _object(text: str) -> Mapping[str, Any]:
     except LineError:
         raise
     except ValueError as error:
-        raise LineError(f"is no JSON ({error}; it starts with: {ascii(text[:40])})") from None
+        raise LineError(f"is no JSON ({error}; it starts with: {text[:40]!a})") from None
     if not isinstance(value, dict):
         raise LineError(
             "Expected file to have JSONL format, where every line is a JSON dictionary. It is not a dictionary "
-            f"(HINT: line starts with: {ascii(text[:40])})"
+            f"(HINT: line starts with: {text[:40]!a})"
         )
     if _depth(value) > _MAX_DEPTH:
         raise LineError(f"is nested deeper than {_MAX_DEPTH} levels")
@@ -189,7 +189,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise LineError(f"has the key {ascii(next(key for key in keys if keys.count(key) > 1))} twice in one object")
+        raise LineError(f"has the key {next(key for key in keys if keys.count(key) > 1)!a} twice in one object")
     return found
 
 
