@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.modules.evaluation import EvaluatedModule
 from lightning_pet.modules.optimization import Schedule, adamw, with_schedule
 from lightning_pet.modules.pretrained import load_model, load_tokenizer
 from lightning_pet.modules.token_loss import IGNORED, TokenLoss, token_loss
@@ -44,7 +44,7 @@ class _Scores(nn.Module):
         return result
 
 
-class CausalLMModule(L.LightningModule):
+class CausalLMModule(EvaluatedModule):
     """Train a causal language model on conversations or texts.
 
     The loss is the mean over the trained tokens of an optimizer step: of all its batches and all processes
@@ -76,6 +76,8 @@ class CausalLMModule(L.LightningModule):
         ''
     """
 
+    shown = ("loss", "exact_match")
+
     def __init__(
         self,
         model: str | dict[str, Any],
@@ -95,7 +97,6 @@ class CausalLMModule(L.LightningModule):
         self.model = load_model("AutoModelForCausalLM", model, sha256)
         self.tokenizer = load_tokenizer(tokenizer if tokenizer is not None else str(model))
         self.max_new_tokens = max_new_tokens
-        self.scores = nn.ModuleDict()
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self._packs = False
 
@@ -178,12 +179,12 @@ class CausalLMModule(L.LightningModule):
         texts: list[str] = self.tokenizer.batch_decode(tokens[:, asked.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def new_scores(self) -> _Scores:
+        """Loss, token accuracy and exact match."""
+        return _Scores()
+
     def _evaluate(self, batch: dict[str, Tensor], stage: str, loader: int, index: int) -> None:
-        key = f"{stage}_{loader}"
-        if key not in self.scores:
-            self.scores[key] = _Scores().to(self.device)
-        scores = self.scores[key]
-        assert isinstance(scores, _Scores)
+        scores = self.stage_scores(stage, loader)
         scores.update(self.losses(batch))
         asked = getattr(getattr(self.trainer, "datamodule", None), "generate", len(batch["labels"]) * (index + 1))
         if "prompt_ids" in batch and index * len(batch["labels"]) < asked:
@@ -192,32 +193,13 @@ class CausalLMModule(L.LightningModule):
             for text, wanted in zip(self.generate(batch), expected, strict=True):
                 scores.exact_match.update(float(text == wanted.strip()))
 
-    def _log_scores(self, stage: str) -> None:
-        names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", ())
-        for key in sorted(key for key in self.scores if key.startswith(stage)):
-            loader = int(key.rpartition("_")[2])
-            name = names[loader] if loader < len(names) else str(loader)
-            prefix = stage if loader == 0 else f"{stage}/{name}"
-            scores = self.scores[key]
-            assert isinstance(scores, _Scores)
-            for score, value in scores.compute().items():
-                self.log(f"{prefix}/{score}", value, prog_bar=score in ("loss", "exact_match"))
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of validation data."""
         self._evaluate(batch, "val", dataloader_idx, batch_idx)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation scores."""
-        self._log_scores("val")
-
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of test data."""
         self._evaluate(batch, "test", dataloader_idx, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test scores."""
-        self._log_scores("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
         """One answer per prompt."""
