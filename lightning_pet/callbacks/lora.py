@@ -13,14 +13,14 @@ from lightning_pet.arguments import at_least, one_of, positive, share, some, who
 from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.errors import ArgumentError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.exchange.source import read_source
-from lightning_pet.insertion.low_rank_places import Options, fitted, gated, is_called, largest_rank
+from lightning_pet.insertion.low_rank_places import Options, fitted, gated, is_called, largest_rank, rank_at
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.low_rank_base import Init as LayerInit
 from lightning_pet.layers.sharding import is_partition, is_sharded
 from lightning_pet.model.layer_kinds import host_kind, weight_of
 from lightning_pet.model.naming import DEFAULT, module_at, named_modules, named_parameters
-from lightning_pet.model.quantised import initialize, shape_of
+from lightning_pet.model.quantised import initialize
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.roots import base_of
 from lightning_pet.probe.host_inputs import Batches, Place, Study
@@ -248,7 +248,7 @@ class LoRACallback(PETCallback):
         host = module_at(root, target.module)
         weight = weight_of(host, target.parameter)
         assert weight is not None  # resolve_targets returned it
-        rank = self._rank(target, shape_of(weight), largest_rank(host, target.parameter))
+        rank = rank_at(root, target, self.r, self._ranks, self.clamp_rank)
         alpha = value_at(self._alphas, target, self.alpha)
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         init: LayerInit = "kaiming" if self.init == "eva" else self.init
@@ -330,7 +330,8 @@ class LoRACallback(PETCallback):
                 f"{target.path} has no values yet (meta device), and init='eva' runs the model. Load the weights first."
             )
         limit = largest_rank(host, target.parameter)
-        return Place(host, target.path, self._rank(target, shape_of(weight), limit), limit)
+        rank = rank_at(root, target, self.r, self._ranks, self.clamp_rank)
+        return Place(host, target.path, rank, limit)
 
     def _learn(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> None:
         self._learned = {
@@ -362,17 +363,6 @@ class LoRACallback(PETCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Copies learn from data of their own."""
         return super().__getstate__() | {"_directions": {}}
-
-    def _rank(self, target: Target, shape: tuple[int, ...], limit: int) -> int:
-        rank = value_at(self._ranks, target, self.r)
-        if rank > limit and not self.clamp_rank:
-            raise TargetError(
-                f"{target.path} is {'×'.join(map(str, shape))}: the rank can be at most {limit}, "
-                f"not {rank}. "
-                "Lower r, set a lower rank_pattern for it, exclude it, or give it the rank that it can have by "
-                "clamp_rank=True."
-            )
-        return min(rank, limit)
 
     def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
         """Pick a rank, if there is a budget, and say which targets have a lower one than was asked for."""

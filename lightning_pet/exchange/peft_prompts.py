@@ -49,6 +49,7 @@ def prefix(folder: Folder, base: Base | None) -> Read:
     rows, heads, values = _parts(folder)
     base = _needed(folder, base, "the attentions of its model")
     length = rows.shape[0]
+    back = turn(str(folder.path), base.root, -length)
     options: dict[str, Any] = {"length": length, "projection": False}
     method = METHODS["prefix_tuning"](**options)
     targets: tuple[Target, ...] = method.resolve(base.root, base.structure())
@@ -61,7 +62,6 @@ def prefix(folder: Folder, base: Base | None) -> Read:
             f"{type(base.root).__name__}. Load it into the base that it was trained on.",
             "mismatch",
         )
-    back = turn(str(folder.path), base.root, -length)
     tensors, start = {}, 0
     for target, site in zip(targets, sites, strict=True):
         for name, size in (("key", site.key_dim), ("value", site.value_dim)):

@@ -9,11 +9,22 @@ from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
-from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
+from lightning_pet.exchange.peft_low_rank import (
+    PROJECTIONS,
+    Layer,
+    adalora,
+    kind_at,
+    lora,
+    taken,
+    targets_of,
+    write_biases,
+    write_low_rank,
+)
+from lightning_pet.exchange.peft_on_weights import write_hira
 from lightning_pet.exchange.peft_prompts import scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
-from lightning_pet.model.naming import CHILD, by_delta, join, module_at, named_modules
+from lightning_pet.model.naming import CHILD, join, module_at, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault
@@ -61,14 +72,11 @@ def to_peft(stored: Stored, root: nn.Module | None) -> Export:
 
 
 def _ia3(export: Export, left: dict[str, Tensor]) -> None:
-    inner, every, groups = [], [], by_delta(left)
+    inner, every = [], []
     vectors: dict[str, Tensor] = {}
-    for target in export.record.targets:
-        if (parts := groups.get(export.path(target))) is None:
-            continue
+    for target, parts in taken(export, left):
         if parts.keys() != {"scale"} or target.parameter != "weight":
             raise export.fault(f"{target.path} is read without a call of its layer, which PEFT cannot rescale.")
-        del left[join(export.path(target), "scale")]
         scale, path = parts["scale"], target.module
         reads = target.role == "ffn.down"
         if target.rows is not None:
@@ -116,10 +124,7 @@ def _bitfit(export: Export, left: dict[str, Tensor]) -> None:
     like = next(iter(left.values()))
     zero = Layer(Target(host), [like.new_zeros(1, inputs)], [like.new_zeros(outputs, 1)])
     write_low_rank(export, [zero], False, bias="all")
-    for target in places:
-        name = target.path
-        wrapped = WRAPPED if target.module == host else ""
-        export.tensors[f"{PREFIX}{target.module}{wrapped}.{target.parameter}"] = left.pop(name)
+    write_biases(export, left, [target.path for target in places])
 
 
 def _prompt(export: Export, left: dict[str, Tensor]) -> None:
@@ -185,7 +190,17 @@ def _heads(export: Export, left: dict[str, Tensor]) -> None:
                 f"{other} shares a weight with the trained {path}; PEFT would train a copy and leave {other} as it is "
                 "in the base. Merge it (to='transformers')."
             )
+    for path in named if export.root is not None else ():
+        _complete(export, path, "base_model." if virtual else PREFIX)
     export.config["modules_to_save"] = [*named] or None
+
+
+def _complete(export: Export, path: str, prefix: str) -> None:
+    """PEFT takes a module as a whole: what of it has not trained has the base's values."""
+    for name, value in module_at(export.needed("", "has it"), path).state_dict().items():
+        if CHILD in name.split("."):
+            raise export.fault(f"{join(path, name)} is in the trained {path}, where PEFT has no delta. Merge it.")
+        export.tensors.setdefault(f"{prefix}{path}.{name}", value.detach().cpu().clone().contiguous())
 
 
 def _head_around(export: Export, name: str) -> str:
@@ -222,10 +237,8 @@ def _has_its_heads(export: Export, task: str | None) -> bool:
     absent = [path for path in heads if path not in (export.config["modules_to_save"] or ())]
     if not absent or "prompt_embeddings" not in export.tensors:
         return not absent
-    assert export.root is not None
     for path in absent:
-        for name, value in module_at(export.root, path).state_dict().items():
-            export.tensors.setdefault(f"base_model.{path}.{name}", value.detach().cpu().clone().contiguous())
+        _complete(export, path, "base_model.")
     export.config["modules_to_save"] = [*(export.config["modules_to_save"] or ()), *absent]
     return True
 
@@ -234,6 +247,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "lora": lora,
     "adalora": adalora,
     "ia3": _ia3,
+    "hira": write_hira,
     "bitfit": _bitfit,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
