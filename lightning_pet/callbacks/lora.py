@@ -146,10 +146,8 @@ class LoRACallback(PETCallback):
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init = init
-        self.eva_rho = eva_rho
-        self.eva_tau = eva_tau
-        self.eva_batches = eva_batches
-        self.eva_whiten = eva_whiten
+        self.eva_rho, self.eva_tau = eva_rho, eva_tau
+        self.eva_batches, self.eva_whiten = eva_batches, eva_whiten
         self.rank_pattern = rank_pattern
         self.alpha_pattern = alpha_pattern
         self.clamp_rank = clamp_rank

@@ -39,7 +39,12 @@ class TestGates(Battery):
             mergeable=False,
             parameters=4 * (2 * 32 + 17),
         ),
-        Case("gpt2", options={"r": 2, "target_modules": "attention.v", **GATED}, mergeable=False),
+        Case(
+            "gpt2",
+            options={"r": 2, "target_modules": "attention.v", **GATED},
+            mergeable=False,
+            not_compiled=LIKE_SMALLER,
+        ),
         Case(
             "bert",
             AdapterCallback,
