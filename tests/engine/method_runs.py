@@ -85,6 +85,11 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
         pet.PrefixTuningCallback(length=3, projection_size=4),
         pet.AdapterCallback(bottleneck_size=4, placement="parallel", scale=2.0, init="lora"),
     ],
+    "UniPELT (prefix, adapter and LoRA, gated)": lambda _: [
+        pet.PrefixTuningCallback(length=3, projection_size=4, use_gating=True),
+        pet.AdapterCallback(bottleneck_size=4, placement="pfeiffer", use_gating=True),
+        pet.LoRACallback(r=2, use_gating=True),
+    ],
     "LoRA with BitFit": lambda _: [pet.LoRACallback(r=2), pet.BitFitCallback()],
 }
 
