@@ -32,7 +32,6 @@ from lightning_pet.model.naming import (
 from lightning_pet.model.quantised import numbers_in
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.operations.adapted import Adapted
-from lightning_pet.probe.host_inputs import Batches
 from lightning_pet.strategies.private import logs_this_step
 from lightning_pet.targets.heads import HEAD, find_heads, parameters_below
 from lightning_pet.targets.patterns import listed_if_given
@@ -312,10 +311,6 @@ class PETCallback(OfTask, Callback):
             f"{type(self).__name__}(budget={self.budget}) picks {self.width}={getattr(self, str(self.width))}: "
             f"{spent:,} numbers, {spent / base:.3%} of the base."
         )
-
-    def look_at_data(self, root: nn.Module, targets: Sequence[Target], batches: Batches | None) -> Sequence[Target]:
-        """Learn what the deltas start from; a method that starts from no data takes all places and looks at none."""
-        return targets
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take over the width that an equal budget has picked before, for a model that is adapted already."""

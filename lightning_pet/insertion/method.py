@@ -9,7 +9,6 @@ from torch import nn
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.naming import DEFAULT, delta_path, host_key
 from lightning_pet.model.structure import Structure, Target
-from lightning_pet.probe.host_inputs import Batches
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,6 @@ class Method(Protocol):
 
     def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
         """Size the method for these places, if it was given a budget; asked once for newly found places."""
-        ...
-
-    def look_at_data(self, root: nn.Module, targets: Sequence[Target], batches: Batches | None) -> Sequence[Target]:
-        """Learn from training data what the deltas start from; returns the places that get one."""
         ...
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:

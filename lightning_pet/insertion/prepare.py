@@ -105,7 +105,8 @@ def prepare(
             awake = tuple(target for target in targets if is_shared(target) or not twins.hold(target.module))
             targets = awake if any(not is_shared(target) for target in awake) else targets
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
-            chosen = method.look_at_data(root, targets, batches)
+            look = getattr(method, "look_at_data", None)  # of methods that start from data
+            chosen = targets if look is None else look(root, targets, batches)
             targets = (*chosen, *_heads(root, method, targets, bases, structure))
         with started(method, states):
             item = _build(root, method, targets, bases, structure, stored, twins)
