@@ -40,7 +40,7 @@ class TrainableTokensCallback(PETCallback):
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
-        ArgumentError: if neither or both are given, or an index is negative, no number, or there twice.
+        ArgumentError: if both are given, or an index is negative, no number, or there twice.
 
     Example:
         >>> import torch
@@ -63,22 +63,25 @@ class TrainableTokensCallback(PETCallback):
         super().__init__(**kwargs)
         self.token_indices: Any = token_indices
         self.added_from = added_from
-        if (token_indices is None) is (added_from is None):
-            raise ArgumentError(
-                "give token_indices, for example [32000, 32001], or added_from, the size of the vocabulary before it "
-                "was resized; one of the two."
-            )
+        if token_indices is not None and added_from is not None:
+            raise ArgumentError("token_indices and added_from both say which rows train: give one of the two.")
         if added_from is not None:
             at_least("added_from", added_from, 1, "the number of rows before the resize, e.g. 32000.")
         elif isinstance(token_indices, Mapping):
             self.token_indices = {name: _checked(name, own) for name, own in token_indices.items()}
-        else:
+        elif token_indices is not None:
             self.token_indices = _checked("", token_indices)
         if self.token_indices == {}:
             raise ArgumentError("token_indices names no table, for example {'embed_tokens': [32000]}.")
 
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the tables, and output layers with rows of their own."""
+        """Find the tables, and output layers with rows of their own.
+
+        Raises:
+            ArgumentError: if nothing says which rows train.
+            TargetError: if there is no such table.
+        """
+        self._check_given()
         patterns = list(self.token_indices) if isinstance(self.token_indices, dict) else ["embedding"]
         found = list(resolve_targets(root, patterns, structure, hosts=_has_rows))
         if self.added_from is not None and (head := _own_head(root, found)) is not None:
@@ -86,8 +89,16 @@ class TrainableTokensCallback(PETCallback):
         places = with_readers(root, found, structure)
         return tuple(p if p.reads is not None else replace(p, reads=_reader(root, p, structure)) for p in places)
 
+    def _check_given(self) -> None:
+        if self.token_indices is None and self.added_from is None:
+            raise ArgumentError(
+                "give token_indices, for example [32000, 32001], or added_from, the size of the vocabulary before it "
+                "was resized."
+            )
+
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build the rows of each table once; the other modules that hold it get the same ones."""
+        self._check_given()
         made: dict[int, TokenRows] = {}
         found: list[Insertion] = []
         for target in (*targets, *_others(root, targets)):

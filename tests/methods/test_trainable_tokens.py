@@ -236,8 +236,7 @@ def test_deltas_with_the_same_rows_do_not_act_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({}, "give token_indices"),
-        ({"token_indices": [1], "added_from": 3}, "one of the two"),
+        ({"token_indices": [1], "added_from": 3}, "give one of the two"),
         ({"token_indices": []}, "at least one row"),
         ({"token_indices": [-1]}, "from 0 on"),
         ({"token_indices": [1, 2, 1]}, "has 1 twice"),
@@ -253,6 +252,8 @@ def test_bad_options(options: dict[str, Any], error: str) -> None:
 
 
 def test_bad_places() -> None:
+    with pytest.raises(ArgumentError, match=r"give token_indices, for example"):
+        apply(Words(), TrainableTokensCallback())
     with pytest.raises(TargetError, match=r"has 9, and table.weight has 9 rows"):
         apply(Words(), TrainableTokensCallback({"table": [9]}))
     with pytest.raises(TargetError, match=r"none was added"):
