@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
+    from lightning_pet.callbacks.vera import VeRACallback as VeRACallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -71,6 +72,7 @@ _WHERE = {
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
     "TasksCallback": "callbacks.tasks",
+    "VeRACallback": "callbacks.vera",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
     "choose_weights": "operations.combining.choosing",

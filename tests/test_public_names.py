@@ -37,6 +37,7 @@ NAMES = [
     "TargetError",
     "TasksCallback",
     "UnsupportedStrategyError",
+    "VeRACallback",
     "apply",
     "choose_weights",
     "combine_deltas",

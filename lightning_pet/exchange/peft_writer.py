@@ -11,6 +11,7 @@ from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
 from lightning_pet.exchange.peft_prompts import scale_of, turn
+from lightning_pet.exchange.peft_vera import write_vera
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
 from lightning_pet.model.naming import CHILD, by_delta, join, module_at, named_modules
@@ -237,6 +238,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "bitfit": _bitfit,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
+    "vera": write_vera,
 }
 
 

@@ -25,6 +25,7 @@ from lightning_pet import (
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
+    VeRACallback,
     apply,
     export_delta,
     load_delta,
@@ -71,6 +72,8 @@ CASES: dict[str, Case] = {
     "ia3 roles": (gpt2, lambda: IA3Callback()),
     "ia3 convolutions": (Convolutions, lambda: IA3Callback(target_modules=["first"], feedforward_modules=["second"])),
     "bitfit": (bert, lambda: BitFitCallback()),
+    "vera": (llama, lambda: VeRACallback(r=20, target_modules=["attention.q", "attention.v", "ffn.down"])),
+    "vera on one role": (gpt2, lambda: VeRACallback(r=3, target_modules=["attention.v"])),
 }
 IN_FLOAT32: dict[str, Case] = {
     "pissa": (llama, lambda: LoRACallback(r=2, init="pissa")),
