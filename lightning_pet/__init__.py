@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.reft import ReFTCallback as ReFTCallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
     from lightning_pet.callbacks.vera import VeRACallback as VeRACallback
     from lightning_pet.errors import ArgumentError as ArgumentError
@@ -71,6 +72,7 @@ _WHERE = {
     "LoRACallback": "callbacks.lora",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "ReFTCallback": "callbacks.reft",
     "TasksCallback": "callbacks.tasks",
     "VeRACallback": "callbacks.vera",
     "Adapted": "operations.adapted",

@@ -34,6 +34,7 @@ NAMES = [
     "PETError",
     "PrefixTuningCallback",
     "PromptTuningCallback",
+    "ReFTCallback",
     "TargetError",
     "TasksCallback",
     "UnsupportedStrategyError",

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.attention.prefix import PrefixSite
+from lightning_pet.exchange.adapters_reft import read_reft
 from lightning_pet.exchange.folder import CONFIG, Base, Folder, unused
 from lightning_pet.exchange.peft_hosts import Read, path_of, place_of, record_of
 from lightning_pet.insertion.method import METHODS
@@ -78,6 +79,7 @@ def read_adapters(folder: Folder, base: Base | None) -> Stored:
         None: _bottleneck,
         "lora": _lora,
         "prefix_tuning": _prefix,
+        "reft": read_reft,
     }
     if kind not in readers:
         known = ", ".join(repr(name) for name in readers if name)

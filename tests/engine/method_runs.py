@@ -64,6 +64,7 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "Prompt tuning": lambda _: [pet.PromptTuningCallback(length=3)],
     "Prompt tuning from words": lambda _: [pet.PromptTuningCallback(length=3, init="vocabulary")],
     "AutoPrompt": lambda _: [pet.AutoPromptCallback(candidates=4, accumulation=1)],
+    "ReFT": lambda _: [pet.ReFTCallback(r=2, suffix_positions=1, dropout=0.0)],
     "BitFit": lambda _: [pet.BitFitCallback()],
     "Layer freezing": lambda _: [pet.LayerFreezingCallback(train_last=1)],
     "Gradual unfreezing": lambda _: [pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step")],

@@ -54,6 +54,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_gating": False,
     },
 }
+_REFT: dict[str, Any] = {
+    "architecture": "reft",
+    "dropout": 0.05,
+    "dtype": None,
+    "init_weights_seed": None,
+    "layers": "all",
+    "non_linearity": None,
+    "output_reft": True,
+    "prefix_positions": 3,
+    "r": 2,
+    "suffix_positions": 2,
+    "tied_weights": False,
+}
+SOME: dict[tuple[str, str], dict[str, Any]] = {
+    ("bert", "noreft"): {**_REFT, "orthogonality": False, "subtract_projection": True},
+    ("gpt2", "direft"): {
+        **{**_REFT, "orthogonality": False, "subtract_projection": False, "suffix_positions": 1},
+        **{"tied_weights": True, "non_linearity": "relu"},
+    },
+}
+SOME |= {
+    (architecture, "loreft"): {
+        **_REFT,
+        "orthogonality": True,
+        "suffix_positions": 0 if architecture in ("t5", "bart", "whisper") else 2,
+    }
+    for architecture in ARCHITECTURES
+}
 
 
 def written(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], version: str = "adapters.1.3.0") -> Path:
@@ -72,6 +100,26 @@ def test_outputs_are_those_of_adapters(architecture: str, method: str, tmp_path:
     assert (reference.run() - reference.output).abs().max() > 0.1
     load_delta(reference.model, written(tmp_path / "folder", CONFIGS[method], reference.delta))
     assert (reference.run() - reference.output).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("architecture", "method"), SOME)
+def test_edits_are_those_of_adapters(architecture: str, method: str, tmp_path: Path) -> None:
+    reference: Reference = read(architecture, method)
+    before = reference.run()
+    assert (before - reference.output).abs().max() > 0.01
+    folder = written(tmp_path / "folder", SOME[architecture, method], reference.delta)
+    adapted = load_delta(reference.model, folder)
+    assert (reference.run() - reference.output).abs().max() <= 1e-5
+    assert max(tensor.numel() for tensor in adapted["default"].state_dict().values()) == 2 * 16  # no square matrix
+
+
+def test_a_folder_that_may_be_of_two_forms_asks_which(tmp_path: Path) -> None:
+    reference = read("bert", "noreft")
+    config = {name: value for name, value in SOME["bert", "noreft"].items() if name != "subtract_projection"}
+    before = reference.run()
+    with pytest.raises(DeltaFileError, match=r'"subtract_projection": true \(NoReFT\) or false \(DiReFT\)'):
+        load_delta(reference.model, written(tmp_path / "folder", config, reference.delta))
+    assert torch.equal(reference.run(), before)
 
 
 def test_it_needs_no_task_named_alike_and_is_inside_of_a_model_with_a_head(tmp_path: Path) -> None:
