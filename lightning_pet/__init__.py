@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
     from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
+    from lightning_pet.callbacks.hira import HiRACallback as HiRACallback
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
@@ -66,6 +67,7 @@ _WHERE = {
     "CompacterCallback": "callbacks.compacter",
     "DiffPruningCallback": "callbacks.diff_pruning.callback",
     "FullFineTuningCallback": "callbacks.full_fine_tuning",
+    "HiRACallback": "callbacks.hira",
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",

@@ -24,6 +24,7 @@ NAMES = [
     "DeltaLibrary",
     "DiffPruningCallback",
     "FullFineTuningCallback",
+    "HiRACallback",
     "IA3Callback",
     "IntrinsicDimensionCallback",
     "LayerFreezingCallback",

@@ -11,12 +11,12 @@ from torch import nn
 from lightning_pet.arguments import one_of, positive, share, some, whole
 from lightning_pet.callbacks.base import PETCallback, Scalar
 from lightning_pet.errors import ArgumentError, TargetError
-from lightning_pet.insertion.low_rank_places import Options, fitted, largest_rank
+from lightning_pet.insertion.low_rank_places import Options, fitted, largest_rank, rank_at
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.model.layer_kinds import host_kind, weight_of
 from lightning_pet.model.naming import module_at, named_modules, named_parameters
-from lightning_pet.model.quantised import initialize, shape_of
+from lightning_pet.model.quantised import initialize
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.targets.patterns import check_patterns, listed, listed_if_given, listed_layers, settled, value_at
 from lightning_pet.targets.targets import resolve_targets, with_readers
@@ -187,7 +187,7 @@ class LoRACallback(PETCallback):
         host = module_at(root, target.module)
         weight = weight_of(host, target.parameter)
         assert weight is not None  # resolve_targets returned it
-        rank = self._rank(target, shape_of(weight), largest_rank(host, target.parameter))
+        rank = rank_at(root, target, self.r, self.rank_pattern, self.clamp_rank)
         alpha = value_at(self.alpha_pattern, target, self.alpha)
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         delta = fitted(root, target, Options(rank, scale, self.dropout, self.init, self.use_dora, self.lora_bias))
@@ -199,17 +199,6 @@ class LoRACallback(PETCallback):
                 "need its values. Load the weights first, or use init='kaiming' without DoRA."
             )
         return delta
-
-    def _rank(self, target: Target, shape: tuple[int, ...], limit: int) -> int:
-        rank = value_at(self.rank_pattern, target, self.r)
-        if rank > limit and not self.clamp_rank:
-            raise TargetError(
-                f"{target.path} is {'×'.join(map(str, shape))}: the rank can be at most {limit}, "
-                f"not {rank}. "
-                "Lower r, set a lower rank_pattern for it, exclude it, or give it the rank that it can have by "
-                "clamp_rank=True."
-            )
-        return min(rank, limit)
 
     def spend_budget(self, root: nn.Module, targets: Sequence[Target]) -> None:
         """Pick a rank, if there is a budget, and say which targets have a lower one than was asked for."""

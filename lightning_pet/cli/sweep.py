@@ -281,6 +281,7 @@ def sweep(options: Namespace, arguments: Sequence[str]) -> None:
         given = or_default(rest)
         _check(options)
         check_memory(given, options, swept)
+        _check_output(options.output / RECORD)
         started, runs, part, found = time.monotonic(), dict[str, Options](), 0, list[SweptRun]()
         while part == 0 or len(found) < len(runs):
             one = _Sweep(list(given), options, swept, part)
@@ -295,13 +296,16 @@ def sweep(options: Namespace, arguments: Sequence[str]) -> None:
 
 
 def _check(options: Namespace) -> None:
-    record = options.output / RECORD
-    if record.exists():
-        raise ArgumentError(f"{record} exists already: give another --output, or remove it.")
     if options.at_once is not None and options.at_once < 1:
         raise ArgumentError(f"--at_once={options.at_once}: at least one run at a time.")
     if options.plot is not None and find_spec("matplotlib") is None:
         raise ArgumentError("--plot needs matplotlib: pip install matplotlib.")
+
+
+def _check_output(record: Path) -> None:
+    """After the options: whoever gave wrong ones may not need another folder."""
+    if record.exists():
+        raise ArgumentError(f"{record} exists already: give another --output, or remove it.")
 
 
 def _save_configuration(one: _Sweep, folder: Path) -> None:

@@ -1,14 +1,19 @@
 """Reading a folder of HF PEFT: its kind of delta decides how, and every option that changes numbers is known."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_pet.errors import DeltaFileError
-from lightning_pet.exchange import peft_layers, peft_prompts, peft_vera
+from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
+from lightning_pet.exchange import peft_layers, peft_on_weights, peft_prompts, peft_vera
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
-from lightning_pet.exchange.peft_hosts import Read, shared_with
+from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
+from lightning_pet.insertion.method import METHODS
+from lightning_pet.model.naming import CHILD, is_below, named_parameters
+from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
 
@@ -34,6 +39,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
+    "HIRA": _options("r hira_dropout rank_pattern"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -41,12 +47,14 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
     "VERA": _options("r projection_prng_key save_projection vera_dropout d_initial bias"),
 }
+_FROM: Final = "HF PEFT"
 _HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
 """Values of options that ask for nothing."""
 _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
+    "HIRA": peft_on_weights.read_hira,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -75,17 +83,16 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         )
     _check_options(folder, kind)
     _check_types(folder)
-    read = _READERS[kind](folder, base)
-    if base is not None:
-        _check_ties(folder, read, base.root)
-    return Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
+    read = _READERS[kind](folder if base is None else without_copies(folder, base.root), base)
+    stored = Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
+    return stored if base is None else settled(stored, base.root)
 
 
 _BOOLS: Final = _options(
     "use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode save_projection"
 )
 _WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout beta1 beta2 orth_reg_weight vera_dropout d_initial")
+_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout beta1 beta2 orth_reg_weight vera_dropout d_initial")
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 
@@ -142,12 +149,70 @@ def _unknown(folder: Folder, option: str, value: object) -> DeltaFileError:
     )
 
 
-def _check_ties(folder: Folder, read: Read, root: nn.Module) -> None:
+def settled(stored: Stored, root: nn.Module) -> Stored:
+    """What was read of a folder of PEFT, with what only the base can tell: which of its parameters are one.
+
+    Args:
+        stored: of a folder, or of a file that :func:`~lightning_pet.import_delta` has made without a base, under the
+            names of this model. Anything else is returned as it is.
+        root: the adapted root.
+
+    Raises:
+        DeltaFileError: if a module was trained as a copy that is tied here.
+    """
+    if stored.base is not None or stored.notes.get("imported_from") != _FROM:
+        return stored
+    _check_ties(stored, root)
+    tensors = _once(stored, root)
+    methods = tuple(_with_biases(record, tensors, root) for record in stored.methods)
+    return replace(stored, methods=methods, tensors=tensors)
+
+
+def _once(stored: Stored, root: nn.Module) -> dict[str, Tensor]:
+    """The tensors without further names of one parameter (PEFT writes a tied bias under each)."""
+    first: dict[int, str] = {}
+    tensors = dict(stored.tensors)
+    for name, parameter in named_parameters(root, every_name=True):
+        if name not in tensors:
+            continue
+        other = first.setdefault(id(parameter), name)
+        if other != name:
+            if not torch.equal(tensors[other], tensors[name]):
+                raise fault(
+                    str(stored.path),
+                    f"found other values for {name} than for {other}, which are one parameter of this "
+                    f"{type(root).__name__}. Untie them in the base, or train them again as one.",
+                    "mismatch",
+                )
+            del tensors[name]
+    return tensors
+
+
+def _with_biases(record: MethodRecord, tensors: Mapping[str, Tensor], root: nn.Module) -> MethodRecord:
+    """Biases by their names, where PEFT's option of that name means others than ours does (a bias of an attention)."""
+    if record.config.get("bias", "none") == "none" or record.method != "lora":
+        return record
+    there = [name for name in tensors if CHILD not in name.split(".")]
+    heads = [target.module for target in record.targets if target.role == "head"]
+    plain = {"bias": "none"}
+    try:
+        ours = {*METHODS["lora"](**record.config).trained(root, record.targets)}
+    except TargetError:  # there is none, which PEFT does not mind
+        return replace(record, config={**record.config, **plain})
+    except (ArgumentError, TypeError):  # of a file that is refused for it
+        return record
+    if ours == {*there}:
+        return record
+    own = [name for name in there if not any(is_below(name, path) for path in heads)]
+    return replace(record, config={**record.config, **plain, "modules_to_save": [*heads, *own]})
+
+
+def _check_ties(stored: Stored, root: nn.Module) -> None:
     """PEFT copies the modules that it saves: what was tied to one goes on with the base's values."""
-    for target in (target for record in read.methods for target in record.targets if target.role == "head"):
+    for target in (target for record in stored.methods for target in record.targets if target.role == "head"):
         if other := shared_with(root, target.module):
             raise fault(
-                str(folder.path),
+                str(stored.path),
                 f"modules_to_save has trained {target.module}, of which {other} shares a weight in this "
                 f"{type(root).__name__}; PEFT has trained a copy and left {other} as it was. Untie them in the base "
                 "(tie_word_embeddings=False, and a copy of the weight), or train it with a delta on the layer instead.",
@@ -157,7 +222,7 @@ def _check_ties(folder: Folder, read: Read, root: nn.Module) -> None:
 
 def _notes(folder: Folder) -> dict[str, str]:
     """Where it comes from, for people."""
-    told = {"imported_from": "HF PEFT"}
+    told = {"imported_from": _FROM}
     for name, option in (("base_model", "base_model_name_or_path"), ("revision", "revision")):
         if isinstance(value := folder.config.get(option), str) and value:
             told[name] = value[:512]

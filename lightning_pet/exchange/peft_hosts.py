@@ -7,8 +7,8 @@ find its place.
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_pet.errors import DeltaFileError
 from lightning_pet.exchange.folder import CONFIG, PREFIX, Folder, unused
 from lightning_pet.insertion.method import METHODS, suffix_of
-from lightning_pet.model.layer_kinds import transposed
+from lightning_pet.model.layer_kinds import host_kind, transposed, weight_of
 from lightning_pet.model.naming import delta_path, join, named_modules
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.store.manifest import MethodRecord
@@ -24,6 +24,8 @@ from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
 
 WRAPPED: Final = ".base_layer"
+_STARTS: Final = (PREFIX, "base_model.")
+"""What the names of a folder begin with; those of virtual tokens have the second."""
 _PARTS: Final[Mapping[str, str]] = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -38,6 +40,10 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "ia3_l": "scale",
+    "hira_A": "a",
+    "hira_B": "b",
+    "hira_embedding_A": "a",
+    "hira_embedding_B": "b",
 }
 _HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
@@ -152,6 +158,12 @@ def split_hosts(folder: Folder) -> tuple[list[Host], dict[str, Tensor]]:
     return list(hosts.values()), rest
 
 
+def path_in(name: str) -> str:
+    """The module that a tensor of a folder is of, if it is a part of a delta, else ``""``."""
+    suffix = next((suffix for suffix in _PARTS if name.endswith(f".{suffix}")), None)
+    return "" if suffix is None else name.removesuffix(f".{suffix}").replace(WRAPPED, "")
+
+
 def is_kernel(parts: Mapping[str, Tensor]) -> bool:
     """Whether A and B are those of a convolution: B has one element per position."""
     b = parts.get("b")
@@ -173,11 +185,26 @@ def placed(
             )
         if root is not None and host.path not in modules:
             raise _no_such(folder, host.path, modules)
-        target = place_of(host.path, parameters[host.path, host.nested], root, "embedding" if host.table else None)
-        module = modules.get(host.path)
+        module, parameter = modules.get(host.path), parameters[host.path, host.nested]
+        if module is not None:
+            _check_kind(folder, host, module, parameter)
+        target = place_of(host.path, parameter, root, "embedding" if host.table else None)
         if getattr(module, "max_norm", None) is not None:
             raise fault(str(folder.path), renormalised(host.path), "mismatch")
         yield host, target, _in_our_form(folder, host, target, module)
+
+
+def _check_kind(folder: Folder, host: Host, module: nn.Module, parameter: str) -> None:
+    """PEFT passes over tensors of another kind of layer in silence."""
+    kind, what = host_kind(module, parameter), type(module).__name__
+    if kind is None and weight_of(module, parameter) is not None:
+        text = f"found a delta for {host.path!r}, which is a {what} here: no delta of PEFT's sits on its {parameter}."
+    elif kind is not None and "a" in host.parts and host.table is not (kind == "embedding"):
+        theirs = "an embedding" if host.table else "a layer that multiplies"
+        text = f"found tensors that PEFT gives {theirs} for {host.path!r}, which is a {what} here."
+    else:
+        return
+    raise fault(str(folder.path), f"{text} Load it into the base that it was trained on.", "mismatch")
 
 
 def _parameters(folder: Folder, hosts: Sequence[Host], modules: Mapping[str, nn.Module]) -> dict[tuple[str, int], str]:
@@ -223,7 +250,7 @@ def _in_our_form(folder: Folder, host: Host, target: Target, module: nn.Module |
     if module is None or is_kernel(parts):
         return parts
     weight = module._parameters.get(target.parameter)
-    if weight is not None and weight.dim() == 3:
+    if weight is not None and weight.dim() == 3 and parts.keys() >= {"a", "b"}:
         return parts | _experts(parts, weight.shape[0], bool(transposed(module, target.parameter)))
     return parts
 
@@ -343,6 +370,40 @@ def shared_with(root: nn.Module, path: str) -> str | None:
     return next((name for name, module in others if any(id(p) in own for p in module._parameters.values())), None)
 
 
+def without_copies(folder: Folder, root: nn.Module) -> Folder:
+    """A folder without the model's tables, if they are as in the base: ``save_embedding_layers`` writes them.
+
+    Raises:
+        DeltaFileError: (``base``) if one has other values.
+    """
+    asked = [getattr(root, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    tables = [table for ask in asked if callable(ask) and isinstance(getattr(table := ask(), "weight", None), Tensor)]
+    saved = tuple(folder.config.get("modules_to_save") or ()) or ("\0",)
+    left = dict(folder.tensors)
+    for path, module in named_modules(root).items() if tables else ():
+        names = [name for start in _STARTS if (name := f"{start}{path}.weight") in left]
+        if names and any(module is table for table in tables) and not path.endswith(saved):
+            check_table(folder, join(path, "weight"), left.pop(names[0]), cast(Tensor, module.weight))
+    return replace(folder, tensors=left)
+
+
+def check_table(folder: Folder, name: str, table: Tensor, own: Tensor) -> None:
+    """A whole table that PEFT wrote beside a delta has to be the base's.
+
+    Raises:
+        DeltaFileError: (``base``) if it is not.
+    """
+    if own.is_meta or (own.shape == table.shape and torch.equal(own.detach().cpu().to(table.dtype), table)):
+        return
+    raise fault(
+        str(folder.path),
+        f"{name} {tuple(table.shape)} is not the base's {name.replace(WRAPPED, '')} {tuple(own.shape)}: the vocabulary "
+        "was resized, or the table trained, or this is another base. Resize the base as it was "
+        "(resize_token_embeddings) and give it these values first.",
+        "base",
+    )
+
+
 def biases_of(folder: Folder, rest: Mapping[str, Tensor], hosts: set[str]) -> frozenset[str]:
     """Names of biases that trained in place, by the option that says so."""
     kind = folder.config.get("bias", "none")
@@ -351,8 +412,10 @@ def biases_of(folder: Folder, rest: Mapping[str, Tensor], hosts: set[str]) -> fr
     if kind == "none":
         return frozenset()
     found = {name for name in rest if "bias" in name.rpartition(".")[2]}
-    if kind == "all":
-        return frozenset(found)
+    if kind == "all":  # earlier releases of PEFT went by all of the name (T5's relative_attention_bias.weight)
+        saved = tuple(folder.config.get("modules_to_save") or ()) or ("\0",)
+        older = {name for name in rest if "bias" in name and not any(f".{path}." in f".{name}" for path in saved)}
+        return frozenset(found | older)
     return frozenset(name for name in found if name.rpartition(".")[0].replace(WRAPPED, "") in hosts)
 
 

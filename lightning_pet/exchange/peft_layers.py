@@ -1,6 +1,5 @@
 """Deltas of HF PEFT that sit on layers, in terms of ours: LoRA with its variants, AdaLoRA, (IA)³."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import (
     WRAPPED,
+    Host,
     Read,
     Values,
     biases_of,
+    check_table,
     fits,
     is_kernel,
     placed,
@@ -23,8 +24,8 @@ from lightning_pet.exchange.peft_hosts import (
     whole_of,
 )
 from lightning_pet.insertion.method import METHODS
-from lightning_pet.model.layer_kinds import host_kind
-from lightning_pet.model.naming import join, named_modules
+from lightning_pet.model.layer_kinds import host_kind, matrix_of
+from lightning_pet.model.naming import join, module_at, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.store.strict_json import fault, shown
 from lightning_pet.targets.patterns import exactly
@@ -49,14 +50,7 @@ def lora(folder: Folder, base: Base | None) -> Read:
     for host, target, parts in placed(folder, hosts, root, ("a", "b")):
         if dora is not ("magnitude" in parts):
             raise fault(str(folder.path), f"use_dora is {dora}, which {host.path} contradicts.", "mismatch")
-        rank = parts["a"].shape[0 if is_kernel(parts) else -2]
-        # PEFT merges into an attention before each call, and adds the change of its output projection twice. Its rank
-        # of a convolution in groups counts for all of them.
-        wide = host.parts["a"].shape[0] / parts["a"].shape[0] if is_kernel(parts) else 1.0
-        factor = (2 if host.inside else 1) / (math.sqrt(wide) if rsl else wide)
-        own = _alpha(folder, join(host.path, target.parameter) if host.named else host.path)
-        alphas[exactly(target)] = own * factor if factor != 1 else own
-        ranks[exactly(target)] = rank
+        parts, ranks[exactly(target)], alphas[exactly(target)] = _rank_and_alpha(folder, host, target, parts, root)
         targets.append(target)
         tensors |= {(target, name): tensor for name, tensor in parts.items()}
     r, alpha = _most(ranks), _most(alphas)
@@ -73,13 +67,72 @@ def lora(folder: Folder, base: Base | None) -> Read:
         "lora_bias": bool(config.get("lora_bias")),
         "target_modules": sorted({target.module for target in targets}),
     }
-    rest = _without_tables(folder, rest, [target.module for target in targets], root)
+    rest = without_tables(folder, rest, [target.module for target in targets], root)
     biases = biases_of(folder, rest, {target.module for target in targets})
     read = whole_of(folder, "lora", options, targets, tensors, rest, biases)
-    return read if init == "kaiming" else _with_starts(read, targets, options, root)
+    return read if init == "kaiming" else _with_starts(folder, read, targets, options, root)
 
 
-def _without_tables(
+def _asked(host: Host, target: Target) -> str:
+    """The path that PEFT asks its patterns about: of an attention's output projection that of the attention."""
+    if host.inside:
+        return host.path.rpartition(".")[0]
+    return join(host.path, target.parameter) if host.named else host.path
+
+
+def _rank_and_alpha(
+    folder: Folder, host: Host, target: Target, parts: dict[str, Tensor], root: nn.Module | None
+) -> tuple[dict[str, Tensor], int, float]:
+    """A low-rank delta in a form that its layer has room for, its rank, and an alpha above zero."""
+    given = rank = parts["a"].shape[0 if is_kernel(parts) else -2]
+    limit = rank if root is None else min(matrix_of(module_at(root, target.module), target.parameter))
+    if rank > limit:
+        parts = _of_rank(parts, limit)
+        rank = parts["a"].shape[0 if is_kernel(parts) else -2]
+    # PEFT merges into an attention before each call, and adds the change of its output projection twice. Its rank of a
+    # convolution in groups counts for all of them.
+    wide = host.parts["a"].shape[0] / given if is_kernel(parts) else 1.0
+    factor = (2 if host.inside else 1) * (rank / given / wide) ** (0.5 if folder.config.get("use_rslora") else 1)
+    alpha = _alpha(folder, _asked(host, target))
+    if alpha <= 0:
+        alpha, parts = _signed(folder, alpha, rank, parts)
+    return parts, rank, alpha * factor if factor != 1 else alpha
+
+
+def _of_rank(parts: Mapping[str, Tensor], limit: int) -> dict[str, Tensor]:
+    """The same product in no more ranks than its weight has: without those of zeros, or else from another pair."""
+    first, second = (0, 1) if is_kernel(parts) else (-2, -1)
+    a, b = parts["a"].movedim(first, 0), parts["b"].movedim(second, 0)
+    used = (a.flatten(1).any(1) | b.flatten(1).any(1)).nonzero()[:, 0]
+    used = used if len(used) else torch.zeros(1, dtype=torch.int64)
+    if len(used) <= limit:
+        return {**parts, "a": a[used].movedim(0, first), "b": b[used].movedim(0, second)}
+    kernel = parts["a"].shape[1:] if is_kernel(parts) else ()
+    a, b = (parts["a"].flatten(1), parts["b"].flatten(1)) if kernel else (parts["a"], parts["b"])
+    outputs, inputs = b.shape[-2], a.shape[-1]
+    whole = (b.double() @ a.double()).to(a.dtype)
+    eye = torch.eye(min(outputs, inputs), dtype=a.dtype).expand(*whole.shape[:-2], -1, -1)
+    a, b = (eye, whole) if inputs <= outputs else (whole, eye)
+    if kernel:
+        a, b = a.reshape(-1, *kernel), b.reshape(parts["b"].shape[0], -1, *(1,) * (len(kernel) - 1))
+    return {**parts, "a": a.contiguous(), "b": b.contiguous()}
+
+
+def _signed(folder: Folder, alpha: float, rank: int, parts: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """An alpha of zero or below, which no scale has here: B takes its sign."""
+    if (init := _start(folder)) != "kaiming":
+        raise fault(
+            str(folder.path / CONFIG),
+            f"found an alpha of {alpha} with init_lora_weights={init!r}, which has moved a part of the base by it. "
+            "Save the delta again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+            "mismatch",
+        )
+    sign = -1.0 if alpha else 0.0
+    turned = {name: parts[name] * sign for name in ("b", "bias") if name in parts}
+    return -alpha or rank, {**parts, **turned}
+
+
+def without_tables(
     folder: Folder, rest: Mapping[str, Tensor], hosts: Sequence[str], root: nn.Module | None
 ) -> dict[str, Tensor]:
     """PEFT writes the whole table beside a delta on an embedding or output layer: it has to be the base's."""
@@ -98,19 +151,9 @@ def _without_tables(
                     "mismatch",
                 )
             own = modules[path]._parameters.get("weight") if path in modules else None
-            if own is not None and not own.is_meta and (own.shape != table.shape or not _equal(own, table)):
-                raise fault(
-                    str(folder.path),
-                    f"{name} {tuple(table.shape)} is not the base's {path}.weight {tuple(own.shape)}: the vocabulary "
-                    "was resized, or the table trained, or this is another base. Resize the base as it was "
-                    "(resize_token_embeddings) and give it these values first.",
-                    "base",
-                )
+            if own is not None:
+                check_table(folder, name, table, own)
     return left
-
-
-def _equal(own: Tensor, table: Tensor) -> bool:
-    return torch.equal(own.detach().cpu().to(table.dtype), table)
 
 
 def _start(folder: Folder) -> str:
@@ -128,7 +171,9 @@ def _start(folder: Folder) -> str:
     )
 
 
-def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None) -> Read:
+def _with_starts(
+    folder: Folder, read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None
+) -> Read:
     """PiSSA and OLoRA took their start values out of the base: they are computed from it again.
 
     Tables and kernels start at random in PEFT, whatever is asked for: nothing was taken out of them.
@@ -139,9 +184,16 @@ def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any],
     method = METHODS["lora"](**options)
     for insertion in method.insertions(root, targets):
         path = insertion.path(method)
+        kind = host_kind(modules[insertion.target.module], insertion.target.parameter)
+        if kind == "conv1d_hf" and options["init"] == "olora":
+            raise fault(
+                str(folder.path),
+                f"{insertion.target.module} keeps its weight as [in, out], where OLoRA of PEFT takes the transpose of "
+                "its start values out of the base, so that its model does not start as the base. Merge it with PEFT.",
+                "mismatch",
+            )
         for name in ("a0", "b0"):
             start = getattr(insertion.delta, name).detach().clone()
-            kind = host_kind(modules[insertion.target.module], insertion.target.parameter)
             tensors[join(path, name)] = torch.zeros_like(start) if kind in ("embedding", "conv") else start
     return replace(read, tensors=tensors)
 

@@ -9,12 +9,23 @@ from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
-from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, adalora, kind_at, lora, targets_of, write_low_rank
-from lightning_pet.exchange.peft_prompts import scale_of, turn
+from lightning_pet.exchange.peft_low_rank import (
+    PROJECTIONS,
+    Layer,
+    adalora,
+    kind_at,
+    lora,
+    taken,
+    targets_of,
+    write_biases,
+    write_low_rank,
+)
+from lightning_pet.exchange.peft_on_weights import write_hira
+from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
 from lightning_pet.exchange.peft_vera import write_vera
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
-from lightning_pet.model.naming import CHILD, by_delta, join, module_at, named_modules
+from lightning_pet.model.naming import CHILD, join, module_at, named_modules
 from lightning_pet.model.structure import Target
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault
@@ -62,14 +73,11 @@ def to_peft(stored: Stored, root: nn.Module | None) -> Export:
 
 
 def _ia3(export: Export, left: dict[str, Tensor]) -> None:
-    inner, every, groups = [], [], by_delta(left)
+    inner, every = [], []
     vectors: dict[str, Tensor] = {}
-    for target in export.record.targets:
-        if (parts := groups.get(export.path(target))) is None:
-            continue
+    for target, parts in taken(export, left):
         if parts.keys() != {"scale"} or target.parameter != "weight":
             raise export.fault(f"{target.path} is read without a call of its layer, which PEFT cannot rescale.")
-        del left[join(export.path(target), "scale")]
         scale, path = parts["scale"], target.module
         reads = target.role == "ffn.down"
         if target.rows is not None:
@@ -83,6 +91,8 @@ def _ia3(export: Export, left: dict[str, Tensor]) -> None:
             inner += [path] if reads else []
     for path, scale in vectors.items():
         module = export.needed(path, "may be a convolution") if _unsure(export, path) else export.module(path)
+        if isinstance(module, nn.Conv1d):
+            raise export.fault(f"{path}: PEFT has no (IA)³ on a Conv1d. Merge it (to='transformers').")
         shape: tuple[int, ...] = (1, -1) if path in inner else (-1, 1)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             shape = (1, -1, *(1,) * len(module.kernel_size))
@@ -109,7 +119,16 @@ def _bitfit(export: Export, left: dict[str, Tensor]) -> None:
     if any(".pet." in name for name in left):
         raise export.fault("biases that the base does not have (add_missing) have no place in PEFT. Merge it.")
     places = [target for target in export.record.targets if target.role != "head"]
-    host = next((target.module for target in places if isinstance(export.module(target.module), nn.Linear)), None)
+    attentions = nn.MultiheadAttention
+    host = next(
+        (
+            target.module
+            for target in places
+            if isinstance(export.module(target.module), nn.Linear)
+            and not isinstance(export.module(target.module.rpartition(".")[0]), attentions)
+        ),
+        None,
+    )
     if host is None:
         raise export.fault("a linear layer of the base has to carry the biases: give the base, base=….")
     layer = export.needed(host, "carries the biases")
@@ -117,10 +136,7 @@ def _bitfit(export: Export, left: dict[str, Tensor]) -> None:
     like = next(iter(left.values()))
     zero = Layer(Target(host), [like.new_zeros(1, inputs)], [like.new_zeros(outputs, 1)])
     write_low_rank(export, [zero], False, bias="all")
-    for target in places:
-        name = target.path
-        wrapped = WRAPPED if target.module == host else ""
-        export.tensors[f"{PREFIX}{target.module}{wrapped}.{target.parameter}"] = left.pop(name)
+    write_biases(export, left, [target.path for target in places])
 
 
 def _prompt(export: Export, left: dict[str, Tensor]) -> None:
@@ -129,6 +145,8 @@ def _prompt(export: Export, left: dict[str, Tensor]) -> None:
     if len(rows) != 1 or len(names) != 1 or export.record.config.get("where", "encoder") == "both":
         raise export.fault("PEFT has one prompt, in the encoder or only stack. Merge is not possible; train it so.")
     table = rows[0].partition(".pet.")[0]
+    if export.root is not None:
+        require_pooled_within(str(export.stored.path), export.root)
     own = left.pop(rows[0]) * scale_of(export.needed(table, "may multiply its rows"))
     export.tensors["prompt_embeddings"] = own.contiguous()
     export.config |= {"peft_type": "PROMPT_TUNING", **_virtual(export, own.shape[0], own.shape[1], 1)}
@@ -186,7 +204,17 @@ def _heads(export: Export, left: dict[str, Tensor]) -> None:
                 f"{other} shares a weight with the trained {path}; PEFT would train a copy and leave {other} as it is "
                 "in the base. Merge it (to='transformers')."
             )
+    for path in named if export.root is not None else ():
+        _complete(export, path, "base_model." if virtual else PREFIX)
     export.config["modules_to_save"] = [*named] or None
+
+
+def _complete(export: Export, path: str, prefix: str) -> None:
+    """PEFT takes a module as a whole: what of it has not trained has the base's values."""
+    for name, value in module_at(export.needed("", "has it"), path).state_dict().items():
+        if CHILD in name.split("."):
+            raise export.fault(f"{join(path, name)} is in the trained {path}, where PEFT has no delta. Merge it.")
+        export.tensors.setdefault(f"{prefix}{path}.{name}", value.detach().cpu().clone().contiguous())
 
 
 def _head_around(export: Export, name: str) -> str:
@@ -205,6 +233,8 @@ def _said_of_the_base(export: Export) -> dict[str, Any]:
     config["base_model_name_or_path"] = name if hub else ""
     kind = "" if root is None else type(root).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    if getattr(root, "main_input_name", "input_ids") != "input_ids":
+        task = None  # what PEFT makes for a task hands over ids, which speech and images have none of
     task = task if _has_its_heads(export, task) else None
     config["task_type"] = task
     if task is None and root is not None:
@@ -223,10 +253,8 @@ def _has_its_heads(export: Export, task: str | None) -> bool:
     absent = [path for path in heads if path not in (export.config["modules_to_save"] or ())]
     if not absent or "prompt_embeddings" not in export.tensors:
         return not absent
-    assert export.root is not None
     for path in absent:
-        for name, value in module_at(export.root, path).state_dict().items():
-            export.tensors.setdefault(f"base_model.{path}.{name}", value.detach().cpu().clone().contiguous())
+        _complete(export, path, "base_model.")
     export.config["modules_to_save"] = [*(export.config["modules_to_save"] or ()), *absent]
     return True
 
@@ -235,6 +263,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "lora": lora,
     "adalora": adalora,
     "ia3": _ia3,
+    "hira": write_hira,
     "bitfit": _bitfit,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,

@@ -1,5 +1,7 @@
 """Which low-rank delta fits a place: on what its layer returns where that is the plain product, else on the weight."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,17 +22,20 @@ from lightning_pet.model.layer_kinds import (
     weight_of,
 )
 from lightning_pet.model.naming import module_at
+from lightning_pet.model.quantised import shape_of
 from lightning_pet.model.structure import Target
+from lightning_pet.targets.patterns import value_at
 
 
 @dataclass(frozen=True)
 class Forms:
-    """The classes of one low-rank method, by what they sit on."""
+    """The classes of one low-rank method, by what they sit on; ``linear=None``: it acts on every weight itself."""
 
-    linear: type[LowRankLinear] = LowRankLinear
+    linear: type[LowRankLinear] | None = LowRankLinear
     parameter: type[LowRankParameter] = LowRankParameter
     conv: type[LowRankConv] = LowRankConv
     conv_weight: type[ConvWeight] = ConvWeight
+    embedding_weight: type[EmbeddingWeight] = EmbeddingWeight
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
     host = module_at(root, target.module)
     weight = weight_of(host, target.parameter)
     assert weight is not None  # resolve_targets returned it
-    kind, called = host_kind(host, target.parameter), is_called(root, target)
+    kind = host_kind(host, target.parameter)
+    called = forms.linear is not None and is_called(root, target)
     outputs, inputs = matrix_of(host, target.parameter)
     common: dict[str, Any] = {
         "scale": options.scale,
@@ -82,9 +88,9 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
     if kind == "embedding":
         table = cast(nn.Embedding, host)
         common |= {"padding_idx": table.padding_idx, "embed_scale": embed_scale(host)}
-        cls = LowRankEmbedding if called and not options.use_dora else EmbeddingWeight
+        cls = LowRankEmbedding if called and not options.use_dora else forms.embedding_weight
         return cls(table.num_embeddings, table.embedding_dim, options.rank, **common)
-    if called:
+    if called and forms.linear is not None:
         common |= {"bias": True} if options.bias else {}
         return forms.linear(inputs, outputs, options.rank, transposed=kind == "conv1d_hf", rows=target.rows, **common)
     turned = transposed(host, target.parameter)
@@ -121,6 +127,47 @@ def _convolution(
         padding_mode=conv.padding_mode,
         **common,
     )
+
+
+def scale_of(config: Mapping[str, Any], target: Target, rank: int) -> float:
+    """What a low-rank delta is multiplied by, as a file tells it.
+
+    Args:
+        config: options of the method.
+        target: the place.
+        rank: of the delta there.
+    """
+    alpha = value_at(config.get("alpha_pattern"), target, config.get("alpha", 16))
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def rank_at(
+    root: nn.Module, target: Target, r: int, pattern: Mapping[str, int] | None = None, clamp: bool = False
+) -> int:
+    """The rank that a place gets.
+
+    Args:
+        root: of the model.
+        target: the place.
+        r: what is asked for.
+        pattern: what is asked for at single places.
+        clamp: a place that is too small gets the largest rank that it can have.
+
+    Raises:
+        TargetError: if the place is too small.
+    """
+    host = module_at(root, target.module)
+    weight = weight_of(host, target.parameter)
+    assert weight is not None  # resolve_targets returned it
+    rank, limit = value_at(pattern, target, r), largest_rank(host, target.parameter)
+    if rank > limit and not clamp:
+        raise TargetError(
+            f"{target.path} is {'×'.join(map(str, shape_of(weight)))}: the rank can be at most {limit}, "
+            f"not {rank}. "
+            "Lower r, set a lower rank_pattern for it, exclude it, or give it the rank that it can have by "
+            "clamp_rank=True."
+        )
+    return min(rank, limit)
 
 
 def largest_rank(host: nn.Module, parameter: str) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_pet.errors import ArgumentError, NotMergeableError, PETError
+from lightning_pet.layers.combining import Factors
 from lightning_pet.layers.sharding import is_partition, placed
 from lightning_pet.layers.transforms import is_ordinary
 
@@ -272,6 +273,14 @@ class Delta(Part):
         The default does not tell: it is ``False``, and whoever asks looks at what :meth:`merged` returns.
         """
         return False
+
+    def low_rank_factors(self) -> Factors | None:
+        """A and B whose product is the whole change of the weight, in the shapes that LoRA on this host has.
+
+        Returns:
+            A and B with every factor of the delta in them; ``None`` if no low rank says all of the change.
+        """
+        return None
 
     def merged_bias(self, bias: Tensor) -> Tensor:
         """Return the host's bias that goes with :meth:`merged`; only asked for where ``changes_bias``."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers import rows as ranges
-from lightning_pet.layers.combining import factored
+from lightning_pet.layers.combining import Factors, factored
 from lightning_pet.layers.delta import Delta, check_scale
 from lightning_pet.layers.low_rank_product import add_product_, is_plain, sum_is_finite
 from lightning_pet.layers.sharding import whole
@@ -182,6 +182,20 @@ class LowRank(Delta):
             used = own.stop
 
     @torch.no_grad()
+    def low_rank_factors(self) -> Factors | None:
+        """A and s · B, with the start of both behind them; see :meth:`Delta.low_rank_factors`."""
+        if self.magnitude is not None or self.changes_bias:
+            return None
+        a, b = self._flat_a(), self._flat_b() * self.scale
+        if self.a0 is not None and self.b0 is not None:
+            a, b = torch.cat([a, self.a0.view_as(a)], -2), torch.cat([b, self.b0.view_as(b) * -self.scale], -1)
+        return self._shaped(a, b)
+
+    def _shaped(self, a: Tensor, b: Tensor) -> Factors:
+        """Matrices A and B of any rank in the shapes of the parameters."""
+        return a, b
+
+    @torch.no_grad()
     def approximation(self, change: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The best A and B for a change of the host's weight, with a scale of one; nothing of its own is changed.
 
@@ -240,7 +254,11 @@ class LowRank(Delta):
         """These rows with the low-rank change added, in at least float32; a constant to autograd."""
         with torch.no_grad():
             matrix = matrix.to(_precise(matrix))
-            return matrix + self._change(matrix.dtype)
+            return self._moved(matrix, self._change(matrix.dtype))
+
+    def _moved(self, matrix: Tensor, change: Tensor) -> Tensor:
+        """What a change of this size makes of the rows that it belongs to."""
+        return matrix + change
 
     def _norm(self, matrix: Tensor) -> Tensor:
         """Norm of each output feature's effective weight, before DoRA rescales it; a constant to autograd."""
@@ -255,7 +273,7 @@ class LowRank(Delta):
         with torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight).to(dtype)
             own = self._own(matrix)
-            changed = own + self._change(dtype, drop=drop)
+            changed = self._moved(own, self._change(dtype, drop=drop))
             if self.magnitude is not None:
                 # In the magnitude's dtype, so that the factor is exactly 1 at the start.
                 factor = self.magnitude / self._norm(own).to(self.magnitude.dtype)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.layers.combining import Factors
 from lightning_pet.layers.delta import Path
 from lightning_pet.layers.low_rank_base import Init, LowRank, OwnBias, check_rank
 
@@ -240,6 +241,9 @@ class LowRankConv(OwnBias):
 
     def _flat_b(self) -> Tensor:
         return self.b.flatten(1)
+
+    def _shaped(self, a: Tensor, b: Tensor) -> Factors:
+        return a.reshape(-1, *self.kernel), b.reshape(*b.shape, *(1,) * (len(self.kernel) - 1))
 
 
 class ConvWeight(LowRankConv):

@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
+from lightning_pet.exchange.peft import settled
 from lightning_pet.insertion.commit import copy_in, renew
 from lightning_pet.insertion.method import METHODS, Method, delta_name, key_of
 from lightning_pet.insertion.tasks.own_values import is_own, own_places
 from lightning_pet.layers.sharding import whole_shape
 from lightning_pet.layers.value import Value
 from lightning_pet.model.adaptation import Adaptation, adapted_root
-from lightning_pet.model.naming import VALUE, by_delta, join, named_tensors
+from lightning_pet.model.naming import CHILD, VALUE, by_delta, join, named_modules, named_tensors
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.file_terms import for_model
 from lightning_pet.operations.loading import deltas_of, insert, load
@@ -211,7 +212,7 @@ def start_from(
         DeltaFileError: if the file has no such method, or its tensors do not fit.
     """
     path, name = stored.path, delta_name(method)
-    stored, record = for_model(stored, name), adapted.record
+    stored, record = settled(for_model(stored, name), adapted.root), adapted.record
     view = record.of(name)
     holds = ", ".join(f"{m.method}:{m.name}" for m in stored.methods)
     if not any((m.method, m.name) == (method.method, method.name) for m in stored.methods):
@@ -228,7 +229,8 @@ def start_from(
     problems = [join(prefix, text) for prefix, d in deltas.items() for text in d.misfits(found.get(prefix, {}))]
     if problems:
         raise DeltaFileError(
-            f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with.",
+            f"start_from={str(path)!r}: {problems[0]}. It holds {holds}; give the options it was trained with"
+            f"{_other_options(stored, method, adapted.root)}.",
             "mismatch",
         )
     _say_meaning(stored, method)
@@ -244,6 +246,25 @@ def start_from(
         copy_in(adapted.root, values)
     else:
         fill(named_tensors(adapted.root), values)
+
+
+def _other_options(stored: Stored, method: Method, root: nn.Module) -> str:
+    """The options of a method in a file that are others here, as a user writes them."""
+    record = next(m for m in stored.methods if (m.method, m.name) == (method.method, method.name))
+    now, left = method.config(), {*METHODS[method.method].of_the_run, "modules_to_save", "name"}
+    then = {option: value for option, value in record.config.items() if option not in left and value != now.get(option)}
+    places = {target.module for target in record.targets if target.parameter}
+    if "target_modules" in then:
+        ends = {path.rpartition(".")[2] for path in places}
+        hit = {path for path in named_modules(root) if path.rpartition(".")[2] in ends and CHILD not in path.split(".")}
+        then["target_modules"] = sorted(ends if hit == places else places)
+    said = ", ".join(f"{option}={_short(value)}" for option, value in then.items())
+    return f": {said}" if said else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _say_meaning(stored: Stored, method: Method) -> None:

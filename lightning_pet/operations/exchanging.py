@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.arguments import one_of
@@ -20,6 +21,7 @@ from lightning_pet.exchange.peft_writer import for_server, to_peft
 from lightning_pet.exchange.source import read_source
 from lightning_pet.model.adaptation import adapted_root, record_at
 from lightning_pet.operations.adapted import Adapted
+from lightning_pet.operations.combining.factors import as_low_rank
 from lightning_pet.operations.combining.in_model import combined, file_of, options_of
 from lightning_pet.operations.delta import load_delta, load_model, merge_into_folder, save_delta
 from lightning_pet.operations.roots import root_of
@@ -42,8 +44,9 @@ def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike
         source: the folder.
         path: usually ends in ``.pet.safetensors``; an existing file is replaced.
         base: the model that it is for, or a local folder of it. With it everything is checked against the model, and
-            the file knows its fingerprint. PiSSA, OLoRA, prompts, prefixes and deltas on parameters that no layer
-            calls cannot be understood without.
+            the file knows its fingerprint; without it a note in the file says that this was not done, and ties and
+            biases are looked at when it is loaded. PiSSA, OLoRA, prompts, prefixes and deltas on parameters that no
+            layer calls cannot be understood without.
 
     Returns:
         Bytes written.
@@ -56,7 +59,12 @@ def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike
         raise ArgumentError(f"{source} is no folder: give the one that save_pretrained wrote.")
     if base is None:
         stored = read_source(source)
-        manifest = Manifest(stored.methods, notes=stored.notes, written_by=written_by())
+        rank_zero_warn(
+            f"{path}: imported without its base, so that nothing was compared with it: neither paths and shapes, nor "
+            "which of its parameters are one. That is done when the file is loaded; give the base to have it done now."
+        )
+        notes = {**stored.notes, "not_compared": "imported without its base"}
+        manifest = Manifest(stored.methods, notes=notes, written_by=written_by())
         return write_delta(path, stored.tensors, manifest)
     model = load_model(Path(os.fspath(base))) if isinstance(base, str | os.PathLike) else base
     adapted = load_delta(model, source, name="imported")
@@ -103,7 +111,8 @@ def export_delta(
         folder: what to make; nothing, or an empty folder, may be there.
         to: ``"peft"``: a folder of HF PEFT, which ``PeftModel.from_pretrained`` and transformers' ``load_adapter``
             read. ``"vllm"`` and ``"llama.cpp"``: the plain LoRA that these servers read. ``"lora"``: whatever changes
-            weights, as a LoRA of this ``rank`` (PEFT's folder). ``"transformers"``: the merged model.
+            weights, as a LoRA of this ``rank`` (PEFT's folder); without a rank where some LoRA says all of the change.
+            ``"transformers"``: the merged model.
         base: the model that it is for, or a local folder of it. Deltas on fused weights, convolutions, embeddings or
             experts, and prefixes cannot be written without. With it outputs are compared.
         name: which delta, of a model that has several.
@@ -121,7 +130,8 @@ def export_delta(
     if to == "transformers":
         return _merged(source, Path(os.fspath(folder)), base)
     model = load_model(Path(os.fspath(base))) if isinstance(base, str | os.PathLike) else base
-    stored, root, model = _source(source, model, name)
+    stored, model = delta_in(source, name), source if isinstance(source, nn.Module) else model
+    root = None if model is None else root_of(model)[1]
     error = 0.0
     if to == "lora":
         stored, error = _as_lora(stored, root, model, rank, max_error)
@@ -129,24 +139,38 @@ def export_delta(
     if to in ("vllm", "llama.cpp"):
         for_server(export, to)
     reap_once(Path(os.fspath(folder)).parent)
-    atomic_folder(folder, lambda made: _write(Path(made), export))
-    difference, reader = (None, "") if error else _compare(source, model, Path(os.fspath(folder)), name)
+    difference, reader = None, ""
+
+    def build(made: str) -> None:
+        nonlocal difference, reader
+        _write(Path(made), export)
+        if not error:
+            difference, reader = _compare(source, model, Path(made), strict=to == "peft")
+
+    atomic_folder(folder, build)
     return Exported(Path(os.fspath(folder)), int(export.config.get("r", 0)), error, difference, reader)
 
 
-def _source(
-    source: nn.Module | PathLike, base: nn.Module | None, name: str | None
-) -> tuple[Stored, nn.Module | None, nn.Module | None]:
-    """The delta, and the root of the base that it is for."""
-    if isinstance(source, nn.Module):
-        found = adapted_root(source)
-        if found is None:
-            raise PETError(f"nothing was applied to this {type(source).__name__}: there is no delta to export.")
-        record = record_at(found[1])
-        return file_of(found[1], record, meant(record, name)), found[1], source
-    if name is not None:
-        raise ArgumentError(f"name={name!r} tells deltas of a model apart; {source} is a file, which holds one.")
-    return read(source), None if base is None else root_of(base)[1], base
+def delta_in(source: nn.Module | PathLike, name: str | None = None) -> Stored:
+    """A delta from wherever a user has it.
+
+    Args:
+        source: a delta file, a training checkpoint, or an adapted model.
+        name: which, of a model that has several.
+
+    Raises:
+        PETError: if nothing was applied to a model.
+        ArgumentError: if a file is given a name.
+    """
+    if not isinstance(source, nn.Module):
+        if name is not None:
+            raise ArgumentError(f"name={name!r} tells deltas of a model apart; {source} is a file, which holds one.")
+        return read(source)
+    found = adapted_root(source)
+    if found is None:
+        raise PETError(f"nothing was applied to this {type(source).__name__}: there is no delta in it.")
+    record = record_at(found[1])
+    return file_of(found[1], record, meant(record, name))
 
 
 def _as_lora(
@@ -154,14 +178,17 @@ def _as_lora(
 ) -> tuple[Stored, float]:
     if root is None or model is None:
         raise ArgumentError("to='lora' computes with the base's weights: give it, base=….")
-    if rank is None:
-        raise ArgumentError("to='lora' needs a rank, such as rank=16.")
     there = adapted_root(model) is not None
     delta = str(stored.path) if there else "exported"
     if not there:
         load_delta(model, stored.path, name=delta)
     own = root_of(model)[1]
     try:
+        exact = None if stored.methods[0].method == "lora" else as_low_rank(own, delta)
+        if exact is not None and (rank is None or rank >= exact.methods[0].config["r"]):
+            return exact, 0.0
+        if rank is None:
+            raise ArgumentError("to='lora' needs a rank, such as rank=16; without one it would have to be exact.")
         names, options = options_of(record_at(own), {delta: 1.0}, "svd", rank, None, 0)
         made, result = combined(own, names, options)
     finally:
@@ -225,31 +252,46 @@ def _card(export: Export) -> str:
 
 
 def _compare(
-    source: nn.Module | PathLike, model: nn.Module | None, folder: Path, name: str | None
+    source: nn.Module | PathLike, model: nn.Module | None, folder: Path, strict: bool
 ) -> tuple[float | None, str]:
-    """The largest difference of outputs, on a copy of the base in the reader's hands."""
+    """The largest difference of outputs, on a copy of the base in the reader's hands.
+
+    Raises:
+        DeltaFileError: if it is ``strict``, and the reader cannot load or run what was written, or has other outputs.
+    """
     if model is None:
         return None, ""
     ours = copy.deepcopy(model)
     plain = copy.deepcopy(model)
     if isinstance(source, nn.Module):
         Adapted(plain).remove()
-        root = root_of(ours)[1]
     else:
         load_delta(ours, source)
-        root = root_of(ours)[1]
+    root = root_of(ours)[1]
     inputs = _working_inputs(root)
-    if inputs is None:
-        return None, ""
     bare = root_of(plain)[1]
-    theirs, reader = _with_peft(bare, folder)
-    virtual = json.loads((folder / CONFIG).read_text()).get("num_virtual_tokens", 0)
-    a, b = _output(root, inputs), _output(theirs, inputs)
+    try:
+        theirs, reader = _with_peft(bare, folder)
+        b = None if inputs is None else _output(theirs, inputs)
+    except Exception as error:  # whatever it is that PEFT says
+        if not strict:
+            return None, ""
+        raise DeltaFileError(
+            f"{_name_of(source)}: PEFT cannot take it on this {type(bare).__name__}: {type(error).__name__}: "
+            f"{str(error)[:300]}. Merge it (to='transformers').",
+            "mismatch",
+        ) from error
+    a = None if inputs is None else _output(root, inputs)
     if a is None or b is None:
         return None, ""
+    virtual = json.loads((folder / CONFIG).read_text()).get("num_virtual_tokens", 0)
     if virtual and b.shape != a.shape:
         b = b[:, virtual:]
     return float((a.double() - b.double()).abs().max()), reader
+
+
+def _name_of(source: nn.Module | PathLike) -> str:
+    return f"this {type(source).__name__}" if isinstance(source, nn.Module) else os.fspath(source)
 
 
 def _with_peft(base: nn.Module, folder: Path) -> tuple[nn.Module, str]:

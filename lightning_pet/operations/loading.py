@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.exchange.folder import is_folder
+from lightning_pet.exchange.peft import settled
 from lightning_pet.exchange.source import local, read_source
 from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
@@ -261,10 +262,9 @@ def load(
 ) -> nn.Module:
     """Read a delta from wherever it comes, and insert it; arguments and errors as :func:`insert`."""
     source = local(source, revision)
-    if not is_folder(source):
-        return insert(model, read(source, name), base_check, name=name, heads=heads, rename=rename)
-    stored = read_source(source, base_of(model), base_check, rename)
-    return insert(model, stored, base_check, name=name, heads=heads)
+    known = not is_folder(source)  # names of other libraries are exchanged before they are understood
+    stored = read(source, name) if known else read_source(source, base_of(model), base_check, rename)
+    return insert(model, stored, base_check, name=name, heads=heads, rename=rename if known else None)
 
 
 def insert(
@@ -302,7 +302,7 @@ def insert(
     present = record_of(root) or Adaptation()
     delta = _name_of(present, stored, name)
     check_rename(rename, stored)
-    stored = for_model(stored, delta, rename)
+    stored = settled(for_model(stored, delta, rename), root)
     methods, left = methods_of(stored, delta), frozenset[str]()
     if not heads:
         stored, left = without_heads(root, stored, methods)

@@ -10,15 +10,12 @@ from typing import Literal
 from torch import nn
 
 from lightning_pet.arguments import one_of
-from lightning_pet.errors import PETError
 from lightning_pet.exchange.hub import DELTA, card, upload
-from lightning_pet.model.adaptation import adapted_root, record_at
-from lightning_pet.operations.combining.in_model import file_of
+from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.operations.delta import save_delta
-from lightning_pet.operations.exchanging import export_delta
-from lightning_pet.operations.saved import meant
+from lightning_pet.operations.exchanging import delta_in, export_delta
 from lightning_pet.store.files import is_delta_file
-from lightning_pet.store.reader import PathLike, Stored, extract_delta, read
+from lightning_pet.store.reader import PathLike, extract_delta
 from lightning_pet.version import VERSION
 
 Form = Literal["delta", "peft"]
@@ -68,7 +65,7 @@ def push_to_hub(
         PETError: if nothing was applied to a model.
     """
     one_of("to", to, Form)
-    stored, found = _read(source, name), base_model
+    stored, found = delta_in(source, name), base_model
     if found is None:
         found = _name_on_hub(source if isinstance(source, nn.Module) else base)
     code = _CODE[to].format(repo_id)
@@ -87,16 +84,6 @@ def push_to_hub(
         (folder / "README.md").write_text(text, encoding="utf-8")
         options = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
         return upload(folder, repo_id, private=private, token=token, **options)
-
-
-def _read(source: nn.Module | PathLike, name: str | None) -> Stored:
-    if not isinstance(source, nn.Module):
-        return read(source)
-    found = adapted_root(source)
-    if found is None:
-        raise PETError(f"nothing was applied to this {type(source).__name__}: there is no delta to upload.")
-    record = record_at(found[1])
-    return file_of(found[1], record, meant(record, name))
 
 
 def _write(source: nn.Module | PathLike, path: Path, name: str | None) -> None:

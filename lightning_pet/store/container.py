@@ -173,6 +173,13 @@ def _foreign(start: bytes, size: int, length: int, where: str) -> DeltaFileError
             "code; delta files never are one. Ask for the delta as saved by save_delta.",
             "unsafe",
         )
+    if start[:1] in b"{[":
+        return fault(
+            where,
+            "found text, such as JSON, expected a safetensors file. Give the delta itself: the *.pet.safetensors "
+            "beside a record of runs, or the folder of an adapter_config.json.",
+            "schema",
+        )
     text = f"found {size} bytes that begin with a header length of {length}, expected a whole safetensors file."
     return fault(where, f"{text} It is cut short or damaged: copy it again.", "corrupt")
 

@@ -57,6 +57,7 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "AdapterBias": lambda _: [pet.AdapterBiasCallback()],
     "Adapter fusion": lambda folder: [pet.AdapterFusionCallback(adapters(folder), temperature=9.0)],
     "Compacter": lambda _: [pet.CompacterCallback(bottleneck_size=4, phm_dim=2)],
+    "HiRA": lambda _: [pet.HiRACallback(r=2)],
     "IA3": lambda _: [pet.IA3Callback()],
     "VeRA": lambda _: [pet.VeRACallback(r=4)],
     "Prefix tuning": lambda _: [pet.PrefixTuningCallback(length=3, projection_size=4)],

@@ -20,6 +20,7 @@ from lightning_pet import (
     BitFitCallback,
     DeltaFileError,
     DiffPruningCallback,
+    HiRACallback,
     IA3Callback,
     LoRACallback,
     PETCallback,
@@ -71,6 +72,9 @@ CASES: dict[str, Case] = {
     "ia3 by ends of names": (llama, lambda: IA3Callback()),
     "ia3 roles": (gpt2, lambda: IA3Callback()),
     "ia3 convolutions": (Convolutions, lambda: IA3Callback(target_modules=["first"], feedforward_modules=["second"])),
+    "hira": (llama, lambda: HiRACallback(r=3, target_modules=["q_proj", "embed_tokens"], rank_pattern={"q_proj": 2})),
+    "hira roles": (gpt2, lambda: HiRACallback(r=2)),
+    "hira convolutions": (Convolutions, lambda: HiRACallback(r=2, target_modules=["first", "linear"])),
     "bitfit": (bert, lambda: BitFitCallback()),
     "vera": (llama, lambda: VeRACallback(r=20, target_modules=["attention.q", "attention.v", "ffn.down"])),
     "vera on one role": (gpt2, lambda: VeRACallback(r=3, target_modules=["attention.v"])),
@@ -190,6 +194,17 @@ def test_any_change_of_weights_as_lora(tmp_path: Path) -> None:
     assert whole.error < 1e-3
     torch.testing.assert_close(in_peft(base, tmp_path / "whole", output_of(model)), output_of(model), rtol=0, atol=1e-5)
     assert list(model.state_dict()) == list(trained(base, IA3Callback()).state_dict())
+
+
+def test_a_change_that_is_of_low_rank_is_written_without_asking_for_one(tmp_path: Path) -> None:
+    for build, targets in ((bert, ["attention.q", "attention.v"]), (Convolutions, ["first", "linear"])):
+        base, folder = made(build), tmp_path / build.__name__
+        model = trained(base, AdaLoRACallback(init_r=4, target_r=2, total_step=10, target_modules=targets))
+        done = export_delta(model, folder, to="lora")
+        assert (done.error, done.rank) == (0.0, 4)
+        torch.testing.assert_close(in_peft(base, folder, output_of(model)), output_of(model), rtol=0, atol=1e-12)
+    with pytest.raises(ArgumentError, match="would have to be exact"):
+        export_delta(trained(base, IA3Callback(["linear"], [])), tmp_path / "none", to="lora")
 
 
 def test_what_servers_read(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_pet.errors import ArgumentError, DeltaFileError
+from lightning_pet.insertion.low_rank_places import scale_of
 from lightning_pet.insertion.method import suffix_of
 from lightning_pet.layers import combining as arithmetic
 from lightning_pet.layers.combining import Factors
@@ -22,7 +23,7 @@ from lightning_pet.model.naming import by_delta, delta_path, join
 from lightning_pet.model.structure import Target
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored
-from lightning_pet.targets.patterns import exactly, value_at
+from lightning_pet.targets.patterns import exactly
 
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "peft_linear", "peft_ties"]
 HOWS: Final = get_args(How)
@@ -211,7 +212,7 @@ def _at_place(
     options, there = result.options, [i for i, groups in enumerate(result.found) if place in groups]  # elsewhere: zero
     found = [result.found[i][place] for i in there]
     weights = [options.weights[i] for i in there]
-    scales = [_scale(records[i], target, group) for i, group in zip(there, found, strict=True)]
+    scales = [scale_of(records[i].config, target, _rank(group)) for i, group in zip(there, found, strict=True)]
     like = found[0]
     conv = _is_conv(like)
     sizes = {
@@ -234,12 +235,6 @@ def _at_place(
         scaled = [group["bias"].double() * scale for group, scale in zip(found, scales, strict=True)]
         own[join(place, "bias")] = arithmetic.weighted_sum(scaled, weights).to(dtype)
     return (a, b), own
-
-
-def _scale(record: MethodRecord, target: Target, group: Mapping[str, Tensor]) -> float:
-    rank = _rank(group)
-    alpha = value_at(record.config.get("alpha_pattern"), target, record.config["alpha"])
-    return float(alpha / math.sqrt(rank) if record.config.get("use_rslora") else alpha / rank)
 
 
 def _factors(group: Mapping[str, Tensor], scale: float, conv: bool) -> Factors:
