@@ -117,6 +117,25 @@ def test_a_file_holds_the_matrices_once_and_needs_no_generator(tmp_path: Path, m
     assert torch.equal(run(fresh), expected)
 
 
+def test_rows_of_one_batch_use_matrices_of_their_own(tmp_path: Path) -> None:
+    base, _ = zoo.bert()
+    for key, name in enumerate("ab"):
+        alone = copy.deepcopy(base)
+        perturb(apply(alone, [VeRACallback(r=3 + key, projection_prng_key=key, modules_to_save=[])]))
+        save_delta(alone, tmp_path / name)
+    adapted = load_delta(base, tmp_path / "a", name="a")
+    load_delta(base, tmp_path / "b", name="b")
+    ids = torch.arange(6).repeat(3, 1) + 3
+    expected = []
+    with torch.no_grad():
+        for row, name in enumerate(["b", None, "a"]):
+            with adapted.using(*filter(None, [name])):
+                expected.append(base(input_ids=ids[row : row + 1]).logits)
+        with adapted.rows(["b", None, "a"]):
+            found = base(input_ids=ids).logits
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
+
+
 # --- against HF PEFT -----------------------------------------------------------------------------
 
 
