@@ -84,9 +84,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "loreft": ("LoReftConfig", {"r": 2, "prefix_positions": 3, "suffix_positions": 2}),
     "noreft": ("NoReftConfig", {"r": 2, "suffix_positions": 2}),
     "direft": ("DiReftConfig", {"r": 2, "suffix_positions": 1, "tied_weights": True, "non_linearity": "relu"}),
+    "unipelt": (
+        "UniPELTConfig",
+        {
+            "prefix_tuning": {"prefix_length": 3, "bottleneck_size": 8},
+            "adapter": {"reduction_factor": 4},
+            "lora": {"r": 2, "alpha": 6},
+        },
+    ),
 }
 _STACKED = ("t5", "bart", "whisper")  # in their decoders the library counts last positions by the encoder's mask
 _SOME = {"noreft": ("bert",), "direft": ("gpt2",)}  # forms of one method, which differ in a formula alone
+PARTS = {"prefix_tuning": "PrefixTuningConfig", "adapter": "SeqBnConfig", "lora": "LoRAConfig"}
 
 
 def main(folder: Path) -> None:
@@ -111,7 +120,7 @@ def write(path: Path, architecture: str, method: str) -> None:
     config._attn_implementation = "eager"
     model = getattr(transformers, model_class)(config).eval()
     scatter(dict(model.named_parameters()), 0.2)
-    if method == "prefix":
+    if method in ("prefix", "unipelt"):
         flatten_distances(model)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -119,7 +128,8 @@ def write(path: Path, architecture: str, method: str) -> None:
     if architecture in _STACKED and "suffix_positions" in arguments:
         arguments = {**arguments, "suffix_positions": 0}
     adapters.init(model)
-    model.add_adapter("task", config=getattr(adapters, delta_class)(**arguments))
+    given = {key: getattr(adapters, PARTS[key])(**value) if key in PARTS else value for key, value in arguments.items()}
+    model.add_adapter("task", config=getattr(adapters, delta_class)(**given))
     model.set_active_adapters("task")
     model.eval()
     added: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name not in base}
