@@ -28,6 +28,7 @@ from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of,
 from lightning_pet.exchange.peft_rotations import write_hra, write_oft
 from lightning_pet.exchange.peft_tokens import METHOD as TOKENS
 from lightning_pet.exchange.peft_tokens import taken_beside, write_beside, write_tokens
+from lightning_pet.exchange.peft_vera import write_vera
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
 from lightning_pet.model.naming import CHILD, join, module_at, named_modules
@@ -289,6 +290,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "prefix_tuning": _prefix,
     "ln_tuning": write_ln_tuning,
     TOKENS: write_tokens,
+    "vera": write_vera,
 }
 
 

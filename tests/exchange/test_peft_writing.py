@@ -30,6 +30,7 @@ from lightning_pet import (
     PromptTuningCallback,
     SHiRACallback,
     TrainableTokensCallback,
+    VeRACallback,
     apply,
     export_delta,
     load_delta,
@@ -87,6 +88,8 @@ CASES: dict[str, Case] = {
     "tokens of two stacks": (t5, lambda: TrainableTokensCallback([5, 60])),
     "norms": (bert, lambda: LNTuningCallback()),
     "weights of norms": (gpt2, lambda: LNTuningCallback(target_modules=["ln_1.weight", "ln_f"])),
+    "vera": (llama, lambda: VeRACallback(r=20, target_modules=["attention.q", "attention.v", "ffn.down"])),
+    "vera on one role": (gpt2, lambda: VeRACallback(r=3, target_modules=["attention.v"])),
 }
 IN_FLOAT32: dict[str, Case] = {
     "pissa": (llama, lambda: LoRACallback(r=2, init="pissa")),
