@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
+    from lightning_pet.callbacks.ln_tuning import LNTuningCallback as LNTuningCallback
     from lightning_pet.callbacks.loha import LoHaCallback as LoHaCallback
     from lightning_pet.callbacks.lokr import LoKrCallback as LoKrCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.oft import OFTCallback as OFTCallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.reft import ReFTCallback as ReFTCallback
     from lightning_pet.callbacks.shira import SHiRACallback as SHiRACallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
+    from lightning_pet.callbacks.trainable_tokens import TrainableTokensCallback as TrainableTokensCallback
+    from lightning_pet.callbacks.vera import VeRACallback as VeRACallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -76,6 +80,7 @@ _WHERE = {
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
+    "LNTuningCallback": "callbacks.ln_tuning",
     "LoHaCallback": "callbacks.loha",
     "LoKrCallback": "callbacks.lokr",
     "LoRACallback": "callbacks.lora",
@@ -83,8 +88,11 @@ _WHERE = {
     "OFTCallback": "callbacks.oft",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "ReFTCallback": "callbacks.reft",
     "SHiRACallback": "callbacks.shira",
     "TasksCallback": "callbacks.tasks",
+    "TrainableTokensCallback": "callbacks.trainable_tokens",
+    "VeRACallback": "callbacks.vera",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
     "choose_weights": "operations.combining.choosing",

@@ -31,6 +31,8 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_B.weight": "b",
     "lora_B.bias": "bias",
     "lora_E": "e",
+    "vera_lambda_b": "lambda_b",
+    "vera_lambda_d": "lambda_d",
     "lora_A": "a",
     "lora_B": "b",
     "lora_embedding_A": "a",
@@ -191,7 +193,7 @@ def placed(
                 str(folder.path), f"{host.path} has no {absent[0].upper()}. Copy the whole folder again.", "mismatch"
             )
         if root is not None and host.path not in modules:
-            raise _no_such(folder, host.path, modules)
+            raise no_such(folder, host.path, modules)
         module, parameter = modules.get(host.path), parameters[host.path, host.nested]
         if module is not None:
             _check_kind(folder, host, module, parameter)
@@ -434,7 +436,8 @@ def renormalised(path: str) -> str:
     )
 
 
-def _no_such(folder: Folder, path: str, modules: Mapping[str, nn.Module]) -> DeltaFileError:
+def no_such(folder: Folder, path: str, modules: Mapping[str, nn.Module]) -> DeltaFileError:
+    """The error for a delta on a module that the base does not have."""
     near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.4)
     longer = [other.removesuffix(path) for other in modules if other.endswith(f".{path}")]
     example = f"{{'': {longer[0]!r}}}" if len(longer) == 1 else "{'there.': 'here.'}"
