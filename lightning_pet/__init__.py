@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
+    from lightning_pet.callbacks.loha import LoHaCallback as LoHaCallback
+    from lightning_pet.callbacks.lokr import LoKrCallback as LoKrCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
@@ -69,6 +71,8 @@ _WHERE = {
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
+    "LoHaCallback": "callbacks.loha",
+    "LoKrCallback": "callbacks.lokr",
     "LoRACallback": "callbacks.lora",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",

@@ -28,6 +28,8 @@ NAMES = [
     "IA3Callback",
     "IntrinsicDimensionCallback",
     "LayerFreezingCallback",
+    "LoHaCallback",
+    "LoKrCallback",
     "LoRACallback",
     "NotMergeableError",
     "OptimizerMismatchError",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.exchange import peft_layers, peft_on_weights, peft_prompts
+from lightning_pet.exchange import peft_layers, peft_on_weights, peft_products, peft_prompts
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
 from lightning_pet.insertion.method import METHODS
@@ -35,11 +35,14 @@ _ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 ort
 _VIRTUAL: Final = _options(
     "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers num_frozen_layers"
 )
+_PRODUCTS: Final = _options("r alpha rank_pattern alpha_pattern rank_dropout module_dropout use_effective_conv2d")
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
     "HIRA": _options("r hira_dropout rank_pattern"),
+    "LOHA": _PRODUCTS,
+    "LOKR": _PRODUCTS | _options("decompose_both decompose_factor rank_dropout_scale"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -54,6 +57,8 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
     "HIRA": peft_on_weights.read_hira,
+    "LOHA": peft_products.loha,
+    "LOKR": peft_products.lokr,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -86,9 +91,14 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
     return stored if base is None else settled(stored, base.root)
 
 
-_BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
+_BOOLS: Final = _options(
+    "use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode use_effective_conv2d decompose_both "
+    "rank_dropout_scale"
+)
 _WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout beta1 beta2 orth_reg_weight")
+_NUMBERS: Final = _options(
+    "lora_alpha alpha lora_dropout hira_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight"
+)
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 

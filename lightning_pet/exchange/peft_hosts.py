@@ -38,6 +38,8 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "ia3_l": "scale",
+    **{f"lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f"hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     "hira_A": "a",
     "hira_B": "b",
     "hira_embedding_A": "a",

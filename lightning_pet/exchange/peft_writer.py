@@ -21,6 +21,7 @@ from lightning_pet.exchange.peft_low_rank import (
     write_low_rank,
 )
 from lightning_pet.exchange.peft_on_weights import write_hira
+from lightning_pet.exchange.peft_products import write_loha, write_lokr
 from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
@@ -264,6 +265,8 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "ia3": _ia3,
     "hira": write_hira,
     "bitfit": _bitfit,
+    "loha": write_loha,
+    "lokr": write_lokr,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
 }

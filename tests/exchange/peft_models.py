@@ -189,6 +189,21 @@ class Convolutions(nn.Module):
         return out
 
 
+class Kernels(nn.Module):
+    """Convolutions of one and two dimensions, with kernels of several places and of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.point = nn.Conv1d(4, 12, 3), nn.Conv1d(12, 8, 1)
+        self.plane, self.spot = nn.Conv2d(4, 12, 3), nn.Conv2d(12, 8, 1)
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        line = self.point(self.line(x.flatten(2)).relu()).mean(-1)
+        out: Tensor = self.linear(line + self.spot(self.plane(x).relu()).mean((-1, -2)))
+        return out
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +226,7 @@ def made(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> 
 
 def inputs_of(model: nn.Module) -> dict[str, Tensor]:
     generator, dtype = torch.Generator().manual_seed(6), next(model.parameters()).dtype
-    if isinstance(model, Convolutions):
+    if isinstance(model, Convolutions | Kernels):
         return {"x": torch.randn(2, 4, 8, 8, generator=generator, dtype=dtype)}
     if isinstance(model, Attention):
         return {"x": torch.randn(2, 5, 8, generator=generator, dtype=dtype)}
