@@ -16,9 +16,9 @@ from lightning_pet.exchange.peft_hosts import (
     split_hosts,
     whole_of,
 )
-from lightning_pet.exchange.peft_layers import without_tables
+from lightning_pet.exchange.peft_layers import of_rank, without_tables
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, kind_at, padded, taken, targets_of, wide
-from lightning_pet.model.layer_kinds import embed_scale
+from lightning_pet.model.layer_kinds import embed_scale, matrix_of
 from lightning_pet.model.structure import Target
 from lightning_pet.store.strict_json import fault
 from lightning_pet.targets.patterns import exactly
@@ -38,6 +38,8 @@ def read_hira(folder: Folder, base: Base | None) -> Read:
         if why := _beyond_peft(module):
             raise fault(str(folder.path), f"{target.module} {why}, which PEFT leaves out of HiRA.", "mismatch")
         scale = embed_scale(module) if host.table and module is not None else 1.0
+        if module is not None:
+            parts = of_rank(parts, min(matrix_of(module, target.parameter)))
         ranks[exactly(target)] = parts["a"].shape[0]
         targets.append(target)
         tensors |= {(target, "a"): parts["a"], (target, "b"): parts["b"] / scale}

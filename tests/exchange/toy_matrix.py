@@ -17,7 +17,6 @@ from tests.exchange.matrix import apart, moved
 from tests.exchange.toy_models import toy
 from tests.exchange.toy_rows import ROWS, Row
 
-EXACT: Final = 1e-9
 _SAME: Final[Mapping[str, str]] = {}
 _CALLBACKS: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
     "LORA": ("LoRACallback", {"lora_alpha": "alpha", "lora_dropout": "dropout"}),
@@ -113,9 +112,19 @@ def refused(row: Row) -> str:
     return ""
 
 
+def dtype_of(row: Row) -> torch.dtype:
+    """MiCA of PEFT decomposes in no wider type."""
+    return torch.float32 if row.options.get("init_lora_weights") == "mica" else torch.float64
+
+
+def within(row: Row) -> float:
+    """What outputs may differ by."""
+    return 1e-5 if dtype_of(row) == torch.float32 else 1e-9
+
+
 def theirs(row: Row) -> None:
     """What PEFT has trained and saved has the same outputs here, attached and merged."""
-    base, batch = toy(row.model, torch.float64)
+    base, batch = toy(row.model, dtype_of(row))
     wrapped = moved(peft.get_peft_model(copy.deepcopy(base), config_of(row), autocast_adapter_dtype=False))
     expected = _out(wrapped, batch)
     assert apart(expected, _out(base, batch)) > 1e-4
@@ -123,14 +132,14 @@ def theirs(row: Row) -> None:
         wrapped.save_pretrained(folder)
         model = copy.deepcopy(base)
         adapted = load_delta(model, folder)
-    assert apart(_out(model, batch), expected) < EXACT, "read otherwise"
+    assert apart(_out(model, batch), expected) < within(row), "read otherwise"
     adapted.merge_()
-    assert apart(_out(model, batch), expected) < EXACT, "merged otherwise"
+    assert apart(_out(model, batch), expected) < within(row), "merged otherwise"
 
 
 def ours(row: Row, callback: PETCallback) -> None:
     """What trains here trains, is saved and loaded, and has the same outputs in PEFT and merged."""
-    base, batch = toy(row.model, torch.float64)
+    base, batch = toy(row.model, dtype_of(row))
     before = copy.deepcopy(base.state_dict())
     model = copy.deepcopy(base)
     apply(model, callback)
@@ -147,9 +156,9 @@ def ours(row: Row, callback: PETCallback) -> None:
         assert torch.equal(_out(again, batch), expected), "loaded otherwise"
         export_delta(model, folder)
         wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, autocast_adapter_dtype=False)
-    assert apart(_out(wrapped, batch), expected) < EXACT, "written otherwise"
+    assert apart(_out(wrapped, batch), expected) < within(row), "written otherwise"
     Adapted(model).merge_()
-    assert apart(_out(model, batch), expected) < EXACT, "merged otherwise"
+    assert apart(_out(model, batch), expected) < within(row), "merged otherwise"
 
 
 def _train(model: nn.Module, batch: Tensor) -> None:
