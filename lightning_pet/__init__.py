@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.loha import LoHaCallback as LoHaCallback
     from lightning_pet.callbacks.lokr import LoKrCallback as LoKrCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.callbacks.miss import MiSSCallback as MiSSCallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.shira import SHiRACallback as SHiRACallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
@@ -74,8 +76,10 @@ _WHERE = {
     "LoHaCallback": "callbacks.loha",
     "LoKrCallback": "callbacks.lokr",
     "LoRACallback": "callbacks.lora",
+    "MiSSCallback": "callbacks.miss",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "SHiRACallback": "callbacks.shira",
     "TasksCallback": "callbacks.tasks",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",

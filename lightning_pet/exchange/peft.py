@@ -41,6 +41,8 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
     "HIRA": _options("r hira_dropout rank_pattern"),
+    "MISS": _options("r miss_dropout mini_r"),
+    "SHIRA": _options("r mask_type random_seed"),
     "LOHA": _PRODUCTS,
     "LOKR": _PRODUCTS | _options("decompose_both decompose_factor rank_dropout_scale"),
     "PROMPT_TUNING": _VIRTUAL
@@ -50,13 +52,19 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
 }
 _FROM: Final = "HF PEFT"
-_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "megatron_core": ("megatron.core",),
+    "bias": ("none",),
+    "qalora_group_size": (16,),
+}
 """Values of options that ask for nothing."""
 _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
     "HIRA": peft_on_weights.read_hira,
+    "MISS": peft_on_weights.read_miss,
+    "SHIRA": peft_on_weights.read_shira,
     "LOHA": peft_products.loha,
     "LOKR": peft_products.lokr,
     "PROMPT_TUNING": peft_prompts.prompt,
@@ -95,9 +103,9 @@ _BOOLS: Final = _options(
     "use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode use_effective_conv2d decompose_both "
     "rank_dropout_scale"
 )
-_WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
+_WHOLE: Final = _options("r mini_r init_r target_r num_virtual_tokens num_transformer_submodules")
 _NUMBERS: Final = _options(
-    "lora_alpha alpha lora_dropout hira_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight"
+    "lora_alpha alpha lora_dropout hira_dropout miss_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight"
 )
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")

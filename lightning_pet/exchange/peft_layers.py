@@ -254,7 +254,9 @@ def _adalora_as_lora(
     tensors: Values = {}
     ranks = {}
     for target, parts in found:
-        pair = of_rank({"a": parts["a"] * parts["e"].reshape(-1, 1), "b": parts["b"] * scale}, _room(root, target))
+        pair = {"a": parts["a"] * parts["e"].reshape(-1, 1), "b": parts["b"] * scale}
+        if len(pair["a"]) > _room(root, target):
+            pair = of_rank(pair, _room(root, target))
         a, b, host = pair["a"], pair["b"], module_at(root, target.module)
         ranks[exactly(target)] = len(a)
         if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -20,7 +20,7 @@ from lightning_pet.exchange.peft_low_rank import (
     write_biases,
     write_low_rank,
 )
-from lightning_pet.exchange.peft_on_weights import write_hira
+from lightning_pet.exchange.peft_on_weights import write_hira, write_miss, write_shira
 from lightning_pet.exchange.peft_products import write_loha, write_lokr
 from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
 from lightning_pet.layers.rows import spread
@@ -264,6 +264,8 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "adalora": adalora,
     "ia3": _ia3,
     "hira": write_hira,
+    "miss": write_miss,
+    "shira": write_shira,
     "bitfit": _bitfit,
     "loha": write_loha,
     "lokr": write_lokr,

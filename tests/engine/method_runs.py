@@ -59,6 +59,8 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "Compacter": lambda _: [pet.CompacterCallback(bottleneck_size=4, phm_dim=2)],
     "HiRA": lambda _: [pet.HiRACallback(r=2)],
     "IA3": lambda _: [pet.IA3Callback()],
+    "MiSS": lambda _: [pet.MiSSCallback(r=4)],
+    "SHiRA": lambda _: [pet.SHiRACallback(r=2)],
     "LoHa": lambda _: [pet.LoHaCallback(r=2)],
     "LoKr": lambda _: [pet.LoKrCallback(r=1, decompose_both=True)],
     "Prefix tuning": lambda _: [pet.PrefixTuningCallback(length=3, projection_size=4)],

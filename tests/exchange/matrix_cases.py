@@ -14,10 +14,14 @@ from lightning_pet import (
     BitFitCallback,
     HiRACallback,
     IA3Callback,
+    LoHaCallback,
+    LoKrCallback,
     LoRACallback,
+    MiSSCallback,
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
+    SHiRACallback,
 )
 from tests.exchange.places import Place
 
@@ -112,6 +116,29 @@ CASES: Final = (
         lambda at: IA3Callback(target_modules=[], feedforward_modules=[*(at.down or at.names)]),
     ),
     Case("HiRA", lambda at: peft.HiraConfig(r=2, **at.there), lambda at: HiRACallback(r=2, **at.here)),
+    Case(
+        "LoHa", lambda at: peft.LoHaConfig(r=2, alpha=5, **at.there), lambda at: LoHaCallback(r=2, alpha=5, **at.here)
+    ),
+    Case(
+        "LoHa, effective kernels",
+        lambda at: peft.LoHaConfig(r=2, alpha=5, use_effective_conv2d=True, **at.there),
+        lambda at: LoHaCallback(r=2, alpha=5, use_effective_conv2d=True, **at.here),
+    ),
+    Case(
+        "LoKr", lambda at: peft.LoKrConfig(r=2, alpha=5, **at.there), lambda at: LoKrCallback(r=2, alpha=5, **at.here)
+    ),
+    Case(
+        "LoKr, both factors decomposed",
+        lambda at: peft.LoKrConfig(r=1, alpha=5, decompose_both=True, decompose_factor=4, **at.there),
+        lambda at: LoKrCallback(r=1, alpha=5, decompose_both=True, decompose_factor=4, **at.here),
+    ),
+    Case("MiSS", lambda at: peft.MissConfig(r=2, **at.there), lambda at: MiSSCallback(r=2, **at.here)),
+    Case(
+        "MiSS, mini",
+        lambda at: peft.MissConfig(r=2, init_weights="mini", mini_r=4, **at.there),
+        lambda at: MiSSCallback(r=2, mini_r=4, **at.here),
+    ),
+    Case("SHiRA", lambda at: peft.ShiraConfig(r=1, **at.there), lambda at: SHiRACallback(r=1, **at.here)),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),
     Case(
         "prompt tuning",

@@ -61,7 +61,10 @@ TOYS: Final[dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]] = {
         (9, 10),
     ),
     "MlpUsingParameters": (lambda: Toy(lin0=Product(10, 20), lin1=Product(20, 2)), (9, 10)),
-    "EmbConv1D": (lambda: Toy(_flat(10), emb=nn.Embedding(100, 5), conv1d=Conv1D(1, 5), lin0=nn.Linear(10, 2)), (9, 10)),
+    "EmbConv1D": (
+        lambda: Toy(_flat(10), emb=nn.Embedding(100, 5), conv1d=Conv1D(1, 5), lin0=nn.Linear(10, 2)),
+        (9, 10),
+    ),
     "Conv1d": (lambda: Toy(_flat(9), conv1d=nn.Conv1d(1, 1, 2), lin0=nn.Linear(9, 2)), (9, 1, 10)),
     "Conv1dBigger": (lambda: Toy(_flat(144), conv1d=nn.Conv1d(64, 16, 2), lin0=nn.Linear(144, 2)), (9, 64, 10)),
     "Conv1dGroups": (lambda: Toy(_flat(64), conv1d=nn.Conv1d(8, 8, 3, groups=2), lin0=nn.Linear(64, 2)), (9, 8, 10)),
