@@ -114,7 +114,7 @@ def written(case: Case, place: Place) -> tuple[Outcome, Outcome]:
         _require_effect(ours, base)
         wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, autocast_adapter_dtype=False)
         found = Outcome(apart(output_of(wrapped.eval()), ours))
-        return found, _in_transformers(base, folder, ours)
+        return found, _in_transformers(case, base, folder, ours)
 
 
 def here(base: nn.Module, callback: PETCallback) -> nn.Module:
@@ -124,9 +124,11 @@ def here(base: nn.Module, callback: PETCallback) -> nn.Module:
     return moved(model)
 
 
-def _in_transformers(base: nn.Module, folder: Path, ours: Tensor) -> Outcome:
+def _in_transformers(case: Case, base: nn.Module, folder: Path, ours: Tensor) -> Outcome:
     if not isinstance(base, transformers.PreTrainedModel):
         return NOTHING
+    if case.unread:
+        return Outcome(by="transformers", said=case.unread)
     model: Any = copy.deepcopy(base)
     try:
         model.load_adapter(str(folder))

@@ -37,6 +37,7 @@ class Case:
         layers: it sits on the layers of a place; ``False``: on a whole model, whatever its layers are.
         float32: PEFT computes it in float32 whatever the model's type is, or refuses another.
         within: what outputs may differ by; ``None``: what its type of numbers gives.
+        unread: what transformers' ``load_adapter`` leaves out of PEFT's own folders, too.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     layers: bool = True
     float32: bool = False
     within: float | None = None
+    unread: str = ""
 
     @property
     def bound(self) -> float:
@@ -138,7 +140,12 @@ CASES: Final = (
         lambda at: peft.MissConfig(r=2, init_weights="mini", mini_r=4, **at.there),
         lambda at: MiSSCallback(r=2, mini_r=4, **at.here),
     ),
-    Case("SHiRA", lambda at: peft.ShiraConfig(r=1, **at.there), lambda at: SHiRACallback(r=1, **at.here)),
+    Case(
+        "SHiRA",
+        lambda at: peft.ShiraConfig(r=1, **at.there),
+        lambda at: SHiRACallback(r=1, **at.here),
+        unread="draws other indices in place of those of the file, of PEFT's own folders, too",
+    ),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),
     Case(
         "prompt tuning",
