@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.exchange import peft_layers, peft_on_weights, peft_products, peft_prompts
+from lightning_pet.exchange import (
+    peft_converted,
+    peft_layers,
+    peft_on_weights,
+    peft_products,
+    peft_prompts,
+    peft_rotations,
+)
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
+from lightning_pet.exchange.peft_refused import way_out
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.naming import CHILD, is_below, named_parameters
 from lightning_pet.store.manifest import MethodRecord
@@ -45,6 +53,15 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "SHIRA": _options("r mask_type random_seed"),
     "LOHA": _PRODUCTS,
     "LOKR": _PRODUCTS | _options("decompose_both decompose_factor rank_dropout_scale"),
+    "OFT": _options("module_dropout r oft_block_size use_cayley_neumann num_cayley_neumann_terms block_share coft eps"),
+    "HRA": _options("r apply_GS"),
+    "BOFT": _options("boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout"),
+    "DELORA": _options("r delora_lambda module_dropout rank_pattern lambda_pattern"),
+    "GRALORA": _options("r hybrid_r alpha gralora_dropout gralora_k"),
+    "VBLORA": _options(
+        "r num_vectors vector_length topk save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
+    ),
+    "TINYLORA": _options("r u weight_tying projection_seed save_projection init_v_bound tinylora_dropout"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -53,8 +70,8 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
 }
 _FROM: Final = "HF PEFT"
 _HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
-    "megatron_core": ("megatron.core",),
     "bias": ("none",),
+    "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
 """Values of options that ask for nothing."""
@@ -67,6 +84,13 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "SHIRA": peft_on_weights.read_shira,
     "LOHA": peft_products.loha,
     "LOKR": peft_products.lokr,
+    "OFT": peft_rotations.oft,
+    "HRA": peft_rotations.hra,
+    "BOFT": peft_rotations.boft,
+    "DELORA": peft_converted.delora,
+    "GRALORA": peft_converted.gralora,
+    "VBLORA": peft_converted.vblora,
+    "TINYLORA": peft_converted.tinylora,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -89,7 +113,7 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         raise fault(
             str(folder.path / CONFIG),
             f"found the peft_type {shown(kind)}; those that have a counterpart here are {', '.join(sorted(_READERS))}. "
-            "Merge it with PEFT and save the model, or train it again with one of them.",
+            + way_out(str(kind)),
             "version",
         )
     _check_options(folder, kind)
@@ -117,13 +141,14 @@ def _check_types(folder: Folder) -> None:
     Raises:
         DeltaFileError: (``schema``) naming the first that has not.
     """
+    least = 0 if folder.config["peft_type"] == "OFT" else 1  # where r = 0 says that blocks have a size instead
     for option, value in folder.config.items():
         wanted = ""
         if value is None:
             continue
         if option in _BOOLS and not isinstance(value, bool):
             wanted = "true or false"
-        elif option in _WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        elif option in _WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             wanted = "a positive whole number"
         elif option in _NUMBERS and not _is_number(value):
             wanted = "a number"

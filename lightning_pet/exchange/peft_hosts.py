@@ -47,6 +47,10 @@ _PARTS: Final[Mapping[str, str]] = {
     "hira_B": "b",
     "hira_embedding_A": "a",
     "hira_embedding_B": "b",
+    "oft_R.weight": "skew",
+    "hra_u": "u",
+    "boft_R": "blocks",
+    "boft_s": "row_scale",
 }
 _HEADS: Final[Mapping[str, tuple[str, ...]]] = {
     "SEQ_CLS": ("classifier", "score"),
