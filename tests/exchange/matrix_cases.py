@@ -13,11 +13,13 @@ from lightning_pet import (
     AdaLoRACallback,
     BitFitCallback,
     HiRACallback,
+    HRACallback,
     IA3Callback,
     LoHaCallback,
     LoKrCallback,
     LoRACallback,
     MiSSCallback,
+    OFTCallback,
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
@@ -37,7 +39,7 @@ class Case:
         layers: it sits on the layers of a place; ``False``: on a whole model, whatever its layers are.
         float32: PEFT computes it in float32 whatever the model's type is, or refuses another.
         within: what outputs may differ by; ``None``: what its type of numbers gives.
-        unread: what transformers' ``load_adapter`` leaves out of PEFT's own folders, too.
+        unread: what transformers' ``load_adapter`` does otherwise than PEFT.
     """
 
     name: str
@@ -62,6 +64,14 @@ def _lora(name: str, both: dict[str, Any] | None = None, here: dict[str, Any] | 
         lambda at: peft.LoraConfig(**{"r": 2, "lora_alpha": 5, **(both or {}), **there, **at.there}),
         lambda at: LoRACallback(**{"r": 2, "alpha": 5, **(both or {}), **(here or {}), **at.here}),
         **kwargs,
+    )
+
+
+def _oft(name: str, **options: Any) -> Case:
+    return Case(
+        name,
+        lambda at: peft.OFTConfig(oft_block_size=4, **options, **at.there),
+        lambda at: OFTCallback(oft_block_size=4, **options, **at.here),
     )
 
 
@@ -134,6 +144,11 @@ CASES: Final = (
         lambda at: peft.LoKrConfig(r=1, alpha=5, decompose_both=True, decompose_factor=4, **at.there),
         lambda at: LoKrCallback(r=1, alpha=5, decompose_both=True, decompose_factor=4, **at.here),
     ),
+    Case("HRA", lambda at: peft.HRAConfig(r=2, **at.there), lambda at: HRACallback(r=2, **at.here)),
+    _oft("OFT", use_cayley_neumann=False),
+    _oft("OFT, Cayley–Neumann"),
+    _oft("OFT, one block for all", block_share=True),
+    _oft("OFT, constrained", coft=True, eps=1e-2),
     Case("MiSS", lambda at: peft.MissConfig(r=2, **at.there), lambda at: MiSSCallback(r=2, **at.here)),
     Case(
         "MiSS, mini",
@@ -144,7 +159,7 @@ CASES: Final = (
         "SHiRA",
         lambda at: peft.ShiraConfig(r=1, **at.there),
         lambda at: SHiRACallback(r=1, **at.here),
-        unread="draws other indices in place of those of the file, of PEFT's own folders, too",
+        unread="draws the indices by the seed again, in place of those of the file",
     ),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),
     Case(

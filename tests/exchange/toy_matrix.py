@@ -95,6 +95,12 @@ WHY: Final[Mapping[str, Callable[[Row], bool]]] = {
     "the A of PEFT reads the inputs of all groups: no change of the weight does that": lambda row: (
         row.method == "LORA" and "Groups" in row.model
     ),
+    "two methods in one folder: LoRA, and trained rows of a table": lambda row: (
+        "trainable_token_indices" in row.options
+    ),
+    "OFT of PEFT turns patches one way and merges another; on embeddings it is not here": lambda row: (
+        row.method == "OFT" and row.model in ("Conv2d", "EmbConv1D")
+    ),
     "this form of MiSS (bat) is not here": lambda row: row.options.get("init_weights") == "bat",
 }
 """Why rows of a method that is here do not pass."""
@@ -135,11 +141,11 @@ def theirs(row: Row) -> None:
     base, batch = toy(row.model, dtype_of(row))
     wrapped = moved(peft.get_peft_model(copy.deepcopy(base), config_of(row), autocast_adapter_dtype=False))
     expected = _out(wrapped, batch)
-    assert apart(expected, _out(base, batch)) > 1e-4
     with tempfile.TemporaryDirectory() as folder:
         wrapped.save_pretrained(folder)
         model = copy.deepcopy(base)
         adapted = load_delta(model, folder)
+    assert apart(expected, _out(base, batch)) > 1e-4
     assert apart(_out(model, batch), expected) < within(row), "read otherwise"
     adapted.merge_()
     assert apart(_out(model, batch), expected) < within(row), "merged otherwise"

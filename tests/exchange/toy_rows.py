@@ -175,3 +175,35 @@ OTHERS: Final = [
     *_rows("ADALORA", "Conv2d", "conv2d conv2d+lin0", **_ADALORA),
 ]
 ROWS: Final[Sequence[Row]] = [*LORA, *IA3, *LOHA, *LOKR, *OFT, *OTHERS]
+
+_POOR: Final = "below LoRA in what is published of it"
+_FULL: Final = "a change of full rank, of which no LoRA is exact"
+ELSEWHERE: Final[Mapping[str, tuple[int, str]]] = {
+    "WaveFT": (20, _POOR),
+    "BOFT": (12, "seven times the time of OFT, which it is with one factor"),
+    "PSOFT": (10, "an orthogonal change inside of principal directions of the base"),
+    "DEFT": (9, "takes directions out of the base"),
+    "GraLoRA": (8, "read where it is a LoRA of all its blocks"),
+    "TinyLoRA": (8, _POOR),
+    "Adamss": (7, "subspaces of the base, found by clustering"),
+    "RandLoRA": (7, _FULL),
+    "C3A": (6, _FULL),
+    "FourierFT": (6, _POOR),
+    "GLoRA": (6, "changes weights, inputs and biases at once"),
+    "PVeRA": (6, "draws at random in use, too"),
+    "RoAd": (6, "rotates outputs"),
+    "UniLoRA": (6, _POOR),
+    "VB-LoRA": (6, _POOR),
+    "BEFT": (5, "a bias of outputs beside the base's own: BitFit"),
+    "DeLoRA": (5, "read where it is a LoRA with the norms of the base"),
+    "FRoD": (5, _FULL),
+    "Lily": (5, "routes each input between matrices"),
+    "Peanut": (5, "a network instead of a change of weights"),
+    "Supertuning": (5, "a sparse change, placed by the weights"),
+    "BD-LoRA": (3, "LoRA whose factors are blocks"),
+    "VeLoRA": (3, "LoRA whose backward is approximated"),
+    "OSF": (2, "trains the singular values of the base in place"),
+    "KaSA": (1, "takes small singular values out of the base"),
+    "MonteCLoRA": (1, "draws at random in training"),
+}
+"""Rows of methods without a counterpart here: how many, and why."""
