@@ -24,6 +24,7 @@ from lightning_pet import (
     PrefixTuningCallback,
     PromptTuningCallback,
     SHiRACallback,
+    VeRACallback,
 )
 from tests.exchange.places import Place
 
@@ -161,6 +162,8 @@ CASES: Final = (
         lambda at: SHiRACallback(r=1, **at.here),
         unread="draws the indices by the seed again, in place of those of the file",
     ),
+    Case("VeRA", lambda at: peft.VeraConfig(r=3, **at.there), lambda at: VeRACallback(r=3, **at.here)),
+    Case("VeRA, its key alone", lambda at: peft.VeraConfig(r=3, save_projection=False, **at.there), None),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),
     Case(
         "prompt tuning",
