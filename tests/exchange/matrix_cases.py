@@ -68,11 +68,12 @@ def _lora(name: str, both: dict[str, Any] | None = None, here: dict[str, Any] | 
     )
 
 
-def _oft(name: str, **options: Any) -> Case:
+def _oft(name: str, within: float | None = None, **options: Any) -> Case:
     return Case(
         name,
         lambda at: peft.OFTConfig(oft_block_size=4, **options, **at.there),
         lambda at: OFTCallback(oft_block_size=4, **options, **at.here),
+        within=within,
     )
 
 
@@ -149,7 +150,7 @@ CASES: Final = (
     _oft("OFT", use_cayley_neumann=False),
     _oft("OFT, Cayley–Neumann"),
     _oft("OFT, one block for all", block_share=True),
-    _oft("OFT, constrained", coft=True, eps=1e-2),
+    _oft("OFT, constrained", 1e-6, coft=True, eps=1e-2),
     Case("MiSS", lambda at: peft.MissConfig(r=2, **at.there), lambda at: MiSSCallback(r=2, **at.here)),
     Case(
         "MiSS, mini",
