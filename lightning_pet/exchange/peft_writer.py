@@ -20,9 +20,10 @@ from lightning_pet.exchange.peft_low_rank import (
     write_biases,
     write_low_rank,
 )
-from lightning_pet.exchange.peft_on_weights import write_hira
+from lightning_pet.exchange.peft_on_weights import write_hira, write_miss, write_shira
 from lightning_pet.exchange.peft_products import write_loha, write_lokr
 from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
+from lightning_pet.exchange.peft_rotations import write_hra, write_oft
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
 from lightning_pet.model.naming import CHILD, join, module_at, named_modules
@@ -264,6 +265,10 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "adalora": adalora,
     "ia3": _ia3,
     "hira": write_hira,
+    "miss": write_miss,
+    "shira": write_shira,
+    "oft": write_oft,
+    "hra": write_hra,
     "bitfit": _bitfit,
     "loha": write_loha,
     "lokr": write_lokr,
