@@ -190,6 +190,9 @@ class Delta(Part):
     remakes: bool = False
     """An effective weight is large and quickly made: ask :meth:`remaker` how, instead of keeping it for backward."""
 
+    replaced: Sequence[int] = ()
+    """Rows of the parameter of which the delta leaves nothing, so that the base's may be any."""
+
     row_form: ClassVar[Any] = None
     """``row_form(deltas, ids, x, output, host)``: what :meth:`forward` does, at once for rows of different deltas.
 
