@@ -10,7 +10,7 @@ from lightning_pet.errors import ArgumentError, BaseMismatchError
 from lightning_pet.exchange.adapters import read_adapters
 from lightning_pet.exchange.folder import Base, Folder, is_folder, read_folder, renamed
 from lightning_pet.exchange.hub import fetched, is_hub_id
-from lightning_pet.exchange.image_files import is_image_file, read_image_file
+from lightning_pet.exchange.images.files import is_image_file, read_image_file
 from lightning_pet.exchange.peft import read_peft
 from lightning_pet.store.reader import PathLike, Stored, read
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_pet.arguments import one_of
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
 from lightning_pet.exchange.folder import CONFIG, is_folder
-from lightning_pet.exchange.image_files import is_image_file
+from lightning_pet.exchange.images.files import is_image_file
 from lightning_pet.exchange.peft_hosts import Export
 from lightning_pet.exchange.peft_writer import for_server, to_peft
 from lightning_pet.exchange.source import read_source
