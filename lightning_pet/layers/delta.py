@@ -277,6 +277,14 @@ class Delta(Part):
         """
         return False
 
+    def low_rank_factors_on(self, weight: Callable[[], Tensor]) -> Factors | None:
+        """The same for a change that depends on the weight; see :meth:`low_rank_factors`, which is the default.
+
+        Args:
+            weight: gives the values of the base parameter.
+        """
+        return self.low_rank_factors()
+
     def low_rank_factors(self) -> Factors | None:
         """A and B whose product is the whole change of the weight, in the shapes that LoRA on this host has.
 
