@@ -21,6 +21,8 @@ _WANTED: Final = [
     "adapter.safetensors",
     "pytorch_adapter.bin",
     "head_config.json",
+    "model_head.safetensors",
+    "pytorch_model_head.bin",
     "*.pet.safetensors",
 ]
 

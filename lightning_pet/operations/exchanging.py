@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.arguments import one_of
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
+from lightning_pet.exchange.adapters_writer import head_config, to_adapters
 from lightning_pet.exchange.folder import CONFIG, is_folder
 from lightning_pet.exchange.peft_hosts import Export
 from lightning_pet.exchange.peft_writer import for_server, to_peft
@@ -33,7 +34,7 @@ from lightning_pet.store.files import atomic_folder, reap_once
 from lightning_pet.store.manifest import Manifest
 from lightning_pet.store.reader import PathLike, Stored, read
 
-Format = Literal["peft", "vllm", "llama.cpp", "lora", "transformers"]
+Format = Literal["peft", "adapters", "vllm", "llama.cpp", "lora", "transformers"]
 _TENSORS: Final = "adapter_model.safetensors"
 
 
@@ -109,10 +110,11 @@ def export_delta(
     Args:
         source: a delta file, a training checkpoint, or an adapted model.
         folder: what to make; nothing, or an empty folder, may be there.
-        to: ``"peft"``: a folder of HF PEFT, which ``PeftModel.from_pretrained`` and transformers' ``load_adapter``
-            read. ``"vllm"`` and ``"llama.cpp"``: the plain LoRA that these servers read. ``"lora"``: whatever changes
-            weights, as a LoRA of this ``rank`` (PEFT's folder); without a rank where some LoRA says all of the change.
-            ``"transformers"``: the merged model.
+        to: ``"peft"``: a folder of HF PEFT, which ``PeftModel.from_pretrained`` and transformers'
+            ``load_adapter`` read. ``"adapters"``: one of the adapters library, for its ``load_adapter``.
+            ``"vllm"`` and ``"llama.cpp"``: the plain LoRA that these servers read. ``"lora"``: whatever changes
+            weights, as a LoRA of this ``rank`` (PEFT's folder); without a rank where some LoRA says all of the
+            change. ``"transformers"``: the merged model.
         base: the model that it is for, or a local folder of it. Deltas on fused weights, convolutions, embeddings or
             experts, and prefixes cannot be written without. With it outputs are compared.
         name: which delta, of a model that has several.
@@ -135,11 +137,12 @@ def export_delta(
     error = 0.0
     if to == "lora":
         stored, error = _as_lora(stored, root, model, rank, max_error)
-    export = to_peft(stored, root)
+    export = to_adapters(stored, root) if to == "adapters" else to_peft(stored, root)
     if to in ("vllm", "llama.cpp"):
         for_server(export, to)
     reap_once(Path(os.fspath(folder)).parent)
-    atomic_folder(folder, lambda made: _write(Path(made), export))
+    write = _write_adapters if to == "adapters" else _write
+    atomic_folder(folder, lambda made: write(Path(made), export))
     difference, reader = (None, "") if error else _compare(source, model, Path(os.fspath(folder)), name)
     return Exported(Path(os.fspath(folder)), int(export.config.get("r", 0)), error, difference, reader)
 
@@ -215,6 +218,20 @@ def _write(folder: Path, export: Export) -> None:
     (folder / "README.md").write_text(_card(export), encoding="utf-8")
 
 
+def _write_adapters(folder: Path, export: Export) -> None:
+    """Both of the files that its loader may be told to take; heads in files of their own."""
+    from safetensors.torch import save_file
+
+    files = [("adapter.safetensors", "pytorch_adapter.bin", CONFIG, export.config, export.tensors)]
+    if export.heads and export.root is not None:
+        head = head_config(export.root)
+        files.append(("model_head.safetensors", "pytorch_model_head.bin", "head_config.json", head, export.heads))
+    for safe, pickled, config, told, tensors in files:
+        save_file(tensors, folder / safe)
+        torch.save(tensors, folder / pickled)
+        (folder / config).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _card(export: Export) -> str:
     base = export.config["base_model_name_or_path"]
     head = {"library_name": "peft", **({"base_model": base, "base_model_relation": "adapter"} if base else {})}
@@ -262,7 +279,7 @@ def _compare(
     if inputs is None:
         return None, ""
     bare = root_of(plain)[1]
-    theirs, reader = _with_peft(bare, folder)
+    theirs, reader = _with_reader(bare, folder)
     virtual = json.loads((folder / CONFIG).read_text()).get("num_virtual_tokens", 0)
     a, b = _output(root, inputs), _output(theirs, inputs)
     if a is None or b is None:
@@ -272,10 +289,11 @@ def _compare(
     return float((a.double() - b.double()).abs().max()), reader
 
 
-def _with_peft(base: nn.Module, folder: Path) -> tuple[nn.Module, str]:
-    if find_spec("peft") is None:
+def _with_reader(base: nn.Module, folder: Path) -> tuple[nn.Module, str]:
+    theirs = not (folder / _TENSORS).is_file()
+    if theirs or find_spec("peft") is None:
         load_delta(base, folder, base_check="off")
-        return base.eval(), "this library's own reader of PEFT's folders"
+        return base.eval(), f"this library's own reader of {'the adapters library' if theirs else 'PEFT'}'s folders"
     import peft
 
     model: Any = peft.PeftModel.from_pretrained(base, folder)
