@@ -150,15 +150,31 @@ def written(page: str, table: Table, rows: Sequence[Row], whole: bool = True) ->
     Raises:
         SystemExit: The page has no such place, or what should stay was measured elsewhere.
     """
-    begin, end = f"<!-- begin {table.name} -->", f"<!-- end {table.name} -->"
-    if begin not in page or end not in page:
-        raise SystemExit(f"{PAGE.name} has no place for this table: it needs the lines {begin} and {end}")
-    before, _, rest = page.partition(begin)
-    old, _, after = rest.partition(end)
+    _, old, _ = _place(page, table.name, PAGE.name)
     note = f"{facts()}. Again: `{table.command}`"
     kept = {} if whole else _rows_on(old, table, note)
     text = markdown(list((kept | {row.case: cells(table, row) for row in rows}).values()))
-    return f"{before}{begin}\n{text}\n\n{note}\n{end}{after}"
+    return replaced(page, table.name, f"{text}\n\n{note}", PAGE.name)
+
+
+def replaced(page: str, name: str, text: str, file: str) -> str:
+    """The page with a text in the place that has this name.
+
+    Raises:
+        SystemExit: The page, which is this file, has no such place.
+    """
+    before, _, after = _place(page, name, file)
+    return f"{before}{text}{after}"
+
+
+def _place(page: str, name: str, file: str) -> tuple[str, str, str]:
+    """What stands before the place, in it, and after it; the marks are outside."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if begin not in page or end not in page:
+        raise SystemExit(f"{file} has no place for this table: it needs the lines {begin} and {end}")
+    before, _, rest = page.partition(begin)
+    old, _, after = rest.partition(end)
+    return f"{before}{begin}\n", old, f"\n{end}{after}"
 
 
 def _rows_on(old: str, table: Table, note: str) -> dict[str, dict[str, str]]:

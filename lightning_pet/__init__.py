@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback as DiffPruningCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
     from lightning_pet.callbacks.hira import HiRACallback as HiRACallback
+    from lightning_pet.callbacks.hra import HRACallback as HRACallback
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
+    from lightning_pet.callbacks.loha import LoHaCallback as LoHaCallback
+    from lightning_pet.callbacks.lokr import LoKrCallback as LoKrCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
+    from lightning_pet.callbacks.miss import MiSSCallback as MiSSCallback
+    from lightning_pet.callbacks.oft import OFTCallback as OFTCallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.shira import SHiRACallback as SHiRACallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
@@ -66,12 +72,18 @@ _WHERE = {
     "DiffPruningCallback": "callbacks.diff_pruning.callback",
     "FullFineTuningCallback": "callbacks.full_fine_tuning",
     "HiRACallback": "callbacks.hira",
+    "HRACallback": "callbacks.hra",
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
+    "LoHaCallback": "callbacks.loha",
+    "LoKrCallback": "callbacks.lokr",
     "LoRACallback": "callbacks.lora",
+    "MiSSCallback": "callbacks.miss",
+    "OFTCallback": "callbacks.oft",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "SHiRACallback": "callbacks.shira",
     "TasksCallback": "callbacks.tasks",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.exchange import peft_layers, peft_on_weights, peft_prompts
+from lightning_pet.exchange import (
+    peft_converted,
+    peft_layers,
+    peft_on_weights,
+    peft_products,
+    peft_prompts,
+    peft_rotations,
+)
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
+from lightning_pet.exchange.peft_refused import way_out
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.naming import CHILD, is_below, named_parameters
 from lightning_pet.store.manifest import MethodRecord
@@ -35,11 +43,25 @@ _ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 ort
 _VIRTUAL: Final = _options(
     "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers num_frozen_layers"
 )
+_PRODUCTS: Final = _options("r alpha rank_pattern alpha_pattern rank_dropout module_dropout use_effective_conv2d")
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "LORA": _LOW_RANK,
     "ADALORA": _LOW_RANK | _ADAPTIVE,
     "IA3": _options("feedforward_modules init_ia3_weights"),
     "HIRA": _options("r hira_dropout rank_pattern"),
+    "MISS": _options("r miss_dropout mini_r"),
+    "SHIRA": _options("r mask_type random_seed"),
+    "LOHA": _PRODUCTS,
+    "LOKR": _PRODUCTS | _options("decompose_both decompose_factor rank_dropout_scale"),
+    "OFT": _options("module_dropout r oft_block_size use_cayley_neumann num_cayley_neumann_terms block_share coft eps"),
+    "HRA": _options("r apply_GS"),
+    "BOFT": _options("boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout"),
+    "DELORA": _options("r delora_lambda module_dropout rank_pattern lambda_pattern"),
+    "GRALORA": _options("r hybrid_r alpha gralora_dropout gralora_k"),
+    "VBLORA": _options(
+        "r num_vectors vector_length topk save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
+    ),
+    "TINYLORA": _options("r u weight_tying projection_seed save_projection init_v_bound tinylora_dropout"),
     "PROMPT_TUNING": _VIRTUAL
     | _options("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"),
     "P_TUNING": _VIRTUAL
@@ -47,13 +69,28 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
 }
 _FROM: Final = "HF PEFT"
-_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+_HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "bias": ("none",),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+}
 """Values of options that ask for nothing."""
 _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "LORA": peft_layers.lora,
     "ADALORA": peft_layers.adalora,
     "IA3": peft_layers.ia3,
     "HIRA": peft_on_weights.read_hira,
+    "MISS": peft_on_weights.read_miss,
+    "SHIRA": peft_on_weights.read_shira,
+    "LOHA": peft_products.loha,
+    "LOKR": peft_products.lokr,
+    "OFT": peft_rotations.oft,
+    "HRA": peft_rotations.hra,
+    "BOFT": peft_rotations.boft,
+    "DELORA": peft_converted.delora,
+    "GRALORA": peft_converted.gralora,
+    "VBLORA": peft_converted.vblora,
+    "TINYLORA": peft_converted.tinylora,
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
@@ -76,7 +113,7 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         raise fault(
             str(folder.path / CONFIG),
             f"found the peft_type {shown(kind)}; those that have a counterpart here are {', '.join(sorted(_READERS))}. "
-            "Merge it with PEFT and save the model, or train it again with one of them.",
+            + way_out(str(kind)),
             "version",
         )
     _check_options(folder, kind)
@@ -86,9 +123,14 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
     return stored if base is None else settled(stored, base.root)
 
 
-_BOOLS: Final = _options("use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode")
-_WHOLE: Final = _options("r init_r target_r num_virtual_tokens num_transformer_submodules")
-_NUMBERS: Final = _options("lora_alpha lora_dropout hira_dropout beta1 beta2 orth_reg_weight")
+_BOOLS: Final = _options(
+    "use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode use_effective_conv2d decompose_both "
+    "rank_dropout_scale"
+)
+_WHOLE: Final = _options("r mini_r init_r target_r num_virtual_tokens num_transformer_submodules")
+_NUMBERS: Final = _options(
+    "lora_alpha alpha lora_dropout hira_dropout miss_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight"
+)
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
 
@@ -99,13 +141,14 @@ def _check_types(folder: Folder) -> None:
     Raises:
         DeltaFileError: (``schema``) naming the first that has not.
     """
+    least = 0 if folder.config["peft_type"] == "OFT" else 1  # where r = 0 says that blocks have a size instead
     for option, value in folder.config.items():
         wanted = ""
         if value is None:
             continue
         if option in _BOOLS and not isinstance(value, bool):
             wanted = "true or false"
-        elif option in _WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        elif option in _WHOLE and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             wanted = "a positive whole number"
         elif option in _NUMBERS and not _is_number(value):
             wanted = "a number"

@@ -53,7 +53,7 @@ def lora(folder: Folder, base: Base | None) -> Read:
         parts, ranks[exactly(target)], alphas[exactly(target)] = _rank_and_alpha(folder, host, target, parts, root)
         targets.append(target)
         tensors |= {(target, name): tensor for name, tensor in parts.items()}
-    r, alpha = _most(ranks), _most(alphas)
+    r, alpha = most(ranks), most(alphas)
     options = {
         "r": r,
         "alpha": alpha,
@@ -70,7 +70,14 @@ def lora(folder: Folder, base: Base | None) -> Read:
     rest = without_tables(folder, rest, [target.module for target in targets], root)
     biases = biases_of(folder, rest, {target.module for target in targets})
     read = whole_of(folder, "lora", options, targets, tensors, rest, biases)
-    return read if init == "kaiming" else _with_starts(read, targets, options, root)
+    return read if init == "kaiming" else _with_starts(folder, read, targets, options, root)
+
+
+def _asked(host: Host, target: Target) -> str:
+    """The path that PEFT asks its patterns about: of an attention's output projection that of the attention."""
+    if host.inside:
+        return host.path.rpartition(".")[0]
+    return join(host.path, target.parameter) if host.named else host.path
 
 
 def _rank_and_alpha(
@@ -86,7 +93,7 @@ def _rank_and_alpha(
     # convolution in groups counts for all of them.
     wide = host.parts["a"].shape[0] / given if is_kernel(parts) else 1.0
     factor = (2 if host.inside else 1) * (rank / given / wide) ** (0.5 if folder.config.get("use_rslora") else 1)
-    alpha = _alpha(folder, join(host.path, target.parameter) if host.named else host.path)
+    alpha = value_of(folder, "alpha_pattern", _asked(host, target), "lora_alpha", 8)
     if alpha <= 0:
         alpha, parts = _signed(folder, alpha, rank, parts)
     return parts, rank, alpha * factor if factor != 1 else alpha
@@ -164,7 +171,9 @@ def _start(folder: Folder) -> str:
     )
 
 
-def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None) -> Read:
+def _with_starts(
+    folder: Folder, read: Read, targets: Sequence[Target], options: dict[str, Any], root: nn.Module | None
+) -> Read:
     """PiSSA and OLoRA took their start values out of the base: they are computed from it again.
 
     Tables and kernels start at random in PEFT, whatever is asked for: nothing was taken out of them.
@@ -175,9 +184,16 @@ def _with_starts(read: Read, targets: Sequence[Target], options: dict[str, Any],
     method = METHODS["lora"](**options)
     for insertion in method.insertions(root, targets):
         path = insertion.path(method)
+        kind = host_kind(modules[insertion.target.module], insertion.target.parameter)
+        if kind == "conv1d_hf" and options["init"] == "olora":
+            raise fault(
+                str(folder.path),
+                f"{insertion.target.module} keeps its weight as [in, out], where OLoRA of PEFT takes the transpose of "
+                "its start values out of the base, so that its model does not start as the base. Merge it with PEFT.",
+                "mismatch",
+            )
         for name in ("a0", "b0"):
             start = getattr(insertion.delta, name).detach().clone()
-            kind = host_kind(modules[insertion.target.module], insertion.target.parameter)
             tensors[join(path, name)] = torch.zeros_like(start) if kind in ("embedding", "conv") else start
     return replace(read, tensors=tensors)
 
@@ -218,18 +234,18 @@ def adalora(folder: Folder, base: Base | None) -> Read:
     return whole_of(folder, "adalora", options, targets, tensors, rest, frozenset())
 
 
-def _alpha(folder: Folder, path: str) -> Any:
-    """What the first pattern that fits gives, in the order of the file."""
-    found = [value for key, value in (folder.config.get("alpha_pattern") or {}).items() if fits(folder, key, path)]
+def value_of(folder: Folder, option: str, path: str, otherwise: str, default: Any) -> Any:
+    """What the first pattern of an option that fits gives, in the order of the file; else another option's value."""
+    found = [value for key, value in (folder.config.get(option) or {}).items() if fits(folder, key, path)]
     if len({*found}) > 1:
         rank_zero_warn(
-            f"{folder.path}: {len(found)} keys of alpha_pattern fit {path}, with different values. The first one in "
+            f"{folder.path}: {len(found)} keys of {option} fit {path}, with different values. The first one in "
             "the file counts, which may be another than in training: PEFT sorts them when it saves."
         )
-    return found[0] if found else folder.config.get("lora_alpha", 8)
+    return found[0] if found else folder.config.get(otherwise, default)
 
 
-def _most(values: Mapping[str, Any]) -> Any:
+def most(values: Mapping[str, Any]) -> Any:
     """The commonest value, so that few places need one of their own."""
     return Counter(values.values()).most_common(1)[0][0]
 

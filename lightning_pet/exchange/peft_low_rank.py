@@ -119,12 +119,15 @@ def write_low_rank(export: Export, layers: Sequence[Layer], dora: bool, **config
     rank = max(layer.rank * count for layer, count in zip(layers, groups, strict=True))
     rank = math.lcm(*groups) * math.ceil(rank / math.lcm(*groups))
     attentions = {layer.target.module for layer in layers if layer.target.parameter == "in_proj_weight"}
-    stacks = [layer for layer in layers if layer.is_stack]
+    stacks = [layer for layer in layers if _is_parameter(export, layer)]
     for layer in layers:
-        _write_layer(export, layer, rank, attentions)
+        if layer in stacks:
+            _write_parameter(export, layer, rank)
+        else:
+            _write_layer(export, layer, rank, attentions)
     for path in attentions:
         _fill_attention(export, path, rank)
-    hosts = [layer for layer in layers if not layer.is_stack]
+    hosts = [layer for layer in layers if layer not in stacks]
     names = {layer.target.module for layer in hosts}
     names = (names | attentions) - {join(path, "out_proj") for path in attentions}  # PEFT wraps them as a whole
     export.config |= {
@@ -153,9 +156,6 @@ def kind_at(export: Export, target: Target) -> str | None:
 
 def _write_layer(export: Export, layer: Layer, rank: int, attentions: set[str]) -> None:
     target, path = layer.target, layer.target.module
-    if layer.is_stack:
-        _write_stack(export, layer, rank)
-        return
     groups, kind = _groups(export, layer), kind_at(export, target)
     a, b = padded(torch.cat(layer.a), rank // groups, 0), padded(torch.cat(layer.b, 1), rank // groups, 1)
     if kind is None and not layer.is_kernel and target.role not in (*PROJECTIONS, "embedding"):
@@ -178,7 +178,7 @@ def _write_layer(export: Export, layer: Layer, rank: int, attentions: set[str]) 
     if layer.magnitude is not None:
         if inside or target.parameter == "in_proj_weight":
             raise export.fault(f"{target.path}: PEFT has no DoRA in a MultiheadAttention. Merge it.")
-        names["lora_magnitude_vector"] = _shaped(layer, b)
+        names["lora_magnitude_vector.weight"] = _shaped(layer, b)  # without the ending transformers leaves it out
     export.tensors |= {f"{PREFIX}{path}.{name}": tensor.contiguous() for name, tensor in names.items()}
 
 
@@ -222,15 +222,23 @@ def _fill_attention(export: Export, path: str, rank: int) -> None:
         export.tensors.setdefault(f"{PREFIX}{name}.lora_B.weight", like.new_zeros(outputs, rank))
 
 
-def _write_stack(export: Export, layer: Layer, rank: int) -> None:
-    """Experts: A has its rows expert by expert, B its columns rank by rank."""
+def _is_parameter(export: Export, layer: Layer) -> bool:
+    """PEFT knows it by the name of a parameter: experts, and what no layer has as its weight."""
+    if layer.is_stack or layer.target.parameter == "in_proj_weight":
+        return layer.is_stack
+    plain = isinstance(export.module(layer.target.module), nn.Linear)
+    return not plain and kind_at(export, layer.target) == "weight"
+
+
+def _write_parameter(export: Export, layer: Layer, rank: int) -> None:
+    """Of experts A has its rows expert by expert, B its columns rank by rank."""
     target = layer.target
-    host = export.needed(target.module, "holds a stack of matrices")
-    a, b = padded(torch.cat(layer.a, 1), rank, 1), padded(torch.cat(layer.b, 2), rank, 2)
-    if transposed(host, target.parameter):
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
-    a = a.reshape(-1, a.shape[-1])
-    b = b.permute(1, 2, 0).reshape(b.shape[1], -1)
+    host = export.needed(target.module, "holds a matrix of no layer, or several")
+    a, b = padded(torch.cat(layer.a, -2), rank, -2), padded(torch.cat(layer.b, -1), rank, -1)
+    if layer.is_stack:
+        if transposed(host, target.parameter):
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
+        a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
     own = [t.parameter for t in export.record.targets if t.module == target.module]
     order = [name for name in host._parameters if name in own]
     path = target.module + WRAPPED * (len(order) - 1 - order.index(target.parameter))
@@ -241,8 +249,8 @@ def _write_stack(export: Export, layer: Layer, rank: int) -> None:
 def _check_stacks(export: Export, stacks: Sequence[Layer], dora: bool) -> None:
     if dora or export.config["lora_dropout"] or any(layer.bias is not None for layer in stacks):
         raise export.fault(
-            f"{stacks[0].target.path}: PEFT has neither DoRA nor dropout nor a bias of B on a stack of experts. "
-            "Merge it (to='transformers')."
+            f"{stacks[0].target.path}: PEFT has neither DoRA nor dropout nor a bias of B on a parameter that is no "
+            "layer's weight. Merge it (to='transformers')."
         )
 
 
@@ -272,15 +280,28 @@ def write_biases(export: Export, left: dict[str, Tensor], names: Sequence[str]) 
 def adalora(export: Export, left: dict[str, Tensor]) -> None:
     """AdaLoRA as the plain LoRA of the triplets that are kept: A takes their factors."""
     config = export.record.config
-    layers = []
+    scale = float(config["alpha"]) / int(config["init_r"])
+    layers: dict[tuple[str, str], Layer] = {}
     for target, parts in taken(export, left):
-        scale = float(config["alpha"]) / int(config["init_r"])
-        kept = (parts["kept"] != 0) if "kept" in parts else torch.ones_like(parts["e"], dtype=torch.bool)
-        e = (parts["e"] * kept).reshape(-1, *(1,) * (parts["a"].dim() - 1))
-        layer = Layer(target)
-        _stack(export, layer, target, {"a": parts["a"] * e, "b": parts["b"]}, scale)
-        layers.append(layer)
-    write_low_rank(export, layers, False)
+        layer = layers.setdefault((target.module, target.parameter), Layer(target))
+        a, b = _of_triplets(parts)
+        module = export.module(target.module)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            a = a.reshape(len(a), -1, *module.kernel_size)
+            b = b.reshape(*b.shape, *(1,) * len(module.kernel_size))
+        _stack(export, layer, target, {"a": a, "b": b}, scale)
+    write_low_rank(export, list(layers.values()), False)
+
+
+def _of_triplets(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A with its factors, and B; a file may hold only those that are left, of experts one after another."""
+    a, b, e = parts["a"], parts["b"], parts["e"]
+    kept = parts["kept"].bool() if "kept" in parts else torch.ones_like(e, dtype=torch.bool)
+    if e.shape == kept.shape:
+        return a * (e * kept).unsqueeze(-1), b
+    whole_a, whole_b = a.new_zeros(*kept.shape, a.shape[-1]), b.new_zeros(*kept.shape, b.shape[-1])
+    whole_a[kept], whole_b[kept] = a * e.unsqueeze(-1), b
+    return whole_a, whole_b.mT
 
 
 def targets_of(export: Export, paths: Sequence[str]) -> dict[str, Any]:

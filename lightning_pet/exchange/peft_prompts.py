@@ -29,10 +29,51 @@ def prompt(folder: Folder, base: Base | None) -> Read:
     options: dict[str, Any] = {"length": length}
     method = METHODS["prompt_tuning"](**options)
     targets: tuple[Target, ...] = method.resolve(base.root, base.structure())
+    require_pooled_within(str(folder.path), base.root)
     table = next(target.module for target in targets if target.role == "prompt.rows")
     own = rows[:length] / scale_of(module_at(base.root, table))
     name = join(table, CHILD, "prompt_tuning_default_rows", "prompt")
     return Read((record_of("prompt_tuning", options, targets, heads),), {name: own.contiguous(), **values})
+
+
+def require_pooled_within(where: str, root: nn.Module) -> None:
+    """Refuse a prompt where a head takes one position of a text, or the mean of all.
+
+    PEFT hands the virtual tokens to the head as well, this library the real ones alone: BERT pools before that.
+
+    Raises:
+        DeltaFileError: if it takes any other position than the last one.
+    """
+    inner = getattr(root, "base_model", root)
+    if inner is root or getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        return
+    states: list[Tensor] = []
+
+    def watched(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(found := getattr(output, "last_hidden_state", None), Tensor):
+            states.append(found.detach().requires_grad_())
+            output.last_hidden_state = states[-1]
+        return output
+
+    hook = inner.register_forward_hook(watched)
+    try:
+        with torch.enable_grad():
+            ids = torch.tensor([[3, 4, 5, 6]], device=next(root.parameters()).device)
+            logits = getattr(root(input_ids=ids), "logits", None)
+    except Exception:  # it takes something else: what a prompt needs is asked elsewhere
+        return
+    finally:
+        hook.remove()
+    if not states or not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.requires_grad:
+        return
+    (gradient,) = torch.autograd.grad(logits.sum(), states[:1], allow_unused=True)
+    if gradient is not None and gradient[:, :-1].any():
+        raise fault(
+            where,
+            f"{type(root).__name__} classifies by what is at the first position, or at all: with PEFT that is a "
+            "virtual token, here the first real one. Use it with the library that trained it.",
+            "mismatch",
+        )
 
 
 def scale_of(table: nn.Module) -> float:

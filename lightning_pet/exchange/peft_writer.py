@@ -20,8 +20,10 @@ from lightning_pet.exchange.peft_low_rank import (
     write_biases,
     write_low_rank,
 )
-from lightning_pet.exchange.peft_on_weights import write_hira
-from lightning_pet.exchange.peft_prompts import scale_of, turn
+from lightning_pet.exchange.peft_on_weights import write_hira, write_miss, write_shira
+from lightning_pet.exchange.peft_products import write_loha, write_lokr
+from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
+from lightning_pet.exchange.peft_rotations import write_hra, write_oft
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
 from lightning_pet.model.naming import CHILD, join, module_at, named_modules
@@ -90,6 +92,8 @@ def _ia3(export: Export, left: dict[str, Tensor]) -> None:
             inner += [path] if reads else []
     for path, scale in vectors.items():
         module = export.needed(path, "may be a convolution") if _unsure(export, path) else export.module(path)
+        if isinstance(module, nn.Conv1d):
+            raise export.fault(f"{path}: PEFT has no (IA)³ on a Conv1d. Merge it (to='transformers').")
         shape: tuple[int, ...] = (1, -1) if path in inner else (-1, 1)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             shape = (1, -1, *(1,) * len(module.kernel_size))
@@ -116,7 +120,16 @@ def _bitfit(export: Export, left: dict[str, Tensor]) -> None:
     if any(".pet." in name for name in left):
         raise export.fault("biases that the base does not have (add_missing) have no place in PEFT. Merge it.")
     places = [target for target in export.record.targets if target.role != "head"]
-    host = next((target.module for target in places if isinstance(export.module(target.module), nn.Linear)), None)
+    attentions = nn.MultiheadAttention
+    host = next(
+        (
+            target.module
+            for target in places
+            if isinstance(export.module(target.module), nn.Linear)
+            and not isinstance(export.module(target.module.rpartition(".")[0]), attentions)
+        ),
+        None,
+    )
     if host is None:
         raise export.fault("a linear layer of the base has to carry the biases: give the base, base=….")
     layer = export.needed(host, "carries the biases")
@@ -133,6 +146,8 @@ def _prompt(export: Export, left: dict[str, Tensor]) -> None:
     if len(rows) != 1 or len(names) != 1 or export.record.config.get("where", "encoder") == "both":
         raise export.fault("PEFT has one prompt, in the encoder or only stack. Merge is not possible; train it so.")
     table = rows[0].partition(".pet.")[0]
+    if export.root is not None:
+        require_pooled_within(str(export.stored.path), export.root)
     own = left.pop(rows[0]) * scale_of(export.needed(table, "may multiply its rows"))
     export.tensors["prompt_embeddings"] = own.contiguous()
     export.config |= {"peft_type": "PROMPT_TUNING", **_virtual(export, own.shape[0], own.shape[1], 1)}
@@ -219,6 +234,8 @@ def _said_of_the_base(export: Export) -> dict[str, Any]:
     config["base_model_name_or_path"] = name if hub else ""
     kind = "" if root is None else type(root).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    if getattr(root, "main_input_name", "input_ids") != "input_ids":
+        task = None  # what PEFT makes for a task hands over ids, which speech and images have none of
     task = task if _has_its_heads(export, task) else None
     config["task_type"] = task
     if task is None and root is not None:
@@ -248,7 +265,13 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "adalora": adalora,
     "ia3": _ia3,
     "hira": write_hira,
+    "miss": write_miss,
+    "shira": write_shira,
+    "oft": write_oft,
+    "hra": write_hra,
     "bitfit": _bitfit,
+    "loha": write_loha,
+    "lokr": write_lokr,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
 }

@@ -141,9 +141,16 @@ def export_delta(
     if to in ("vllm", "llama.cpp"):
         for_server(export, to)
     reap_once(Path(os.fspath(folder)).parent)
+    difference, reader = None, ""
     write = _write_adapters if to == "adapters" else _write
-    atomic_folder(folder, lambda made: write(Path(made), export))
-    difference, reader = (None, "") if error else _compare(source, model, Path(os.fspath(folder)), name)
+
+    def build(made: str) -> None:
+        nonlocal difference, reader
+        write(Path(made), export)
+        if not error:
+            difference, reader = _compare(source, model, Path(made), strict=to in ("peft", "adapters"))
+
+    atomic_folder(folder, build)
     return Exported(Path(os.fspath(folder)), int(export.config.get("r", 0)), error, difference, reader)
 
 
@@ -262,31 +269,46 @@ def _card(export: Export) -> str:
 
 
 def _compare(
-    source: nn.Module | PathLike, model: nn.Module | None, folder: Path, name: str | None
+    source: nn.Module | PathLike, model: nn.Module | None, folder: Path, strict: bool
 ) -> tuple[float | None, str]:
-    """The largest difference of outputs, on a copy of the base in the reader's hands."""
+    """The largest difference of outputs, on a copy of the base in the reader's hands.
+
+    Raises:
+        DeltaFileError: if it is ``strict``, and the reader cannot load or run what was written, or has other outputs.
+    """
     if model is None:
         return None, ""
     ours = copy.deepcopy(model)
     plain = copy.deepcopy(model)
     if isinstance(source, nn.Module):
         Adapted(plain).remove()
-        root = root_of(ours)[1]
     else:
         load_delta(ours, source)
-        root = root_of(ours)[1]
+    root = root_of(ours)[1]
     inputs = _working_inputs(root)
-    if inputs is None:
-        return None, ""
     bare = root_of(plain)[1]
-    theirs, reader = _with_reader(bare, folder)
-    virtual = json.loads((folder / CONFIG).read_text()).get("num_virtual_tokens", 0)
-    a, b = _output(root, inputs), _output(theirs, inputs)
+    try:
+        theirs, reader = _with_reader(bare, folder)
+        b = None if inputs is None else _output(theirs, inputs)
+    except Exception as error:  # whatever it is that PEFT says
+        if not strict:
+            return None, ""
+        raise DeltaFileError(
+            f"{_name_of(source)}: {'PEFT' if (folder / _TENSORS).is_file() else 'the reader here'} cannot take it on this {type(bare).__name__}: {type(error).__name__}: "
+            f"{str(error)[:300]}. Merge it (to='transformers').",
+            "mismatch",
+        ) from error
+    a = None if inputs is None else _output(root, inputs)
     if a is None or b is None:
         return None, ""
+    virtual = json.loads((folder / CONFIG).read_text()).get("num_virtual_tokens", 0)
     if virtual and b.shape != a.shape:
         b = b[:, virtual:]
     return float((a.double() - b.double()).abs().max()), reader
+
+
+def _name_of(source: nn.Module | PathLike) -> str:
+    return f"this {type(source).__name__}" if isinstance(source, nn.Module) else os.fspath(source)
 
 
 def _with_reader(base: nn.Module, folder: Path) -> tuple[nn.Module, str]:

@@ -23,9 +23,11 @@ from lightning_pet import (
     HiRACallback,
     IA3Callback,
     LoRACallback,
+    MiSSCallback,
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
+    SHiRACallback,
     apply,
     export_delta,
     load_delta,
@@ -74,6 +76,9 @@ CASES: dict[str, Case] = {
     "hira": (llama, lambda: HiRACallback(r=3, target_modules=["q_proj", "embed_tokens"], rank_pattern={"q_proj": 2})),
     "hira roles": (gpt2, lambda: HiRACallback(r=2)),
     "hira convolutions": (Convolutions, lambda: HiRACallback(r=2, target_modules=["first", "linear"])),
+    "miss": (llama, lambda: MiSSCallback(r=3)),
+    "miss mini": (bert, lambda: MiSSCallback(r=3, mini_r=4, target_modules=["attention.q"])),
+    "shira": (llama, lambda: SHiRACallback(r=1)),
     "bitfit": (bert, lambda: BitFitCallback()),
 }
 IN_FLOAT32: dict[str, Case] = {
@@ -200,6 +205,12 @@ def test_a_change_that_is_of_low_rank_is_written_without_asking_for_one(tmp_path
         done = export_delta(model, folder, to="lora")
         assert (done.error, done.rank) == (0.0, 4)
         torch.testing.assert_close(in_peft(base, folder, output_of(model)), output_of(model), rtol=0, atol=1e-12)
+    for method in (MiSSCallback(r=3, target_modules=["c_attn", "ffn.up"]), MiSSCallback(r=5, modules_to_save=["ln_f"])):
+        fused, folder = made(gpt2), tmp_path / f"miss{method.r}"
+        model = trained(fused, method)
+        done = export_delta(model, folder, to="lora")
+        assert done.error == 0.0
+        torch.testing.assert_close(in_peft(fused, folder, output_of(model)), output_of(model), rtol=0, atol=1e-12)
     with pytest.raises(ArgumentError, match="would have to be exact"):
         export_delta(trained(base, IA3Callback(["linear"], [])), tmp_path / "none", to="lora")
 
@@ -242,6 +253,9 @@ def test_what_servers_do_not_read_is_refused(
         (bert, lambda: AdapterCallback(bottleneck_size=4), "no counterpart of adapter"),
         (bert, lambda: DiffPruningCallback(), "no counterpart of diff_pruning"),
         (bert, lambda: PrefixTuningCallback(length=3), "no rotary positions"),
+        (gpt2, lambda: SHiRACallback(r=2), "no shira on such a weight"),
+        (gpt2, lambda: MiSSCallback(r=2), "no miss on such a weight"),
+        (lambda: Convolutions(2), lambda: HiRACallback(r=2, target_modules=["second"]), "has groups"),
         (mixtral, lambda: LoRACallback(r=2, dropout=0.1, target_modules=["experts.down_proj"]), "dropout"),
     ],
 )

@@ -481,6 +481,7 @@ RULES: Final[dict[str, Callable[[Result, Sequence[MethodRecord]], MethodRecord]]
     "layer_freezing": _in_place,
     "full_fine_tuning": _in_place,
     "diff_pruning": _sparse,
+    "shira": _sparse,
     "prefix_tuning": partial(_one_behind_the_other, {"key": -2, "value": -2}, {"projection": False, "init": "random"}),
     "prompt_tuning": partial(_one_behind_the_other, {"prompt": 0}, {"encoder": "none", "init": "random"}),
 }
