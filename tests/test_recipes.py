@@ -69,7 +69,10 @@ def test_the_list_names_every_configuration(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("method", [None, *(name.removeprefix("method/") for name in names("method"))])
 def test_a_complete_configuration_is_written(task: str, method: str | None) -> None:
     data = {"text_classification": "reviews.csv", "label_words": "reviews.csv", "seq2seq": "pairs.jsonl"}.get(task)
-    if task == "lm_adaptation":
+    if task == "conversations":
+        line = '{"messages": [{"role": "assistant", "content": "Hi"}]}'
+        Path(data := "chats.jsonl").write_text(line, encoding="utf-8")
+    if task in ("lm_adaptation", "text"):
         Path(data := "texts.txt").write_text("one text\nanother\n", encoding="utf-8")
     init(task, method, data, {"text": "review"} if data == "reviews.csv" else None, "my.yaml")
     written = yaml.safe_load(Path("my.yaml").read_text(encoding="utf-8"))

@@ -25,6 +25,8 @@ from lightning_pet.arguments import NOT_NEEDED, our_name
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback
+from lightning_pet.data.chat.data import ChatData
+from lightning_pet.data.date_chat import DateChat
 from lightning_pet.data.dates import Dates
 from lightning_pet.data.docstring_topics import DocstringTopics
 from lightning_pet.data.lm_adaptation import LMAdaptationData
@@ -34,6 +36,7 @@ from lightning_pet.data.text_classification import TextClassificationData
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.adaptation import adapted_root
+from lightning_pet.modules.causal_lm import CausalLMModule
 from lightning_pet.modules.label_words import LabelWordClassifier
 from lightning_pet.modules.seq2seq import Seq2SeqModule
 from lightning_pet.modules.text_classification import TextClassifier
@@ -47,7 +50,17 @@ LAST_GOOD = "last-good"
 """``fit --ckpt_path=last-good`` goes on from the newest checkpoint that verifies, or begins if there is none."""
 
 
-OURS = (TextClassifier, Seq2SeqModule, LabelWordClassifier, TextClassificationData, Seq2SeqData, LMAdaptationData)
+OURS = (
+    TextClassifier,
+    Seq2SeqModule,
+    CausalLMModule,
+    LabelWordClassifier,
+    TextClassificationData,
+    Seq2SeqData,
+    ChatData,
+    DateChat,
+    LMAdaptationData,
+)
 EXAMPLES = (DocstringTopics, Dates)
 """Imported, they are named on the help page, and their short names are known."""
 KINDS = {"model": pl.LightningModule, "data": pl.LightningDataModule}

@@ -7,8 +7,9 @@ answer at once.
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+_Format = Literal["auto", "chat", "completion", "sharegpt", "alpaca", "text"]
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "export": export,
         "list": list_configurations,
         "init": init,
+        "data": data,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(verbs))
@@ -282,6 +284,25 @@ def init(
     head = f"# Made of {', '.join(parts)} by lightning-pet init; every line may be changed.\n"
     Path(output).write_text(f"{head}#   lightning-pet fit -c {output}\n{text}", encoding="utf-8")
     print(f"{output}: {', '.join(parts)}\nlightning-pet fit -c {output}")
+
+
+def data(
+    path: str, model: str | None = None, format: _Format = "auto", max_length: int = 1024, example: int = 1
+) -> None:
+    """Validate a training file of conversations or texts, count its tokens, and show what is trained.
+
+    Args:
+        path: JSON lines in OpenAI's formats (messages; prompt and completion), ShareGPT, Alpaca, or texts.
+        model: folder or hub repository of the model to be tuned; its tokenizer and chat template count.
+        format: of the lines; auto: by the keys of the first one.
+        max_length: longest example in tokens.
+        example: which one to show, counted from 1.
+    """
+    from lightning_pet.cli.data import show_data
+
+    if model is None:
+        raise ValueError("say which model is to be tuned, --model=FOLDER: its tokenizer counts, its template writes.")
+    show_data(path, model, format, max_length, example)
 
 
 def intrinsic_dimension(argv: list[str]) -> None:

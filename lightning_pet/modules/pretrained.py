@@ -6,6 +6,7 @@ A model is named by one string:
 ``./folder`` or ``/path/to/folder``  a local folder in the Hugging Face layout; the hub is never contacted
 ``package:<name>/<subfolder>``       a folder inside an installed Python package, which is not imported
 ``builtin:dates``                    the date model of :mod:`lightning_pet.modules.date_model`, trained on first use
+``builtin:date_chat``                the same as a chat, :mod:`lightning_pet.modules.date_chat`
 ``owner/name``                       a repository of the Hugging Face hub
 ===================================  ==================================================================
 
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.modules.date_chat import date_chat_folder
 from lightning_pet.modules.date_model import date_model_folder, quiet_transformers
 
-_BUILTIN: Mapping[str, Callable[[], Path]] = {"dates": date_model_folder}
+_BUILTIN: Mapping[str, Callable[[], Path]] = {"dates": date_model_folder, "date_chat": date_chat_folder}
 _WEIGHTS = "model.safetensors"
 
 

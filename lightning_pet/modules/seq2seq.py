@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.modules import t_few
+from lightning_pet.modules.evaluation import EvaluatedModule
 from lightning_pet.modules.optimization import Schedule, adamw, with_schedule
 from lightning_pet.modules.pretrained import load_model, load_tokenizer
 
@@ -102,7 +102,7 @@ def _text_metric(name: TextMetric) -> Metric:
     return SacreBLEUScore() if name == "bleu" else CHRFScore()
 
 
-class Seq2SeqModule(L.LightningModule):
+class Seq2SeqModule(EvaluatedModule):
     """Train an encoder-decoder model to turn a source text into a target text.
 
     Logs ``train/loss`` and, for each validation (or test) data loader, ``val/loss``, ``val/token_accuracy``
@@ -146,6 +146,8 @@ class Seq2SeqModule(L.LightningModule):
         <bound method ...>
     """
 
+    shown = ("exact_match",)
+
     def __init__(
         self,
         model: str | dict[str, Any],
@@ -181,7 +183,6 @@ class Seq2SeqModule(L.LightningModule):
         self.unlikely_loss, self.choice_loss, self.length_norm = unlikely_loss, choice_loss, length_norm
         self.generation = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
         self.text_metrics = tuple(text_metrics)
-        self.scores = nn.ModuleDict()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup = warmup
@@ -258,14 +259,9 @@ class Seq2SeqModule(L.LightningModule):
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return texts
 
-    def _stage_scores(self, stage: str, loader: int) -> Scores:
-        # One set per data loader; how many there are is known only when they are seen.
-        key = f"{stage}_{loader}"
-        if key not in self.scores:
-            self.scores[key] = Scores(self.text_metrics).to(self.device)
-        scores = self.scores[key]
-        assert isinstance(scores, Scores)
-        return scores
+    def new_scores(self) -> Scores:
+        """Loss, accuracy and exact match, and the chosen text metrics."""
+        return Scores(self.text_metrics)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str, loader: int) -> None:
         output = self(batch)
@@ -273,35 +269,18 @@ class Seq2SeqModule(L.LightningModule):
         targets = labels.masked_fill(labels == IGNORED, self.tokenizer.pad_token_id)
         references = self.tokenizer.batch_decode(targets, skip_special_tokens=True)
         accuracy, tokens = token_accuracy(output.logits, labels)
-        scores = self._stage_scores(stage, loader)
+        scores = self.stage_scores(stage, loader)
         scores.update(output.loss, accuracy, tokens, self.generate(batch), references)
         if "choices" in batch:
             scores.update_choices(self.rank(batch) == batch["choice"])
-
-    def _log_scores(self, stage: str) -> None:
-        names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", ())
-        for key in sorted(key for key in self.scores if key.startswith(stage)):
-            loader = int(key.rpartition("_")[2])
-            name = names[loader] if loader < len(names) else str(loader)
-            prefix = stage if loader == 0 else f"{stage}/{name}"
-            for score, value in self._stage_scores(stage, loader).compute().items():
-                self.log(f"{prefix}/{score}", value, prog_bar=score == "exact_match")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of validation data."""
         self._evaluate(batch, "val", dataloader_idx)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation scores."""
-        self._log_scores("val")
-
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of test data."""
         self._evaluate(batch, "test", dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test scores."""
-        self._log_scores("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
         """One text per source: the best choice where there are choices, else a generated one."""

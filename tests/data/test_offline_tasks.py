@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from lightning_pet.callbacks.lora import LoRACallback
+from lightning_pet.data.date_chat import DateChat
 from lightning_pet.data.dates import Dates
 from lightning_pet.data.docstring_topics import TOPICS, DocstringTopics, linear_probe, write_topics
 from lightning_pet.data.reference import ReferencePoints
@@ -23,6 +25,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.modules import date_model
 from lightning_pet.modules.cache import cached_folder
+from lightning_pet.modules.causal_lm import CausalLMModule
 from lightning_pet.modules.date_model import draw_days, write_date
 from lightning_pet.modules.seq2seq import Seq2SeqModule
 from lightning_pet.modules.text_classification import TextClassifier
@@ -240,3 +243,21 @@ def test_date_model_is_trained_once_and_read_back(cache: Path, monkeypatch: pyte
 def test_dates_namespace_is_a_reference_protocol():
     assert isinstance(Dates(), ReferencePoints)
     assert not isinstance(SimpleNamespace(), ReferencePoints)
+
+
+def test_the_date_chat_learns_the_order_of_its_delta() -> None:
+    """The shipped task, as the command runs it, but for the progress bar."""
+    torch.manual_seed(0)
+    module = CausalLMModule("builtin:date_chat", max_new_tokens=12, optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3))
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=4, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=4,
+        callbacks=[LoRACallback(r=8, alpha=16, target_modules="all-linear", verbose=False)],
+    )  # fmt: skip
+    (before,) = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(module, DateChat())[:1]
+    trainer.fit(module, DateChat())
+    after = trainer.callback_metrics
+    assert before["val/exact_match"] < 0.9
+    assert after["val/exact_match"] >= 0.97
+    assert after["val/long/exact_match"] >= 0.95
+    assert after["val/eu/exact_match"] < 0.9

@@ -62,7 +62,7 @@ def test_package_is_found_without_importing_it(package: Path, no_network: None):
         ("package:no_such_thing/model", "pip install no-such-thing"),
         ("package:packed.bert/model", "expected 'package:<top-level module>"),
         ("package:", "expected 'package:<top-level module>"),
-        ("builtin:times", r"known: \['dates'\]"),
+        ("builtin:times", r"known: \['date_chat', 'dates'\]"),
         ("./missing", "there is no folder"),
         ("some/long/path", "there is no folder"),
     ],

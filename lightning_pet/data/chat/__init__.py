@@ -1,0 +1,1 @@
+"""Conversations, texts and preferences for causal language models."""

@@ -1,0 +1,98 @@
+"""Dates as a chat, with nothing to download: the user writes a date, the assistant answers in ISO 8601."""
+
+from random import Random
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from lightning_pet.data.chat.data import ChatData
+from lightning_pet.data.chat.messages import Conversation
+from lightning_pet.data.tables import Table
+from lightning_pet.errors import ArgumentError
+from lightning_pet.modules.date_model import DateKind, draw_days, write_date
+
+
+class DateChat(ChatData):
+    """Dates of one numeric order and long forms, for ``CausalLMModule(model="builtin:date_chat")``.
+
+    The base model has met both orders, so it cannot know which one ``3/4/2021`` is written in. Long forms are among
+    the training examples so that they are not forgotten. Validation has three loaders of days that the base never
+    saw: the order that is trained, the other order, and the long forms.
+
+    Args:
+        order: ``"us"`` trains month first, ``"eu"`` day first.
+        train_size: number of training dates, three in ten of which are long forms.
+        val_size: number of validation dates of each kind.
+        batch_size: dates per batch and process.
+        packing: put several dates into one row.
+        seed: decides which dates.
+        num_workers: processes that form batches.
+
+    Raises:
+        ArgumentError: a number is below 1, or the order is unknown.
+
+    Example:
+        >>> DateChat(train_size=1, val_size=1).eval_names
+        ('us', 'eu', 'long')
+    """
+
+    metric = "val/exact_match"
+
+    def __init__(
+        self,
+        order: Literal["us", "eu"] = "us",
+        train_size: int = 512,
+        val_size: int = 150,
+        batch_size: int = 32,
+        packing: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            "",
+            max_length=128,
+            batch_size=batch_size,
+            packing=packing,
+            generate=val_size,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        if order not in ("us", "eu"):
+            raise ArgumentError(f"order={order!r}: expected 'us' (month first) or 'eu' (day first)")
+        if train_size < 1 or val_size < 1:
+            raise ArgumentError(f"train_size={train_size} and val_size={val_size} must be at least 1")
+        self.eval_names: tuple[DateKind, ...] = ("us", "eu", "long") if order == "us" else ("eu", "us", "long")
+        self.train_size, self.val_size = train_size, val_size
+
+    def read(self) -> dict[str, Table]:
+        """Write the dates of all splits."""
+        order, long = self.eval_names[0], round(0.3 * self.train_size)
+        kinds: list[DateKind] = [order] * (self.train_size - long) + ["long"] * long
+        tables = {"train": self._write("train", kinds, held_out=False)}
+        for kind in self.eval_names:
+            tables[kind] = self._write("val", [kind] * self.val_size, held_out=True)
+        return tables | {"val": tables[order], "test": tables[order], "predict": tables[order]}
+
+    def _write(self, split: str, kinds: list[DateKind], held_out: bool) -> Table:
+        random = Random(f"{split} {self.seed}")
+        days = draw_days(random, held_out)
+        examples = []
+        for kind in kinds:
+            day = next(days)
+            asked = {"role": "user", "content": write_date(day, kind, random)}
+            answer = {"role": "assistant", "content": day.isoformat()}
+            examples.append(Conversation((asked, answer), (False, True)))
+        return Table(f"dates[{split} {kinds[0]}]", {"line": list(range(1, len(kinds) + 1)), "example": examples})
+
+    def encode_splits(self, module: Any, splits: Any) -> None:
+        """Encode some splits; those of evaluation in all three kinds."""
+        evaluated = any(split in ("val", "test") for split in splits)
+        super().encode_splits(module, [*splits, *(self.eval_names if evaluated else ())])
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader for each of ``eval_names``."""
+        return [self.loader(kind) for kind in self.eval_names]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader for each of ``eval_names``."""
+        return self.val_dataloader()
