@@ -293,8 +293,9 @@ def _compare(
     except Exception as error:  # whatever it is that PEFT says
         if not strict:
             return None, ""
+        who = "PEFT" if (folder / _TENSORS).is_file() else "the reader here"
         raise DeltaFileError(
-            f"{_name_of(source)}: {'PEFT' if (folder / _TENSORS).is_file() else 'the reader here'} cannot take it on this {type(bare).__name__}: {type(error).__name__}: "
+            f"{_name_of(source)}: {who} cannot take it on this {type(bare).__name__}: {type(error).__name__}: "
             f"{str(error)[:300]}. Merge it (to='transformers').",
             "mismatch",
         ) from error
