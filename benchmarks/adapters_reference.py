@@ -81,7 +81,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "parallel": ("ParBnConfig", {"reduction_factor": 4}),
     "compacter": ("CompacterConfig", {"reduction_factor": 4, "phm_dim": 4}),
     "prefix": ("PrefixTuningConfig", {"prefix_length": 3, "bottleneck_size": 8}),
+    "unipelt": (
+        "UniPELTConfig",
+        {
+            "prefix_tuning": {"prefix_length": 3, "bottleneck_size": 8},
+            "adapter": {"reduction_factor": 4},
+            "lora": {"r": 2, "alpha": 6},
+        },
+    ),
 }
+PARTS = {"prefix_tuning": "PrefixTuningConfig", "adapter": "SeqBnConfig", "lora": "LoRAConfig"}
 
 
 def main(folder: Path) -> None:
@@ -106,13 +115,14 @@ def write(path: Path, architecture: str, method: str) -> None:
     config._attn_implementation = "eager"
     model = getattr(transformers, model_class)(config).eval()
     scatter(dict(model.named_parameters()), 0.2)
-    if method == "prefix":
+    if method in ("prefix", "unipelt"):
         flatten_distances(model)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     delta_class, arguments = METHODS[method]
     adapters.init(model)
-    model.add_adapter("task", config=getattr(adapters, delta_class)(**arguments))
+    given = {key: getattr(adapters, PARTS[key])(**value) if key in PARTS else value for key, value in arguments.items()}
+    model.add_adapter("task", config=getattr(adapters, delta_class)(**given))
     model.set_active_adapters("task")
     model.eval()
     added = {name: p for name, p in model.named_parameters() if name not in base}

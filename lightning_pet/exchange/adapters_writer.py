@@ -86,7 +86,7 @@ def _said_of(root: nn.Module) -> dict[str, Any]:
 def _bottleneck(export: Export, left: dict[str, Tensor]) -> dict[str, Any]:
     """Adapters, and Compacter, whose layers share a rule."""
     own, phm = export.record.config, export.record.method == "compacter"
-    _refuse(export, ("inner_norm", "layer_norms", "cross_attention", "robust_drop"), False)
+    _refuse(export, ("inner_norm", "layer_norms", "cross_attention", "robust_drop", "use_gating"), False)
     _refuse(export, ("bias",), True)
     if phm:
         _refuse(export, ("factorized",), True)
@@ -180,7 +180,7 @@ def _refuse(export: Export, options: Sequence[str], wanted: bool) -> None:
     for option in options:
         value = export.record.config.get(option, wanted)
         if bool(value) is not wanted:
-            raise export.fault(f"the adapters library has no {option}={value!r}. {_WAY_OUT}")
+            raise export.fault(f"{option}={value!r} is not written for the adapters library. {_WAY_OUT}")
 
 
 def _place(export: Export, target: Target, kind: str) -> str:
@@ -239,7 +239,7 @@ def _inside(export: Export) -> str:
 def _lora(export: Export, left: dict[str, Tensor]) -> dict[str, Any]:
     """LoRA and (IA)³: one rank and one scale, in whole roles of layers that are not fused."""
     own, scales = export.record.config, export.record.method == "ia3"
-    _refuse(export, ("use_dora", "lora_bias"), False)
+    _refuse(export, ("use_dora", "lora_bias", "use_gating"), False)
     if own.get("init", "kaiming") not in ("kaiming", "gaussian") or own.get("bias", "none") != "none":
         raise export.fault(f"the adapters library has no init={own.get('init')!r}, and trains no biases. {_WAY_OUT}")
     roles: dict[str, list[Target]] = {}
@@ -307,6 +307,7 @@ def _check_stacks(export: Export, roles: Mapping[str, Sequence[Target]]) -> None
 
 def _prefix(export: Export, left: dict[str, Tensor]) -> dict[str, Any]:
     """Prefixes by their network where it is there, else as rows of keys and values."""
+    _refuse(export, ("use_gating",), False)
     places = [target for target in export.record.targets if target.role == "attention.core"]
     decodes = any("decoder" in target.module.split(".") for target in places)
     groups: dict[str, list[Target]] = {}

@@ -48,6 +48,7 @@ def adapters(folder: Path) -> list[str]:
 METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "LoRA": lambda _: [pet.LoRACallback(r=2)],
     "LoRA+": lambda _: [pet.LoRACallback(r=2, lora_plus_ratio=4.0)],
+    "LoRA, EVA": lambda _: [pet.LoRACallback(r=2, init="eva")],
     "LoRA, PiSSA": lambda _: [pet.LoRACallback(r=2, init="pissa")],
     "DoRA": lambda _: [pet.LoRACallback(r=2, use_dora=True)],
     "AdaLoRA": lambda _: [pet.AdaLoRACallback(target_r=2, init_r=4, tinit=1, tfinal=1)],
@@ -83,6 +84,11 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "MAM (prefix and parallel adapter)": lambda _: [
         pet.PrefixTuningCallback(length=3, projection_size=4),
         pet.AdapterCallback(bottleneck_size=4, placement="parallel", scale=2.0, init="lora"),
+    ],
+    "UniPELT (prefix, adapter and LoRA, gated)": lambda _: [
+        pet.PrefixTuningCallback(length=3, projection_size=4, use_gating=True),
+        pet.AdapterCallback(bottleneck_size=4, placement="pfeiffer", use_gating=True),
+        pet.LoRACallback(r=2, use_gating=True),
     ],
     "LoRA with BitFit": lambda _: [pet.LoRACallback(r=2), pet.BitFitCallback()],
 }

@@ -135,7 +135,7 @@ def test_ia3_and_flat_prefixes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"use_gating": True}, "use_gating"),
+        ({"use_gating": True}, "gate_weight is missing"),
         ({"inv_adapter": "nice"}, "inv_adapter"),
         ({"scaling": "learned"}, "scaling"),
         ({"leave_out": [1]}, "leave_out"),

@@ -102,13 +102,13 @@ def test_ours_read_again(case: str, tmp_path: Path) -> None:
         (gpt2, LoRACallback(r=2), "a part of a fused weight"),
         (llama, LoRACallback(r=2, target_modules=["ffn.up"]), "has a gate"),
         (bert, LoRACallback(r=2, target_modules=["attention.o"]), "attention.o, which the adapters library"),
-        (bert, LoRACallback(r=2, use_dora=True), "no use_dora"),
+        (bert, LoRACallback(r=2, use_dora=True), "use_dora=True is not written"),
         (bert, LoRACallback(r=2, rank_pattern={"attention.q": 3}), "several ranks"),
         (bert, IA3Callback(), "rescales what a layer gets"),
-        (bert, AdapterCallback(bottleneck_size=4, inner_norm=True), "no inner_norm"),
-        (t5, AdapterCallback(bottleneck_size=4, cross_attention=True), "no cross_attention"),
+        (bert, AdapterCallback(bottleneck_size=4, inner_norm=True), "inner_norm=True is not written"),
+        (t5, AdapterCallback(bottleneck_size=4, cross_attention=True), "cross_attention=True is not written"),
         (t5, LoRACallback(r=2), "cross-attention"),
-        (bert, CompacterCallback(phm_dim=2, bottleneck_size=4, factorized=False), "no factorized"),
+        (bert, CompacterCallback(phm_dim=2, bottleneck_size=4, factorized=False), "factorized=False is not written"),
     ],
 )
 def test_what_that_library_cannot_say_is_refused(build: Any, method: PETCallback, words: str, tmp_path: Path) -> None:
