@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pet.attention.prefix import PrefixSite
 from lightning_pet.exchange.adapters_heads import read_head
+from lightning_pet.exchange.adapters_reft import read_reft
 from lightning_pet.exchange.folder import CONFIG, Base, Folder, unused
 from lightning_pet.exchange.peft_hosts import Read, path_of, place_of, record_of
 from lightning_pet.insertion.method import METHODS
@@ -110,6 +111,7 @@ def _reader(folder: Folder, config: Mapping[str, Any]) -> Callable[[Folder, Base
         None: _bottleneck,
         "lora": _lora,
         "prefix_tuning": _prefix,
+        "reft": read_reft,
     }
     kind = config.get("architecture")
     if kind == "prompt_tuning":

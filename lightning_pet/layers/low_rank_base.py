@@ -71,8 +71,7 @@ class LowRank(Delta):
         self.rows = _checked_rows(rows, out_features)
         if self.rows is not None:
             b_shape = (*b_shape[:-2], ranges.size(self.rows), b_shape[-1])
-        self.a = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(b_shape, device=device, dtype=dtype))
+        self._make(a_shape, b_shape, device=device, dtype=dtype)
         shifts = init in ("pissa", "olora")
         self.register_buffer("a0", torch.empty_like(self.a) if shifts else None)
         self.register_buffer("b0", torch.empty_like(self.b) if shifts else None)
@@ -82,6 +81,11 @@ class LowRank(Delta):
         magnitude = torch.empty(self._flat_b().shape[:-1], device=device, dtype=dtype)
         self.magnitude = nn.Parameter(magnitude) if use_dora else None
         self.reset_parameters()
+
+    def _make(self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], **options: Any) -> None:
+        """Create what trains: A and B. What makes them of something else overrides this, and has them as properties."""
+        self.a = nn.Parameter(torch.empty(a_shape, **options))
+        self.b = nn.Parameter(torch.empty(b_shape, **options))
 
     @property
     def r(self) -> int:
