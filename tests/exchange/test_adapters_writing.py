@@ -37,7 +37,7 @@ def their_names(delta: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel", "compacter", "prefix"])
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "vit"])
 def test_what_came_from_there_goes_back_unchanged(architecture: str, method: str, tmp_path: Path) -> None:
     reference = read(architecture, method)
