@@ -17,7 +17,7 @@ from lightning_pet.exchange.peft_hosts import (
     split_hosts,
     whole_of,
 )
-from lightning_pet.exchange.peft_layers import without_tables
+from lightning_pet.exchange.peft_layers import of_rank, without_tables
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, kind_at, padded, taken, targets_of, wide
 from lightning_pet.model.layer_kinds import embed_scale, matrix_of, transposed
 from lightning_pet.model.structure import Target
@@ -39,6 +39,8 @@ def read_hira(folder: Folder, base: Base | None) -> Read:
         if why := _beyond_peft(module):
             raise fault(str(folder.path), f"{target.module} {why}, which PEFT leaves out of HiRA.", "mismatch")
         scale = embed_scale(module) if host.table and module is not None else 1.0
+        if module is not None and len(parts["a"]) > (limit := min(matrix_of(module, target.parameter))):
+            parts = of_rank(parts, limit)
         ranks[exactly(target)] = parts["a"].shape[0]
         targets.append(target)
         tensors |= {(target, "a"): parts["a"], (target, "b"): parts["b"] / scale}
