@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_pet.arguments import one_of
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
-from lightning_pet.exchange.adapters_writer import head_config, to_adapters
+from lightning_pet.exchange.adapters.writer import head_config, to_adapters
 from lightning_pet.exchange.folder import CONFIG, is_folder
 from lightning_pet.exchange.peft_hosts import Export
 from lightning_pet.exchange.peft_writer import for_server, to_peft

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lightning_pet.exchange.adapters import pool_of
+from lightning_pet.exchange.adapters.reader import pool_of
 from lightning_pet.exchange.peft_hosts import Export
 from lightning_pet.exchange.peft_low_rank import taken
 from lightning_pet.insertion.low_rank_places import scale_of

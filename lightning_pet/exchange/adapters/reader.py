@@ -11,8 +11,8 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from lightning_pet.attention.prefix import PrefixSite
-from lightning_pet.exchange.adapters_heads import read_head
-from lightning_pet.exchange.adapters_reft import read_reft
+from lightning_pet.exchange.adapters.heads import read_head
+from lightning_pet.exchange.adapters.reft import read_reft
 from lightning_pet.exchange.folder import CONFIG, Base, Folder, unused
 from lightning_pet.exchange.peft_hosts import Read, path_of, place_of, record_of
 from lightning_pet.insertion.method import METHODS
