@@ -117,10 +117,10 @@ def extract(path: str, output: str, delta: str | None = None) -> None:
 
 
 def import_folder(folder: str, output: str, base: str | None = None) -> None:
-    """Write what a folder of HF PEFT holds into a delta file.
+    """Write what a folder of HF PEFT, or a file of kohya or LyCORIS, holds into a delta file.
 
     Args:
-        folder: what save_pretrained of HF PEFT wrote.
+        folder: what save_pretrained of HF PEFT wrote, or that file.
         output: delta file to write, usually .pet.safetensors; replaced if it exists.
         base: local folder of the base model; some kinds of delta need it, and with it the file knows its base.
     """

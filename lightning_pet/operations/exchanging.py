@@ -17,6 +17,7 @@ from lightning_pet.arguments import one_of
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
 from lightning_pet.exchange.adapters.writer import head_config, to_adapters
 from lightning_pet.exchange.folder import CONFIG, is_folder
+from lightning_pet.exchange.images.files import is_image_file
 from lightning_pet.exchange.peft_hosts import Export
 from lightning_pet.exchange.peft_writer import for_server, to_peft
 from lightning_pet.exchange.source import read_source
@@ -39,25 +40,28 @@ _TENSORS: Final = "adapter_model.safetensors"
 
 
 def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike | None = None) -> int:
-    """Write what a folder of HF PEFT holds into a delta file.
+    """Write what a folder of HF PEFT, or a file of kohya or LyCORIS, holds into a delta file.
 
     Args:
-        source: the folder.
+        source: the folder, or that file.
         path: usually ends in ``.pet.safetensors``; an existing file is replaced.
         base: the model that it is for, or a local folder of it. With it everything is checked against the model, and
             the file knows its fingerprint; without it a note in the file says that this was not done, and ties and
             biases are looked at when it is loaded. PiSSA, OLoRA, prompts, prefixes and deltas on parameters that no
-            layer calls cannot be understood without.
+            layer calls cannot be understood without, nor files of kohya or LyCORIS.
 
     Returns:
         Bytes written.
 
     Raises:
-        ArgumentError: if the source is no folder.
+        ArgumentError: if the source is neither.
         DeltaFileError: if it is damaged, has no counterpart here, or does not fit the base. Nothing is written then.
     """
-    if not is_folder(source):
-        raise ArgumentError(f"{source} is no folder: give the one that save_pretrained wrote.")
+    images = is_image_file(source)
+    if not is_folder(source) and not images:
+        raise ArgumentError(
+            f"{source} is no folder: give the one that save_pretrained wrote, or a file of kohya or LyCORIS."
+        )
     if base is None:
         stored = read_source(source)
         rank_zero_warn(
@@ -70,7 +74,9 @@ def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike
     model = load_model(Path(os.fspath(base))) if isinstance(base, str | os.PathLike) else base
     adapted = load_delta(model, source, name="imported")
     try:
-        return save_delta(model, path, name="imported", notes={"imported_from": "HF PEFT"})
+        return save_delta(
+            model, path, name="imported", notes={"imported_from": "kohya or LyCORIS" if images else "HF PEFT"}
+        )
     finally:
         adapted["imported"].remove()
 
