@@ -431,6 +431,8 @@ def _one_behind_the_other(
         records: the method in each file.
     """
     result.refuse_unless(records[0], "cat")
+    if records[0].config.get("use_gating"):
+        raise ArgumentError(f"{records[0].method}:{records[0].name} has gates (use_gating=True), each for one prefix.")
     if result.options.given:
         raise ArgumentError(
             f"weights mean nothing for {records[0].method}:{records[0].name}, whose positions are put one behind the "
