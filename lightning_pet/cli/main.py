@@ -143,7 +143,8 @@ def export(
     Args:
         path: delta file (.safetensors) or training checkpoint (.ckpt).
         folder: folder to write; must not exist.
-        to: peft, vllm, llama.cpp, lora (an approximation of whatever changes weights), or transformers (merged).
+        to: peft, adapters, vllm, llama.cpp, lora (an approximation of whatever changes weights), or transformers
+            (merged).
         base: local folder of the base model; some kinds of delta need it, and with it outputs are compared.
         rank: of the approximation that lora makes.
         max_error: what that approximation may leave out, as a share of the change.

@@ -103,13 +103,15 @@ class Export:
         stored: what is exported.
         root: the base, if it is at hand.
         config: ``adapter_config.json``.
-        tensors: by PEFT's names.
+        tensors: by the other library's names.
+        heads: of the adapters library, which has a file of its own for them.
     """
 
     stored: Stored
     root: nn.Module | None
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def record(self) -> MethodRecord:
@@ -150,6 +152,10 @@ def split_hosts(folder: Folder) -> tuple[list[Host], dict[str, Tensor]]:
         name = key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in _PARTS if name.endswith(f".{suffix}") or name == suffix), None)
         if suffix is None:
+            if re.search(r"\.(lora_[AB]|lora_embedding_[AB]|ia3_l)\.", name):
+                raise unused(
+                    folder, [key], "found the name of an adapter in its keys: write it again by save_pretrained of PEFT"
+                )
             rest[name] = tensor
             continue
         path = name.removesuffix(suffix).rstrip(".")

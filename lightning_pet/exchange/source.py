@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, BaseMismatchError
-from lightning_pet.exchange.adapters import read_adapters
+from lightning_pet.exchange.adapters.reader import read_adapters
 from lightning_pet.exchange.folder import Base, Folder, is_folder, read_folder, renamed
 from lightning_pet.exchange.hub import fetched, is_hub_id
 from lightning_pet.exchange.images.files import is_image_file, read_image_file
