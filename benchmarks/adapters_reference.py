@@ -81,14 +81,28 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "parallel": ("ParBnConfig", {"reduction_factor": 4}),
     "compacter": ("CompacterConfig", {"reduction_factor": 4, "phm_dim": 4}),
     "prefix": ("PrefixTuningConfig", {"prefix_length": 3, "bottleneck_size": 8}),
+    "loreft": ("LoReftConfig", {"r": 2, "prefix_positions": 3, "suffix_positions": 2}),
+    "noreft": ("NoReftConfig", {"r": 2, "suffix_positions": 2}),
+    "direft": ("DiReftConfig", {"r": 2, "suffix_positions": 1, "tied_weights": True, "non_linearity": "relu"}),
+    "unipelt": (
+        "UniPELTConfig",
+        {
+            "prefix_tuning": {"prefix_length": 3, "bottleneck_size": 8},
+            "adapter": {"reduction_factor": 4},
+            "lora": {"r": 2, "alpha": 6},
+        },
+    ),
 }
+_STACKED = ("t5", "bart", "whisper")  # in their decoders the library counts last positions by the encoder's mask
+_SOME = {"noreft": ("bert",), "direft": ("gpt2",)}  # forms of one method, which differ in a formula alone
+PARTS = {"prefix_tuning": "PrefixTuningConfig", "adapter": "SeqBnConfig", "lora": "LoRAConfig"}
 
 
 def main(folder: Path) -> None:
     """Write all files and print how large each is."""
     folder.mkdir(parents=True, exist_ok=True)
     for architecture in ARCHITECTURES:
-        for method in METHODS:
+        for method in (name for name in METHODS if architecture in _SOME.get(name, ARCHITECTURES)):
             path = folder / f"{architecture}-{method}.safetensors"
             write(path, architecture, method)
             print(f"{path.name:32} {path.stat().st_size:8,}", flush=True)
@@ -106,17 +120,22 @@ def write(path: Path, architecture: str, method: str) -> None:
     config._attn_implementation = "eager"
     model = getattr(transformers, model_class)(config).eval()
     scatter(dict(model.named_parameters()), 0.2)
-    if method == "prefix":
+    if method in ("prefix", "unipelt"):
         flatten_distances(model)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     delta_class, arguments = METHODS[method]
+    if architecture in _STACKED and "suffix_positions" in arguments:
+        arguments = {**arguments, "suffix_positions": 0}
     adapters.init(model)
-    model.add_adapter("task", config=getattr(adapters, delta_class)(**arguments))
+    given = {key: getattr(adapters, PARTS[key])(**value) if key in PARTS else value for key, value in arguments.items()}
+    model.add_adapter("task", config=getattr(adapters, delta_class)(**given))
     model.set_active_adapters("task")
     model.eval()
-    added = {name: p for name, p in model.named_parameters() if name not in base}
+    added: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name not in base}
     scatter(added, 0.3)
+    # What torch makes an orthogonal matrix of, beside the parameter.
+    added |= {name: buffer for name, buffer in model.named_buffers() if name.endswith(".0.base")}
     inputs = inputs_of(architecture)
     with torch.no_grad():
         output = model(**inputs).last_hidden_state
@@ -143,7 +162,10 @@ def scatter(parameters: dict[str, nn.Parameter], scale: float) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name in sorted(parameters):
-            parameters[name].add_(torch.randn(parameters[name].shape, generator=generator) * scale)
+            step = torch.randn(parameters[name].shape, generator=generator) * scale
+            if name.endswith(".weight.original"):  # torch reads signs off its diagonal, as whole numbers
+                step.fill_diagonal_(0)
+            parameters[name].add_(step)
 
 
 def flatten_distances(model: nn.Module) -> None:

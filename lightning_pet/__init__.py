@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.oft import OFTCallback as OFTCallback
     from lightning_pet.callbacks.prefix_tuning import PrefixTuningCallback as PrefixTuningCallback
     from lightning_pet.callbacks.prompt_tuning import PromptTuningCallback as PromptTuningCallback
+    from lightning_pet.callbacks.reft import ReFTCallback as ReFTCallback
     from lightning_pet.callbacks.shira import SHiRACallback as SHiRACallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
+    from lightning_pet.callbacks.vera import VeRACallback as VeRACallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
     from lightning_pet.errors import DeadSiteError as DeadSiteError
@@ -83,8 +85,10 @@ _WHERE = {
     "OFTCallback": "callbacks.oft",
     "PrefixTuningCallback": "callbacks.prefix_tuning",
     "PromptTuningCallback": "callbacks.prompt_tuning",
+    "ReFTCallback": "callbacks.reft",
     "SHiRACallback": "callbacks.shira",
     "TasksCallback": "callbacks.tasks",
+    "VeRACallback": "callbacks.vera",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",
     "choose_weights": "operations.combining.choosing",

@@ -303,7 +303,7 @@ def test_a_method_has_four_places(method: str, place: str) -> None:
 
 @pytest.mark.parametrize(("folder", "pattern"), [("configs/method", "{}.yaml"), ("docs/methods", "{}.md")])
 def test_no_place_is_left_without_its_method(folder: str, pattern: str) -> None:
-    combinations = {"mam.yaml"}  # lists of several methods
+    combinations = {"mam.yaml", "unipelt.yaml"}  # lists of several methods
     known = {pattern.format(method) for method in METHOD_NAMES} | combinations
     assert {path.name for path in (ROOT / folder).iterdir()} <= known
 

@@ -6,7 +6,7 @@ Two routes lead into an attention, and the probe of the model's structure has se
 What must be known of a place to build its delta is in the place's ``sizes``, so that a file needs no probe.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_pet.attention.functions import FunctionalRoute
 from lightning_pet.attention.interface import LivePrefix, RowPrefixes, install
 from lightning_pet.errors import DeadSiteError
+from lightning_pet.layers.delta import wrong_kinds, wrong_names, wrong_shapes
+from lightning_pet.layers.gating import new_gate, opened, reset_gate
 from lightning_pet.layers.prefix import Prefix
 from lightning_pet.model.call import HERE
 from lightning_pet.model.structure import AttentionCore, Route, Target
@@ -159,6 +161,61 @@ class AttentionPrefix(Prefix):
             output = call(*args, **kwargs)
         route.finish()
         return self._used(live, output)
+
+
+class GatedPrefix(AttentionPrefix):
+    """A prefix of which each example sees its own multiple: keys and values times a gate, read off what comes in.
+
+    Source: Mao et al. 2022 (UniPELT).
+
+    Args:
+        site: the attention, which takes transformers' route.
+        length: positions.
+        **kwargs: further arguments of the prefix.
+    """
+
+    row_form = None  # type: ignore[assignment]
+
+    def __init__(self, site: PrefixSite, length: int, **kwargs: Any) -> None:
+        made = {name: kwargs.get(name) for name in ("device", "dtype")}
+        gate = new_gate(site.width, **made)
+        super().__init__(site, length, **kwargs)
+        self.gate_weight, self.gate_bias = gate
+        reset_gate(*gate)
+
+    def reset_parameters(self) -> None:
+        """As of every prefix; the gate nearly one half for every input."""
+        super().reset_parameters()
+        if "gate_weight" in self._parameters:  # the first call comes from the constructor, before there is one
+            reset_gate(self.gate_weight, self.gate_bias)
+
+    def misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """As of every prefix, with the gate beside whatever it comes from."""
+        gate = {name: tensor for name, tensor in tensors.items() if name in _GATE}
+        rest = {name: tensor for name, tensor in tensors.items() if name not in _GATE}
+        own = {name: tensor for name, tensor in self.state_dict().items() if name in _GATE}
+        problems = [problem for problem in super().misfits(rest) if not problem.startswith(_GATE)]
+        return [*problems, *wrong_names(own.keys(), gate.keys()), *wrong_shapes(own, gate), *wrong_kinds(own, gate)]
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the host's call, with each example's prefix visible to its attention.
+
+        Raises:
+            DeadSiteError: if the call has no input of the width that the gate reads, or no attention.
+        """
+        x = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.gate_weight.shape[-1]:
+            raise DeadSiteError(
+                f"the gate of a prefix reads the input of its attention, [batch, positions, "
+                f"{self.gate_weight.shape[-1]}], and this one was called with "
+                f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}. Exclude it, or set use_gating=False."
+            )
+        gate = opened(x, self.gate_weight, self.gate_bias)[..., None]
+        key, value = (part * gate.to(part.dtype) for part in self.key_value())
+        return self._seen(self, RowPrefixes(key, value, None), call, *args, **kwargs)
+
+
+_GATE = ("gate_weight", "gate_bias")
 
 
 def _rows_of_prefixes(deltas: Sequence[AttentionPrefix | None], ids: Tensor) -> RowPrefixes:

@@ -40,6 +40,7 @@ class AdapterCallback(PETCallback):
         cross_attention: cross-attention, too.
         bias: biases in both layers.
         inner_norm: a layer norm of its own at the entrance of each adapter.
+        use_gating: multiply what each adapter adds by a trained gate, one number per example (UniPELT).
         init: ``"normal"``: nearly the identity (normal with standard deviation ``init_std``, cut at two of them);
             ``"lora"``: exactly the identity (the layer down as in LoRA, the layer up zero).
         init_std: see ``init``.
@@ -79,6 +80,7 @@ class AdapterCallback(PETCallback):
         cross_attention: bool = False,
         bias: bool = True,
         inner_norm: bool = False,
+        use_gating: bool = False,
         init: Init = "normal",
         init_std: float = 1e-3,
         layer_norms: bool = False,
@@ -99,6 +101,7 @@ class AdapterCallback(PETCallback):
         self.cross_attention = cross_attention
         self.bias = bias
         self.inner_norm = inner_norm
+        self.use_gating = use_gating
         self.init = init
         self.init_std = init_std
         self.layer_norms = layer_norms
@@ -168,6 +171,7 @@ class AdapterCallback(PETCallback):
             scale=self.scale,
             bias=self.bias,
             inner_norm=self.inner_norm,
+            gated=self.use_gating,
             init=self.init,
             init_std=self.init_std,
             **delta_options(root, target),

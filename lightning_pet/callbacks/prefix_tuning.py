@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.arguments import one_of, whole
-from lightning_pet.attention.prefix import AttentionPrefix, PrefixSite, site_target
+from lightning_pet.attention.prefix import AttentionPrefix, GatedPrefix, PrefixSite, site_target
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.method import Insertion
@@ -49,6 +49,8 @@ class PrefixTuningCallback(PETCallback):
         attention: which attentions: ``"self"``, ``"cross"`` or ``"both"``.
         where: in an encoder-decoder model: ``"encoder"``, ``"decoder"`` or ``"both"``.
         layers_to_transform: only these layer indices.
+        use_gating: multiply each prefix by a trained gate, one number per example (UniPELT); for attentions of
+            transformers.
         exclude_modules: attentions to leave out, by their name or that of a module around them: suffixes, globs, or
             ``re:…``.
         **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
@@ -84,6 +86,7 @@ class PrefixTuningCallback(PETCallback):
         tokenizer: str | None = None,
         attention: Attention = "both",
         where: Where = "both",
+        use_gating: bool = False,
         layers_to_transform: list[int] | int | None = None,
         exclude_modules: list[str] | str | None = None,
         **kwargs: Any,
@@ -97,6 +100,7 @@ class PrefixTuningCallback(PETCallback):
         self.tokenizer = tokenizer
         self.attention = attention
         self.where = where
+        self.use_gating = use_gating
         self.layers_to_transform = listed_layers(layers_to_transform)
         self.exclude_modules = listed_if_given(exclude_modules)
         self._words: list[tuple[Tensor, Tensor]] | None = None
@@ -228,7 +232,14 @@ class PrefixTuningCallback(PETCallback):
 
     def _prefix(self, root: nn.Module, target: Target, network: Delta | None) -> AttentionPrefix:
         site = PrefixSite.read(target.sizes)
-        return AttentionPrefix(site, self.length, network=network, **_factory(root, target))
+        if self.use_gating and site.route != "interface":
+            raise TargetError(
+                f"prefix tuning: use_gating=True gives every example a prefix of its own, which {target.module!r} "
+                f"({type(module_at(root, target.module)).__name__}) cannot take: it calls torch's functions itself. "
+                "Exclude it with exclude_modules, or set use_gating=False."
+            )
+        kind = GatedPrefix if self.use_gating else AttentionPrefix
+        return kind(site, self.length, network=network, **_factory(root, target))
 
     def _network(self, root: nn.Module, target: Target) -> PrefixNetwork:
         width = PrefixSite.read(target.sizes).width

@@ -1,16 +1,18 @@
-"""Reading a folder of the adapters library: bottleneck adapters, Compacter, prefixes, LoRA, (IA)³.
+"""Reading a folder of the adapters library: bottleneck adapters, Compacter, prefixes, LoRA, (IA)³, and their unions.
 
 Its names of places are those of its own wrappers, which are found here by layer and sub-layer; so the base is needed.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.attention.prefix import PrefixSite
+from lightning_pet.exchange.adapters_reft import read_reft
 from lightning_pet.exchange.folder import CONFIG, Base, Folder, unused
 from lightning_pet.exchange.peft_hosts import Read, path_of, place_of, record_of
 from lightning_pet.insertion.method import METHODS
@@ -25,6 +27,7 @@ _BOTTLENECK: Final[Mapping[str, str]] = {
     "adapter_up.weight": "up",
     "adapter_up.bias": "up_bias",
 }
+_GATE: Final[Mapping[str, str]] = {"gate.weight": "gate_weight", "gate.bias": "gate_bias"}
 _PHM: Final[Mapping[str, str]] = {
     f"{layer}.{theirs}": f"{own}.{ours}"
     for layer, own in (("adapter_down.0", "down"), ("adapter_up", "up"))
@@ -44,7 +47,7 @@ _AS_HERE: Final[Mapping[str, Any]] = {
     "residual_before_ln": True,
     "shared_W_phm": False,
     "shared_phm_rule": True,
-    "use_gating": False,
+    "shared_gating": True,
     "composition_mode": "add",
     "use_dora": False,
     "vera_b": None,
@@ -72,13 +75,41 @@ def read_adapters(folder: Folder, base: Base | None) -> Stored:
             "its base.",
             "mismatch",
         )
+    parts = [(config, _reader(folder, config)) for config in _parts(folder)]
+    if (folder.path / "head_config.json").is_file():
+        rank_zero_warn(f"{folder.path}: its prediction head is a module of the adapters library, and is not read.")
+    left = dict(folder.tensors)
+    reads = [reader(replace(folder, config={**folder.config, "config": own}), base, left) for own, reader in parts]
+    read = Read(tuple(m for r in reads for m in r.methods), {name: t for r in reads for name, t in r.tensors.items()})
+    if left:
+        raise unused(folder, left, "found tensors that have no place here")
+    notes = {"imported_from": "adapters", "base_model": str(folder.config.get("model_name") or "")[:512]}
+    return Stored(folder.path, read.methods, read.tensors, None, notes={k: v for k, v in notes.items() if v})
+
+
+def _parts(folder: Folder) -> list[dict[str, Any]]:
+    """The configuration, or those of a union: at most one of each kind, as nothing else tells their tensors apart."""
     config = folder.config["config"]
-    kind = config.get("architecture")
+    if config.get("architecture") != "union":
+        return [config]
+    parts = config.get("configs")
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise fault(str(folder.path / CONFIG), "found a union without its configurations.", "schema")
+    kinds = [part.get("architecture") for part in parts]
+    if len({*map(str, kinds)}) != len(kinds):
+        raise fault(str(folder.path / CONFIG), f"found a union of {kinds}: two of one kind have no counterpart here.")
+    return parts
+
+
+def _reader(folder: Folder, config: Mapping[str, Any]) -> Callable[[Folder, Base, dict[str, Tensor]], Read]:
+    """Who reads a configuration, all of whose options have a counterpart."""
     readers: dict[Any, Callable[[Folder, Base, dict[str, Tensor]], Read]] = {
         None: _bottleneck,
         "lora": _lora,
         "prefix_tuning": _prefix,
+        "reft": read_reft,
     }
+    kind = config.get("architecture")
     if kind not in readers:
         known = ", ".join(repr(name) for name in readers if name)
         raise fault(
@@ -94,14 +125,14 @@ def read_adapters(folder: Folder, base: Base | None) -> Stored:
                 f"{option}={shown(config[option])} has no counterpart here, expected {shown(wanted)}.",
                 "mismatch",
             )
-    if (folder.path / "head_config.json").is_file():
-        rank_zero_warn(f"{folder.path}: its prediction head is a module of the adapters library, and is not read.")
-    left = dict(folder.tensors)
-    read = readers[kind](folder, base, left)
-    if left:
-        raise unused(folder, left, "found tensors that have no place here")
-    notes = {"imported_from": "adapters", "base_model": str(folder.config.get("model_name") or "")[:512]}
-    return Stored(folder.path, read.methods, read.tensors, None, notes={k: v for k, v in notes.items() if v})
+    if config.get("use_gating") and (config.get("phm_layer") or config.get("composition_mode") == "scale"):
+        raise fault(
+            str(folder.path / CONFIG),
+            "use_gating has a counterpart here for LoRA, prefixes and bottleneck adapters only, not for Compacter and "
+            "(IA)³.",
+            "mismatch",
+        )
+    return readers[kind]
 
 
 # --- bottlenecks ---------------------------------------------------------------------------------------------
@@ -110,7 +141,7 @@ def read_adapters(folder: Folder, base: Base | None) -> Stored:
 def _bottleneck(folder: Folder, base: Base, left: dict[str, Tensor]) -> Read:
     config = folder.config["config"]
     phm = bool(config.get("phm_layer"))
-    method, parts = ("compacter", _PHM) if phm else ("adapter", _BOTTLENECK)
+    method, parts = ("compacter", _PHM) if phm else ("adapter", {**_BOTTLENECK, **_GATE})
     name = str(folder.config.get("name"))
     found: dict[str, dict[str, Tensor]] = {}
     for key in [*left]:
@@ -160,6 +191,7 @@ def _options(folder: Folder, phm: bool, parts: Mapping[str, Tensor]) -> dict[str
             "placement": "both" if attention else "ffn",
         }
     options["bottleneck_size"] = parts["down"].shape[0]
+    options |= {"use_gating": True} if config.get("use_gating") else {}
     if config.get("is_parallel"):
         options |= {"placement": "parallel", "scale": float(scale)}
     else:
@@ -233,7 +265,7 @@ def _lora(folder: Folder, base: Base, left: dict[str, Tensor]) -> Read:
     hosts: dict[str, dict[str, Tensor]] = {}
     for key in [*left]:
         path, mark, part = key.partition(f".loras.{name}.")
-        if mark and part in ("lora_A", "lora_B"):
+        if mark and part in ("lora_A", "lora_B", *_GATE):
             hosts.setdefault(_path_here(folder, base.root, path), {})[part] = left.pop(key)
     targets = {path: place_of(path, "weight", base.root) for path in hosts}
     if config.get("composition_mode") == "scale":
@@ -243,14 +275,16 @@ def _lora(folder: Folder, base: Base, left: dict[str, Tensor]) -> Read:
     rank = int(config["r"])
     options = {
         "r": rank,
-        "alpha": rank if _version(folder) < _FAULTY_SCALE else config["alpha"],
+        # Behind a gate the library does not scale.
+        "alpha": rank if config.get("use_gating") or _version(folder) < _FAULTY_SCALE else config["alpha"],
         "dropout": float(config.get("dropout") or 0.0),
         "target_modules": sorted(hosts),
+        "use_gating": bool(config.get("use_gating")),
     }
     tensors = {
         join(path_of("lora", targets[path]), ours): own[theirs]
         for path, own in hosts.items()
-        for theirs, ours in (("lora_A", "a"), ("lora_B", "b"))
+        for theirs, ours in (("lora_A", "a"), ("lora_B", "b"), *_GATE.items())
         if theirs in own
     }
     return Read((record_of("lora", options, [*targets.values()], []),), tensors)
@@ -300,12 +334,26 @@ def _prefix(folder: Folder, base: Base, left: dict[str, Tensor]) -> Read:
         groups.setdefault(_pool_of(target, pools), []).append(target)
     if missing := {key.partition(".")[0] for key in pools} ^ groups.keys():
         raise fault(str(folder.path), f"found other kinds of prefixes than this model has: {missing}.", "mismatch")
-    tensors: dict[str, Tensor] = {}
+    tensors = _prefix_gates(folder, left, name, targets) if config.get("use_gating") else {}
+    options |= {"use_gating": True} if tensors else {}
     for number, (pool, places) in enumerate(groups.items()):
         values = {key.partition(".")[2]: tensor for key, tensor in pools.items() if key.partition(".")[0] == pool}
         tensors |= _flat(values, places) if flat else _network(values, places, number)
     shared = [] if flat else [Target("", "") for _ in groups]
     return Read((record_of("prefix_tuning", options, [*shared, *targets], []),), tensors)
+
+
+def _prefix_gates(folder: Folder, left: dict[str, Tensor], name: str, targets: Sequence[Target]) -> dict[str, Tensor]:
+    tensors = {}
+    for key in [*left]:
+        place, mark, part = key.partition(f".prefix_tuning.prefix_gates.{name}.")
+        if not mark:
+            continue
+        own = [t for t in targets if any(t.module[cut:] == place for cut in _cuts(t.module))]
+        if len(own) != 1:
+            raise fault(str(folder.path), f"found a gate of {place}, which is no attention of this model.", "mismatch")
+        tensors[join(path_of("prefix_tuning", own[0]), f"gate_{part}")] = left.pop(key)
+    return tensors
 
 
 def _pool_of(target: Target, pools: Mapping[str, Tensor]) -> str:

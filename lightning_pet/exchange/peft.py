@@ -15,6 +15,7 @@ from lightning_pet.exchange import (
     peft_products,
     peft_prompts,
     peft_rotations,
+    peft_vera,
 )
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
@@ -67,6 +68,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "P_TUNING": _VIRTUAL
     | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
+    "VERA": _options("r projection_prng_key save_projection vera_dropout d_initial bias"),
 }
 _FROM: Final = "HF PEFT"
 _HARMLESS: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -94,6 +96,7 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
+    "VERA": peft_vera.read_vera,
 }
 
 
@@ -125,11 +128,12 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
 
 _BOOLS: Final = _options(
     "use_rslora use_dora lora_bias fan_in_fan_out prefix_projection inference_mode use_effective_conv2d decompose_both "
-    "rank_dropout_scale"
+    "rank_dropout_scale save_projection"
 )
 _WHOLE: Final = _options("r mini_r init_r target_r num_virtual_tokens num_transformer_submodules")
 _NUMBERS: Final = _options(
-    "lora_alpha alpha lora_dropout hira_dropout miss_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight"
+    "lora_alpha alpha lora_dropout hira_dropout miss_dropout rank_dropout module_dropout beta1 beta2 orth_reg_weight "
+    "vera_dropout d_initial"
 )
 _LISTS: Final = _options("modules_to_save target_parameters")
 _MAPPINGS: Final = _options("rank_pattern alpha_pattern")
@@ -156,7 +160,7 @@ def _check_types(folder: Folder) -> None:
             wanted = "a list of names"
         elif option in _MAPPINGS and not (isinstance(value, Mapping) and all(map(_is_plain, value.values()))):
             wanted = "a number for each name"
-        elif option == "bias" and value not in ("none", "all", "lora_only"):
+        elif option == "bias" and value not in ("none", "all", "lora_only", "vera_only"):
             wanted = "none, all or lora_only"
         if wanted:
             raise fault(str(folder.path / CONFIG), f"found {option}={shown(value)}, expected {wanted}.")

@@ -31,6 +31,8 @@ _PARTS: Final[Mapping[str, str]] = {
     "lora_B.weight": "b",
     "lora_B.bias": "bias",
     "lora_E": "e",
+    "vera_lambda_b": "lambda_b",
+    "vera_lambda_d": "lambda_d",
     "lora_A": "a",
     "lora_B": "b",
     "lora_embedding_A": "a",

@@ -24,6 +24,7 @@ from lightning_pet.exchange.peft_on_weights import write_hira, write_miss, write
 from lightning_pet.exchange.peft_products import write_loha, write_lokr
 from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
 from lightning_pet.exchange.peft_rotations import write_hra, write_oft
+from lightning_pet.exchange.peft_vera import write_vera
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
 from lightning_pet.model.naming import CHILD, join, module_at, named_modules
@@ -274,6 +275,7 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "lokr": write_lokr,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
+    "vera": write_vera,
 }
 
 

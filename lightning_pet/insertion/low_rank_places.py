@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_pet.errors import TargetError
 from lightning_pet.layers.delta import options_beside
+from lightning_pet.layers.gating import GatedLowRank
 from lightning_pet.layers.low_rank import LowRankLinear, LowRankParameter
 from lightning_pet.layers.low_rank_base import Init, LowRank
 from lightning_pet.layers.low_rank_hosts import ConvWeight, EmbeddingWeight, LowRankConv, LowRankEmbedding
@@ -85,6 +86,11 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
         )
     if kind == "conv":
         return _convolution(cast(nn.Conv2d, host), target, options, forms, common, called)
+    if kind == "embedding" and options.init == "orthogonal":
+        raise TargetError(
+            f"{target.path} is a table, which does not start with init='orthogonal'. Exclude it with exclude_modules, "
+            "or choose another start."
+        )
     if kind == "embedding":
         table = cast(nn.Embedding, host)
         common |= {"padding_idx": table.padding_idx, "embed_scale": embed_scale(host)}
@@ -104,6 +110,25 @@ def fitted(root: nn.Module, target: Target, options: Options, forms: Forms | Non
             + ("set use_dora=False." if options.use_dora else "load the weights first.")
         )
     return forms.parameter(tuple(weight.shape), options.rank, transposed=bool(turned), rows=target.rows, **common)
+
+
+def gated(root: nn.Module, target: Target, options: Options) -> GatedLowRank:
+    """Build the gated low-rank delta for one place.
+
+    Raises:
+        TargetError: if it is not a linear layer that is called, as a gate reads what the call gets.
+    """
+    host = module_at(root, target.module)
+    weight = weight_of(host, target.parameter)
+    assert weight is not None  # resolve_targets returned it
+    if host_kind(host, target.parameter) not in ("linear", "conv1d_hf") or not is_called(root, target):
+        raise TargetError(
+            f"{target.path} is in a {type(host).__name__} that is no called linear layer, and a gate (use_gating=True) "
+            "reads what such a call gets. Exclude it with exclude_modules, or set use_gating=False."
+        )
+    outputs, inputs = matrix_of(host, target.parameter)
+    common = {"scale": options.scale, "dropout": options.dropout, "init": options.init, **options_beside(weight)}
+    return GatedLowRank(inputs, outputs, options.rank, rows=target.rows, **common)
 
 
 def _convolution(

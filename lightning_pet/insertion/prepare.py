@@ -19,6 +19,7 @@ from lightning_pet.model.naming import is_below, join, module_at, named_modules,
 from lightning_pet.model.quantised import check_hosts, check_trains
 from lightning_pet.model.structure import Structure, Target
 from lightning_pet.model.structure import is_shared as is_shared
+from lightning_pet.probe.host_inputs import Batches
 from lightning_pet.targets.bases import Twins, bases_around, bases_of, frozen_by_user, twins_of
 from lightning_pet.targets.heads import HEAD, find_heads, heads_of, last_layers, left_output, parameters_below
 from lightning_pet.targets.patterns import KINDS, is_role, name_matcher
@@ -64,6 +65,7 @@ def prepare(
     scopes: Sequence[str | None] | None = None,
     stored: Collection[str] | None = None,
     acts: bool = True,
+    batches: Batches | None = None,
 ) -> list[Prepared]:
     """Plan and build methods for a model, which stays untouched.
 
@@ -76,6 +78,7 @@ def prepare(
             the root, else all of it.
         stored: names of the tensors of that file, where it is at hand.
         acts: they are to act beside the deltas that do.
+        batches: the training data of the run, for methods that start from them.
 
     Raises:
         ArgumentError: if a method of this name is applied already.
@@ -102,7 +105,9 @@ def prepare(
             awake = tuple(target for target in targets if is_shared(target) or not twins.hold(target.module))
             targets = awake if any(not is_shared(target) for target in awake) else targets
             method.spend_budget(root, targets)  # a file's options hold the width that was picked
-            targets = (*targets, *_heads(root, method, targets, bases, structure))
+            look = getattr(method, "look_at_data", None)  # of methods that start from data
+            chosen = targets if look is None else look(root, targets, batches)
+            targets = (*chosen, *_heads(root, method, targets, bases, structure))
         with started(method, states):
             item = _build(root, method, targets, bases, structure, stored, twins)
         if (as_alone := getattr(method, "as_alone", None)) is not None:

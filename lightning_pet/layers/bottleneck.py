@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.delta import Delta, Host, Path, check_scale
+from lightning_pet.layers.gating import opened, reset_gate
 from lightning_pet.layers.low_rank_product import compute_dtype
 from lightning_pet.layers.row_forms import Parts, bottleneck_rows, stacks_of
 
@@ -66,6 +67,7 @@ class Bottleneck(Delta):
         scale: factor s.
         bias: train biases of both layers: k + d more parameters.
         inner_norm: normalise h on the way in, with trained weight and bias: 2d more parameters.
+        gated: multiply what is added by a gate, see :func:`~lightning_pet.layers.gating.opened`: d + 1 more parameters.
         init: ``"normal"``: both layers normal with standard deviation ``init_std``, cut at two of them: nearly the
             identity. ``"lora"``: down uniform within ±1/√d, up zero: exactly the identity.
         init_std: see ``init``.
@@ -90,6 +92,7 @@ class Bottleneck(Delta):
         scale: float = 1.0,
         bias: bool = True,
         inner_norm: bool = False,
+        gated: bool = False,
         init: Init = "normal",
         init_std: float = 1e-3,
         device: torch.device | str | None = None,
@@ -114,6 +117,8 @@ class Bottleneck(Delta):
         self.down_bias = empty(bottleneck) if bias else None
         self.up = empty(width, bottleneck)
         self.up_bias = empty(width) if bias else None
+        self.gate_weight = empty(1, width) if gated else None
+        self.gate_bias = empty(1) if gated else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -131,16 +136,21 @@ class Bottleneck(Delta):
                 nn.init.zeros_(parameter)
         if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
+        if self.gate_weight is not None and self.gate_bias is not None:
+            reset_gate(self.gate_weight, self.gate_bias)
 
     def update(self, h: Tensor) -> Tensor:
-        """Up, before it is scaled: [..., width] in the dtype in which the product ran."""
+        """Up, behind the gate and before it is scaled: [..., width] in the dtype in which the product ran."""
         dtype = compute_dtype(h)
         flat = _cast(h, dtype).reshape(-1, h.shape[-1])  # once, and not in both layers
         if self.norm_weight is not None:
             flat = F.layer_norm(flat, flat.shape[1:], _cast(self.norm_weight, dtype), _cast(self.norm_bias, dtype))
         hidden = F.linear(flat, _cast(self.down, dtype), _cast(self.down_bias, dtype))
         hidden = activation(self.non_linearity)(hidden)
-        return F.linear(hidden, _cast(self.up, dtype), _cast(self.up_bias, dtype)).view(h.shape)
+        added = F.linear(hidden, _cast(self.up, dtype), _cast(self.up_bias, dtype)).view(h.shape)
+        if self.gate_weight is None or self.gate_bias is None:
+            return added
+        return added * opened(h, self.gate_weight, self.gate_bias)
 
     def added(self, h: Tensor, seen: Tensor) -> Tensor:
         """``h + s · update(seen)`` in the dtype of ``h``."""
@@ -216,7 +226,9 @@ class BehindNorm(Bottleneck):
 
 
 def _are_alike(deltas: Sequence[Bottleneck | None]) -> bool:
-    """Whether adapters have one function between their layers, and all of them a norm or none."""
+    """Whether adapters have one function between their layers, all of them a norm or none, and none a gate."""
+    if any(delta is not None and delta.gate_weight is not None for delta in deltas):
+        return False
     return len({(delta.non_linearity, delta.norm_weight is None) for delta in deltas if delta is not None}) == 1
 
 

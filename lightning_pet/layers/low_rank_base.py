@@ -8,7 +8,8 @@ untouched, so the delta can be taken off exactly.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from lightning_pet.layers.delta import Delta, check_scale
 from lightning_pet.layers.low_rank_product import add_product_, is_plain, sum_is_finite
 from lightning_pet.layers.sharding import whole
 
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 Rows = Sequence[Sequence[int]]
 
 
@@ -70,15 +71,21 @@ class LowRank(Delta):
         self.rows = _checked_rows(rows, out_features)
         if self.rows is not None:
             b_shape = (*b_shape[:-2], ranges.size(self.rows), b_shape[-1])
-        self.a = nn.Parameter(torch.empty(a_shape, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(b_shape, device=device, dtype=dtype))
+        self._make(a_shape, b_shape, device=device, dtype=dtype)
         shifts = init in ("pissa", "olora")
         self.register_buffer("a0", torch.empty_like(self.a) if shifts else None)
         self.register_buffer("b0", torch.empty_like(self.b) if shifts else None)
         # B's shape without the rank: [..., out] for a matrix, [out] for a convolution's [out, r, 1, 1].
+        if init == "orthogonal" and self.r % 2:
+            raise ArgumentError(f"init='orthogonal' halves the rank, which must be even, not r={self.r}.")
         magnitude = torch.empty(self._flat_b().shape[:-1], device=device, dtype=dtype)
         self.magnitude = nn.Parameter(magnitude) if use_dora else None
         self.reset_parameters()
+
+    def _make(self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], **options: Any) -> None:
+        """Create what trains: A and B. What makes them of something else overrides this, and has them as properties."""
+        self.a = nn.Parameter(torch.empty(a_shape, **options))
+        self.b = nn.Parameter(torch.empty(b_shape, **options))
 
     @property
     def r(self) -> int:
@@ -89,8 +96,12 @@ class LowRank(Delta):
     def reset_parameters(self) -> None:
         """Draw A, set B to zero: the delta does nothing, whatever ``init`` is.
 
-        PiSSA, OLoRA and DoRA depend on the base weight: call :meth:`initialize_from` afterwards.
+        With ``"orthogonal"`` both are drawn, and it does nothing up to rounding. PiSSA, OLoRA and DoRA depend on the
+        base weight: call :meth:`initialize_from` afterwards.
         """
+        if self.init == "orthogonal":
+            self._draw_orthogonal()
+            return
         if self.init == "gaussian":
             nn.init.normal_(self.a, std=1 / self.r)
         else:
@@ -98,6 +109,17 @@ class LowRank(Delta):
             nn.init.uniform_(self.a, -bound, bound)
         nn.init.zeros_(self.b)
         self._remember_origin()
+        if self.magnitude is not None:
+            nn.init.ones_(self.magnitude)
+
+    def _draw_orthogonal(self) -> None:
+        """Rows of A and columns of B in two subspaces of the rank that are orthogonal to each other: B A = 0."""
+        a, b = self._flat_a(), self._flat_b()
+        half, *stack = self.r // 2, *a.shape[:-2]
+        draw = partial(torch.randn, device=a.device, dtype=a.dtype)
+        q = torch.linalg.qr(draw(*stack, self.r, self.r)).Q
+        self.a.copy_((q[..., ::2, :].mT @ draw(*stack, half, a.shape[-1]) / 10).view_as(self.a))
+        self.b.copy_((draw(*stack, b.shape[-2], half) @ q[..., 1::2, :] / 10).view_as(self.b))
         if self.magnitude is not None:
             nn.init.ones_(self.magnitude)
 
@@ -347,8 +369,8 @@ def _check(scale: float, dropout: float, init: str) -> None:
     check_scale(scale, "the scale (alpha / r, or alpha / sqrt(r) for rsLoRA)")
     if not 0 <= dropout < 1:
         raise ArgumentError(f"dropout is a probability and must be in [0, 1), not {dropout!r}.")
-    if init not in ("kaiming", "gaussian", "pissa", "olora"):
-        raise ArgumentError(f"init must be 'kaiming', 'gaussian', 'pissa' or 'olora', not {init!r}.")
+    if init not in get_args(Init):
+        raise ArgumentError(f"init must be one of {', '.join(map(repr, get_args(Init)))}, not {init!r}.")
 
 
 def _checked_rows(rows: Rows | None, out_features: int) -> tuple[tuple[int, int], ...] | None:

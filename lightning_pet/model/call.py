@@ -11,12 +11,14 @@ nodes of the graph have numbers that rise, and a thread remembers in which of it
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Final
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from lightning_pet.errors import PETError
 
 _numbers = count()
 _REMEMBERED = 4096  # blocks whose graphs may still go backward
+_PASSED = 256  # calls likewise, of which something is held
 
 Chosen = Mapping[int, "Selection"]
 """What blocks have chosen, by :attr:`Switch.number`."""
@@ -171,6 +174,7 @@ class CallState:
         scope: modules whose weight deltas are visible.
         handed: inputs on the way from one module to a delta on another.
         around: what deltas around a running module hold for the time, as pairs of delta and value, innermost last.
+        before: what they held in the last calls that made a graph, each with the numbers of its nodes.
         observer: sees the attentions that this thread runs.
         part: chosen while some of the rows of a batch run alone.
         remade: effective weights of the running host that backward makes again.
@@ -186,6 +190,7 @@ class CallState:
         self.scope: tuple[nn.Module, ...] = ()
         self.handed: dict[Any, Tensor] = {}
         self.around: tuple[tuple[nn.Module, Any], ...] = ()
+        self.before: deque[tuple[tuple[ReferenceType[nn.Module], ...], Any, int, int]] = deque(maxlen=_PASSED)
         self.observer: Any = None
         self.part: Chosen | None = None
         self.remade: Any = None
@@ -258,6 +263,30 @@ class CallState:
         """What a delta around a running module holds; ``None`` if it does not run."""
         for owner, value in reversed(self.around):
             if owner is delta:
+                return value
+        return None
+
+    @staticmethod
+    def number() -> int:
+        """The number that the next node of a graph would get in this thread."""
+        return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
+
+    def passed(self, owners: Sequence[nn.Module], value: Any, begin: int) -> None:
+        """A call ends around which deltas held a value; its first node had this number. Backward may repeat parts."""
+        end = self.number()
+        if end == begin or torch.compiler.is_compiling():
+            return
+        _CALLER.set(self)
+        self.before.append((tuple([ref(owner) for owner in owners]), value, begin, end))
+
+    def held_before(self, delta: nn.Module) -> Any:
+        """What a delta held in the forward that the present backward pass repeats; ``None`` if none does."""
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        node: Any = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        for owners, value, begin, end in reversed(_calling(self).before):
+            if begin <= number < end and any(owner() is delta for owner in owners):
                 return value
         return None
 

@@ -39,11 +39,14 @@ Role = Literal[
     "prompt.guard",
     "prompt.memory",
     "prompt.generate",
+    "edit.call",
+    "edit.generate",
 ]
 """What a place does. ``output`` is f(x) of a residual sum (or the sum, where the module returns that), ``norm`` the
 norm that reads the sum, ``core`` the softmax attention itself, and ``head`` an output layer that trains as it is;
-``prompt`` places are those of virtual tokens (see :mod:`lightning_pet.insertion.prompt_places`); the others are
-projections, and the token embedding."""
+``prompt`` places are those of virtual tokens (see :mod:`lightning_pet.insertion.prompt_places`), ``edit`` places those
+around edits of single positions (:mod:`lightning_pet.insertion.edits`); the others are projections, and the token
+embedding."""
 SiteKind = Literal["attention", "cross", "ffn", "mixer"]
 Route = Literal["", "interface", "functional"]
 """How a prefix gets into an attention: transformers' table of attention functions, torch's own, or not at all."""

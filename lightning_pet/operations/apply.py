@@ -21,6 +21,7 @@ from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.delta import Fill, start_from
 from lightning_pet.operations.roots import base_of, example_forward, root_of, scope_in
 from lightning_pet.operations.saved import Whole
+from lightning_pet.probe.host_inputs import Batches
 from lightning_pet.probe.probe import analyse
 from lightning_pet.store.reader import Stored
 from lightning_pet.strategies.strategy import accompany_runs
@@ -98,6 +99,7 @@ def insert_methods(
     *,
     strict: bool = False,
     of_loss: bool = False,
+    batches: Batches | None = None,
 ) -> list[M]:
     """Insert the methods that the model does not have yet, all or none, and return them.
 
@@ -107,6 +109,7 @@ def insert_methods(
         forward: runs the model once; ``None``: the ``example_input_array`` does, if there is one.
         strict: a forward that raises is an error, not only one opinion less.
         of_loss: that computes the loss.
+        batches: the training data of the run, for methods that start from them.
     """
     prefix, root = root_of(model)
     pending = [method for method in methods if not is_applied(root, method)]
@@ -121,7 +124,7 @@ def insert_methods(
         if structure.failure and forward is None and any(True for _ in root.parameters()):  # else it is built later
             rank_zero_warn(f"the structure was read without the example_input_array: {structure.failure}")
         try:
-            prepared = prepare(root, pending, structure, scopes=scopes)
+            prepared = prepare(root, pending, structure, scopes=scopes, batches=batches)
         except TargetError as error:
             if structure.failure and structure.source == "names":
                 way = _OTHER_LOOK if of_loss else ""

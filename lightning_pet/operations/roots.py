@@ -5,22 +5,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.exchange.folder import Base
 from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.model.naming import canonical, named_modules
+from lightning_pet.model.undisturbed import undisturbed
+from lightning_pet.probe.host_inputs import Batches
 from lightning_pet.probe.probe import analyse
 from lightning_pet.strategies import private
+from lightning_pet.strategies.agreement import from_all
 from lightning_pet.strategies.optimizers import collect
+from lightning_pet.strategies.strategy import adapter_for, resumed_from
 from lightning_pet.targets.targets import suggest
 
 # --- a step of the user's that runs before its fit: it trains nothing, logs nothing, leaves no trace ---
@@ -263,6 +269,56 @@ def batch_forward(trainer: pl.Trainer, module: pl.LightningModule, configure: Ca
             return step(_first_rows(batch, 2), 0), losses
 
     return forward
+
+
+def batches_of_run(trainer: pl.Trainer, module: pl.LightningModule, configure: Callable[[], Any]) -> Batches:
+    """The training data of a run, for methods that start from them: a silent ``training_step`` on each batch.
+
+    Args:
+        trainer: the Trainer of the run.
+        module: its LightningModule.
+        configure: the user's own ``configure_optimizers``, for a step that asks for optimizers.
+    """
+    adapter = adapter_for(trainer)
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        if not adapter.shards:
+            module.to(trainer.strategy.root_device)  # where it goes anyway
+        with undisturbed(module), torch.compiler.set_stance("force_eager"), _on_trial(module, configure):
+            yield
+
+    def passes() -> Iterator[Callable[[], Any]]:
+        if trainer.state.fn != TrainerFn.FITTING:
+            raise PETError(
+                f"a method starts from training data, and this run has none ({trainer.state.fn}). Call fit first, or "
+                "give the checkpoint of a run by ckpt_path."
+            )
+        device = next(module.parameters()).device
+        for batch, index in _batches(private.loader_of_run(trainer)):
+            yield partial(step, trainer.strategy.batch_to_device(batch, device), index)
+
+    def step(batch: Any, index: int) -> Any:
+        with trainer.precision_plugin.train_step_context():
+            return module.training_step(batch, index)
+
+    what = "reading training data"
+    return Batches(
+        passes, resumed_from(trainer), around, lambda action: from_all(what, action) if adapter.several else [action()]
+    )
+
+
+def _batches(loader: Any) -> Iterator[tuple[Any, int]]:
+    """All batches of what a ``train_dataloader`` returned, as the run will see them, and their numbers."""
+    if loader is None or isinstance(loader, Iterator):
+        raise PETError(
+            "a method starts from training data, and the run has "
+            + ("none" if loader is None else "an iterator, which would be at its end when the run begins")
+            + ". Give it a DataLoader."
+        )
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    for batch, index, _ in iter(combined):
+        yield batch, index
 
 
 def silenced(module: pl.LightningModule) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import torch.distributed
+from lightning.fabric.utilities import move_data_to_device
 
 from lightning_pet.errors import PETError
 from lightning_pet.strategies import private
@@ -43,6 +44,20 @@ def agreed(what: str, action: Callable[[], T]) -> T:
         if text:
             raise PETError(f"{what} failed in process {rank}, so that this one stops as well: {text}")
     return result
+
+
+def from_all(what: str, action: Callable[[], T]) -> list[T]:
+    """Run something in every process, and give all of them what came out in each, in their order; tensors by the CPU.
+
+    Raises:
+        PETError: if it failed elsewhere. Where it failed, its own error.
+    """
+    own = agreed(what, action)
+    if not _distributed():
+        return [own]
+    found: list[T] = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, move_data_to_device(own, torch.device("cpu")))
+    return found
 
 
 def _everywhere(text: str) -> list[str]:

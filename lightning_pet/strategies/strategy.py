@@ -420,12 +420,18 @@ def accompany_runs() -> None:
 
 def reads_checkpoint(trainer: pl.Trainer) -> bool:
     """Whether the present run was given a ``ckpt_path``, as far as it is known."""
-    return bool(trainer.__dict__.get(_READS, False))
+    return resumed_from(trainer) is not None
+
+
+def resumed_from(trainer: pl.Trainer) -> str | None:
+    """The ``ckpt_path`` of the present run, as far as it is known: Lightning notes it after ``setup`` only."""
+    path = trainer.__dict__.get(_READS)
+    return None if path is None else str(path)
 
 
 @contextmanager
 def _accompanied(trainer: pl.Trainer, module: pl.LightningModule, path: object) -> Iterator[None]:
-    trainer.__dict__[_READS] = path is not None
+    trainer.__dict__[_READS] = path
     rebuilt = _missing(trainer, module)
     if not rebuilt:
         yield

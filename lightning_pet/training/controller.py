@@ -34,7 +34,7 @@ from lightning_pet.model.structure import host_parameter
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import insert_methods, is_applied, read_starts, start
 from lightning_pet.operations.plan import Plan, show_plan
-from lightning_pet.operations.roots import batch_forward, default_root, root_of
+from lightning_pet.operations.roots import batch_forward, batches_of_run, default_root, root_of
 from lightning_pet.strategies import optimizers as optim
 from lightning_pet.strategies import private
 from lightning_pet.strategies.agreement import same
@@ -282,7 +282,7 @@ class Controller:
         if self._converts:
             convert(self.trainer, self.module)
         try:
-            self._insert()
+            self._insert(last)
         except PETError:
             if last:
                 raise
@@ -303,18 +303,20 @@ class Controller:
         self.adapter.after_insertion(root, complete=last)
         return True
 
-    def _insert(self) -> None:
+    def _insert(self, last: bool) -> None:
         root = self._root()[1]
         if all(is_applied(root, method) for method in self.methods):
             return
+        configure = self._configure or self.module.configure_optimizers
+        data = batches_of_run(self.trainer, self.module, configure) if last else None
         with self.adapter.planning(root):
             try:
-                self._new += insert_methods(self.module, self.methods)
+                self._new += insert_methods(self.module, self.methods, batches=data)
             except TargetError:
                 if not any(True for _ in root.parameters()):
                     raise
-                look = batch_forward(self.trainer, self.module, self._configure or self.module.configure_optimizers)
-                self._new += insert_methods(self.module, self.methods, look, of_loss=True)
+                look = batch_forward(self.trainer, self.module, configure)
+                self._new += insert_methods(self.module, self.methods, look, of_loss=True, batches=data)
 
     def _start(self) -> None:
         """Load the files that the new methods start from; one process may not find what the others read."""

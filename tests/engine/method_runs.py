@@ -48,6 +48,7 @@ def adapters(folder: Path) -> list[str]:
 METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "LoRA": lambda _: [pet.LoRACallback(r=2)],
     "LoRA+": lambda _: [pet.LoRACallback(r=2, lora_plus_ratio=4.0)],
+    "LoRA, EVA": lambda _: [pet.LoRACallback(r=2, init="eva")],
     "LoRA, PiSSA": lambda _: [pet.LoRACallback(r=2, init="pissa")],
     "DoRA": lambda _: [pet.LoRACallback(r=2, use_dora=True)],
     "AdaLoRA": lambda _: [pet.AdaLoRACallback(target_r=2, init_r=4, tinit=1, tfinal=1)],
@@ -65,11 +66,13 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "LoHa": lambda _: [pet.LoHaCallback(r=2)],
     "LoKr": lambda _: [pet.LoKrCallback(r=1, decompose_both=True)],
     "OFT": lambda _: [pet.OFTCallback(oft_block_size=4)],
+    "VeRA": lambda _: [pet.VeRACallback(r=4)],
     "Prefix tuning": lambda _: [pet.PrefixTuningCallback(length=3, projection_size=4)],
     "Prefix tuning, no network": lambda _: [pet.PrefixTuningCallback(length=3, projection=False)],
     "Prompt tuning": lambda _: [pet.PromptTuningCallback(length=3)],
     "Prompt tuning from words": lambda _: [pet.PromptTuningCallback(length=3, init="vocabulary")],
     "AutoPrompt": lambda _: [pet.AutoPromptCallback(candidates=4, accumulation=1)],
+    "ReFT": lambda _: [pet.ReFTCallback(r=2, suffix_positions=1, dropout=0.0)],
     "BitFit": lambda _: [pet.BitFitCallback()],
     "Layer freezing": lambda _: [pet.LayerFreezingCallback(train_last=1)],
     "Gradual unfreezing": lambda _: [pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step")],
@@ -83,6 +86,11 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "MAM (prefix and parallel adapter)": lambda _: [
         pet.PrefixTuningCallback(length=3, projection_size=4),
         pet.AdapterCallback(bottleneck_size=4, placement="parallel", scale=2.0, init="lora"),
+    ],
+    "UniPELT (prefix, adapter and LoRA, gated)": lambda _: [
+        pet.PrefixTuningCallback(length=3, projection_size=4, use_gating=True),
+        pet.AdapterCallback(bottleneck_size=4, placement="pfeiffer", use_gating=True),
+        pet.LoRACallback(r=2, use_gating=True),
     ],
     "LoRA with BitFit": lambda _: [pet.LoRACallback(r=2), pet.BitFitCallback()],
 }

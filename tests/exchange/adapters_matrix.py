@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from lightning_pet import load_delta
-from tests.exchange.test_adapters_reading import CONFIGS, written
+from tests.exchange.test_adapters_reading import CONFIGS, config_of, written
 from tests.methods.adapters_files import ARCHITECTURES, read
 
 BOUND = 1e-5
@@ -14,9 +14,8 @@ def difference(architecture: str, method: str) -> float:
     """Between what its model returned and what a folder of it gives here."""
     reference = read(architecture, method)
     with tempfile.TemporaryDirectory() as parent:
-        load_delta(
-            reference.model, written(Path(parent) / "folder", CONFIGS[method], reference.delta), base_check="off"
-        )
+        folder = written(Path(parent) / "folder", config_of(architecture, method), reference.delta)
+        load_delta(reference.model, folder, base_check="off")
     return float((reference.run() - reference.output).abs().max())
 
 

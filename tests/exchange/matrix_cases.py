@@ -18,6 +18,7 @@ from lightning_pet import (
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
+    VeRACallback,
 )
 from tests.exchange.places import Place
 
@@ -112,6 +113,8 @@ CASES: Final = (
         lambda at: IA3Callback(target_modules=[], feedforward_modules=[*(at.down or at.names)]),
     ),
     Case("HiRA", lambda at: peft.HiraConfig(r=2, **at.there), lambda at: HiRACallback(r=2, **at.here)),
+    Case("VeRA", lambda at: peft.VeraConfig(r=3, **at.there), lambda at: VeRACallback(r=3, **at.here)),
+    Case("VeRA, its key alone", lambda at: peft.VeraConfig(r=3, save_projection=False, **at.there), None),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),
     Case(
         "prompt tuning",

@@ -54,6 +54,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_gating": False,
     },
 }
+_REFT: dict[str, Any] = {
+    "architecture": "reft",
+    "dropout": 0.05,
+    "dtype": None,
+    "init_weights_seed": None,
+    "layers": "all",
+    "non_linearity": None,
+    "orthogonality": True,
+    "output_reft": True,
+    "prefix_positions": 3,
+    "r": 2,
+    "suffix_positions": 2,
+    "tied_weights": False,
+}
+CONFIGS["loreft"] = _REFT
+_STACKED = ("t5", "bart", "whisper")  # whose decoders count last positions by the encoder's mask there
+FORMS: dict[tuple[str, str], dict[str, Any]] = {
+    ("bert", "noreft"): {**_REFT, "orthogonality": False, "subtract_projection": True},
+    ("gpt2", "direft"): {
+        **{**_REFT, "orthogonality": False, "subtract_projection": False, "suffix_positions": 1},
+        **{"tied_weights": True, "non_linearity": "relu"},
+    },
+}
+
+
+def config_of(architecture: str, method: str) -> dict[str, Any]:
+    """What a folder of this method says on this architecture."""
+    stacked = method == "loreft" and architecture in _STACKED
+    return CONFIGS[method] | ({"suffix_positions": 0} if stacked else {})
 
 
 def written(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], version: str = "adapters.1.3.0") -> Path:
@@ -70,8 +99,35 @@ def written(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], ve
 def test_outputs_are_those_of_adapters(architecture: str, method: str, tmp_path: Path) -> None:
     reference: Reference = read(architecture, method)
     assert (reference.run() - reference.output).abs().max() > 0.1
-    load_delta(reference.model, written(tmp_path / "folder", CONFIGS[method], reference.delta))
+    load_delta(reference.model, written(tmp_path / "folder", config_of(architecture, method), reference.delta))
     assert (reference.run() - reference.output).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("architecture", "method"), FORMS)
+def test_edits_are_those_of_adapters(architecture: str, method: str, tmp_path: Path) -> None:
+    reference: Reference = read(architecture, method)
+    assert (reference.run() - reference.output).abs().max() > 0.1
+    load_delta(reference.model, written(tmp_path / "folder", FORMS[architecture, method], reference.delta))
+    assert (reference.run() - reference.output).abs().max() <= 1e-5
+
+
+def test_of_an_orthonormal_edit_its_rows_are_kept_and_no_square_matrix(tmp_path: Path) -> None:
+    reference = read("bert", "loreft")
+    folder = written(tmp_path / "folder", CONFIGS["loreft"], reference.delta)
+    tensors = load_delta(reference.model, folder)["default"].state_dict()
+    assert {tuple(tensor.shape) for tensor in tensors.values()} == {(2, 16), (2,)}
+    decayed = {key: t * 0.9 if key.endswith("original") else t for key, t in reference.delta.items()}
+    with pytest.raises(DeltaFileError, match="rows are not orthonormal"):
+        load_delta(read("bert", "loreft").model, written(tmp_path / "folder", CONFIGS["loreft"], decayed))
+
+
+def test_a_folder_that_may_be_of_two_forms_asks_which(tmp_path: Path) -> None:
+    reference = read("bert", "noreft")
+    config = {name: value for name, value in FORMS["bert", "noreft"].items() if name != "subtract_projection"}
+    before = reference.run()
+    with pytest.raises(DeltaFileError, match=r'"subtract_projection": true \(NoReFT\) or false \(DiReFT\)'):
+        load_delta(reference.model, written(tmp_path / "folder", config, reference.delta))
+    assert torch.equal(reference.run(), before)
 
 
 def test_it_needs_no_task_named_alike_and_is_inside_of_a_model_with_a_head(tmp_path: Path) -> None:
@@ -134,7 +190,7 @@ def test_ia3_and_flat_prefixes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"use_gating": True}, "use_gating"),
+        ({"use_gating": True}, "gate_weight is missing"),
         ({"inv_adapter": "nice"}, "inv_adapter"),
         ({"scaling": "learned"}, "scaling"),
         ({"leave_out": [1]}, "leave_out"),

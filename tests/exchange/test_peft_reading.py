@@ -102,6 +102,12 @@ CASES: dict[str, tuple[Build, Any]] = {
         llama,
         peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
     ),
+    "vera": (bert, peft.VeraConfig(r=5, target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS")),
+    "vera fused": (gpt2, peft.VeraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "vera from its key": (
+        llama,
+        peft.VeraConfig(r=5, target_modules=["q_proj", "v_proj"], save_projection=False, projection_prng_key=7),
+    ),
 }
 IN_FLOAT32: dict[str, tuple[Build, Any]] = {  # torch's grouped products and PEFT's decompositions know nothing wider
     "pissa": (llama, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")),

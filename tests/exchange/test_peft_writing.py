@@ -28,6 +28,7 @@ from lightning_pet import (
     PrefixTuningCallback,
     PromptTuningCallback,
     SHiRACallback,
+    VeRACallback,
     apply,
     export_delta,
     load_delta,
@@ -80,6 +81,8 @@ CASES: dict[str, Case] = {
     "miss mini": (bert, lambda: MiSSCallback(r=3, mini_r=4, target_modules=["attention.q"])),
     "shira": (llama, lambda: SHiRACallback(r=1)),
     "bitfit": (bert, lambda: BitFitCallback()),
+    "vera": (llama, lambda: VeRACallback(r=20, target_modules=["attention.q", "attention.v", "ffn.down"])),
+    "vera on one role": (gpt2, lambda: VeRACallback(r=3, target_modules=["attention.v"])),
 }
 IN_FLOAT32: dict[str, Case] = {
     "pissa": (llama, lambda: LoRACallback(r=2, init="pissa")),

@@ -26,6 +26,7 @@ class TestLoRA(Battery):
         Case("mlp", options={**FIRST, "use_rslora": True, "alpha": 4}),
         Case("mlp", options={**FIRST, "use_dora": True}, parameters=2 * (6 + 8) + 8, needs_values=True, **INEXACT),
         Case("mlp", options={**FIRST, "init": "gaussian"}),
+        Case("mlp", options={**FIRST, "init": "orthogonal"}, parameters=2 * (6 + 8), **INEXACT),
         Case("mlp", options={**FIRST, "init": "pissa"}, parameters=2 * (6 + 8), needs_values=True, **INEXACT),
         Case("mlp", options={**FIRST, "init": "olora"}, parameters=2 * (6 + 8), needs_values=True, **INEXACT),
         Case("mlp", options={**FIRST, "bias": "lora_only"}),

@@ -1,12 +1,24 @@
 """MiSS: the battery, golden numbers, and what only this method promises."""
 
-from typing import ClassVar
+import copy
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from lightning_pet import ArgumentError, MiSSCallback, TargetError, apply
+from lightning_pet import (
+    Adapted,
+    ArgumentError,
+    MiSSCallback,
+    TargetError,
+    apply,
+    combine_deltas,
+    load_delta,
+    save_delta,
+)
 
 from . import zoo
 from .battery import LIKE_SMALLER, Battery, Case, perturb
@@ -56,6 +68,32 @@ def test_sums_over_many_blocks_keep_their_precision_in_half_precision() -> None:
     model[0].pet["miss_default"].block.data.fill_(1.0)
     out = model(torch.ones(1, 4096, dtype=torch.bfloat16))
     assert torch.equal(out, torch.full((1, 2), 4096.0, dtype=torch.bfloat16))  # 256 if added up in bfloat16
+
+
+def test_sums_of_deltas_and_rows_of_their_own(tmp_path: Path) -> None:
+    model, run = zoo.llama()
+    model.double()
+    before, changes, files = run(model), {}, []
+    options: dict[str, Any] = {"target_modules": ["attention.q"], "modules_to_save": []}
+    for name, r in (("one", 4), ("two", 4), ("other", 6)):
+        twin = copy.deepcopy(model)
+        adapted = apply(twin, [MiSSCallback(r=r, layers_to_transform=[0], **options)])
+        perturb(adapted, 0.1 * (1 + len(files)))
+        changes[name] = run(twin)
+        files.append(tmp_path / f"{name}.pet.safetensors")
+        save_delta(twin, files[-1])
+    several = copy.deepcopy(model)
+    for name, file in zip(changes, files, strict=True):
+        load_delta(several, file, name=name)
+    with Adapted(several).rows(["one", "other"]):
+        found = run(several)
+    assert (found - torch.cat([changes["one"][:1], changes["other"][1:]])).abs().max() < 1e-12
+    combine_deltas(files[:2], tmp_path / "sum.pet.safetensors", weights=[1.0, 1.0])
+    load_delta(model, tmp_path / "sum.pet.safetensors")
+    weight = model.model.layers[0].self_attn.q_proj
+    blocks = [load_file(file)["model.layers.0.self_attn.q_proj.pet.miss_default.block"] for file in files[:2]]
+    assert torch.allclose(weight.pet["miss_default"].block, sum(blocks))
+    assert (run(model) - before).abs().max() > 1e-3
 
 
 def test_bad_input() -> None:

@@ -9,7 +9,7 @@ from lightning_pet.insertion.method import suffix_of
 from lightning_pet.model.adaptation import record_at
 from lightning_pet.model.layer_kinds import host_kind
 from lightning_pet.model.naming import delta_of, delta_path, join
-from lightning_pet.model.structure import Target
+from lightning_pet.model.structure import Target, is_shared
 from lightning_pet.operations.combining.in_model import file_of
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored
@@ -35,6 +35,8 @@ def as_low_rank(root: nn.Module, name: str) -> Stored | None:
     tensors = {path: tensor for path, tensor in stored.tensors.items() if delta_of(path) is None}
     ranks: dict[Target, int] = {}
     for inserted in record.deltas(root):
+        if inserted.delta.path == "shared":
+            continue  # a part of the others
         factors = inserted.delta.low_rank_factors()
         if factors is None:
             return None
@@ -45,7 +47,7 @@ def as_low_rank(root: nn.Module, name: str) -> Stored | None:
         path = delta_path(target.module, key)
         tensors |= {join(path, "a"): a.contiguous(), join(path, "b"): b.contiguous()}
     (own,) = stored.methods
-    heads = tuple(target for target in own.targets if target not in ranks)
+    heads = tuple(target for target in own.targets if target not in ranks and not is_shared(target))
     method = MethodRecord("lora", _NAME, _config(ranks, own.config), (*ranks, *heads))
     return replace(stored, methods=(method,), tensors=tensors, base=None)
 

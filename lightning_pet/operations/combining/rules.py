@@ -408,7 +408,7 @@ def _sparse(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
 
 
 def _in_place(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
-    """Methods that train parameters of the base: see :func:`_values`."""
+    """Methods that train parameters of the base (:func:`_values`), or whose own are linear and start at zero."""
     result.refuse_unless(records[0], "linear")
     result.same_config(records, "budget")
     if added := result.groups(records[0])[0]:  # BitFit's added biases start at zero
@@ -482,6 +482,7 @@ RULES: Final[dict[str, Callable[[Result, Sequence[MethodRecord]], MethodRecord]]
     "full_fine_tuning": _in_place,
     "diff_pruning": _sparse,
     "shira": _sparse,
+    "miss": _in_place,
     "prefix_tuning": partial(_one_behind_the_other, {"key": -2, "value": -2}, {"projection": False, "init": "random"}),
     "prompt_tuning": partial(_one_behind_the_other, {"prompt": 0}, {"encoder": "none", "init": "random"}),
 }
