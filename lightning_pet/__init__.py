@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.ia3 import IA3Callback as IA3Callback
     from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback as IntrinsicDimensionCallback
     from lightning_pet.callbacks.layer_freezing import LayerFreezingCallback as LayerFreezingCallback
+    from lightning_pet.callbacks.ln_tuning import LNTuningCallback as LNTuningCallback
     from lightning_pet.callbacks.loha import LoHaCallback as LoHaCallback
     from lightning_pet.callbacks.lokr import LoKrCallback as LoKrCallback
     from lightning_pet.callbacks.lora import LoRACallback as LoRACallback
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.reft import ReFTCallback as ReFTCallback
     from lightning_pet.callbacks.shira import SHiRACallback as SHiRACallback
     from lightning_pet.callbacks.tasks import TasksCallback as TasksCallback
+    from lightning_pet.callbacks.trainable_tokens import TrainableTokensCallback as TrainableTokensCallback
     from lightning_pet.callbacks.vera import VeRACallback as VeRACallback
     from lightning_pet.errors import ArgumentError as ArgumentError
     from lightning_pet.errors import BaseMismatchError as BaseMismatchError
@@ -78,6 +80,7 @@ _WHERE = {
     "IA3Callback": "callbacks.ia3",
     "IntrinsicDimensionCallback": "callbacks.intrinsic_dimension",
     "LayerFreezingCallback": "callbacks.layer_freezing",
+    "LNTuningCallback": "callbacks.ln_tuning",
     "LoHaCallback": "callbacks.loha",
     "LoKrCallback": "callbacks.lokr",
     "LoRACallback": "callbacks.lora",
@@ -88,6 +91,7 @@ _WHERE = {
     "ReFTCallback": "callbacks.reft",
     "SHiRACallback": "callbacks.shira",
     "TasksCallback": "callbacks.tasks",
+    "TrainableTokensCallback": "callbacks.trainable_tokens",
     "VeRACallback": "callbacks.vera",
     "Adapted": "operations.adapted",
     "apply": "operations.apply",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,8 @@ from lightning_pet.insertion.low_rank_places import Options, fitted, gated, is_c
 from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.low_rank_base import Init as LayerInit
+from lightning_pet.layers.low_rank_base import LowRank
+from lightning_pet.layers.low_rank_hosts import LowRankEmbedding
 from lightning_pet.layers.sharding import is_partition, is_sharded
 from lightning_pet.model.layer_kinds import host_kind, weight_of
 from lightning_pet.model.naming import DEFAULT, module_at, named_modules, named_parameters
@@ -75,6 +77,7 @@ class LoRACallback(PETCallback):
         alpha_pattern: alpha for some targets, likewise.
         clamp_rank: a target that is too small for its rank gets the largest that it can have, which is said,
             instead of an error.
+        train_a: train A, too; ``False``: it stays as it was drawn (LoRA-FA, Zhang et al. 2023). Not on tables.
         lora_plus_ratio: learning rate of B over that of A.
         bias: biases that train as well: ``"none"``, those of the targets, or all.
         use_gating: multiply what is added by a trained gate, one number per example (UniPELT); on linear layers that
@@ -133,6 +136,7 @@ class LoRACallback(PETCallback):
         bias: Bias = "none",
         lora_bias: bool = False,
         use_gating: bool = False,
+        train_a: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -153,8 +157,7 @@ class LoRACallback(PETCallback):
         self.clamp_rank = clamp_rank
         self.lora_plus_ratio = lora_plus_ratio
         self.bias = bias
-        self.lora_bias = lora_bias
-        self.use_gating = use_gating
+        self.lora_bias, self.use_gating, self.train_a = lora_bias, use_gating, train_a
         self._learned: dict[str, Any] | None = None  # ranks and alphas by place that data, or a file, have decided
         self._directions: dict[str, Tensor] = {}  # A of each place, until it is built
         self._validate()
@@ -202,6 +205,9 @@ class LoRACallback(PETCallback):
             ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}}
             if odd := next((label for label, rank in ranks.items() if rank % 2), None):
                 raise ArgumentError(f"{odd}={ranks[odd]}: init='orthogonal' halves the rank, which must be even.")
+        if not self.train_a and (self.use_gating or self.lora_plus_ratio != 1):
+            other = "use_gating" if self.use_gating else f"lora_plus_ratio={self.lora_plus_ratio:g}"
+            raise ArgumentError(f"train_a=False with {other}: that is for an A that trains; choose one.")
         if self.use_gating and (self.use_dora or self.lora_bias or self.init not in ("kaiming", "gaussian", "eva")):
             other = "use_dora" if self.use_dora else "lora_bias" if self.lora_bias else f"init={self.init!r}"
             raise ArgumentError(f"use_gating with {other}: behind a gate there is only the plain B A; choose one.")
@@ -252,9 +258,11 @@ class LoRACallback(PETCallback):
         init: LayerInit = "kaiming" if self.init == "eva" else self.init
         options = Options(rank, scale, self.dropout, init, self.use_dora, self.lora_bias)
         delta = gated(root, target, options) if self.use_gating else fitted(root, target, options)
+        if not self.train_a:
+            _freeze_a(delta, target)
         if (directions := self._directions.get(exactly(target))) is not None:
             with torch.no_grad():
-                delta.a.copy_(directions)
+                cast(Tensor, delta.a).copy_(directions)
         if not weight.is_meta:
             initialize(delta, host, target.parameter)
         elif self.init in ("pissa", "olora") or self.use_dora:
@@ -422,3 +430,12 @@ class LoRACallback(PETCallback):
         if self.lora_plus_ratio == 1:
             return {}
         return {name: self.lora_plus_ratio for name in delta_names if name.endswith(".b")}
+
+
+def _freeze_a(delta: Delta, target: Target) -> None:
+    if not isinstance(delta, LowRank) or isinstance(delta, LowRankEmbedding):
+        raise TargetError(
+            f"{target.path} is a table, whose A starts at zero: with train_a=False nothing would ever change. Exclude "
+            "it with exclude_modules, or train A."
+        )
+    delta.freeze_a()

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
 from lightning_pet.exchange import (
     peft_converted,
+    peft_in_place,
     peft_layers,
     peft_on_weights,
     peft_products,
     peft_prompts,
     peft_rotations,
+    peft_tokens,
     peft_vera,
 )
 from lightning_pet.exchange.folder import CONFIG, Base, Folder
 from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
 from lightning_pet.exchange.peft_refused import way_out
+from lightning_pet.exchange.peft_ties import OPTION, is_kept_tied, kept_tied
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.naming import CHILD, is_below, named_parameters
 from lightning_pet.store.manifest import MethodRecord
@@ -38,7 +41,8 @@ _COMMON: Final = _options(
 )
 _LOW_RANK: Final = _options(
     "r lora_alpha lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
-    "target_parameters loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size"
+    "target_parameters loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size "
+    "trainable_token_indices"
 )
 _ADAPTIVE: Final = _options("init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step")
 _VIRTUAL: Final = _options(
@@ -68,6 +72,8 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "P_TUNING": _VIRTUAL
     | _options("encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout"),
     "PREFIX_TUNING": _VIRTUAL | _options("encoder_hidden_size prefix_projection"),
+    "LN_TUNING": frozenset(),
+    "TRAINABLE_TOKENS": _options("token_indices"),
     "VERA": _options("r projection_prng_key save_projection vera_dropout d_initial bias"),
 }
 _FROM: Final = "HF PEFT"
@@ -96,6 +102,8 @@ _READERS: Final[Mapping[str, Callable[[Folder, Base | None], Read]]] = {
     "PROMPT_TUNING": peft_prompts.prompt,
     "P_TUNING": peft_prompts.prompt,
     "PREFIX_TUNING": peft_prompts.prefix,
+    "LN_TUNING": peft_in_place.ln_tuning,
+    "TRAINABLE_TOKENS": peft_tokens.tokens,
     "VERA": peft_vera.read_vera,
 }
 
@@ -121,6 +129,7 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         )
     _check_options(folder, kind)
     _check_types(folder)
+    folder = kept_tied(folder, base)
     read = _READERS[kind](folder if base is None else without_copies(folder, base.root), base)
     stored = Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
     return stored if base is None else settled(stored, base.root)
@@ -206,6 +215,11 @@ def settled(stored: Stored, root: nn.Module) -> Stored:
     if stored.base is not None or stored.notes.get("imported_from") != _FROM:
         return stored
     _check_ties(stored, root)
+    for record in stored.methods:
+        if record.method == peft_tokens.METHOD:
+            peft_tokens.check_places(
+                str(stored.path), [target.module for target in record.targets if target.role != "head"], root
+            )
     tensors = _once(stored, root)
     methods = tuple(_with_biases(record, tensors, root) for record in stored.methods)
     return replace(stored, methods=methods, tensors=tensors)
@@ -252,8 +266,9 @@ def _with_biases(record: MethodRecord, tensors: Mapping[str, Tensor], root: nn.M
 
 def _check_ties(stored: Stored, root: nn.Module) -> None:
     """PEFT copies the modules that it saves: what was tied to one goes on with the base's values."""
+    kept = OPTION in stored.notes
     for target in (target for record in stored.methods for target in record.targets if target.role == "head"):
-        if other := shared_with(root, target.module):
+        if (other := shared_with(root, target.module)) and not (kept and is_kept_tied(root, target.module)):
             raise fault(
                 str(stored.path),
                 f"modules_to_save has trained {target.module}, of which {other} shares a weight in this "
@@ -265,7 +280,7 @@ def _check_ties(stored: Stored, root: nn.Module) -> None:
 
 def _notes(folder: Folder) -> dict[str, str]:
     """Where it comes from, for people."""
-    told = {"imported_from": _FROM}
+    told = {"imported_from": _FROM} | ({OPTION: "true"} if folder.config.get(OPTION) else {})
     for name, option in (("base_model", "base_model_name_or_path"), ("revision", "revision")):
         if isinstance(value := folder.config.get(option), str) and value:
             told[name] = value[:512]

@@ -193,7 +193,7 @@ def placed(
                 str(folder.path), f"{host.path} has no {absent[0].upper()}. Copy the whole folder again.", "mismatch"
             )
         if root is not None and host.path not in modules:
-            raise _no_such(folder, host.path, modules)
+            raise no_such(folder, host.path, modules)
         module, parameter = modules.get(host.path), parameters[host.path, host.nested]
         if module is not None:
             _check_kind(folder, host, module, parameter)
@@ -436,7 +436,8 @@ def renormalised(path: str) -> str:
     )
 
 
-def _no_such(folder: Folder, path: str, modules: Mapping[str, nn.Module]) -> DeltaFileError:
+def no_such(folder: Folder, path: str, modules: Mapping[str, nn.Module]) -> DeltaFileError:
+    """The error for a delta on a module that the base does not have."""
     near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.4)
     longer = [other.removesuffix(path) for other in modules if other.endswith(f".{path}")]
     example = f"{{'': {longer[0]!r}}}" if len(longer) == 1 else "{'there.': 'here.'}"

@@ -23,6 +23,7 @@ from lightning_pet.exchange.peft_hosts import (
     split_hosts,
     whole_of,
 )
+from lightning_pet.exchange.peft_tokens import token_rows
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.layer_kinds import host_kind, matrix_of
 from lightning_pet.model.naming import join, module_at, named_modules
@@ -35,6 +36,7 @@ def lora(folder: Folder, base: Base | None) -> Read:
     """LoRA, rsLoRA, DoRA, PiSSA and OLoRA."""
     config, root = folder.config, base.root if base else None
     hosts, rest = split_hosts(folder)
+    rest, tokens = token_rows(folder, rest, base)
     init = _start(folder)
     if init != "kaiming" and root is None:
         raise fault(
@@ -70,7 +72,8 @@ def lora(folder: Folder, base: Base | None) -> Read:
     rest = without_tables(folder, rest, [target.module for target in targets], root)
     biases = biases_of(folder, rest, {target.module for target in targets})
     read = whole_of(folder, "lora", options, targets, tensors, rest, biases)
-    return read if init == "kaiming" else _with_starts(folder, read, targets, options, root)
+    read = read if init == "kaiming" else _with_starts(folder, read, targets, options, root)
+    return read if tokens is None else Read((*read.methods, *tokens.methods), {**read.tensors, **tokens.tensors})
 
 
 def _asked(host: Host, target: Target) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import PREFIX
 from lightning_pet.exchange.peft_hosts import WRAPPED, Export, shared_with, usual_heads
+from lightning_pet.exchange.peft_in_place import write_ln_tuning
 from lightning_pet.exchange.peft_low_rank import (
     PROJECTIONS,
     Layer,
@@ -24,6 +26,8 @@ from lightning_pet.exchange.peft_on_weights import write_hira, write_miss, write
 from lightning_pet.exchange.peft_products import write_loha, write_lokr
 from lightning_pet.exchange.peft_prompts import require_pooled_within, scale_of, turn
 from lightning_pet.exchange.peft_rotations import write_hra, write_oft
+from lightning_pet.exchange.peft_tokens import METHOD as TOKENS
+from lightning_pet.exchange.peft_tokens import taken_beside, write_beside, write_tokens
 from lightning_pet.exchange.peft_vera import write_vera
 from lightning_pet.layers.rows import spread
 from lightning_pet.model.layer_kinds import matrix_of
@@ -52,11 +56,17 @@ def to_peft(stored: Stored, root: nn.Module | None) -> Export:
     Raises:
         DeltaFileError: (``mismatch``) if PEFT has no counterpart, or the base is needed.
     """
-    if len(stored.methods) != 1:
+    tokens = [record for record in stored.methods if record.method == TOKENS]
+    others = [record for record in stored.methods if record.method != TOKENS]
+    beside = tokens if len(tokens) == len(others) == 1 else []
+    if beside:
+        stored = replace(stored, methods=(*others, *tokens))
+    if len(stored.methods) != 1 and not beside:
         names = ", ".join(record.method for record in stored.methods)
         raise fault(
             str(stored.path),
-            f"found the methods {names}; a folder of PEFT holds one. Merge them, or export them one by one.",
+            f"found the methods {names}; a folder of PEFT holds one, or LoRA and trained tokens. Merge them, or export "
+            "them one by one.",
             "mismatch",
         )
     export = Export(stored, root)
@@ -66,7 +76,10 @@ def to_peft(stored: Stored, root: nn.Module | None) -> Export:
             f"PEFT has no counterpart of {method}. Merge it (to='transformers'), or approximate it (to='lora')."
         )
     left = dict(stored.tensors)
+    rows = taken_beside(export, beside[0], left) if beside else {}
     _WRITERS[method](export, left)
+    if rows:
+        write_beside(export, rows)
     _heads(export, left)
     if left:
         raise export.fault(f"nothing in PEFT holds {', '.join(sorted(left)[:4])}. Merge it (to='transformers').")
@@ -275,6 +288,8 @@ _WRITERS: Final[Mapping[str, Callable[[Export, dict[str, Tensor]], None]]] = {
     "lokr": write_lokr,
     "prompt_tuning": _prompt,
     "prefix_tuning": _prefix,
+    "ln_tuning": write_ln_tuning,
+    TOKENS: write_tokens,
     "vera": write_vera,
 }
 
@@ -298,6 +313,8 @@ def for_server(export: Export, server: str) -> None:
             raise export.fault(f"{server} does not read {option}. {_WAY_OUT}")
     if config["bias"] != "none":
         raise export.fault(f"{server} does not read biases. {_WAY_OUT}")
+    if config.get("trainable_token_indices"):
+        raise export.fault(f"{server} does not read trained tokens. {_WAY_OUT}")
     if config.get("target_parameters"):
         raise export.fault(f"{server} is not known to read deltas on stacks of experts. {_WAY_OUT}")
     heads = [path for path in config.get("modules_to_save") or () if server != "vllm" or path not in _SERVED_HEADS]

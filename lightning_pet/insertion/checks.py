@@ -1,5 +1,6 @@
 """What must hold of deltas and their hosts: before anything is inserted, and as long as they are in the model."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +56,14 @@ def check_acting(root: nn.Module, deltas: Collection[str]) -> None:
 
 
 def _check(places: Sequence[tuple[Target, Delta]]) -> None:
+    taken: dict[tuple[str, int], int] = Counter(
+        (target.path, row) for target, delta in places for row in delta.replaced
+    )
+    if twice := next((place for place, count in taken.items() if count > 1), None):
+        raise TargetError(
+            f"two deltas that are to act together replace row {twice[1]} of {twice[0]}. Let one of them act, or give "
+            "them other token_indices."
+        )
     if not any(delta.reads_weight for _, delta in places):
         return
     by_host: dict[str, list[tuple[Target, Delta]]] = {}

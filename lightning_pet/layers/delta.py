@@ -190,6 +190,9 @@ class Delta(Part):
     remakes: bool = False
     """An effective weight is large and quickly made: ask :meth:`remaker` how, instead of keeping it for backward."""
 
+    replaced: Sequence[int] = ()
+    """Rows of the parameter of which the delta leaves nothing, so that the base's may be any."""
+
     row_form: ClassVar[Any] = None
     """``row_form(deltas, ids, x, output, host)``: what :meth:`forward` does, at once for rows of different deltas.
 
@@ -273,6 +276,14 @@ class Delta(Part):
         The default does not tell: it is ``False``, and whoever asks looks at what :meth:`merged` returns.
         """
         return False
+
+    def low_rank_factors_on(self, weight: Callable[[], Tensor]) -> Factors | None:
+        """The same for a change that depends on the weight; see :meth:`low_rank_factors`, which is the default.
+
+        Args:
+            weight: gives the values of the base parameter.
+        """
+        return self.low_rank_factors()
 
     def low_rank_factors(self) -> Factors | None:
         """A and B whose product is the whole change of the weight, in the shapes that LoRA on this host has.

@@ -131,7 +131,8 @@ class LowRankLinear(OwnBias):
         if not is_plain(weight):
             return self._add(F.linear(x, matrix, bias), x, a, b)
         drops = self._drops()
-        merged = not drops and prefers_merged(x, weight)
+        constant = "a" in self._buffers and torch.is_grad_enabled()  # then x need not be kept, but for the merged form
+        merged = not drops and not constant and prefers_merged(x, weight)
         if self.bias is not None:
             offset = self._own_bias(self.bias.dtype)
             bias = offset if bias is None else bias + offset
@@ -142,7 +143,7 @@ class LowRankLinear(OwnBias):
     def _directly(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output in autograd's own nodes where these are cheaper than one of ours; ``None`` where they are not."""
         own, dropout = self._parameters, self.dropout if self.training else 0.0
-        a, b = own.get("a"), own.get("b")
+        a, b = own.get("a", self._buffers.get("a")), own.get("b")
         if self._bare or not is_narrow(x, weight) or (dropout and not self.use_dora):
             if self._bare:
                 return low_rank_directly(x, weight, bias, a, b, self.scale, dropout)

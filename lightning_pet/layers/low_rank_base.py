@@ -123,6 +123,13 @@ class LowRank(Delta):
         if self.magnitude is not None:
             nn.init.ones_(self.magnitude)
 
+    def freeze_a(self) -> None:
+        """Let A be a constant, a buffer of the same name: only B trains (LoRA-FA)."""
+        if "a" in self._parameters:
+            a = self.a.detach()
+            del self.a
+            self.register_buffer("a", a)
+
     @property
     def starts_from_weight(self) -> bool:  # type: ignore[override]
         """PiSSA, OLoRA and DoRA do."""

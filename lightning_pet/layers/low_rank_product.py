@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_pet.errors import PETError
 from lightning_pet.layers.low_rank_source import source_of
 from lightning_pet.layers.transforms import apply_node, is_transformed
 
@@ -117,7 +118,9 @@ class _LowRankLinear(torch.autograd.Function):
         if inner is not None:
             ctx.mark_non_differentiable(inner)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, a, b, a0, b0, inner, mask, *(sources or (x,)))
+        # With an A that does not train, x Aᵀ is all that the backward pass needs of x.
+        ctx.reads_x = inner is None or ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(weight, a, b, a0, b0, inner, mask, *((sources or (x,)) if ctx.reads_x else ()))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -135,6 +138,8 @@ class _LowRankLinear(torch.autograd.Function):
         both = factor.t() @ g.t()
         gb = both[: a.shape[0]]
         if torch.is_grad_enabled():
+            if not ctx.reads_x:
+                raise PETError("second derivatives need an A that trains: set train_a=True.")
             inner = None  # a second derivative is wanted, which a non-differentiable output would lose
         if mask is not None:
             mask = mask.reshape(-1, mask.shape[-1])

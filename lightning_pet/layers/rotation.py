@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_pet.layers.combining import Factors
 from lightning_pet.layers.delta import Delta, Path
 
 
@@ -206,6 +207,20 @@ class Reflections(_Rotation):
     @property
     def _own(self) -> Tensor:
         return self.u
+
+    def low_rank_factors_on(self, weight: Callable[[], Tensor]) -> Factors | None:
+        """``Uᵀ`` and ``-W U T``, whose product is the whole change of W."""
+        if self.stack:
+            return None
+        with torch.no_grad():
+            values = weight()
+            matrix = values.flatten(1) if self.kernel else values.mT if self.transposed else values
+            wide = _precise(values.dtype, self.u.dtype)
+            u, t = self.factors(wide)
+            a, b = u.mT, -(matrix.to(wide) @ u) @ t
+        if self.kernel:
+            a, b = a.reshape(-1, *values.shape[1:]), b.reshape(*b.shape, *(1,) * (values.dim() - 2))
+        return a, b
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U and T."""

@@ -1,6 +1,6 @@
 """Some rows of a host's weight, or some of its features: taken out, put back, spread over all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,21 @@ Rows = tuple[tuple[int, int], ...]
 def whole(rows: Sequence[Sequence[int]] | None, features: int) -> Rows:
     """The ranges, or one of all features where none are given."""
     return ((0, features),) if rows is None else tuple((start, stop) for start, stop in rows)
+
+
+def ranges_of(rows: Iterable[int]) -> list[list[int]]:
+    """Single rows as ranges.
+
+    >>> ranges_of([7, 2, 3, 4])
+    [[2, 5], [7, 8]]
+    """
+    found: list[list[int]] = []
+    for row in sorted(rows):
+        if found and found[-1][1] == row:
+            found[-1][1] = row + 1
+        else:
+            found.append([row, row + 1])
+    return found
 
 
 def size(rows: Rows) -> int:

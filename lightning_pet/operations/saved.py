@@ -1,7 +1,7 @@
 """What is saved of one delta: its tensors as a model and as files hold them, the base they belong to, the file."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileErro
 from lightning_pet.insertion.checks import check_intact
 from lightning_pet.insertion.method import METHODS
 from lightning_pet.insertion.tasks.own_values import is_own, own_places
+from lightning_pet.layers.rows import ranges_of
 from lightning_pet.layers.sharding import holds_parts, whole
 from lightning_pet.model.adaptation import Adaptation, record_at, record_of
 from lightning_pet.model.naming import (
@@ -176,9 +177,21 @@ def base_fingerprint(
         exact: add a digest of every byte.
         whole: gathers what processes hold parts of.
     """
-    found = fingerprint(whole(base_parameters(root, record, [*record.trained_names, *saved])), exact)
+    named = base_parameters(root, record, [*record.trained_names, *saved])
+    found = fingerprint(whole(named), exact, _replaced(root, record, named))
     beside = {name: own for delta in record.names for name, own in record.beside.get(delta, {}).items()}
     return replace(found, beside=beside) if beside else found
+
+
+def _replaced(root: nn.Module, record: Adaptation, named: Sequence[tuple[str, Tensor]]) -> dict[str, list[list[int]]]:
+    """Rows of the base of which the deltas leave nothing, so that they may be any."""
+    names = {id(tensor): name for name, tensor in named}
+    rows: dict[str, set[int]] = {}
+    for inserted in record.deltas(root, pass_over_gone=True):
+        own = inserted.host._parameters.get(inserted.target.parameter) if inserted.delta.replaced else None
+        if own is not None and id(own) in names:
+            rows.setdefault(names[id(own)], set()).update(inserted.delta.replaced)
+    return {name: ranges_of(own) for name, own in rows.items()}
 
 
 def check_methods(entry: Mapping[str, Any], record: Adaptation, path: object) -> None:

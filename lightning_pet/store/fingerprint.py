@@ -10,7 +10,7 @@ import enum
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -146,6 +146,10 @@ _RELATIVE: Final = 2.0**-8 + 2.0**-10
 _ABSOLUTE: Final = 2.0**-24
 
 
+Ranges = Sequence[Sequence[int]]
+"""Ranges of rows in ascending order, each from its first to behind its last."""
+
+
 class Verdict(enum.Enum):
     """How a model relates to the base that a fingerprint was taken of."""
 
@@ -179,18 +183,22 @@ class _Facts(NamedTuple):
     sketch: Tensor | None
 
 
-def fingerprint(named: Iterable[tuple[str, Tensor]], exact: bool = False) -> Fingerprint:
+def fingerprint(
+    named: Iterable[tuple[str, Tensor]], exact: bool = False, without: Mapping[str, Ranges] | None = None
+) -> Fingerprint:
     """Take the fingerprint of a base model.
 
     Args:
         named: canonical name and tensor of every base parameter, each once (a tied one too). Any device,
             any strides; one after the other, so that sharded ones may be gathered in turn.
         exact: also hash every byte (about 1 GB/s); left out if a tensor has no readable values.
+        without: rows of tensors that are no part of the base, by name.
 
     Returns:
         The same fingerprint for the same values, whatever the device and the order.
     """
-    seen, digest = _look(named, exact)
+    without = dict(without or {})
+    seen, digest = _look(named, exact, without)
     sketches = [fact.sketch.to(torch.bfloat16) for fact in seen.values() if fact.sketch is not None]
     return Fingerprint(
         structure=structure_digest({name: fact.shape for name, fact in seen.items()}),
@@ -200,10 +208,13 @@ def fingerprint(named: Iterable[tuple[str, Tensor]], exact: bool = False) -> Fin
         leaves=encode64(b"".join(fact.leaf[:LEAF] for fact in seen.values())),
         sketch=_pack_sketch(torch.cat(sketches) if sketches else torch.empty(0, dtype=torch.bfloat16)),
         exact=digest,
+        without=without,
     )
 
 
-def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _Facts], str | None]:
+def _look(
+    named: Iterable[tuple[str, Tensor]], exact: bool, without: Mapping[str, Ranges]
+) -> tuple[dict[str, _Facts], str | None]:
     """Facts of each tensor in the order of the names; if asked for, SHA-256 over name, dtype, shape and every byte.
 
     The digest is ``None`` if a tensor has no readable values.
@@ -211,7 +222,7 @@ def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _
     seen: dict[str, _Facts] = {}
     leaves: dict[str, str] = {}
     for name, tensor in named:
-        tensor = whole(tensor.detach())
+        tensor = _rest(whole(tensor.detach()), without.get(name, ()))
         seen[name] = _observe(name, tensor)
         if exact and (parts := ordinary_parts(tensor)):
             leaves[name] = "".join(f"{name}\0{digest(part)}\n" for part in parts)
@@ -219,6 +230,16 @@ def _look(named: Iterable[tuple[str, Tensor]], exact: bool) -> tuple[dict[str, _
     if not exact or leaves.keys() != seen.keys():
         return seen, None
     return seen, hashlib.sha256("".join(leaves[name] for name in seen).encode()).hexdigest()
+
+
+def _rest(tensor: Tensor, ranges: Ranges) -> Tensor:
+    """The rows outside of the ranges: where these are the last ones, what the tensor was before it had them."""
+    if not ranges or tensor.dim() < 2 or type(tensor.data) is not Tensor:
+        return tensor
+    ends = [0, *(end for _, end in ranges)]
+    starts = [*(start for start, _ in ranges), tensor.shape[0]]
+    pieces = [tensor[end:start] for end, start in zip(ends, starts, strict=True) if end < min(start, tensor.shape[0])]
+    return pieces[0] if len(pieces) == 1 else torch.cat([tensor[:0], *pieces])
 
 
 def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact: bool = False) -> Comparison:
@@ -236,7 +257,7 @@ def compare(expected: Fingerprint, named: Iterable[tuple[str, Tensor]], *, exact
         shapes or values differ. Values of one dtype that differ at all are different, however close.
     """
     base = remembered(expected, "fingerprint")
-    seen, digest = _look(named, exact and expected.exact is not None)
+    seen, digest = _look(named, exact and expected.exact is not None, expected.without)
     misfits = _misfits(base, seen)
     if misfits is not None:
         return misfits

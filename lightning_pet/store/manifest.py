@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, get_args
 
@@ -23,6 +23,7 @@ from lightning_pet.store.strict_json import (
     check_label,
     check_name,
     check_plain,
+    check_range,
     check_text,
     check_type,
     decode64,
@@ -43,6 +44,7 @@ OPAQUE: Final = "opaque:"  # kind of a tensor without readable values
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_DIMS: Final = 16
 _MAX_BESIDE: Final = 64
+_LATER: Final = ("beside", "without")  # fields that earlier files do not have
 
 
 # Thousands of deltas of one base repeat its fingerprint and their places letter by letter: what was found sound is so
@@ -66,6 +68,7 @@ class Fingerprint:
         sketch: the first 12 sampled values of each floating tensor in bfloat16, packed.
         exact: SHA-256 over every byte, if it was asked for.
         beside: other deltas that acted when this one was trained, with a digest of their values.
+        without: of tensors, the ranges of rows that the delta replaces: they are no part of the base.
     """
 
     structure: str
@@ -76,6 +79,7 @@ class Fingerprint:
     sketch: str
     exact: str | None = None
     beside: Mapping[str, str] = field(default_factory=dict)
+    without: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
 
 class Remembered(NamedTuple):
@@ -89,8 +93,9 @@ class Remembered(NamedTuple):
 
 def to_plain(found: Fingerprint) -> dict[str, Any]:
     """A fingerprint as a plain JSON object; :func:`from_plain` reverses it."""
-    plain = {**vars(found), "dtypes": dict(found.dtypes), "beside": dict(found.beside)}
-    return {key: value for key, value in plain.items() if key != "beside" or value}  # as it was before there were any
+    without = {name: [list(pair) for pair in ranges] for name, ranges in found.without.items()}
+    plain = {**vars(found), "dtypes": dict(found.dtypes), "beside": dict(found.beside), "without": without}
+    return {key: value for key, value in plain.items() if key not in _LATER or value}  # as before there were any
 
 
 def from_plain(value: object, where: str) -> Fingerprint:
@@ -101,8 +106,8 @@ def from_plain(value: object, where: str) -> Fingerprint:
     """
     text = (str,)
     kinds = {"structure": text, "sample": text, "dtypes": (dict,), "layout": text, "leaves": text, "sketch": text}
-    several = {"beside": (dict,)} if isinstance(value, dict) and "beside" in value else {}
-    fields = check_fields(value, where, {**kinds, "exact": (str, type(None)), **several})
+    later = {key: (dict,) for key in _LATER if isinstance(value, dict) and key in value}
+    fields = check_fields(value, where, {**kinds, "exact": (str, type(None)), **later})
     for key in ("structure", "sample", "exact"):
         if fields[key] is not None:
             check_digest(fields[key], f"{where}.{key}")
@@ -111,6 +116,10 @@ def from_plain(value: object, where: str) -> Fingerprint:
         raise fault(f"{where}.beside", f"found {len(beside)} deltas, expected at most {_MAX_BESIDE}.", "limit")
     for name, digest in beside.items():
         check_digest(digest, f"{where}.beside.{check_label(name, f'{where}.beside: a name')}")
+    for name, ranges in fields.get("without", {}).items():
+        own = f"{where}.without.{check_name(name, f'{where}.without')}"
+        for pair in check_type(ranges, own, (list,)):
+            check_range(pair, own)
     for kind, count in fields["dtypes"].items():
         check_int(count, f"{where}.dtypes.{check_text(kind, f'{where}.dtypes: a key', 64)!r}", 1)
     found = Fingerprint(**fields)
@@ -428,7 +437,7 @@ def _target(row: object, where: str) -> Target:
         parameter=check_name(parameter, f"{where}.parameter") if parameter != "" else "",
         role=role,
         cross=check_type(cross, f"{where}.cross", (bool,)),
-        rows=None if rows is None else tuple(_row_range(pair, f"{where}.rows") for pair in _bounded(rows, where)),
+        rows=None if rows is None else tuple(check_range(pair, f"{where}.rows") for pair in _bounded(rows, where)),
         reads=reads if reads is None or reads == "" else check_name(reads, f"{where}.reads"),
         sizes=_sizes(sizes, f"{where}.sizes"),
     )
@@ -446,15 +455,6 @@ def _bounded(rows: object, where: str) -> list[object]:
     if not 0 < len(ranges) <= MAX_ROW_RANGES:
         raise fault(f"{where}.rows", f"found {len(ranges)} ranges, expected 1 to {MAX_ROW_RANGES}.", "limit")
     return ranges
-
-
-def _row_range(pair: object, where: str) -> tuple[int, int]:
-    if len(check_type(pair, where, (list,))) != 2:
-        raise fault(where, "found a range that is no pair of first row and end.")
-    first, end = (check_int(bound, where) for bound in pair)  # type: ignore[attr-defined]
-    if first >= end:
-        raise fault(where, f"found the range {first} to {end}, expected first < end.")
-    return first, end
 
 
 def _notes(value: Mapping[str, object], where: str) -> dict[str, str]:

@@ -151,6 +151,16 @@ def check_int(value: object, where: str, low: int = 0, high: int = _MAX_INT) -> 
     return number
 
 
+def check_range(pair: object, where: str) -> tuple[int, int]:
+    """Return a range of rows, from its first to behind its last."""
+    if len(check_type(pair, where, (list,))) != 2:
+        raise fault(where, "found a range that is no pair of first row and end.")
+    first, end = (check_int(bound, where) for bound in pair)  # type: ignore[attr-defined]
+    if first >= end:
+        raise fault(where, f"found the range {first} to {end}, expected first < end.")
+    return first, end
+
+
 def check_plain(value: object, where: str, depth: int = 2) -> Any:
     """Return a copy of a plain JSON value (tuples as lists), checking types, numbers, sizes and depth.
 

@@ -377,6 +377,7 @@ class Controller:
         options: dict[str, dict[str, float]] = {}
         for method in self.methods:
             own = [name for name in record.delta_names if places[delta_prefix(name)][0].key == key_of(method)]
+            own += record.trained_by(delta_name(method)) if getattr(method, "in_place", False) else ()
             ratios |= {join(prefix, name): ratio for name, ratio in method.lr_ratios(own).items()}
             options |= {join(prefix, name): own_options for name, own_options in method.group_options(own).items()}
         of_runs = self.tasks.of_optimizer(record.delta_names) if self.tasks is not None else {}

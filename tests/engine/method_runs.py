@@ -71,9 +71,11 @@ METHODS: dict[str, Callable[[Path], Callbacks]] = {
     "Prefix tuning, no network": lambda _: [pet.PrefixTuningCallback(length=3, projection=False)],
     "Prompt tuning": lambda _: [pet.PromptTuningCallback(length=3)],
     "Prompt tuning from words": lambda _: [pet.PromptTuningCallback(length=3, init="vocabulary")],
+    "Trained tokens": lambda _: [pet.TrainableTokensCallback(list(range(3, 40)))],
     "AutoPrompt": lambda _: [pet.AutoPromptCallback(candidates=4, accumulation=1)],
     "ReFT": lambda _: [pet.ReFTCallback(r=2, suffix_positions=1, dropout=0.0)],
     "BitFit": lambda _: [pet.BitFitCallback()],
+    "LN tuning": lambda _: [pet.LNTuningCallback()],
     "Layer freezing": lambda _: [pet.LayerFreezingCallback(train_last=1)],
     "Gradual unfreezing": lambda _: [pet.LayerFreezingCallback(unfreeze_every=1, unfreeze_interval="step")],
     "Diff pruning": lambda _: [

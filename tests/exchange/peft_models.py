@@ -42,6 +42,19 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def tied() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
 def mixtral() -> nn.Module:
     config = transformers.MixtralConfig(
         vocab_size=64,

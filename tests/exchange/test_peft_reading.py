@@ -39,6 +39,7 @@ from tests.exchange.peft_models import (
     mixtral,
     output_of,
     t5,
+    tied,
 )
 
 Build = Callable[[], nn.Module]
@@ -89,6 +90,20 @@ CASES: dict[str, tuple[Build, Any]] = {
         Convolutions,
         peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
     ),
+    "tokens": (llama, peft.TrainableTokensConfig(token_indices=[9, 3, 40])),
+    "tokens of a tied table": (tied, peft.TrainableTokensConfig(token_indices=[9, 3, 40])),
+    "tokens of two stacks": (t5, peft.TrainableTokensConfig(token_indices=[5, 60], target_modules=["shared"])),
+    "lora and tokens": (gpt2, peft.LoraConfig(r=2, fan_in_fan_out=True, trainable_token_indices=[9, 3])),
+    "lora and tokens of two": (
+        llama,
+        peft.LoraConfig(
+            r=2, trainable_token_indices={"embed_tokens": [9, 3], "lm_head": [4]}, modules_to_save=["norm"]
+        ),
+    ),
+    "kept tied": (tied, peft.LoraConfig(r=2, modules_to_save=["lm_head"], ensure_weight_tying=True)),
+    "lora kept tied": (tied, peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)),
+    "norms": (llama, peft.LNTuningConfig(target_modules=["input_layernorm", "norm"], modules_to_save=["lm_head"])),
+    "norms of bert": (bert, peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS")),
     "hira": (llama, peft.HiraConfig(r=3, target_modules=["q_proj", "embed_tokens"], rank_pattern={"q_proj": 2})),
     "hira fused": (gpt2, peft.HiraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)),
     "hira convolutions": (Convolutions, peft.HiraConfig(r=2, target_modules=["first", "linear"])),
@@ -495,3 +510,38 @@ def test_nothing_is_taken_out_of_a_table(tmp_path: Path) -> None:
     expected = theirs(model, config, tmp_path)
     load_delta(model, tmp_path)
     torch.testing.assert_close(output_of(model.eval()), expected, rtol=0, atol=1e-5)
+
+
+def test_token_rows_that_have_no_counterpart(tmp_path: Path) -> None:
+    model = made(tied)
+    for name, indices, error in (
+        ("head", {"lm_head": [3]}, r"rows of lm_head alone, which shares its weight with model.embed_tokens"),
+        ("both", {"lm_head": [3], "embed_tokens": [4]}, r"share a weight.*different rows"),
+    ):
+        theirs(model, peft.LoraConfig(r=2, trainable_token_indices=indices), tmp_path / name)
+        with pytest.raises(DeltaFileError, match=error):
+            load_delta(model, tmp_path / name)
+    theirs(model, peft.LoraConfig(r=2, trainable_token_indices=[3, 4]), tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    wrong = {"a row for each": [3], "twice": [3, 3], "expected a list of rows": ["a", 1], "=NoneType": None}
+    for error, indices in (wrong | {"has 64 rows": [3, 64]}).items():
+        (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": indices}))
+        with pytest.raises(DeltaFileError, match=error):
+            load_delta(model, tmp_path / "x")
+
+
+def test_weights_that_are_kept_tied_need_a_tied_base(tmp_path: Path) -> None:
+    kept = peft.LoraConfig(r=2, modules_to_save=["lm_head"], ensure_weight_tying=True)
+    theirs(made(tied), kept, tmp_path / "kept")
+    with pytest.raises(DeltaFileError, match=r"ensure_weight_tying.*does not tie"):
+        load_delta(made(llama), tmp_path / "kept")
+    with pytest.raises(DeltaFileError, match=r"ensure_weight_tying.*together with its base"):
+        import_delta(tmp_path / "kept", tmp_path / "x.pet.safetensors")
+    lora = peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    theirs(made(tied), lora, tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_A.weight"] += 1
+    save_file(tensors, file)
+    with pytest.raises(DeltaFileError, match=r"ensure_weight_tying.*transposes"):
+        load_delta(made(tied), tmp_path / "lora")

@@ -73,6 +73,17 @@ def test_outputs_in_peft_are_ours(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(output_of(back.eval()), ours, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("build", [llama, Convolutions])
+def test_reflections_are_written_as_the_lora_that_they_are(build: Build, tmp_path: Path) -> None:
+    base = made(build)
+    targets = ["first", "linear"] if build is Convolutions else ["q_proj", "v_proj"]
+    model = trained(base, HRACallback(r=2, target_modules=targets))
+    done = export_delta(model, tmp_path / "folder", to="lora", base=copy.deepcopy(base))
+    assert done.error == 0.0
+    ours = output_of(model)
+    torch.testing.assert_close(in_peft(base, tmp_path / "folder", ours), ours, rtol=0, atol=1e-12)
+
+
 def test_factors_of_outputs_that_leave_the_bias_alone(tmp_path: Path) -> None:
     config = peft.BOFTConfig(boft_block_size=4, target_modules=["query"])
     theirs(made(bert), config, tmp_path / "peft")

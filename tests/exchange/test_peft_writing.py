@@ -22,19 +22,21 @@ from lightning_pet import (
     DiffPruningCallback,
     HiRACallback,
     IA3Callback,
+    LNTuningCallback,
     LoRACallback,
     MiSSCallback,
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
     SHiRACallback,
+    TrainableTokensCallback,
     VeRACallback,
     apply,
     export_delta,
     load_delta,
     save_delta,
 )
-from tests.exchange.peft_models import Attention, Convolutions, bert, gpt2, llama, made, mixtral, output_of, t5
+from tests.exchange.peft_models import Attention, Convolutions, bert, gpt2, llama, made, mixtral, output_of, t5, tied
 
 Case = tuple[Callable[[], nn.Module], Callable[[], PETCallback]]
 CASES: dict[str, Case] = {
@@ -81,6 +83,11 @@ CASES: dict[str, Case] = {
     "miss mini": (bert, lambda: MiSSCallback(r=3, mini_r=4, target_modules=["attention.q"])),
     "shira": (llama, lambda: SHiRACallback(r=1)),
     "bitfit": (bert, lambda: BitFitCallback()),
+    "tokens": (llama, lambda: TrainableTokensCallback([9, 3], modules_to_save=["norm"])),
+    "tokens of a tied table": (tied, lambda: TrainableTokensCallback([9, 3])),
+    "tokens of two stacks": (t5, lambda: TrainableTokensCallback([5, 60])),
+    "norms": (bert, lambda: LNTuningCallback()),
+    "weights of norms": (gpt2, lambda: LNTuningCallback(target_modules=["ln_1.weight", "ln_f"])),
     "vera": (llama, lambda: VeRACallback(r=20, target_modules=["attention.q", "attention.v", "ffn.down"])),
     "vera on one role": (gpt2, lambda: VeRACallback(r=3, target_modules=["attention.v"])),
 }
@@ -151,6 +158,38 @@ def test_by_the_command_with_and_without_a_base(tmp_path: Path) -> None:
         torch.testing.assert_close(
             in_peft(base, tmp_path / name, output_of(base)), output_of(expected), rtol=0, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_lora_and_tokens_in_one_folder(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    base = made(build)
+    model, heads = copy.deepcopy(base), {"modules_to_save": []}
+    both = {"embedding": [9, 3], "lm_head": [9, 5]} if build is llama else [9, 3]
+    apply(model, [TrainableTokensCallback(both, **heads), LoRACallback(r=2, **heads)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    ours = output_of(model.eval())
+    assert export_delta(model, tmp_path / "folder").difference <= 1e-6
+    torch.testing.assert_close(in_peft(base, tmp_path / "folder", ours), ours, rtol=0, atol=1e-12)
+    back = copy.deepcopy(base)
+    load_delta(back, tmp_path / "folder", base_check="off")
+    torch.testing.assert_close(output_of(back.eval()), ours, rtol=0, atol=1e-12)
+    with pytest.raises(DeltaFileError, match="does not read trained tokens"):
+        export_delta(model, tmp_path / "served", to="vllm")
+
+
+def test_tokens_beside_what_peft_has_no_tokens_with(tmp_path: Path) -> None:
+    for other, error in (
+        (IA3Callback(), "beside LoRA only, not beside IA3"),
+        (LoRACallback(r=2, target_modules="embed_tokens"), "no other delta on model.embed_tokens"),
+    ):
+        model = made(llama)
+        apply(model, [TrainableTokensCallback([9, 3]), other])
+        with pytest.raises(DeltaFileError, match=error):
+            export_delta(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_transformers_loads_it(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def test_it_is_the_product_of_the_reflections(rank: int) -> None:
     assert torch.autograd.gradcheck(lambda x: delta(lambda x: x, x), X.clone().requires_grad_())
 
 
+def test_its_change_is_of_rank_r() -> None:
+    delta = reflected(3)
+    a, b = delta.low_rank_factors_on(lambda: W)
+    assert a.shape[0] == b.shape[1] == 3
+    torch.testing.assert_close(W + b @ a, delta.merged(W), rtol=0, atol=1e-14)
+
+
 def test_made_orthogonal_first() -> None:
     delta = Reflections(4, 3, orthogonal=True, dtype=torch.float64)
     own = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -26,6 +26,7 @@ class TestLoRA(Battery):
         Case("mlp", options={**FIRST, "use_rslora": True, "alpha": 4}),
         Case("mlp", options={**FIRST, "use_dora": True}, parameters=2 * (6 + 8) + 8, needs_values=True, **INEXACT),
         Case("mlp", options={**FIRST, "init": "gaussian"}),
+        Case("mlp", options={**FIRST, "train_a": False}, parameters=2 * 8),
         Case("mlp", options={**FIRST, "init": "orthogonal"}, parameters=2 * (6 + 8), **INEXACT),
         Case("mlp", options={**FIRST, "init": "pissa"}, parameters=2 * (6 + 8), needs_values=True, **INEXACT),
         Case("mlp", options={**FIRST, "init": "olora"}, parameters=2 * (6 + 8), needs_values=True, **INEXACT),
@@ -405,3 +406,52 @@ def test_one_name_twice() -> None:
     with pytest.raises(ArgumentError, match="name='second'"):
         apply(model, [LoRACallback(r=2), LoRACallback(r=4)])
     assert not any("pet" in name for name, _ in model.named_modules())
+
+
+def test_an_a_that_does_not_train_keeps_no_input(tmp_path: Path) -> None:
+    """LoRA-FA: as LoRA of the same A to the bit, and of a large layer x Aᵀ is kept instead of x."""
+
+    def built(**options: object) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256))
+        torch.manual_seed(1)
+        adapted = apply(net, LoRACallback(r=4, target_modules=["0", "2"], modules_to_save=[], **options))
+        with torch.no_grad():
+            for name, tensor in net.named_parameters():
+                if name.endswith(".b"):
+                    tensor.normal_(generator=torch.Generator().manual_seed(2))
+        return net, adapted
+
+    x = torch.randn(512, 256)
+    plain, _ = built()
+    fixed, adapted = built(train_a=False)
+    kept: dict[str, int] = {}
+    gradients = {}
+    for name, net in (("plain", plain), ("fixed", fixed)):
+        seen: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, seen=seen: seen.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t
+        ):
+            loss = net(x).square().mean()
+        loss.backward()
+        kept[name] = sum(seen.values())
+        gradients[name] = {n: p.grad for n, p in net.named_parameters() if n.endswith(".b")}
+    for name, gradient in gradients["plain"].items():
+        assert torch.allclose(gradients["fixed"][name], gradient, rtol=1e-4, atol=1e-7)
+    assert kept["fixed"] < kept["plain"] - x.nbytes // 2
+    assert all(name.endswith(".b") for name, p in fixed.named_parameters() if p.requires_grad)
+    path = tmp_path / "x.pet.safetensors"
+    save_delta(fixed, path)
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 256))
+    load_delta(other, path)
+    with torch.no_grad():
+        assert torch.equal(other(x), fixed(x))
+        expected = fixed(x)
+        adapted.merge_()
+        assert torch.allclose(fixed(x), expected, atol=1e-4)
+    with pytest.raises(ArgumentError, match="lora_plus_ratio"):
+        LoRACallback(train_a=False, lora_plus_ratio=4.0)
+    model, run = zoo.embedding()
+    with pytest.raises(TargetError, match="nothing would ever change"):
+        apply(model, LoRACallback(r=2, target_modules="table", train_a=False), forward=lambda: run(model))

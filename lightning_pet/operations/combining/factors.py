@@ -1,6 +1,7 @@
 """Deltas whose change of the weights is of low rank by their nature, as LoRA: exactly."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from lightning_pet.insertion.method import suffix_of
 from lightning_pet.model.adaptation import record_at
 from lightning_pet.model.layer_kinds import host_kind
 from lightning_pet.model.naming import delta_of, delta_path, join
+from lightning_pet.model.quantised import dense_values
 from lightning_pet.model.structure import Target, is_shared
 from lightning_pet.operations.combining.in_model import file_of
 from lightning_pet.store.manifest import MethodRecord
@@ -37,11 +39,11 @@ def as_low_rank(root: nn.Module, name: str) -> Stored | None:
     for inserted in record.deltas(root):
         if inserted.delta.path == "shared":
             continue  # a part of the others
-        factors = inserted.delta.low_rank_factors()
+        target = inserted.target
+        factors = inserted.delta.low_rank_factors_on(partial(dense_values, inserted.host, target.parameter))
         if factors is None:
             return None
         a, b = (tensor.detach() for tensor in factors)
-        target = inserted.target
         ranks[target] = b.shape[1 if host_kind(inserted.host, target.parameter) == "conv" else -1]
         key = "_".join(part for part in ("lora", _NAME, suffix_of(target)) if part)
         path = delta_path(target.module, key)

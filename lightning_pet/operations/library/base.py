@@ -29,7 +29,7 @@ class Base:
         self.root, self.policy = root, policy
         self.taken = 0
         self._seen: list[_Seen] = []
-        self._prints: dict[frozenset[str], Fingerprint] = {}
+        self._prints: dict[tuple[frozenset[str], str], Fingerprint] = {}
         self._sound: list[Fingerprint] = []
 
     def forget(self) -> None:
@@ -60,11 +60,12 @@ class Base:
             self.forget()
             self._seen = _stamps(self.root, record)
         trained = frozenset(name for name in volume.stored.tensors if not is_of_delta(name))
-        if trained not in self._prints and not holds_parts(self.root):
+        key = trained, repr(saved.without)
+        if key not in self._prints and not holds_parts(self.root):
             named = base_parameters(self.root, record, trained)
-            self._prints[trained] = fingerprint(named, exact=self.policy == "exact")
+            self._prints[key] = fingerprint(named, exact=self.policy == "exact", without=saved.without)
             self.taken += 1
-        own = self._prints.get(trained)
+        own = self._prints.get(key)
         if own is None or not _agree(saved, own, exact=self.policy == "exact"):
             check_base(saved, self.root, record, volume.stored.path, self.policy, trained)
         check_beside(saved, self.root, record, volume.stored.path, self.policy)
