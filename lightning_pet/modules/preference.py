@@ -26,6 +26,7 @@ from lightning_pet.modules.preference_loss import (
 from lightning_pet.modules.token_loss import row_log_probs
 from lightning_pet.operations.adapted import Adapted
 
+_DROPOUTS: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _APART: Final = 1e-3
 """Margin at the first step above which the reference is not the model that the run has found."""
 
@@ -242,7 +243,7 @@ class PreferenceModule(CausalLMModule):
 def _without_dropout(model: nn.Module) -> None:
     """Set every probability of dropping to zero: that of layers, and that which attention reads off its module."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, _DROPOUTS):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
