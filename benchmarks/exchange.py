@@ -27,6 +27,8 @@ from tests.exchange.adapters_matrix import adapters_rows  # noqa: E402
 from tests.exchange.matrix import NOTHING, Outcome, read, written  # noqa: E402
 from tests.exchange.matrix_cases import CASES, Case  # noqa: E402
 from tests.exchange.places import Place, in_architectures, of_kinds  # noqa: E402
+from tests.exchange.toy_matrix import check, reason  # noqa: E402
+from tests.exchange.toy_rows import ELSEWHERE, ROWS  # noqa: E402
 
 PAGE = ROOT / "docs" / "exchange.md"
 COMMAND = "python benchmarks/exchange.py --write"
@@ -130,6 +132,28 @@ def together(cells: Mapping[str, Cell], notes: Notes) -> str:
     return "; ".join(texts)
 
 
+def by_toys(bad: list[str]) -> str:
+    """How many rows of PEFT's matrix of toy models pass."""
+    passed: dict[str, int] = {}
+    failed: dict[tuple[str, str], int] = {}
+    for row in ROWS:
+        if why := reason(row):
+            failed[row.method, why] = failed.get((row.method, why), 0) + 1
+            continue
+        try:
+            check(row)
+            passed[row.method] = passed.get(row.method, 0) + 1
+        except Exception as error:
+            bad.append(f"{row.name}: {error}")
+    rows = {method: [str(count), str(count), ""] for method, count in passed.items()}
+    for (method, why), count in failed.items():
+        whole, own, told = rows.get(method, ["0", "0", ""])
+        rows[method] = [str(int(whole) + count), own, "; ".join(filter(None, [told, f"{count}: {why}"]))]
+    rows |= {method: [str(count), "0", why] for method, (count, why) in ELSEWHERE.items()}
+    total = [sum(int(cells[column]) for cells in rows.values()) for column in (0, 1)]
+    return table(["type", "rows", "pass", "the others"], rows | {"all": [str(total[0]), f"**{total[1]}**", ""]})
+
+
 def main(argv: Sequence[str] | None = None) -> list[str]:
     """Measure, print, and if asked write; what is wrong is returned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
         texts[name] = f"{part(cases, notes, bad)}\n\n{notes.text()}"
     if not args.only:
         texts["exchange_adapters"] = table(*adapters_rows(bad))
+        texts["exchange_toys"] = by_toys(bad)
     page = PAGE.read_text(encoding="utf-8")
     for name, text in texts.items():
         print(f"{text}\n")

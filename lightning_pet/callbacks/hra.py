@@ -22,7 +22,7 @@ class HRACallback(PETCallback):
 
     The product is orthogonal, and differs from the identity by a matrix of rank r, so it costs what LoRA costs and
     keeps lengths and angles as OFT does. The columns u start in equal pairs, whose reflections undo each other: with an
-    even r the model starts as the base, to rounding (3e-7 of the input in float32). They merge exactly. Only the layer
+    even r the model starts as the base, to rounding (6e-7 of the input in float32). They merge exactly. Only the layer
     itself reads W, so bases of any format will do. Source: Yuan et al. 2024. Defaults as in HF PEFT.
 
     Args:

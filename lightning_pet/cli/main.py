@@ -117,10 +117,10 @@ def extract(path: str, output: str, delta: str | None = None) -> None:
 
 
 def import_folder(folder: str, output: str, base: str | None = None) -> None:
-    """Write what a folder of HF PEFT holds into a delta file.
+    """Write what a folder of HF PEFT, or a file of kohya or LyCORIS, holds into a delta file.
 
     Args:
-        folder: what save_pretrained of HF PEFT wrote.
+        folder: what save_pretrained of HF PEFT wrote, or that file.
         output: delta file to write, usually .pet.safetensors; replaced if it exists.
         base: local folder of the base model; some kinds of delta need it, and with it the file knows its base.
     """
@@ -143,7 +143,8 @@ def export(
     Args:
         path: delta file (.safetensors) or training checkpoint (.ckpt).
         folder: folder to write; must not exist.
-        to: peft, vllm, llama.cpp, lora (an approximation of whatever changes weights), or transformers (merged).
+        to: peft, adapters, vllm, llama.cpp, lora (an approximation of whatever changes weights), or transformers
+            (merged).
         base: local folder of the base model; some kinds of delta need it, and with it outputs are compared.
         rank: of the approximation that lora makes.
         max_error: what that approximation may leave out, as a share of the change.

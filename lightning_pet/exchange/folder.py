@@ -124,6 +124,14 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"found no {CONFIG}, but folders that have one: {', '.join(below[:8])}. Give one of them, such as "
                 f"{folder / below[0]}.",
             )
+        if (folder / "adapter_fusion_config.json").is_file():
+            raise fault(
+                str(folder),
+                "found a fusion of the adapters library, which holds none of the adapters that it weighs, and is not "
+                "read. Import each adapter (lightning-pet import), and train AdapterFusionCallback(adapters=[…]) on "
+                "them.",
+                "version",
+            )
         parts = [name for files in _FILES.values() for name in files if (folder / name).is_file()]
         raise fault(
             str(folder),
@@ -131,6 +139,15 @@ def _config(folder: Path) -> dict[str, Any]:
             "such a folder, whole, or the path of a delta file or checkpoint itself.",
             "schema" if parts else "unsafe",
         )
+    return read_configuration(file)
+
+
+def read_configuration(file: Path) -> dict[str, Any]:
+    """The JSON of a folder, as strictly as everything.
+
+    Raises:
+        DeltaFileError: if it is none.
+    """
     limits = Limits(file_bytes=_CONFIG_BYTES)
     with open_regular(file, limits) as (opened, size):
         data = read_exact(opened, size, str(file))
@@ -170,7 +187,16 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> Kind:
 
 
 def _tensors(folder: Path, kind: Kind, limits: Limits) -> dict[str, Tensor]:
-    safe, pickled = (folder / name for name in _FILES[kind])
+    return read_named(folder, _FILES[kind], limits)
+
+
+def read_named(folder: Path, files: tuple[str, str], limits: Limits = DEFAULT) -> dict[str, Tensor]:
+    """The tensors of one of two files: a safetensors file, or a pickle of plain tensors.
+
+    Raises:
+        DeltaFileError: if they are damaged, or there are objects among them.
+    """
+    safe, pickled = (folder / name for name in files)
     if safe.is_file():
         return read_tensors(safe, limits=limits)
     found = load_plain(pickled)

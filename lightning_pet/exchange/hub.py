@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from lightning_pet.errors import DeltaFileError
+from lightning_pet.model.adaptation import Applied
 from lightning_pet.store.files import expanded
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.strict_json import fault
@@ -21,6 +22,8 @@ _WANTED: Final = [
     "adapter.safetensors",
     "pytorch_adapter.bin",
     "head_config.json",
+    "model_head.safetensors",
+    "pytorch_model_head.bin",
     "*.pet.safetensors",
 ]
 
@@ -110,7 +113,7 @@ def _refused(repo_id: str, error: BaseException) -> DeltaFileError:
 
 
 def card(
-    methods: tuple[MethodRecord, ...],
+    methods: Sequence[MethodRecord | Applied],
     repo_id: str,
     *,
     library: str,
@@ -118,6 +121,7 @@ def card(
     metrics: Mapping[str, float] | None = None,
     versions: Mapping[str, str] | None = None,
     code: str = "",
+    merged: bool = False,
 ) -> str:
     """The README of a repository, with the header that the hub reads.
 
@@ -129,14 +133,19 @@ def card(
         metrics: a number for each, shown as a table.
         versions: of the libraries that wrote it.
         code: how to load it.
+        merged: it is a whole model, into which the delta was merged.
     """
     from huggingface_hub import ModelCardData
 
     names = list(dict.fromkeys(record.method for record in methods))
-    relation: dict[str, Any] = {"base_model": base_model, "base_model_relation": "adapter"} if base_model else {}
+    kind = "finetune" if merged else "adapter"
+    relation: dict[str, Any] = {"base_model": base_model, "base_model_relation": kind} if base_model else {}
     data = ModelCardData(library_name=library, tags=[*names, "lightning_pet", "parameter-efficient-tuning"], **relation)
     parts = [f"---\n{data.to_yaml()}\n---", f"# {repo_id.rpartition('/')[2]}"]
-    parts += [f"A delta of {', '.join(names)}" + (f" on `{base_model}`." if base_model else ".")]
+    of, on = ", ".join(names), f" `{base_model}`" if base_model else ""
+    parts += [
+        f"The base{on}, into which a delta of {of} was merged." if merged else f"A delta of {of}{on and ' on' + on}."
+    ]
     if metrics:
         rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
         parts += ["\n".join(["| metric | value |", "|---|---|", *rows])]

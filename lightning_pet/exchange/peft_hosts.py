@@ -103,13 +103,15 @@ class Export:
         stored: what is exported.
         root: the base, if it is at hand.
         config: ``adapter_config.json``.
-        tensors: by PEFT's names.
+        tensors: by the other library's names.
+        heads: of the adapters library, which has a file of its own for them.
     """
 
     stored: Stored
     root: nn.Module | None
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def record(self) -> MethodRecord:

@@ -88,9 +88,9 @@ def _rank_and_alpha(
 ) -> tuple[dict[str, Tensor], int, float]:
     """A low-rank delta in a form that its layer has room for, its rank, and an alpha above zero."""
     given = rank = parts["a"].shape[0 if is_kernel(parts) else -2]
-    limit = rank if root is None else min(matrix_of(module_at(root, target.module), target.parameter))
+    limit = rank if root is None else _room(root, target)
     if rank > limit:
-        parts = _of_rank(parts, limit)
+        parts = of_rank(parts, limit)
         rank = parts["a"].shape[0 if is_kernel(parts) else -2]
     # PEFT merges into an attention before each call, and adds the change of its output projection twice. Its rank of a
     # convolution in groups counts for all of them.
@@ -102,7 +102,7 @@ def _rank_and_alpha(
     return parts, rank, alpha * factor if factor != 1 else alpha
 
 
-def _of_rank(parts: Mapping[str, Tensor], limit: int) -> dict[str, Tensor]:
+def of_rank(parts: Mapping[str, Tensor], limit: int) -> dict[str, Tensor]:
     """The same product in no more ranks than its weight has: without those of zeros, or else from another pair."""
     first, second = (0, 1) if is_kernel(parts) else (-2, -1)
     a, b = parts["a"].movedim(first, 0), parts["b"].movedim(second, 0)
@@ -208,7 +208,10 @@ def adalora(folder: Folder, base: Base | None) -> Read:
     start = int(config.get("init_r") or 12)
     targets: list[Target] = []
     tensors: Values = {}
-    for _, target, parts in placed(folder, hosts, root, ("a", "b", "e")):
+    found = list(placed(folder, hosts, root, ("a", "b", "e")))
+    if root is not None and any(start > _room(root, target) for _, target, _ in found):
+        return _adalora_as_lora(folder, root, [(target, parts) for _, target, parts in found], rest, start)
+    for _, target, parts in found:
         kept = parts["a"].shape[0]
         if kept > start:
             raise fault(str(folder.path), f"{target.module} has rank {kept}, above init_r={start}.", "mismatch")
@@ -235,6 +238,42 @@ def adalora(folder: Folder, base: Base | None) -> Read:
         "target_modules": sorted({target.module for target in targets}),
     }
     return whole_of(folder, "adalora", options, targets, tensors, rest, frozenset())
+
+
+def _room(root: nn.Module, target: Target) -> int:
+    """The largest rank that a place can have."""
+    return min(matrix_of(module_at(root, target.module), target.parameter))
+
+
+def _adalora_as_lora(
+    folder: Folder,
+    root: nn.Module,
+    found: Sequence[tuple[Target, Mapping[str, Tensor]]],
+    rest: Mapping[str, Tensor],
+    start: int,
+) -> Read:
+    """The LoRA of its triplets, where PEFT has given a layer more of them than it has ranks."""
+    scale = float(folder.config.get("lora_alpha", 8)) / (start + 1e-5)
+    tensors: Values = {}
+    ranks = {}
+    for target, parts in found:
+        pair = {"a": parts["a"] * parts["e"].reshape(-1, 1), "b": parts["b"] * scale}
+        if len(pair["a"]) > _room(root, target):
+            pair = of_rank(pair, _room(root, target))
+        a, b, host = pair["a"], pair["b"], module_at(root, target.module)
+        ranks[exactly(target)] = len(a)
+        if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            a, b = a.reshape(len(a), -1, *host.kernel_size), b.reshape(*b.shape, *(1,) * len(host.kernel_size))
+        tensors |= {(target, "a"): a.contiguous(), (target, "b"): b.contiguous()}
+    options = {
+        "r": most(ranks),
+        "alpha": most(ranks),
+        "dropout": float(folder.config.get("lora_dropout") or 0.0),
+        "rank_pattern": dict(ranks),
+        "alpha_pattern": dict(ranks),
+        "target_modules": sorted({target.module for target, _ in found}),
+    }
+    return whole_of(folder, "lora", options, [target for target, _ in found], tensors, rest, frozenset())
 
 
 def value_of(folder: Folder, option: str, path: str, otherwise: str, default: Any) -> Any:

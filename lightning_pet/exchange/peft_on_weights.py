@@ -12,12 +12,13 @@ from lightning_pet.exchange.peft_hosts import (
     Export,
     Read,
     Values,
+    is_kernel,
     placed,
     renormalised,
     split_hosts,
     whole_of,
 )
-from lightning_pet.exchange.peft_layers import without_tables
+from lightning_pet.exchange.peft_layers import of_rank, without_tables
 from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, kind_at, padded, taken, targets_of, wide
 from lightning_pet.model.layer_kinds import embed_scale, matrix_of, transposed
 from lightning_pet.model.structure import Target
@@ -36,9 +37,18 @@ def read_hira(folder: Folder, base: Base | None) -> Read:
     ranks = {}
     for host, target, parts in placed(folder, hosts, root, ("a", "b")):
         module = None if root is None else root.get_submodule(target.module)
+        if module is None and (host.table or is_kernel(parts)):
+            raise fault(
+                str(folder.path),
+                f"found HiRA on the table or convolution {host.path}, which may do more than look up or multiply. Only "
+                "the base can tell: read the folder together with its base.",
+                "mismatch",
+            )
         if why := _beyond_peft(module):
             raise fault(str(folder.path), f"{target.module} {why}, which PEFT leaves out of HiRA.", "mismatch")
         scale = embed_scale(module) if host.table and module is not None else 1.0
+        if module is not None and len(parts["a"]) > (limit := min(matrix_of(module, target.parameter))):
+            parts = of_rank(parts, limit)
         ranks[exactly(target)] = parts["a"].shape[0]
         targets.append(target)
         tensors |= {(target, "a"): parts["a"], (target, "b"): parts["b"] / scale}
@@ -82,8 +92,8 @@ def write_hira(export: Export, left: dict[str, Tensor]) -> None:
             raise export.fault(renormalised(path))
         a, b = padded(torch.cat(layer.a), rank, 0), padded(torch.cat(layer.b, 1), rank, 1)
         names = ("hira_embedding_A", "hira_embedding_B") if path in tables else ("hira_A", "hira_B")
-        if path in tables and module is not None:
-            b = b * embed_scale(module)
+        if path in tables:
+            b = b * embed_scale(export.needed(path, "may multiply its rows"))
         export.tensors |= {f"{PREFIX}{path}.{name}": t.contiguous() for name, t in zip(names, (a, b), strict=True)}
     export.config |= {
         "peft_type": "HIRA",

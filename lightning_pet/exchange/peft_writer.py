@@ -75,6 +75,8 @@ def to_peft(stored: Stored, root: nn.Module | None) -> Export:
         raise export.fault(
             f"PEFT has no counterpart of {method}. Merge it (to='transformers'), or approximate it (to='lora')."
         )
+    if export.record.config.get("use_gating"):
+        raise export.fault(f"PEFT has no gates, and {method} has them (use_gating=True). Keep it in a file of its own.")
     left = dict(stored.tensors)
     rows = taken_beside(export, beside[0], left) if beside else {}
     _WRITERS[method](export, left)

@@ -7,9 +7,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, BaseMismatchError
-from lightning_pet.exchange.adapters import read_adapters
+from lightning_pet.exchange.adapters.reader import read_adapters
 from lightning_pet.exchange.folder import Base, Folder, is_folder, read_folder, renamed
 from lightning_pet.exchange.hub import fetched, is_hub_id
+from lightning_pet.exchange.images.files import is_image_file, read_image_file
 from lightning_pet.exchange.peft import read_peft
 from lightning_pet.store.reader import PathLike, Stored, read
 
@@ -34,6 +35,11 @@ def local(source: PathLike, revision: str | None = None) -> PathLike:
     return source
 
 
+def is_foreign(source: object) -> bool:
+    """Whether a source is a folder or file of another program."""
+    return is_folder(source) or is_image_file(source)
+
+
 def read_source(
     source: PathLike,
     base: Base | None = None,
@@ -44,8 +50,8 @@ def read_source(
     """Read a delta from wherever it comes.
 
     Args:
-        source: a file of :func:`~lightning_pet.save_delta`, a training checkpoint, or a folder that HF PEFT or
-            the adapters library wrote.
+        source: a file of :func:`~lightning_pet.save_delta`, a training checkpoint, a folder that HF PEFT or
+            the adapters library wrote, or a file of kohya or LyCORIS.
         base: the model that it is for; some folders cannot be understood without.
         base_check: what to do about another base. A folder of another library has no fingerprint of it, so all that
             can be compared is its name, and then the shapes.
@@ -58,6 +64,11 @@ def read_source(
         BaseMismatchError: if ``base_check`` is ``"exact"``, which nothing in such a folder can answer.
     """
     source = local(source)
+    if is_image_file(source):
+        stored = read_image_file(source, base, rename)
+        if base is not None:
+            _compare_names(Folder(stored.path, "peft", {}, {}), base.root, base_check)
+        return stored
     if not is_folder(source):
         return read(source, delta)
     folder = renamed(read_folder(source), rename)

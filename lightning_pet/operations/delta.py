@@ -1,10 +1,12 @@
 """Deltas outside of a run: save, load, inspect, merge into a folder. A file is checked before the model changes."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +16,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
+from lightning_pet.exchange.hub import card, is_hub_id
 from lightning_pet.exchange.peft import settled
 from lightning_pet.insertion.commit import copy_in, renew
 from lightning_pet.insertion.method import METHODS, Method, delta_name, key_of
 from lightning_pet.insertion.tasks.own_values import is_own, own_places
 from lightning_pet.layers.sharding import whole_shape
 from lightning_pet.layers.value import Value
-from lightning_pet.model.adaptation import Adaptation, adapted_root
+from lightning_pet.model.adaptation import Adaptation, Applied, adapted_root
 from lightning_pet.model.naming import CHILD, VALUE, by_delta, join, named_modules, named_tensors
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.file_terms import for_model
@@ -31,6 +34,7 @@ from lightning_pet.store.entry import load_checkpoint
 from lightning_pet.store.files import atomic_folder, is_delta_file, reap_once
 from lightning_pet.store.manifest import Manifest
 from lightning_pet.store.reader import PathLike, Stored, delta_of, deltas_of_checkpoint, manifest_of, read
+from lightning_pet.version import VERSION
 
 Module = TypeVar("Module", bound=nn.Module)
 Fill = Callable[[Named, Mapping[str, Tensor]], None]
@@ -320,6 +324,10 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "added_tokens.json",
+    "sentencepiece*",
+    "*.spm",
     "chat_template*",
 )
 
@@ -327,7 +335,7 @@ _TOKENIZER_FILES = (
 def merge_into_folder(
     path: Path, base: Path, output: Path, model_class: str = "auto", base_check: str = "error"
 ) -> Path:
-    """Load a base model, add a delta into it, and save the result.
+    """Load a base model, add a delta into it, and save the result with the base's tokenizer and a card.
 
     The folder is complete or absent, also after a kill or a power loss: it is built beside its place and renamed at
     the end.
@@ -350,10 +358,27 @@ def merge_into_folder(
     if output.exists():
         raise ArgumentError(f"{output} exists already; give a new folder.")
     model = load_model(base, model_class)
-    load_delta(model, path, base_check=base_check).merge_()
+    adapted = load_delta(model, path, base_check=base_check)
+    text = _card(adapted.record.applied, output.name, model, base)
+    adapted.merge_()
     reap_once(output.parent)
-    atomic_folder(output, lambda folder: _fill(Path(folder), model, base))
+    atomic_folder(output, lambda folder: _fill(Path(folder), model, base, text))
     return output
+
+
+def _card(methods: Sequence[Applied], name: str, model: nn.Module, base: Path) -> str:
+    """The README of a merged model; a path of somebody's disk is no name of its base."""
+    told = json.loads((base / "config.json").read_text(encoding="utf-8")).get("_name_or_path") or ""
+    kind = type(model).__name__
+    return card(
+        methods,
+        name,
+        library="transformers",
+        base_model=told if is_hub_id(told) else "",
+        versions={"lightning_pet": VERSION, "transformers": version("transformers")},
+        code=f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")',
+        merged=True,
+    )
 
 
 def load_model(folder: Path, model_class: str = "auto") -> Any:
@@ -367,13 +392,14 @@ def load_model(folder: Path, model_class: str = "auto") -> Any:
     return _model_class(folder, model_class).from_pretrained(folder, local_files_only=True)
 
 
-def _fill(folder: Path, model: Any, base: Path) -> None:
+def _fill(folder: Path, model: Any, base: Path, text: str) -> None:
     with _system_errors():
         model.save_pretrained(folder)
     for pattern in _TOKENIZER_FILES:
         for file in base.glob(pattern):
             if not (folder / file.name).exists():
                 shutil.copy2(file, folder / file.name)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lightning_pet.arguments import one_of
 from lightning_pet.errors import ArgumentError, DeltaFileError, PETError
+from lightning_pet.exchange.adapters.writer import head_config, to_adapters
 from lightning_pet.exchange.folder import CONFIG, is_folder
+from lightning_pet.exchange.images.files import is_image_file
 from lightning_pet.exchange.peft_hosts import Export
 from lightning_pet.exchange.peft_writer import for_server, to_peft
 from lightning_pet.exchange.source import read_source
@@ -33,30 +35,33 @@ from lightning_pet.store.files import atomic_folder, reap_once
 from lightning_pet.store.manifest import Manifest
 from lightning_pet.store.reader import PathLike, Stored, read
 
-Format = Literal["peft", "vllm", "llama.cpp", "lora", "transformers"]
+Format = Literal["peft", "adapters", "vllm", "llama.cpp", "lora", "transformers"]
 _TENSORS: Final = "adapter_model.safetensors"
 
 
 def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike | None = None) -> int:
-    """Write what a folder of HF PEFT holds into a delta file.
+    """Write what a folder of HF PEFT, or a file of kohya or LyCORIS, holds into a delta file.
 
     Args:
-        source: the folder.
+        source: the folder, or that file.
         path: usually ends in ``.pet.safetensors``; an existing file is replaced.
         base: the model that it is for, or a local folder of it. With it everything is checked against the model, and
             the file knows its fingerprint; without it a note in the file says that this was not done, and ties and
             biases are looked at when it is loaded. PiSSA, OLoRA, prompts, prefixes and deltas on parameters that no
-            layer calls cannot be understood without.
+            layer calls cannot be understood without, nor files of kohya or LyCORIS.
 
     Returns:
         Bytes written.
 
     Raises:
-        ArgumentError: if the source is no folder.
+        ArgumentError: if the source is neither.
         DeltaFileError: if it is damaged, has no counterpart here, or does not fit the base. Nothing is written then.
     """
-    if not is_folder(source):
-        raise ArgumentError(f"{source} is no folder: give the one that save_pretrained wrote.")
+    images = is_image_file(source)
+    if not is_folder(source) and not images:
+        raise ArgumentError(
+            f"{source} is no folder: give the one that save_pretrained wrote, or a file of kohya or LyCORIS."
+        )
     if base is None:
         stored = read_source(source)
         rank_zero_warn(
@@ -69,7 +74,9 @@ def import_delta(source: PathLike, path: PathLike, *, base: nn.Module | PathLike
     model = load_model(Path(os.fspath(base))) if isinstance(base, str | os.PathLike) else base
     adapted = load_delta(model, source, name="imported")
     try:
-        return save_delta(model, path, name="imported", notes={"imported_from": "HF PEFT"})
+        return save_delta(
+            model, path, name="imported", notes={"imported_from": "kohya or LyCORIS" if images else "HF PEFT"}
+        )
     finally:
         adapted["imported"].remove()
 
@@ -109,10 +116,11 @@ def export_delta(
     Args:
         source: a delta file, a training checkpoint, or an adapted model.
         folder: what to make; nothing, or an empty folder, may be there.
-        to: ``"peft"``: a folder of HF PEFT, which ``PeftModel.from_pretrained`` and transformers' ``load_adapter``
-            read. ``"vllm"`` and ``"llama.cpp"``: the plain LoRA that these servers read. ``"lora"``: whatever changes
-            weights, as a LoRA of this ``rank`` (PEFT's folder); without a rank where some LoRA says all of the change.
-            ``"transformers"``: the merged model.
+        to: ``"peft"``: a folder of HF PEFT, which ``PeftModel.from_pretrained`` and transformers'
+            ``load_adapter`` read. ``"adapters"``: one of the adapters library, for its ``load_adapter``.
+            ``"vllm"`` and ``"llama.cpp"``: the plain LoRA that these servers read. ``"lora"``: whatever changes
+            weights, as a LoRA of this ``rank`` (PEFT's folder); without a rank where some LoRA says all of the
+            change. ``"transformers"``: the merged model.
         base: the model that it is for, or a local folder of it. Deltas on fused weights, convolutions, embeddings or
             experts, and prefixes cannot be written without. With it outputs are compared.
         name: which delta, of a model that has several.
@@ -135,17 +143,18 @@ def export_delta(
     error = 0.0
     if to == "lora":
         stored, error = _as_lora(stored, root, model, rank, max_error)
-    export = to_peft(stored, root)
+    export = to_adapters(stored, root) if to == "adapters" else to_peft(stored, root)
     if to in ("vllm", "llama.cpp"):
         for_server(export, to)
     reap_once(Path(os.fspath(folder)).parent)
     difference, reader = None, ""
+    write = _write_adapters if to == "adapters" else _write
 
     def build(made: str) -> None:
         nonlocal difference, reader
-        _write(Path(made), export)
+        write(Path(made), export)
         if not error:
-            difference, reader = _compare(source, model, Path(made), strict=to == "peft")
+            difference, reader = _compare(source, model, Path(made), strict=to in ("peft", "adapters"))
 
     atomic_folder(folder, build)
     return Exported(Path(os.fspath(folder)), int(export.config.get("r", 0)), error, difference, reader)
@@ -222,6 +231,20 @@ def _write(folder: Path, export: Export) -> None:
     (folder / "README.md").write_text(_card(export), encoding="utf-8")
 
 
+def _write_adapters(folder: Path, export: Export) -> None:
+    """Both of the files that its loader may be told to take; heads in files of their own."""
+    from safetensors.torch import save_file
+
+    files = [("adapter.safetensors", "pytorch_adapter.bin", CONFIG, export.config, export.tensors)]
+    if export.heads and export.root is not None:
+        head = head_config(export.root)
+        files.append(("model_head.safetensors", "pytorch_model_head.bin", "head_config.json", head, export.heads))
+    for safe, pickled, config, told, tensors in files:
+        save_file(tensors, folder / safe)
+        torch.save(tensors, folder / pickled)
+        (folder / config).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _card(export: Export) -> str:
     base = export.config["base_model_name_or_path"]
     head = {"library_name": "peft", **({"base_model": base, "base_model_relation": "adapter"} if base else {})}
@@ -271,13 +294,14 @@ def _compare(
     inputs = _working_inputs(root)
     bare = root_of(plain)[1]
     try:
-        theirs, reader = _with_peft(bare, folder)
+        theirs, reader = _with_reader(bare, folder)
         b = None if inputs is None else _output(theirs, inputs)
     except Exception as error:  # whatever it is that PEFT says
         if not strict:
             return None, ""
+        who = "PEFT" if (folder / _TENSORS).is_file() else "the reader here"
         raise DeltaFileError(
-            f"{_name_of(source)}: PEFT cannot take it on this {type(bare).__name__}: {type(error).__name__}: "
+            f"{_name_of(source)}: {who} cannot take it on this {type(bare).__name__}: {type(error).__name__}: "
             f"{str(error)[:300]}. Merge it (to='transformers').",
             "mismatch",
         ) from error
@@ -294,10 +318,11 @@ def _name_of(source: nn.Module | PathLike) -> str:
     return f"this {type(source).__name__}" if isinstance(source, nn.Module) else os.fspath(source)
 
 
-def _with_peft(base: nn.Module, folder: Path) -> tuple[nn.Module, str]:
-    if find_spec("peft") is None:
+def _with_reader(base: nn.Module, folder: Path) -> tuple[nn.Module, str]:
+    theirs = not (folder / _TENSORS).is_file()
+    if theirs or find_spec("peft") is None:
         load_delta(base, folder, base_check="off")
-        return base.eval(), "this library's own reader of PEFT's folders"
+        return base.eval(), f"this library's own reader of {'the adapters library' if theirs else 'PEFT'}'s folders"
     import peft
 
     model: Any = peft.PeftModel.from_pretrained(base, folder)

@@ -10,9 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_pet.errors import ArgumentError, DeltaFileError, TargetError
-from lightning_pet.exchange.folder import is_folder
 from lightning_pet.exchange.peft import settled
-from lightning_pet.exchange.source import local, read_source
+from lightning_pet.exchange.source import is_foreign, local, read_source
 from lightning_pet.insertion.choice import LOCK, exchange, misshapen, owned, show_in_blocks
 from lightning_pet.insertion.commit import commit, copy_in, renew, undo
 from lightning_pet.insertion.method import Method, key_of
@@ -262,7 +261,7 @@ def load(
 ) -> nn.Module:
     """Read a delta from wherever it comes, and insert it; arguments and errors as :func:`insert`."""
     source = local(source, revision)
-    known = not is_folder(source)  # names of other libraries are exchanged before they are understood
+    known = not is_foreign(source)  # names of other libraries are exchanged before they are understood
     stored = read(source, name) if known else read_source(source, base_of(model), base_check, rename)
     return insert(model, stored, base_check, name=name, heads=heads, rename=rename if known else None)
 

@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-from lightning_pet.exchange.folder import is_folder
-from lightning_pet.exchange.source import read_source
+from lightning_pet.exchange.source import is_foreign, read_source
 from lightning_pet.report.delta_summary import described, norm, summarize_delta
 from lightning_pet.report.delta_summary import print_summary as print_summary
 from lightning_pet.store.files import is_delta_file
@@ -25,7 +24,7 @@ def summarize(path: str | os.PathLike[str], delta: str | None = None) -> dict[st
     Raises:
         DeltaFileError: if the file is damaged or not ours.
     """
-    if not is_folder(path) and is_delta_file(path):
+    if not is_foreign(path) and is_delta_file(path):
         return summarize_delta(path)
     stored = read_source(path, delta=delta)
     norms = {name: norm(tensor.detach().double().numpy()) for name, tensor in stored.tensors.items()}

@@ -13,11 +13,17 @@ from lightning_pet import (
     AdaLoRACallback,
     BitFitCallback,
     HiRACallback,
+    HRACallback,
     IA3Callback,
+    LoHaCallback,
+    LoKrCallback,
     LoRACallback,
+    MiSSCallback,
+    OFTCallback,
     PETCallback,
     PrefixTuningCallback,
     PromptTuningCallback,
+    SHiRACallback,
     VeRACallback,
 )
 from tests.exchange.places import Place
@@ -34,6 +40,7 @@ class Case:
         layers: it sits on the layers of a place; ``False``: on a whole model, whatever its layers are.
         float32: PEFT computes it in float32 whatever the model's type is, or refuses another.
         within: what outputs may differ by; ``None``: what its type of numbers gives.
+        unread: what transformers' ``load_adapter`` does otherwise than PEFT.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Case:
     layers: bool = True
     float32: bool = False
     within: float | None = None
+    unread: str = ""
 
     @property
     def bound(self) -> float:
@@ -57,6 +65,15 @@ def _lora(name: str, both: dict[str, Any] | None = None, here: dict[str, Any] | 
         lambda at: peft.LoraConfig(**{"r": 2, "lora_alpha": 5, **(both or {}), **there, **at.there}),
         lambda at: LoRACallback(**{"r": 2, "alpha": 5, **(both or {}), **(here or {}), **at.here}),
         **kwargs,
+    )
+
+
+def _oft(name: str, within: float | None = None, **options: Any) -> Case:
+    return Case(
+        name,
+        lambda at: peft.OFTConfig(oft_block_size=4, **options, **at.there),
+        lambda at: OFTCallback(oft_block_size=4, **options, **at.here),
+        within=within,
     )
 
 
@@ -113,6 +130,39 @@ CASES: Final = (
         lambda at: IA3Callback(target_modules=[], feedforward_modules=[*(at.down or at.names)]),
     ),
     Case("HiRA", lambda at: peft.HiraConfig(r=2, **at.there), lambda at: HiRACallback(r=2, **at.here)),
+    Case(
+        "LoHa", lambda at: peft.LoHaConfig(r=2, alpha=5, **at.there), lambda at: LoHaCallback(r=2, alpha=5, **at.here)
+    ),
+    Case(
+        "LoHa, effective kernels",
+        lambda at: peft.LoHaConfig(r=2, alpha=5, use_effective_conv2d=True, **at.there),
+        lambda at: LoHaCallback(r=2, alpha=5, use_effective_conv2d=True, **at.here),
+    ),
+    Case(
+        "LoKr", lambda at: peft.LoKrConfig(r=2, alpha=5, **at.there), lambda at: LoKrCallback(r=2, alpha=5, **at.here)
+    ),
+    Case(
+        "LoKr, both factors decomposed",
+        lambda at: peft.LoKrConfig(r=1, alpha=5, decompose_both=True, decompose_factor=4, **at.there),
+        lambda at: LoKrCallback(r=1, alpha=5, decompose_both=True, decompose_factor=4, **at.here),
+    ),
+    Case("HRA", lambda at: peft.HRAConfig(r=2, **at.there), lambda at: HRACallback(r=2, **at.here)),
+    _oft("OFT", use_cayley_neumann=False),
+    _oft("OFT, Cayley–Neumann"),
+    _oft("OFT, one block for all", block_share=True),
+    _oft("OFT, constrained", 1e-6, coft=True, eps=1e-2),
+    Case("MiSS", lambda at: peft.MissConfig(r=2, **at.there), lambda at: MiSSCallback(r=2, **at.here)),
+    Case(
+        "MiSS, mini",
+        lambda at: peft.MissConfig(r=2, init_weights="mini", mini_r=4, **at.there),
+        lambda at: MiSSCallback(r=2, mini_r=4, **at.here),
+    ),
+    Case(
+        "SHiRA",
+        lambda at: peft.ShiraConfig(r=1, **at.there),
+        lambda at: SHiRACallback(r=1, **at.here),
+        unread="draws the indices by the seed again, in place of those of the file",
+    ),
     Case("VeRA", lambda at: peft.VeraConfig(r=3, **at.there), lambda at: VeRACallback(r=3, **at.here)),
     Case("VeRA, its key alone", lambda at: peft.VeraConfig(r=3, save_projection=False, **at.there), None),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),

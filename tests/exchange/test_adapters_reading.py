@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_pet import DeltaFileError, load_delta
 from tests.methods.adapters_files import ARCHITECTURES, Reference, read
@@ -212,3 +213,66 @@ def test_a_compacter_without_its_rule_is_refused(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in reference.delta.items() if "phm_rule" not in name}
     with pytest.raises(DeltaFileError, match="no phm_rule"):
         load_delta(reference.model, written(tmp_path / "folder", CONFIGS["compacter"], tensors))
+
+
+def token_classifier() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3
+    )
+    model = transformers.BertForTokenClassification(config).eval()
+    model.bert = read("bert", "pfeiffer").model
+    model.bert.pooler = None
+    return model
+
+
+def with_head(folder: Path, made: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Path:
+    written(folder, CONFIGS["pfeiffer"], read("bert", "pfeiffer").delta)
+    (folder / "head_config.json").write_text(json.dumps({"config": made, "name": "task"}))
+    torch.save(tensors, folder / "pytorch_model_head.bin")
+    return folder
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_that_computes_the_same_is_copied(own: bool, tmp_path: Path) -> None:
+    model = token_classifier()
+    weight, bias = torch.randn(3, 16), torch.randn(3)
+    tagging = {"head_type": "tagging", "layers": 1, "num_labels": 3}
+    named = "classifier" if own else "heads.task.1"
+    tensors = {f"{named}.weight": weight, f"{named}.bias": bias}
+    adapted = load_delta(model, with_head(tmp_path / "folder", None if own else tagging, tensors))
+    assert torch.equal(model.classifier.weight, weight)
+    assert torch.equal(model.classifier.bias, bias)
+    adapted.remove()
+    assert not torch.equal(model.classifier.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("made", "size", "words"),
+    [
+        ({"head_type": "classification", "layers": 1, "use_pooler": False}, 3, "'classification' does"),
+        ({"head_type": "classification", "layers": 1, "use_pooler": True}, 3, "reads a pooler"),
+        ({"head_type": "tagging", "layers": 2}, 3, "it has 2 layers"),
+        ({"head_type": "tagging", "layers": 1}, 5, "has another size"),
+    ],
+)
+def test_a_head_without_counterpart_is_offered_by_name(
+    made: dict[str, Any], size: int, words: str, tmp_path: Path
+) -> None:
+    model = token_classifier()
+    before = model.classifier.weight.clone()
+    tensors = {"heads.task.1.weight": torch.randn(size, 16), "heads.task.1.bias": torch.randn(size)}
+    with pytest.warns(UserWarning, match=f"{words}.*heads.task.1.bias") as caught:
+        load_delta(model, with_head(tmp_path / "folder", made, tensors))
+    assert any("pytorch_model_head.bin" in str(one.message) for one in caught)
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_a_prompt_and_a_fusion_are_refused_with_the_reason(tmp_path: Path) -> None:
+    reference = read("bert", "houlsby")
+    config = {"architecture": "prompt_tuning"}
+    with pytest.raises(DeltaFileError, match="behind the norm and the positions"):
+        load_delta(reference.model, written(tmp_path / "prompt", config, reference.delta))
+    (tmp_path / "fusion").mkdir()
+    (tmp_path / "fusion" / "adapter_fusion_config.json").write_text("{}")
+    with pytest.raises(DeltaFileError, match="AdapterFusionCallback"):
+        load_delta(reference.model, tmp_path / "fusion")

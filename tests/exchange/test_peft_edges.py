@@ -1,6 +1,7 @@
 """Folders of HF PEFT at the edges: biases and ties, scales of zero, ranks above a layer, tables beside a delta."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,26 @@ def test_one_file_twice_is_itself(tmp_path: Path) -> None:
         load_delta(model := copy.deepcopy(base), tmp_path / f"{name}.pet.safetensors")
         outputs.append(output_of(model.eval()))
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-14)
+
+
+def test_a_merged_folder_is_whole(tmp_path: Path) -> None:
+    base = made(llama, torch.float32)
+    base.generation_config.max_new_tokens = 7
+    base.save_pretrained(tmp_path / "base")
+    told = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**told, "_name_or_path": "owner/base"}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja", "source.spm"):
+        (tmp_path / "base" / name).write_text("{}")
+    model = trained(base, LoRACallback(r=2))
+    save_delta(model, tmp_path / "x.pet.safetensors")
+    export_delta(tmp_path / "x.pet.safetensors", tmp_path / "merged", to="transformers", base=tmp_path / "base")
+    there = {file.name for file in (tmp_path / "base").iterdir()}
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == there | {"README.md"}
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.generation_config.max_new_tokens == 7
+    torch.testing.assert_close(output_of(merged), output_of(model), rtol=0, atol=1e-6)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "base_model: owner/base" in card
+    assert "base_model_relation: finetune" in card
+    assert "The base `owner/base`, into which a delta of lora was merged." in card
+    assert str(tmp_path) not in card

@@ -7,7 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lightning_pet import DeltaFileError, SHiRACallback, export_delta, import_delta, load_delta
 from tests.exchange.peft_models import llama, made, output_of
@@ -20,6 +22,24 @@ def test_bone_is_refused_by_name(tmp_path: Path) -> None:
     theirs(model, peft.MissConfig(r=4, init_weights="bat", target_modules=["q_proj"]), tmp_path)
     with pytest.raises(DeltaFileError, match="is another method"):
         load_delta(model, tmp_path)
+
+
+def test_hira_on_a_table_that_multiplies_its_rows(tmp_path: Path) -> None:
+    def gemma() -> nn.Module:
+        config = transformers.GemmaConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+        )
+        return transformers.GemmaForCausalLM(config)
+
+    model = made(gemma)
+    theirs_there = theirs(model, peft.HiraConfig(r=2, target_modules=["embed_tokens"]), tmp_path / "theirs")
+    with pytest.raises(DeltaFileError, match="may do more than look up"):
+        import_delta(tmp_path / "theirs", tmp_path / "x.pet.safetensors")
+    adapted = copy.deepcopy(model)
+    load_delta(adapted, tmp_path / "theirs")
+    torch.testing.assert_close(output_of(adapted.eval()), theirs_there, rtol=0, atol=1e-12)
+    export_delta(adapted, tmp_path / "ours")
+    torch.testing.assert_close(in_peft(model, tmp_path / "ours", theirs_there), theirs_there, rtol=0, atol=1e-12)
 
 
 def test_places_of_shira(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def case(model: str, not_compiled: str = "", parameters: int | None = None, **op
 class TestReFT(Battery):
     cases: ClassVar[list[Case]] = [
         case("bert", r=2, suffix_positions=2, parameters=2 * 2 * (2 * 2 * 16 + 2)),
-        case("llama", form="noreft", suffix_positions=1, tied_weights=True),
+        case("llama", LIKE_SMALLER, form="noreft", suffix_positions=1, tied_weights=True),
         case("t5", LIKE_SMALLER, form="direft", non_linearity="relu"),
         case("transformer_encoder", LIKE_SMALLER, r=3),
     ]
@@ -164,11 +164,13 @@ def test_generation_edits_the_prompt_alone(cached: bool) -> None:
     assert after == [prompt] * 2
 
 
-def test_generation_with_and_without_a_cache_agrees() -> None:
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_with_and_without_a_cache_agrees(beams: int) -> None:
     model, run = zoo.llama()
     perturb(apply(model, [ReFTCallback(suffix_positions=1)], forward=lambda: run(model)))
-    ids = torch.tensor([[5, 6, 7], [7, 8, 9]])
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    options["attention_mask"] = (ids != 0).long()
     outputs = [model.generate(ids, use_cache=cached, **options) for cached in (True, False)]
     assert torch.equal(*outputs)
 

@@ -15,9 +15,11 @@ from lightning_pet import (
     LoRACallback,
     NotMergeableError,
     PETCallback,
+    PETError,
     PrefixTuningCallback,
     TargetError,
     apply,
+    export_delta,
     load_delta,
     save_delta,
 )
@@ -198,6 +200,19 @@ def test_what_a_gate_cannot_do_is_named(tmp_path: Path) -> None:
     model, run = zoo.transformer_encoder()
     with pytest.raises(TargetError, match="prefix of its own"):
         apply(model, PrefixTuningCallback(length=2, **GATED), forward=lambda: run(model))
+    for gated in (LoRACallback(r=2, **GATED), PrefixTuningCallback(length=2, projection=False, **GATED)):
+        model, run = zoo.llama()
+        handle = apply(model, gated)
+        with pytest.raises(DeltaFileError, match="has no gates"):
+            export_delta(model, tmp_path / "peft", to="peft")
+        assert not (tmp_path / "peft").exists()
+        handle.save(tmp_path / "gated.pet.safetensors")
+        model, run = zoo.llama()
+        for name in ("one", "two"):
+            handle = load_delta(model, tmp_path / "gated.pet.safetensors", name=name)
+        with pytest.raises(PETError, match="gate"):
+            handle.combine("both", ["one", "two"], method="cat")
+        assert list(handle) == ["one", "two"]
     reference = read("bert", "unipelt")
     before = reference.run()
     with pytest.raises(DeltaFileError, match="shared_gating"):

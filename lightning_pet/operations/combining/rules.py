@@ -388,9 +388,9 @@ def _average(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
 
 
 def _sparse(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
-    """Fixed diff pruning: values at places, which add up."""
+    """Fixed diff pruning and SHiRA: values at places, which add up."""
     result.refuse_unless(records[0], "linear")
-    result.same_config(records, *_RUN, "density", "seed", "stages", "l0_weight")
+    result.same_config(records, *_RUN, "density", "seed", "stages", "l0_weight", "r", "mask_type", "random_seed")
     for path in result.groups(records[0])[0]:
         parts = [groups[path] for groups in result.found]
         if any(part.keys() != {"indices", "values"} for part in parts):
@@ -431,6 +431,8 @@ def _one_behind_the_other(
         records: the method in each file.
     """
     result.refuse_unless(records[0], "cat")
+    if records[0].config.get("use_gating"):
+        raise ArgumentError(f"{records[0].method}:{records[0].name} has gates (use_gating=True), each for one prefix.")
     if result.options.given:
         raise ArgumentError(
             f"weights mean nothing for {records[0].method}:{records[0].name}, whose positions are put one behind the "

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_pet.attention.prefix import PrefixSite
-from lightning_pet.exchange.adapters_reft import read_reft
+from lightning_pet.exchange.adapters.heads import read_head
+from lightning_pet.exchange.adapters.reft import read_reft
 from lightning_pet.exchange.folder import CONFIG, Base, Folder, unused
 from lightning_pet.exchange.peft_hosts import Read, path_of, place_of, record_of
 from lightning_pet.insertion.method import METHODS
@@ -76,13 +76,17 @@ def read_adapters(folder: Folder, base: Base | None) -> Stored:
             "mismatch",
         )
     parts = [(config, _reader(folder, config)) for config in _parts(folder)]
-    if (folder.path / "head_config.json").is_file():
-        rank_zero_warn(f"{folder.path}: its prediction head is a module of the adapters library, and is not read.")
     left = dict(folder.tensors)
     reads = [reader(replace(folder, config={**folder.config, "config": own}), base, left) for own, reader in parts]
     read = Read(tuple(m for r in reads for m in r.methods), {name: t for r in reads for name, t in r.tensors.items()})
     if left:
         raise unused(folder, left, "found tensors that have no place here")
+    heads, values = read_head(folder, base.root)
+    if heads:
+        first = read.methods[0]
+        config = {option: value for option, value in first.config.items() if option != "modules_to_save"}
+        first = replace(first, config=config, targets=(*first.targets, *heads))
+        read = Read((first, *read.methods[1:]), read.tensors | values)
     notes = {"imported_from": "adapters", "base_model": str(folder.config.get("model_name") or "")[:512]}
     return Stored(folder.path, read.methods, read.tensors, None, notes={k: v for k, v in notes.items() if v})
 
@@ -110,6 +114,14 @@ def _reader(folder: Folder, config: Mapping[str, Any]) -> Callable[[Folder, Base
         "reft": read_reft,
     }
     kind = config.get("architecture")
+    if kind == "prompt_tuning":
+        raise fault(
+            str(folder.path / CONFIG),
+            "found a prompt (architecture 'prompt_tuning'): that library puts it behind the norm and the positions of "
+            "the embedding, where no prompt of this library is: no conversion computes the same. Use it with the "
+            "library that trained it, or train PromptTuningCallback.",
+            "version",
+        )
     if kind not in readers:
         known = ", ".join(repr(name) for name in readers if name)
         raise fault(
@@ -151,7 +163,7 @@ def _bottleneck(folder: Folder, base: Base, left: dict[str, Tensor]) -> Read:
     down = {tuple(own["down.left" if phm else "down"].shape) for own in found.values() if own}
     if len(down) != 1:
         raise fault(str(folder.path), f"found bottlenecks of {len(down)} sizes, expected one for all.", "mismatch")
-    options = _options(folder, phm, next(iter(found.values())))
+    options = _options(folder, base, phm, next(iter(found.values())))
     targets = METHODS[method](**options).resolve(base.root, base.structure())
     shared = [target for target in targets if not target.module and not target.parameter]
     places = _matched(folder, found, [target for target in targets if target not in shared])
@@ -165,18 +177,11 @@ def _bottleneck(folder: Folder, base: Base, left: dict[str, Tensor]) -> Read:
     return Read((record_of(method, options, [*shared, *places.values()], []),), tensors)
 
 
-def _options(folder: Folder, phm: bool, parts: Mapping[str, Tensor]) -> dict[str, Any]:
+def _options(folder: Folder, base: Base, phm: bool, parts: Mapping[str, Tensor]) -> dict[str, Any]:
     config = folder.config["config"]
     attention, output = bool(config.get("mh_adapter")), bool(config.get("output_adapter"))
     before = bool(config.get("original_ln_before"))
-    skipped = sorted(int(layer) for layer in config.get("leave_out") or ())
-    options: dict[str, Any] = {"non_linearity": config.get("non_linearity")}
-    if skipped != [*range(len(skipped))]:
-        raise fault(
-            str(folder.path / CONFIG), f"leave_out={skipped}: only the first layers can be left out here.", "mismatch"
-        )
-    if skipped:
-        options["drop_layers"] = len(skipped)
+    options: dict[str, Any] = {"non_linearity": config.get("non_linearity"), **_left_out(folder, base)}
     scale = config.get("scaling", 1.0)
     if not isinstance(scale, int | float):
         raise fault(str(folder.path / CONFIG), f"scaling={shown(scale)} trains, which it does not here.", "mismatch")
@@ -200,6 +205,26 @@ def _options(folder: Folder, phm: bool, parts: Mapping[str, Tensor]) -> dict[str
     return options
 
 
+def _left_out(folder: Folder, base: Base) -> dict[str, Any]:
+    """The option for layers without an adapter; that library counts those of an encoder and a decoder in one row."""
+    skipped = sorted(int(layer) for layer in folder.config["config"].get("leave_out") or ())
+    config = getattr(base.root, "config", None)
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    depth = int(getattr(config, "num_hidden_layers", 0) or 0)
+    first = [layer for layer in skipped if not both or layer < depth]
+    if both and [layer - depth for layer in skipped if layer >= depth] != first:
+        raise fault(
+            str(folder.path / CONFIG), f"leave_out={skipped}: encoder and decoder leave out the same here.", "mismatch"
+        )
+    if first == [*range(len(first))]:
+        return {"drop_layers": len(first)} if first else {}
+    if both or not depth:
+        raise fault(
+            str(folder.path / CONFIG), f"leave_out={skipped}: only the first layers can be left out here.", "mismatch"
+        )
+    return {"layers_to_transform": [layer for layer in range(depth) if layer not in skipped]}
+
+
 def _rule(folder: Folder, left: dict[str, Tensor], name: str) -> Tensor:
     keys = [key for key in left if key.endswith(f"shared_parameters.{name}.phm_rule")]
     if len(keys) != 1:
@@ -220,8 +245,9 @@ def _matched(folder: Folder, found: Mapping[str, object], targets: Sequence[Targ
         if len(own) != 1:
             raise fault(
                 str(folder.path),
-                f"found an adapter in {place}, for which this model has {len(own)} places of that kind. Load it into "
-                "the kind of model that it was trained on.",
+                f"found an adapter in {place}, for which this model has {len(own)} places of that kind "
+                f"(leave_out={folder.config['config'].get('leave_out') or []}). Load it into the kind of model that it "
+                "was trained on.",
                 "mismatch",
             )
         places[place] = own[0]
@@ -331,7 +357,7 @@ def _prefix(folder: Folder, base: Base, left: dict[str, Tensor]) -> Read:
     targets: tuple[Target, ...] = METHODS["prefix_tuning"](**options).resolve(base.root, base.structure())
     groups: dict[str, list[Target]] = {}
     for target in targets:
-        groups.setdefault(_pool_of(target, pools), []).append(target)
+        groups.setdefault(pool_of(target, targets, base.root), []).append(target)
     if missing := {key.partition(".")[0] for key in pools} ^ groups.keys():
         raise fault(str(folder.path), f"found other kinds of prefixes than this model has: {missing}.", "mismatch")
     tensors = _prefix_gates(folder, left, name, targets) if config.get("use_gating") else {}
@@ -356,11 +382,13 @@ def _prefix_gates(folder: Folder, left: dict[str, Tensor], name: str, targets: S
     return tensors
 
 
-def _pool_of(target: Target, pools: Mapping[str, Tensor]) -> str:
+def pool_of(target: Target, targets: Sequence[Target], root: nn.Module) -> str:
+    """What that library calls the prefixes of an attention; it has a name of its own for those of one model type."""
     if target.cross:
         return "cross_prefix"
-    encodes = "encoder" in target.module.split(".") and any(key.startswith("encoder_prefix") for key in pools)
-    return "encoder_prefix" if encodes else "self_prefix"
+    if any("decoder" in other.module.split(".") for other in targets) and "encoder" in target.module.split("."):
+        return "encoder_prefix"
+    return "self" if getattr(getattr(root, "config", None), "model_type", "") == "distilbert" else "self_prefix"
 
 
 def _network(own: Mapping[str, Tensor], places: Sequence[Target], number: int) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Deltas of image models, as their trainers write them."""
