@@ -152,6 +152,10 @@ def split_hosts(folder: Folder) -> tuple[list[Host], dict[str, Tensor]]:
         name = key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in _PARTS if name.endswith(f".{suffix}") or name == suffix), None)
         if suffix is None:
+            if re.search(r"\.(lora_[AB]|lora_embedding_[AB]|ia3_l)\.", name):
+                raise unused(
+                    folder, [key], "found the name of an adapter in its keys: write it again by save_pretrained of PEFT"
+                )
             rest[name] = tensor
             continue
         path = name.removesuffix(suffix).rstrip(".")

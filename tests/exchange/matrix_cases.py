@@ -15,6 +15,7 @@ from lightning_pet import (
     HiRACallback,
     HRACallback,
     IA3Callback,
+    LNTuningCallback,
     LoHaCallback,
     LoKrCallback,
     LoRACallback,
@@ -24,6 +25,7 @@ from lightning_pet import (
     PrefixTuningCallback,
     PromptTuningCallback,
     SHiRACallback,
+    TrainableTokensCallback,
     VeRACallback,
 )
 from tests.exchange.places import Place
@@ -165,6 +167,18 @@ CASES: Final = (
     ),
     Case("VeRA", lambda at: peft.VeraConfig(r=3, **at.there), lambda at: VeRACallback(r=3, **at.here)),
     Case("VeRA, its key alone", lambda at: peft.VeraConfig(r=3, save_projection=False, **at.there), None),
+    Case(
+        "LN tuning",
+        lambda at: peft.LNTuningConfig(target_modules=[*at.norms]),
+        lambda at: LNTuningCallback(target_modules=[*at.norms]),
+        layers=False,
+    ),
+    Case(
+        "trained tokens",
+        lambda at: peft.TrainableTokensConfig(token_indices=[3, 5, 9], target_modules=[at.table]),
+        lambda at: TrainableTokensCallback(token_indices={at.table: [3, 5, 9]}),
+        layers=False,
+    ),
     Case("BitFit", None, lambda at: BitFitCallback(), layers=False),
     Case(
         "prompt tuning",

@@ -23,6 +23,8 @@ class Place:
         head: the end of the path of a module that trains as it is.
         down: the ends of paths of the layers that read what a feed-forward layer has made.
         task: PEFT's word for what the model is for.
+        norms: ends of the paths of norms.
+        table: the end of the path of the table of tokens.
         parameters: ends of the paths of parameters that are no layer's weight (PEFT's ``target_parameters``).
     """
 
@@ -33,6 +35,8 @@ class Place:
     head: str = ""
     down: tuple[str, ...] = ()
     task: str | None = None
+    norms: tuple[str, ...] = ()
+    table: str = ""
     parameters: tuple[str, ...] = ()
 
     @property
@@ -47,16 +51,63 @@ class Place:
         return {"target_modules": [*self.names, *self.parameters]}
 
 
-_BERT: dict[str, Any] = {"build": models.bert, "head": "classifier", "task": "SEQ_CLS"}
-_ROBERTA: dict[str, Any] = {"build": models.roberta, "head": "classifier", "task": "SEQ_CLS"}
-_LLAMA: dict[str, Any] = {"build": models.llama, "head": "lm_head", "task": "CAUSAL_LM"}
-_MIXTRAL: dict[str, Any] = {"build": models.mixtral, "head": "lm_head", "task": "CAUSAL_LM"}
-_GPT2: dict[str, Any] = {"build": models.gpt2, "head": "ln_f", "task": "CAUSAL_LM"}
-_T5: dict[str, Any] = {"build": models.t5, "head": "decoder.final_layer_norm", "task": "SEQ_2_SEQ_LM"}
-_BART: dict[str, Any] = {"build": models.bart, "head": "decoder.layernorm_embedding", "task": "SEQ_2_SEQ_LM"}
-_VIT: dict[str, Any] = {"build": models.vit, "head": "classifier"}
-_WHISPER: dict[str, Any] = {"build": models.whisper, "head": "decoder.layer_norm"}
-_PLAIN: dict[str, Any] = {"build": models.Plain, "head": "head"}
+_BERT: dict[str, Any] = {
+    "norms": ("LayerNorm",),
+    "table": "word_embeddings",
+    "build": models.bert,
+    "head": "classifier",
+    "task": "SEQ_CLS",
+}
+_ROBERTA: dict[str, Any] = {
+    "norms": ("LayerNorm",),
+    "table": "word_embeddings",
+    "build": models.roberta,
+    "head": "classifier",
+    "task": "SEQ_CLS",
+}
+_LLAMA: dict[str, Any] = {
+    "norms": ("input_layernorm", "post_attention_layernorm"),
+    "table": "embed_tokens",
+    "build": models.llama,
+    "head": "lm_head",
+    "task": "CAUSAL_LM",
+}
+_MIXTRAL: dict[str, Any] = {
+    "norms": ("input_layernorm",),
+    "table": "embed_tokens",
+    "build": models.mixtral,
+    "head": "lm_head",
+    "task": "CAUSAL_LM",
+}
+_GPT2: dict[str, Any] = {
+    "norms": ("ln_1", "ln_2"),
+    "table": "wte",
+    "build": models.gpt2,
+    "head": "ln_f",
+    "task": "CAUSAL_LM",
+}
+_T5: dict[str, Any] = {
+    "norms": ("layer_norm",),
+    "table": "shared",
+    "build": models.t5,
+    "head": "decoder.final_layer_norm",
+    "task": "SEQ_2_SEQ_LM",
+}
+_BART: dict[str, Any] = {
+    "norms": ("self_attn_layer_norm",),
+    "table": "shared",
+    "build": models.bart,
+    "head": "decoder.layernorm_embedding",
+    "task": "SEQ_2_SEQ_LM",
+}
+_VIT: dict[str, Any] = {"norms": ("layernorm_before",), "table": "", "build": models.vit, "head": "classifier"}
+_WHISPER: dict[str, Any] = {
+    "norms": ("self_attn_layer_norm",),
+    "table": "decoder.embed_tokens",
+    "build": models.whisper,
+    "head": "decoder.layer_norm",
+}
+_PLAIN: dict[str, Any] = {"norms": ("norm",), "table": "table", "build": models.Plain, "head": "head"}
 
 PLACES: Final = (
     Place("BERT", PROJECTION, names=("query", "value"), down=("output.dense",), **_BERT),

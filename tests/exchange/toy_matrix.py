@@ -101,6 +101,9 @@ WHY: Final[Mapping[str, Callable[[Row], bool]]] = {
     "OFT of PEFT turns patches one way and merges another; on embeddings it is not here": lambda row: (
         row.method == "OFT" and row.model in ("Conv2d", "EmbConv1D")
     ),
+    "norms alone are meant here; a linear layer trains by modules_to_save": lambda row: (
+        row.method == "LN_TUNING" and "lin0" in row.options["target_modules"]
+    ),
     "this form of MiSS (bat) is not here": lambda row: row.options.get("init_weights") == "bat",
 }
 """Why rows of a method that is here do not pass."""

@@ -1,5 +1,6 @@
 """SHiRA: the battery, golden numbers, and what only this method promises."""
 
+import copy
 from pathlib import Path
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_pet import ArgumentError, SHiRACallback, TargetError, apply, load_delta, save_delta
+from lightning_pet import ArgumentError, SHiRACallback, TargetError, apply, combine_deltas, load_delta, save_delta
 from lightning_pet.layers.sparse_values import SparseValues, _drawn
 
 from . import zoo
@@ -64,6 +65,25 @@ def test_files_hold_the_places_whatever_the_seed_is(tmp_path: Path) -> None:
     start_from = str(tmp_path / "x.pet.safetensors")
     apply(resumed, [SHiRACallback(r=2, target_modules=["ffn.up"], random_seed=8, start_from=start_from)])
     assert torch.equal(run(resumed), run(model))
+
+
+def test_deltas_at_different_places_add_up(tmp_path: Path) -> None:
+    base, _ = zoo.gpt2()
+    base.double()
+    places, files = "transformer.h.0.mlp.c_fc", [tmp_path / "0.pet.safetensors", tmp_path / "1.pet.safetensors"]
+    total = torch.zeros_like(base.get_submodule(places).weight)
+    for seed, file in enumerate(files):
+        model = copy.deepcopy(base)
+        adapted = apply(model, [SHiRACallback(r=1 + seed, target_modules=["ffn.up"], random_seed=seed)])
+        perturb(adapted)
+        save_delta(model, file)
+        adapted.merge_()
+        total += model.get_submodule(places).weight.detach() - base.get_submodule(places).weight.detach()
+    combine_deltas(files, tmp_path / "sum.pet.safetensors", weights=[1.0, 1.0])
+    adapted = load_delta(base, tmp_path / "sum.pet.safetensors")
+    before = base.get_submodule(places).weight.detach().clone()
+    adapted.merge_()
+    assert (base.get_submodule(places).weight - before - total).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("count", [5, 60, 99])

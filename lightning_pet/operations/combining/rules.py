@@ -391,9 +391,9 @@ def _average(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
 
 
 def _sparse(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
-    """Fixed diff pruning: values at places, which add up."""
+    """Fixed diff pruning and SHiRA: values at places, which add up."""
     result.refuse_unless(records[0], "linear")
-    result.same_config(records, *_RUN, "density", "seed", "stages", "l0_weight")
+    result.same_config(records, *_RUN, "density", "seed", "stages", "l0_weight", "r", "mask_type", "random_seed")
     for path in result.groups(records[0])[0]:
         parts = [groups[path] for groups in result.found]
         if any(part.keys() != {"indices", "values"} for part in parts):
