@@ -43,7 +43,7 @@ def test_every_callback_beside_that_of_another_library_can_be_built() -> None:
     text = (DOCS / "coming_from.md").read_text(encoding="utf-8")
     built = re.findall(r"`(?:callbacks=)?(\[?\w+Callback\([^`…]*\)\]?)`", text)
     names = {name: getattr(lightning_pet, name) for name in re.findall(r"\w+Callback", text)}
-    assert len(built) > 10
+    assert len(built) >= 10
     for line in built:
         eval(line, dict(names))
 
