@@ -145,8 +145,11 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where the values of a tensor and its views begin; 0 if it has none here."""
-    return tensor.untyped_storage().data_ptr()
+    """Where the values of a tensor and its views begin; 0 if it has none here, as one that other tensors make up."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # quantised, or of parts
+        return 0
 
 
 @contextmanager
