@@ -26,7 +26,8 @@ from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback
 from lightning_pet.callbacks.intrinsic_dimension import IntrinsicDimensionCallback
 from lightning_pet.data.chat.data import ChatData
-from lightning_pet.data.date_chat import DateChat
+from lightning_pet.data.chat.preferences import PreferenceData
+from lightning_pet.data.date_chat import DateChat, DatePairs
 from lightning_pet.data.dates import Dates
 from lightning_pet.data.docstring_topics import DocstringTopics
 from lightning_pet.data.lm_adaptation import LMAdaptationData
@@ -38,6 +39,7 @@ from lightning_pet.insertion.method import METHODS
 from lightning_pet.model.adaptation import adapted_root
 from lightning_pet.modules.causal_lm import CausalLMModule
 from lightning_pet.modules.label_words import LabelWordClassifier
+from lightning_pet.modules.preference import PreferenceModule
 from lightning_pet.modules.seq2seq import Seq2SeqModule
 from lightning_pet.modules.text_classification import TextClassifier
 from lightning_pet.operations.plan import show_table
@@ -58,7 +60,10 @@ OURS = (
     TextClassificationData,
     Seq2SeqData,
     ChatData,
+    PreferenceModule,
+    PreferenceData,
     DateChat,
+    DatePairs,
     LMAdaptationData,
 )
 EXAMPLES = (DocstringTopics, Dates)

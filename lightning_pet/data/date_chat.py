@@ -1,12 +1,14 @@
 """Dates as a chat, with nothing to download: the user writes a date, the assistant answers in ISO 8601."""
 
+from datetime import date
 from random import Random
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
 from lightning_pet.data.chat.data import ChatData
-from lightning_pet.data.chat.messages import Conversation
+from lightning_pet.data.chat.messages import Conversation, Preference
+from lightning_pet.data.chat.preferences import PreferenceData
 from lightning_pet.data.tables import Table
 from lightning_pet.errors import ArgumentError
 from lightning_pet.modules.date_model import DateKind, draw_days, write_date
@@ -79,9 +81,7 @@ class DateChat(ChatData):
         examples = []
         for kind in kinds:
             day = next(days)
-            asked = {"role": "user", "content": write_date(day, kind, random)}
-            answer = {"role": "assistant", "content": day.isoformat()}
-            examples.append(Conversation((asked, answer), (False, True)))
+            examples.append(_said(write_date(day, kind, random), day))
         return Table(f"dates[{split} {kinds[0]}]", {"line": list(range(1, len(kinds) + 1)), "example": examples})
 
     def encode_splits(self, module: Any, splits: Any) -> None:
@@ -96,3 +96,67 @@ class DateChat(ChatData):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for each of ``eval_names``."""
         return self.val_dataloader()
+
+
+def _said(asked: str, answer: date) -> Conversation:
+    messages = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer.isoformat()})
+    return Conversation(messages, (False, True))
+
+
+class DatePairs(PreferenceData):
+    """Dates that can be read in two orders, of which one is preferred.
+
+    For ``PreferenceModule(model="builtin:date_chat")``.
+
+    Args:
+        order: ``"us"`` prefers month first, ``"eu"`` day first.
+        train_size: number of training pairs.
+        val_size: number of validation pairs, of days that the base never saw.
+        batch_size: pairs per batch and process.
+        seed: decides which dates.
+        num_workers: processes that form batches.
+
+    Raises:
+        ArgumentError: a number is below 1, or the order is unknown.
+
+    Example:
+        >>> DatePairs(train_size=1, val_size=1).order
+        'us'
+    """
+
+    metric = "val/exact_match"
+
+    def __init__(
+        self,
+        order: Literal["us", "eu"] = "us",
+        train_size: int = 256,
+        val_size: int = 150,
+        batch_size: int = 16,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            "", max_length=128, batch_size=batch_size, generate=val_size, seed=seed, num_workers=num_workers
+        )
+        if order not in ("us", "eu"):
+            raise ArgumentError(f"order={order!r}: expected 'us' (month first) or 'eu' (day first)")
+        if train_size < 1 or val_size < 1:
+            raise ArgumentError(f"train_size={train_size} and val_size={val_size} must be at least 1")
+        self.order, self.train_size, self.val_size = order, train_size, val_size
+
+    def read(self) -> dict[str, Table]:
+        """Write the pairs of both splits."""
+        val = self._write("val", self.val_size, held_out=True)
+        return {"train": self._write("train", self.train_size, held_out=False), "val": val, "test": val}
+
+    def _write(self, split: str, size: int, held_out: bool) -> Table:
+        random = Random(f"pairs {split} {self.seed}")
+        pairs: list[Preference] = []
+        for day in draw_days(random, held_out):
+            if len(pairs) == size:
+                break
+            if day.day <= 12 and day.day != day.month:
+                asked = write_date(day, "us" if self.order == "us" else "eu", random)
+                swapped = day.replace(month=day.day, day=day.month)
+                pairs.append(Preference(_said(asked, day), _said(asked, swapped)))
+        return Table(f"dates[{split} pairs]", {"line": list(range(1, size + 1)), "example": pairs})

@@ -186,12 +186,25 @@ class CausalLMModule(EvaluatedModule):
     def _evaluate(self, batch: dict[str, Tensor], stage: str, loader: int, index: int) -> None:
         scores = self.stage_scores(stage, loader)
         scores.update(self.losses(batch))
-        asked = getattr(getattr(self.trainer, "datamodule", None), "generate", len(batch["labels"]) * (index + 1))
-        if "prompt_ids" in batch and index * len(batch["labels"]) < asked:
-            answers = batch["answers"].masked_fill(batch["answers"] == IGNORED, self.tokenizer.pad_token_id)
-            expected = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            for text, wanted in zip(self.generate(batch), expected, strict=True):
-                scores.exact_match.update(float(text == wanted.strip()))
+        for right in self.matches(batch, index):
+            scores.exact_match.update(right)
+
+    def matches(self, batch: dict[str, Tensor], index: int) -> list[float]:
+        """Whether generated answers are the expected ones, for as many examples as the data module asks for.
+
+        Args:
+            batch: with ``prompt_ids``, ``prompt_mask`` and ``answers``; without them nothing is generated.
+            index: of the batch.
+        """
+        if "prompt_ids" not in batch:
+            return []
+        rows = len(batch["prompt_ids"])
+        asked = getattr(getattr(self.trainer, "datamodule", None), "generate", rows * (index + 1))
+        if index * rows >= asked:
+            return []
+        answers = batch["answers"].masked_fill(batch["answers"] == IGNORED, self.tokenizer.pad_token_id)
+        expected = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [float(text == wanted.strip()) for text, wanted in zip(self.generate(batch), expected, strict=True)]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of validation data."""

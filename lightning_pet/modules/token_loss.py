@@ -55,6 +55,55 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor], max_logits: int = 
         >>> bool(torch.isclose(token_loss(model, batch).mean, model(**batch).loss))
         True
     """
+    found = _run(model, batch, max_logits)
+    if isinstance(found.source, Tensor):
+        return _whole(found.source, found.targets)
+    return _in_chunks(found.source, found.head, found.hidden, found.targets)
+
+
+def row_log_probs(model: nn.Module, batch: Mapping[str, Tensor], max_logits: int = MAX_LOGITS) -> tuple[Tensor, Tensor]:
+    """Run a causal language model, and sum the log-probabilities of the trained tokens of each row.
+
+    Args:
+        model: of transformers, with or without deltas.
+        batch: as for :func:`token_loss`.
+        max_logits: as there.
+
+    Returns:
+        Sums, (rows,), float32 with a gradient; and how many tokens each has, (rows,).
+    """
+    found = _run(model, batch, max_logits)
+
+    def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+    source = found.source
+    if isinstance(source, Tensor):
+        each = log_probs(source, found.targets)
+    else:
+        make = source
+
+        def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+            return log_probs(make(hidden), targets)
+
+        pairs = zip(*_split(found.head, found.hidden, found.targets), strict=True)
+        each = torch.cat([cast(Tensor, checkpoint(chunk, *pair, use_reentrant=False)) for pair in pairs])
+    trained = batch["labels"][:, 1:] != IGNORED
+    rows = trained.nonzero()[:, 0]
+    return each.new_zeros(len(trained)).index_add(0, rows, each), trained.sum(1)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The logits of trained tokens, or what makes them of the hidden states before the output layer."""
+
+    source: Tensor | Callable[[Tensor], Tensor]
+    targets: Tensor
+    head: nn.Module
+    hidden: Tensor
+
+
+def _run(model: nn.Module, batch: Mapping[str, Tensor], max_logits: int) -> _Run:
     given = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"][:, 1:]
     trained = labels != IGNORED
@@ -62,17 +111,17 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor], max_logits: int = 
     head = cast(Callable[[], nn.Module | None], model.get_output_embeddings)()
     if head is None:
         logits = model(**given, use_cache=False).logits[:, :-1][trained]
-        return _whole(logits, targets)
+        return _Run(logits, targets, model, logits)
     chunked = len(targets) * int(getattr(head, "out_features", 1)) > max_logits
     select = _Select(trained, chunked)
     with head.register_forward_pre_hook(select, with_kwargs=True):
         logits = model(**given, use_cache=False).logits
     if not select.done:
-        return _whole(logits[:, :-1][trained], targets)
+        return _Run(logits[:, :-1][trained], targets, head, logits)
     if not chunked:
-        return _whole(logits.flatten(0, -2), targets)
+        return _Run(logits.flatten(0, -2), targets, head, select.hidden)
     after = _behind(model, head, select.hidden[:1], logits.flatten(0, -2))
-    return _in_chunks(lambda hidden: after(head(hidden)), head, select.hidden, targets)
+    return _Run(lambda hidden: after(head(hidden)), targets, head, select.hidden)
 
 
 class _Select:
@@ -127,12 +176,10 @@ def _behind(model: nn.Module, head: nn.Module, hidden: Tensor, logits: Tensor) -
 
 
 def _in_chunks(logits: Callable[[Tensor], Tensor], head: nn.Module, hidden: Tensor, targets: Tensor) -> TokenLoss:
-    size = max(CHUNK_LOGITS // int(getattr(head, "out_features", 1)), 1)
-
     def loss(part: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits(part).float(), target, reduction="sum")
 
-    parts = list(zip(torch.split(hidden, size), torch.split(targets, size), strict=True))
+    parts = list(zip(*_split(head, hidden, targets), strict=True))
     if not torch.is_grad_enabled():
         found = [_whole(logits(part), target) for part, target in parts]
         right = torch.stack([cast(Tensor, part.right) for part in found]).sum()
@@ -142,6 +189,11 @@ def _in_chunks(logits: Callable[[Tensor], Tensor], head: nn.Module, hidden: Tens
     else:
         losses = [cast(Tensor, _AtOnce.apply(loss, part, target)) for part, target in parts]  # type: ignore[no-untyped-call]
     return TokenLoss(torch.stack(losses).sum(), len(targets), None)
+
+
+def _split(head: nn.Module, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    size = max(CHUNK_LOGITS // int(getattr(head, "out_features", 1)), 1)
+    return [torch.split(tensor, size) for tensor in tensors]
 
 
 class _AtOnce(torch.autograd.Function):
