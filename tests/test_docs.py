@@ -37,6 +37,17 @@ def test_examples_in_pages(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert result.failed == 0
 
 
+def test_every_callback_beside_that_of_another_library_can_be_built() -> None:
+    import lightning_pet
+
+    text = (DOCS / "coming_from.md").read_text(encoding="utf-8")
+    built = re.findall(r"`(?:callbacks=)?(\[?\w+Callback\([^`…]*\)\]?)`", text)
+    names = {name: getattr(lightning_pet, name) for name in re.findall(r"\w+Callback", text)}
+    assert len(built) >= 10
+    for line in built:
+        eval(line, dict(names))
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -136,16 +136,14 @@ def _bitfit(export: Export, left: dict[str, Tensor]) -> None:
     if any(".pet." in name for name in left):
         raise export.fault("biases that the base does not have (add_missing) have no place in PEFT. Merge it.")
     places = [target for target in export.record.targets if target.role != "head"]
-    attentions = nn.MultiheadAttention
-    host = next(
-        (
-            target.module
-            for target in places
-            if isinstance(export.module(target.module), nn.Linear)
-            and not isinstance(export.module(target.module.rpartition(".")[0]), attentions)
-        ),
-        None,
-    )
+    # Not one that trains as a whole, and rather none inside of an attention, which PEFT wraps as one.
+    linear = [
+        target.module
+        for target in places
+        if isinstance(export.module(target.module), nn.Linear) and join(target.module, "weight") not in left
+    ]
+    inside = [isinstance(export.module(path.rpartition(".")[0]), nn.MultiheadAttention) for path in linear]
+    host = min(zip(inside, range(len(linear)), linear, strict=True), default=(False, 0, None))[2]
     if host is None:
         raise export.fault("a linear layer of the base has to carry the biases: give the base, base=….")
     layer = export.needed(host, "carries the biases")

@@ -239,3 +239,19 @@ def test_a_merged_folder_is_whole(tmp_path: Path) -> None:
     assert "base_model_relation: finetune" in card
     assert "The base `owner/base`, into which a delta of lora was merged." in card
     assert str(tmp_path) not in card
+
+
+def test_a_folder_is_combined_with_a_delta_of_ours(tmp_path: Path) -> None:
+    base = made(bert)
+    theirs(base, peft.LoraConfig(r=2, target_modules=["query"]), tmp_path / "theirs")
+    save_delta(
+        trained(base, LoRACallback(r=3, target_modules=["query"], modules_to_save=[])), tmp_path / "x.pet.safetensors"
+    )
+    model = copy.deepcopy(base)
+    adapted = load_delta(model, tmp_path / "theirs", name="a")
+    adapted.load("b", tmp_path / "x.pet.safetensors")
+    adapted.combine("c", {"a": 1.0, "b": 1.0})
+    adapted.activate("a", "b")
+    both = output_of(model)
+    adapted.activate("c")
+    torch.testing.assert_close(output_of(model), both, rtol=0, atol=1e-12)

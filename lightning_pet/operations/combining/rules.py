@@ -171,7 +171,10 @@ def _low_rank(result: Result, records: Sequence[MethodRecord]) -> MethodRecord:
             f"no sum of factors. {WITH_BASE}",
             "mismatch",
         )
-    targets = list(dict.fromkeys(target for record in records for target in record.targets))
+    # One place has a role in a file and none in another library's folder.
+    known = {(t.module, t.parameter, t.rows): t for record in records[::-1] for t in record.targets[::-1]}
+    order = dict.fromkeys((t.module, t.parameter, t.rows) for record in records for t in record.targets)
+    targets = [known[place] for place in order]
     ranks: dict[str, int] = {}
     for target in targets:
         key = "_".join(part for part in (records[0].method, records[0].name, suffix_of(target)) if part)
