@@ -11,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from lightning_pet.arguments import at_least, positive, share, some, whole
-from lightning_pet.callbacks.base import PETCallback, Scalar
+from lightning_pet.arguments import at_least, positive, share, whole
+from lightning_pet.callbacks.base import Scalar
+from lightning_pet.callbacks.on_layers import OnLayersCallback
 from lightning_pet.errors import ArgumentError, PETError, TargetError
 from lightning_pet.insertion.low_rank_places import Forms, Options, fitted
 from lightning_pet.insertion.method import Insertion
@@ -32,17 +33,15 @@ from lightning_pet.layers.svd_low_rank import (
 from lightning_pet.model.adaptation import record_of
 from lightning_pet.model.layer_kinds import host_kind, matrix_of
 from lightning_pet.model.naming import module_at
-from lightning_pet.model.structure import Structure, Target
+from lightning_pet.model.structure import Target
 from lightning_pet.strategies.strategy import StrategyAdapter
-from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.targets.targets import resolve_targets, with_readers
 from lightning_pet.training.controller import Controller
 
 _HOSTS = ("linear", "conv1d_hf", "conv", "weight")
 _FORMS = Forms(SvdLowRankLinear, SvdLowRankParameter, SvdLowRankConv, SvdConvWeight)
 
 
-class AdaLoRACallback(PETCallback):
+class AdaLoRACallback(OnLayersCallback):
     r"""AdaLoRA: :math:`y = W x + s\,B\,\mathrm{diag}(e) A x` with :math:`s = \alpha / r_{init}`.
 
     Every matrix starts with ``init_r`` triplets (a column of B, a number of e, a row of A). While training,
@@ -89,14 +88,10 @@ class AdaLoRACallback(PETCallback):
     shards = True
     figures = ("norm", "rank")
     gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha"})
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
+    may_change: ClassVar[frozenset[str]] = OnLayersCallback.may_change | {
         "dropout",
         "orth_reg_weight",
         "total_step",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
     }
 
     def __init__(
@@ -118,7 +113,13 @@ class AdaLoRACallback(PETCallback):
         layers_pattern: list[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            **kwargs,
+        )
         self.target_r = target_r
         self.init_r = init_r
         self.alpha = alpha
@@ -130,10 +131,6 @@ class AdaLoRACallback(PETCallback):
         self.orth_reg_weight = orth_reg_weight
         self.total_step = total_step
         self.dropout = dropout
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
         self._validate()
         self._importance: dict[str, Importance] = {}
         self._seen = 0  # optimizer steps that were looked at
@@ -161,22 +158,13 @@ class AdaLoRACallback(PETCallback):
         share("beta2", self.beta2, "a share of the past in (0, 1), e.g. 0.85.", ends="()")
         at_least("orth_reg_weight", self.orth_reg_weight, 0, "must be at least 0; 0 is no penalty.")
         share("dropout", self.dropout, "a probability in [0, 1), e.g. 0.05.", ends="[)")
-        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
 
     # --- places and deltas ----------------------------------------------------------------------
 
-    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the target projections; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
-        found = resolve_targets(
-            root,
-            self.target_modules,
-            structure,
-            exclude=self.exclude_modules or (),
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            hosts=lambda module, parameter: host_kind(module, parameter) in _HOSTS,
-        )
-        return with_readers(root, found, structure)
+    @staticmethod
+    def serves(module: nn.Module, parameter: str) -> bool:
+        """Whether a delta can sit on this parameter of a module."""
+        return host_kind(module, parameter) in _HOSTS
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build one delta of triplets per target.

@@ -6,18 +6,16 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_pet.arguments import some, whole
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.arguments import whole
+from lightning_pet.callbacks.on_layers import OnLayersCallback
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.input_places import input_place, turns_inputs
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.rotation import ReflectedWeight, Reflections
-from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.targets.targets import resolve_targets, with_readers
+from lightning_pet.model.structure import Target
 
 
-class HRACallback(PETCallback):
+class HRACallback(OnLayersCallback):
     r"""Householder reflection adaptation: :math:`y = W H_1 H_2 \dots H_r x + b`, :math:`H_k = I - 2 u_k u_k^T`.
 
     The product is orthogonal, and differs from the identity by a matrix of rank r, so it costs what LoRA costs and
@@ -31,11 +29,8 @@ class HRACallback(PETCallback):
             it. That product is never the identity: the model starts elsewhere, and the columns start apart.
         target_modules: layers whose input is reflected: roles, suffixes, globs or ``"re:…"``; see
             :class:`~lightning_pet.LoRACallback`. A fused projection has one input: name it as a whole.
-        exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
-        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
-            the names of modules is that of something else, such as a stage.
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.on_layers.OnLayersCallback`, which say in which
+            layers, and of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
         ArgumentError: if ``r`` is no positive integer, or there is no pattern.
@@ -51,46 +46,20 @@ class HRACallback(PETCallback):
     method: ClassVar[str] = "hra"
     shards = True
     width: ClassVar[str | None] = "r"
+    serves = staticmethod(turns_inputs)
     gives_meaning: ClassVar[frozenset[str]] = frozenset({"apply_GS"})
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    }
 
     def __init__(
         self,
         r: int = 8,
         apply_GS: bool = False,  # as users of PEFT know it
         target_modules: list[str] | str = ["attention.q", "attention.v"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(target_modules=target_modules, **kwargs)
         self.r = r
         self.apply_GS = apply_GS
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
         whole("r", r, wanted="the number of reflections must be a positive integer, e.g. r=8.")
-        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
-
-    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the layers; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
-        found = resolve_targets(
-            root,
-            self.target_modules,
-            structure,
-            exclude=self.exclude_modules or (),
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            hosts=turns_inputs,
-        )
-        return with_readers(root, found, structure)
 
     def set_width(self, width: int) -> None:
         """So many pairs of reflections: a budget picks an even number of them."""

@@ -4,14 +4,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_pet.callbacks.base import PETCallback
-from lightning_pet.insertion.change_places import Factored, beside, form_at
+from lightning_pet.callbacks.on_layers import FactoredCallback
+from lightning_pet.insertion.change_places import beside, form_at
 from lightning_pet.layers.hadamard import Hadamard, HadamardLinear, HadamardWeight
 from lightning_pet.model.structure import Target
-from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
 
 
-class LoHaCallback(Factored, PETCallback):
+class LoHaCallback(FactoredCallback):
     r"""LoHa: :math:`y = (W + s\,(A_1 B_1) \odot (A_2 B_2))\,x`, with :math:`s = \alpha / r`.
 
     The rank of the change is up to r², with the numbers of a LoRA of rank 2r. B₂ starts at zero, so the model starts as
@@ -23,17 +22,9 @@ class LoHaCallback(Factored, PETCallback):
         alpha: numerator of the scale.
         use_effective_conv2d: on kernels of more than one place each matrix is a product of three factors: a core
             r × r × kernel, and a matrix for each of its sides (proposition 3 of FedPara).
-        rank_dropout: probability of leaving out an output feature of the change, what is left being divided by
-            ``1 - rank_dropout``; active in training only.
-        module_dropout: probability of leaving out the whole change of a layer; active in training only.
         target_modules: roles, suffixes, globs, or ``"re:…"``; see :class:`LoRACallback`.
-        exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
-        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
-            the names of modules is that of something else, such as a stage.
-        rank_pattern: rank for some targets, by role, suffix, glob or ``"re:…"``; the first pattern that hits counts.
-        alpha_pattern: alpha for some targets, likewise.
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.on_layers.FactoredCallback`, which say in which
+            layers, and of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
         ArgumentError: if a number is out of range.
@@ -49,43 +40,17 @@ class LoHaCallback(Factored, PETCallback):
     width: ClassVar[str | None] = "r"
     shards = True
     gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha"})
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
-        "rank_dropout",
-        "module_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    }
 
     def __init__(
         self,
         r: int = 8,
         alpha: float = 8,
         use_effective_conv2d: bool = False,
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
         target_modules: list[str] | str = ["all-linear"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
-        rank_pattern: dict[str, int] | None = None,
-        alpha_pattern: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.r = r
-        self.alpha = alpha
+        super().__init__(r=r, alpha=alpha, target_modules=target_modules, **kwargs)
         self.use_effective_conv2d = use_effective_conv2d
-        self.rank_dropout = rank_dropout
-        self.module_dropout = module_dropout
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
-        self.rank_pattern = rank_pattern
-        self.alpha_pattern = alpha_pattern
-        self.checked_options()
 
     def build(self, root: nn.Module, target: Target) -> Hadamard:
         """Build the delta that fits the host's class."""

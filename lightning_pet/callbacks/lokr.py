@@ -5,15 +5,14 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_pet.arguments import one_of
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.on_layers import FactoredCallback
 from lightning_pet.errors import ArgumentError
-from lightning_pet.insertion.change_places import Factored, beside, form_at
+from lightning_pet.insertion.change_places import beside, form_at
 from lightning_pet.layers.kronecker import Init, Kronecker, KroneckerLinear, KroneckerWeight, Split
 from lightning_pet.model.structure import Target
-from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
 
 
-class LoKrCallback(Factored, PETCallback):
+class LoKrCallback(FactoredCallback):
     r"""LoKr: :math:`y = (W + s\,W_1 \otimes W_2)\,x`, with :math:`s = \alpha / r`.
 
     The outputs are taken apart as p × k and the inputs as m × n, so that W₁ is p × m and W₂ is k × n. W₂ is a product
@@ -29,17 +28,10 @@ class LoKrCallback(Factored, PETCallback):
         use_effective_conv2d: on kernels of more than one place W₂ is a product of three factors: a core r × r × kernel,
             and a matrix for each of its sides.
         init: ``"default"`` (W₁ zero, W₂ drawn) or ``"lycoris"`` (W₁ drawn, W₂ or its last factor zero).
-        rank_dropout: probability of leaving out an output feature of the change; active in training only.
         rank_dropout_scale: divide what is left by ``1 - rank_dropout``.
-        module_dropout: probability of leaving out the whole change of a layer; active in training only.
         target_modules: roles, suffixes, globs, or ``"re:…"``; see :class:`LoRACallback`.
-        exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
-        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
-            the names of modules is that of something else, such as a stage.
-        rank_pattern: rank for some targets, by role, suffix, glob or ``"re:…"``; the first pattern that hits counts.
-        alpha_pattern: alpha for some targets, likewise.
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.on_layers.FactoredCallback`, which say in which
+            layers, and of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
         ArgumentError: if a number is out of range.
@@ -54,14 +46,8 @@ class LoKrCallback(Factored, PETCallback):
     method: ClassVar[str] = "lokr"
     shards = True
     gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha", "r"})
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
-        "rank_dropout",
+    may_change: ClassVar[frozenset[str]] = FactoredCallback.may_change | {
         "rank_dropout_scale",
-        "module_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
     }
 
     def __init__(
@@ -72,34 +58,16 @@ class LoKrCallback(Factored, PETCallback):
         decompose_factor: int = -1,
         use_effective_conv2d: bool = False,
         init: Init = "default",
-        rank_dropout: float = 0.0,
         rank_dropout_scale: bool = False,
-        module_dropout: float = 0.0,
         target_modules: list[str] | str = ["all-linear"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
-        rank_pattern: dict[str, int] | None = None,
-        alpha_pattern: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.r = r
-        self.alpha = alpha
+        super().__init__(r=r, alpha=alpha, target_modules=target_modules, **kwargs)
         self.decompose_both = decompose_both
         self.decompose_factor = decompose_factor
         self.use_effective_conv2d = use_effective_conv2d
         self.init = init
-        self.rank_dropout = rank_dropout
         self.rank_dropout_scale = rank_dropout_scale
-        self.module_dropout = module_dropout
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
-        self.rank_pattern = rank_pattern
-        self.alpha_pattern = alpha_pattern
-        self.checked_options()
         one_of("init", init, Init)
         factor: object = decompose_factor
         if not isinstance(factor, int) or isinstance(factor, bool) or (factor < 1 and factor != -1):

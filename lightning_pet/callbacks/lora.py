@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_pet.arguments import at_least, one_of, positive, share, some, whole
+from lightning_pet.arguments import at_least, one_of, positive, share, whole
 from lightning_pet.callbacks.base import PETCallback, Scalar
+from lightning_pet.callbacks.on_layers import OnLayersCallback, by_name
 from lightning_pet.errors import ArgumentError, PETError, TargetError, UnsupportedStrategyError
 from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.low_rank_places import Options, fitted, gated, is_called, largest_rank, rank_at
@@ -28,21 +29,16 @@ from lightning_pet.operations.roots import base_of
 from lightning_pet.probe.host_inputs import Batches, Place, Study
 from lightning_pet.strategies.strategy import accompany_runs
 from lightning_pet.targets.patterns import (
-    check_patterns,
     exactly,
-    listed,
-    listed_if_given,
-    listed_layers,
     settled,
     value_at,
 )
-from lightning_pet.targets.targets import resolve_targets, with_readers
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"]
 Bias = Literal["none", "lora_only", "all"]
 
 
-class LoRACallback(PETCallback):
+class LoRACallback(OnLayersCallback):
     r"""Low-rank adaptation: :math:`y = W x + s\,B A x`, with :math:`s = \alpha / r`.
 
     The base weight W stays as it is; A (r × in) and B (out × r) train. B starts at zero, so the model
@@ -100,13 +96,10 @@ class LoRACallback(PETCallback):
     width: ClassVar[str | None] = "r"
     figures = ("norm", "rank")
     gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha", "use_rslora"})
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
+    by_pattern: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    may_change: ClassVar[frozenset[str]] = OnLayersCallback.may_change | {
         "dropout",
         "lora_plus_ratio",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
         "eva_rho",
         "eva_tau",
         "eva_batches",
@@ -139,21 +132,21 @@ class LoRACallback(PETCallback):
         train_a: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            **kwargs,
+        )
         self.r = r
         self.alpha = alpha
         self.dropout = dropout
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
-        self.use_rslora = use_rslora
-        self.use_dora = use_dora
-        self.init = init
-        self.eva_rho, self.eva_tau = eva_rho, eva_tau
+        self.use_rslora, self.use_dora = use_rslora, use_dora
+        self.init, self.eva_rho, self.eva_tau = init, eva_rho, eva_tau
         self.eva_batches, self.eva_whiten = eva_batches, eva_whiten
-        self.rank_pattern = rank_pattern
-        self.alpha_pattern = alpha_pattern
+        self.rank_pattern = by_name("rank_pattern", rank_pattern)
+        self.alpha_pattern = by_name("alpha_pattern", alpha_pattern)
         self.clamp_rank = clamp_rank
         self.lora_plus_ratio = lora_plus_ratio
         self.bias = bias
@@ -175,14 +168,6 @@ class LoRACallback(PETCallback):
         return not self.use_dora
 
     def _validate(self) -> None:
-        for label, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            if patterns is not None and not (
-                isinstance(patterns, Mapping) and all(isinstance(k, str) for k in patterns)
-            ):
-                raise ArgumentError(
-                    f"{label}={patterns!r}: a number for each pattern is wanted, e.g. {{'attention.q': 4}}."
-                )
-            setattr(self, label, None if patterns is None else dict(patterns))  # files hold no other mapping
         for label, rank in [
             ("r", self.r),
             *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items()),
@@ -192,7 +177,6 @@ class LoRACallback(PETCallback):
         for label, alpha in alphas:
             positive(label, alpha, "must be a positive number; 2·r is a usual choice.", kind=int | float)
         share("dropout", self.dropout, "a probability in [0, 1), e.g. 0.05.", ends="[)")
-        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
         positive("lora_plus_ratio", self.lora_plus_ratio, "must be positive; the paper suggests 16.")
         one_of("init", self.init, Init)
         one_of("bias", self.bias, Bias)
@@ -217,16 +201,7 @@ class LoRACallback(PETCallback):
     def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
         """Find the target projections; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
         self._learned, self._directions = None, {}
-        found = resolve_targets(
-            root,
-            self.target_modules,
-            structure,
-            exclude=self.exclude_modules or (),
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            hosts=lambda module, parameter: host_kind(module, parameter) is not None,
-        )
-        return with_readers(root, found, structure)
+        return super().resolve(root, structure)
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build one low-rank delta per target.
@@ -235,10 +210,8 @@ class LoRACallback(PETCallback):
             ArgumentError: if a pattern of ranks or alphas decides for no target.
             TargetError: if the rank is larger than a target allows.
         """
-        if self._learned is not None:
-            return super().insertions(root, targets)
-        check_patterns("rank_pattern", self.rank_pattern, targets)
-        check_patterns("alpha_pattern", self.alpha_pattern, targets)
+        if self._learned is not None:  # what the patterns decided was replaced
+            return PETCallback.insertions(self, root, targets)
         return super().insertions(root, targets)
 
     def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:

@@ -4,22 +4,20 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_pet.arguments import share, some, whole
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.arguments import share, whole
+from lightning_pet.callbacks.on_layers import OnLayersCallback
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.low_rank_places import is_called
 from lightning_pet.layers.delta import Delta, options_beside
 from lightning_pet.layers.shard_sharing import ShardSharing, ShardSharingWeight
 from lightning_pet.model.layer_kinds import host_kind, matrix_of, transposed, weight_of
 from lightning_pet.model.naming import module_at
-from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.targets.targets import resolve_targets, with_readers
+from lightning_pet.model.structure import Target
 
 _HOSTS = ("linear", "conv1d_hf", "weight")
 
 
-class MiSSCallback(PETCallback):
+class MiSSCallback(OnLayersCallback):
     r"""Matrix shard sharing: :math:`\Delta W_{:,c} = D_{c \bmod r,:}`, that is :math:`y = W x + D^T \sum_b x_b`.
 
     The input is cut into blocks of r, and the sum of the blocks goes through one matrix D (r × out), which starts at
@@ -31,13 +29,10 @@ class MiSSCallback(PETCallback):
         r: size of a block, at most the inputs of every target. Default of HF PEFT.
         dropout: probability of dropping an input of the branch (not of the base).
         target_modules: roles, suffixes, globs, or ``"re:…"``; see :class:`~lightning_pet.LoRACallback`.
-        exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
-        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
-            the names of modules is that of something else, such as a stage.
         mini_r: outputs share columns of D, too, of which there are so many; it must divide the outputs of every
             target. ``None``: every output has its own.
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.on_layers.OnLayersCallback`, which say in which
+            layers, and of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
         ArgumentError: if an argument is out of range.
@@ -53,51 +48,29 @@ class MiSSCallback(PETCallback):
     method: ClassVar[str] = "miss"
     shards = True
     width: ClassVar[str | None] = "r"
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
-        "dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    }
+    may_change: ClassVar[frozenset[str]] = OnLayersCallback.may_change | {"dropout"}
 
     def __init__(
         self,
         r: int = 64,
         dropout: float = 0.0,
         target_modules: list[str] | str = ["all-linear"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
         mini_r: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(target_modules=target_modules, **kwargs)
         self.r = r
         self.dropout = dropout
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
         self.mini_r = mini_r
         whole("r", r, wanted="the size of a block must be a positive integer, e.g. r=64.")
         if mini_r is not None:
             whole("mini_r", mini_r, wanted="must be a positive integer that divides the outputs, or None.")
         share("dropout", dropout, "a probability in [0, 1), e.g. 0.05.", ends="[)")
-        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
 
-    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the target weights; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
-        found = resolve_targets(
-            root,
-            self.target_modules,
-            structure,
-            exclude=self.exclude_modules or (),
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            hosts=lambda module, parameter: host_kind(module, parameter) in _HOSTS,
-        )
-        return with_readers(root, found, structure)
+    @staticmethod
+    def serves(module: nn.Module, parameter: str) -> bool:
+        """Whether a delta can sit on this parameter of a module."""
+        return host_kind(module, parameter) in _HOSTS
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the delta that fits the host's class.

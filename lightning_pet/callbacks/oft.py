@@ -1,23 +1,21 @@
 """OFT (Qiu et al. 2023, 2025): the input of a layer is rotated, block by block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_pet.arguments import positive, some, whole
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.arguments import positive, whole
+from lightning_pet.callbacks.on_layers import OnLayersCallback, by_name
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.input_places import InputPlace, input_place, turns_inputs
-from lightning_pet.insertion.method import Insertion
 from lightning_pet.layers.delta import Delta
 from lightning_pet.layers.rotation import BlockRotatedWeight, BlockRotation
-from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.patterns import check_patterns, listed, listed_if_given, listed_layers, settled, value_at
-from lightning_pet.targets.targets import resolve_targets, with_readers
+from lightning_pet.model.structure import Target
+from lightning_pet.targets.patterns import value_at
 
 
-class OFTCallback(PETCallback):
+class OFTCallback(OnLayersCallback):
     r"""Orthogonal fine-tuning: :math:`y = W (x R) + b` with a block-diagonal rotation R.
 
     Lengths and angles of what a layer reads stay, and with them the angles between its neurons. All blocks start as the
@@ -40,11 +38,8 @@ class OFTCallback(PETCallback):
         eps: that bound.
         target_modules: layers whose input is rotated: roles, suffixes, globs or ``"re:…"``; see
             :class:`~lightning_pet.LoRACallback`. A fused projection has one input: name it as a whole.
-        exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
-        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
-            the names of modules is that of something else, such as a stage.
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.on_layers.OnLayersCallback`, which say in which
+            layers, and of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
         ArgumentError: if a number is out of range, or none or both of ``oft_block_size`` and ``r`` are given.
@@ -62,12 +57,8 @@ class OFTCallback(PETCallback):
     gives_meaning: ClassVar[frozenset[str]] = frozenset(
         {"use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps"}
     )
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    }
+    serves = staticmethod(turns_inputs)
+    by_pattern: ClassVar[tuple[str, ...]] = ("block_size_pattern",)
 
     def __init__(
         self,
@@ -80,36 +71,25 @@ class OFTCallback(PETCallback):
         coft: bool = False,
         eps: float = 6e-5,
         target_modules: list[str] | str = ["all-linear"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(target_modules=target_modules, **kwargs)
         self.oft_block_size = oft_block_size
         self.r = r
-        self.block_size_pattern = block_size_pattern
+        self.block_size_pattern = by_name("block_size_pattern", block_size_pattern)
         self.use_cayley_neumann = use_cayley_neumann
         self.num_cayley_neumann_terms = num_cayley_neumann_terms
         self.block_share = block_share
         self.coft = coft
         self.eps = eps
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
         self._validate()
 
     def _validate(self) -> None:
-        sizes = self.block_size_pattern
-        if sizes is not None and not (isinstance(sizes, Mapping) and all(isinstance(k, str) for k in sizes)):
-            raise ArgumentError(f"block_size_pattern={sizes!r}: a number for each pattern is wanted, e.g. {{'wo': 8}}.")
-        self.block_size_pattern = None if sizes is None else dict(sizes)  # files hold no other mapping
         wanted = "a block has two rows at least, e.g. 32; or 0, and r says how many blocks there are."
         if self.oft_block_size != 0:
             whole("oft_block_size", self.oft_block_size, 2, wanted)
         whole("r", self.r, 0, "the number of blocks is a positive integer; or 0, and oft_block_size says their size.")
-        for key, size in (sizes or {}).items():
+        for key, size in (self.block_size_pattern or {}).items():
             whole(f"block_size_pattern[{key!r}]", size, 2, "a block has two rows at least, e.g. 32.")
         if (self.oft_block_size == 0) is (self.r == 0):
             raise ArgumentError(
@@ -119,35 +99,6 @@ class OFTCallback(PETCallback):
         wanted = "two terms at least: with one, no number has an effect."
         whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 2, wanted)
         positive("eps", self.eps)
-        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
-
-    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the layers; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
-        found = resolve_targets(
-            root,
-            self.target_modules,
-            structure,
-            exclude=self.exclude_modules or (),
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            hosts=turns_inputs,
-        )
-        return with_readers(root, found, structure)
-
-    def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
-        """Build one rotation per target.
-
-        Raises:
-            ArgumentError: if a pattern of sizes decides for no target.
-            TargetError: if a block's size does not divide the inputs of a target, or no rotation fits it.
-        """
-        check_patterns("block_size_pattern", self.block_size_pattern, targets)
-        return super().insertions(root, targets)
-
-    def config_at(self, targets: Sequence[Target]) -> dict[str, Any]:
-        """Sizes by place, where their patterns depend on order or are regular expressions."""
-        places = [target for target in targets if target.parameter]
-        return self.config() | {"block_size_pattern": settled(self.block_size_pattern, places)}
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Build the rotation that fits the host."""
@@ -174,7 +125,7 @@ class OFTCallback(PETCallback):
 
     def _size(self, target: Target, place: InputPlace) -> int:
         inputs = place.features
-        size = value_at(self.block_size_pattern, target, self.oft_block_size)
+        size: int = value_at(self.block_size_pattern, target, self.oft_block_size)
         if size == 0:
             size, rest = divmod(inputs, self.r)
             if rest or size < 2:

@@ -4,8 +4,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_pet.arguments import one_of, some, whole
-from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.arguments import one_of, whole
+from lightning_pet.callbacks.on_layers import OnLayersCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.layers.delta import Delta, is_filled_later, options_beside
 from lightning_pet.layers.hard_concrete import mixed
@@ -14,14 +14,12 @@ from lightning_pet.layers.sparse_values import SparseValues
 from lightning_pet.model.layer_kinds import host_kind, matrix_of, transposed, weight_of
 from lightning_pet.model.naming import module_at
 from lightning_pet.model.quantised import is_quantised
-from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
-from lightning_pet.targets.targets import resolve_targets, with_readers
+from lightning_pet.model.structure import Target
 
 Mask = Literal["random", "magnitude"]
 
 
-class SHiRACallback(PETCallback):
+class SHiRACallback(OnLayersCallback):
     r"""Sparse high-rank adaptation: :math:`W + S`, where S has values at fixed places only.
 
     Of every weight r · (in + out) entries train, as many numbers as a LoRA of rank r has. The change is of a high rank,
@@ -31,13 +29,10 @@ class SHiRACallback(PETCallback):
     Args:
         r: size; r · (in + out) entries of each weight train. Default of HF PEFT.
         target_modules: roles, suffixes, globs, or ``"re:…"``; see :class:`~lightning_pet.LoRACallback`.
-        exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
-        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
-            the names of modules is that of something else, such as a stage.
         mask_type: which entries: ``"random"`` ones, or those of largest ``"magnitude"``.
         random_seed: of the random places; every weight has its own.
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.on_layers.OnLayersCallback`, which say in which
+            layers, and of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
         ArgumentError: if an argument is out of range.
@@ -53,11 +48,7 @@ class SHiRACallback(PETCallback):
     method: ClassVar[str] = "shira"
     shards = True
     width: ClassVar[str | None] = "r"
-    may_change: ClassVar[frozenset[str]] = PETCallback.may_change | {
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
+    may_change: ClassVar[frozenset[str]] = OnLayersCallback.may_change | {
         "mask_type",
         "random_seed",
     }
@@ -66,38 +57,17 @@ class SHiRACallback(PETCallback):
         self,
         r: int = 32,
         target_modules: list[str] | str = ["all-linear"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
         mask_type: Mask = "random",
         random_seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(target_modules=target_modules, **kwargs)
         self.r = r
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
         self.mask_type = mask_type
         self.random_seed = random_seed
         whole("r", r, wanted="must be a positive integer, e.g. r=32: r · (in + out) entries of a weight train.")
-        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
         one_of("mask_type", mask_type, Mask)
         whole("random_seed", random_seed, 0, "must be an integer of at least 0.")
-
-    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the target weights; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
-        found = resolve_targets(
-            root,
-            self.target_modules,
-            structure,
-            exclude=self.exclude_modules or (),
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            hosts=lambda module, parameter: host_kind(module, parameter) is not None,
-        )
-        return with_readers(root, found, structure)
 
     def build(self, root: nn.Module, target: Target) -> Delta:
         """Choose the places, and build their values.

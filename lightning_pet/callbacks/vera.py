@@ -6,23 +6,22 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from lightning_pet.arguments import positive, share, some, whole
+from lightning_pet.arguments import positive, share, whole
 from lightning_pet.callbacks.base import PETCallback
+from lightning_pet.callbacks.on_layers import OnLayersCallback
 from lightning_pet.errors import TargetError
 from lightning_pet.insertion.low_rank_places import Forms, Options, fitted
 from lightning_pet.insertion.method import Insertion, suffix_of
 from lightning_pet.layers.vera import Projections, VeraLinear, VeraParameter
 from lightning_pet.model.layer_kinds import host_kind, matrix_of
 from lightning_pet.model.naming import named_modules
-from lightning_pet.model.structure import Structure, Target
-from lightning_pet.targets.patterns import listed, listed_if_given, listed_layers
+from lightning_pet.model.structure import Target
 from lightning_pet.targets.placement import delta_options
-from lightning_pet.targets.targets import resolve_targets, with_readers
 
 _HOSTS = ("linear", "conv1d_hf", "weight")
 
 
-class VeRACallback(PETCallback):
+class VeRACallback(OnLayersCallback):
     r"""VeRA: :math:`y = W x + \mathrm{diag}(\lambda_b)\,B\,\mathrm{diag}(\lambda_d)\,A x`.
 
     A (r × in) and B (out × r) are random, frozen, and shared by all layers: each reads a corner of the same two
@@ -38,11 +37,8 @@ class VeRACallback(PETCallback):
         projection_prng_key: seed of A and B.
         dropout: probability of dropping an input of the low-rank branch.
         target_modules: roles, suffixes, globs, or ``"re:…"``; see :class:`LoRACallback`.
-        exclude_modules: patterns of the same kinds, taken out again.
-        layers_to_transform: only these layer indices. Every pattern must have a target in one of them.
-        layers_pattern: name of the list of layers whose indices are meant (``"blocks"``), where the first number in
-            the names of modules is that of something else, such as a stage.
-        **kwargs: arguments of :class:`~lightning_pet.callbacks.base.PETCallback`.
+        **kwargs: arguments of :class:`~lightning_pet.callbacks.on_layers.OnLayersCallback`, which say in which
+            layers, and of :class:`~lightning_pet.callbacks.base.PETCallback`.
 
     Raises:
         ArgumentError: if a number is out of range.
@@ -66,20 +62,13 @@ class VeRACallback(PETCallback):
         projection_prng_key: int = 0,
         dropout: float = 0.0,
         target_modules: list[str] | str = ["attention.q", "attention.v"],  # noqa: B006  # never mutated; the CLI shows it
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(target_modules=target_modules, **kwargs)
         self.r = r
         self.d_initial = d_initial
         self.projection_prng_key = projection_prng_key
         self.dropout = dropout
-        self.target_modules = listed(target_modules)
-        self.exclude_modules = listed_if_given(exclude_modules)
-        self.layers_to_transform = listed_layers(layers_to_transform)
-        self.layers_pattern = listed_if_given(layers_pattern)
         self._validate()
 
     def _validate(self) -> None:
@@ -87,20 +76,11 @@ class VeRACallback(PETCallback):
         positive("d_initial", self.d_initial, "must be positive; at 0 neither vector would ever learn.")
         whole("projection_prng_key", self.projection_prng_key, 0, "a seed: an integer of at least 0.")
         share("dropout", self.dropout, "a probability in [0, 1), e.g. 0.05.", ends="[)")
-        some("target_modules", self.target_modules, "name at least one role, suffix or pattern, e.g. 'attention.q'.")
 
-    def resolve(self, root: nn.Module, structure: Structure) -> tuple[Target, ...]:
-        """Find the target projections; see :func:`~lightning_pet.targets.targets.resolve_targets`."""
-        found = resolve_targets(
-            root,
-            self.target_modules,
-            structure,
-            exclude=self.exclude_modules or (),
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-            hosts=lambda module, parameter: host_kind(module, parameter) in _HOSTS,
-        )
-        return with_readers(root, found, structure)
+    @staticmethod
+    def serves(module: nn.Module, parameter: str) -> bool:
+        """Whether a delta can sit on this parameter of a module."""
+        return host_kind(module, parameter) in _HOSTS
 
     def insertions(self, root: nn.Module, targets: Sequence[Target]) -> list[Insertion]:
         """Build what is shared, as large as the widest target, and a pair of vectors per target."""

@@ -173,7 +173,7 @@ def _foreign(start: bytes, size: int, length: int, where: str) -> DeltaFileError
             "code; delta files never are one. Ask for the delta as saved by save_delta.",
             "unsafe",
         )
-    if start[:1] in b"{[":
+    if start.startswith((b"{", b"[")):
         return fault(
             where,
             "found text, such as JSON, expected a safetensors file. Give the delta itself: the *.pet.safetensors "
