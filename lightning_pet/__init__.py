@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_pet.callbacks.bitfit import BitFitCallback as BitFitCallback
     from lightning_pet.callbacks.compacter import CompacterCallback as CompacterCallback
     from lightning_pet.callbacks.diff_pruning.callback import DiffPruningCallback as DiffPruningCallback
+    from lightning_pet.callbacks.drift import DriftCallback as DriftCallback
     from lightning_pet.callbacks.full_fine_tuning import FullFineTuningCallback as FullFineTuningCallback
     from lightning_pet.callbacks.hira import HiRACallback as HiRACallback
     from lightning_pet.callbacks.hra import HRACallback as HRACallback
@@ -74,6 +75,7 @@ _WHERE = {
     "BitFitCallback": "callbacks.bitfit",
     "CompacterCallback": "callbacks.compacter",
     "DiffPruningCallback": "callbacks.diff_pruning.callback",
+    "DriftCallback": "callbacks.drift",
     "FullFineTuningCallback": "callbacks.full_fine_tuning",
     "HiRACallback": "callbacks.hira",
     "HRACallback": "callbacks.hra",

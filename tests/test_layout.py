@@ -291,8 +291,8 @@ def test_text_speaks_of_the_project_alone() -> None:
 # -- four places per method -------------------------------------------------------------------------
 
 # One file per method; a method with organs of its own has a folder, in which callback.py is that file.
-# What is beside the methods is none: bases of them, and the callback that lets several deltas train.
-NO_METHODS = ("__init__", "base", "on_layers", "tasks")
+# What is beside the methods is none: bases of them, what lets several deltas train, and what measures.
+NO_METHODS = ("__init__", "base", "drift", "on_layers", "tasks")
 METHOD_FILES = {p.stem: p for p in (PACKAGE / "callbacks").glob("*.py") if p.stem not in NO_METHODS}
 METHOD_FILES |= {p.parent.name: p for p in (PACKAGE / "callbacks").glob("*/callback.py")}
 METHOD_NAMES = sorted(METHOD_FILES)

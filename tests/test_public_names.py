@@ -23,6 +23,7 @@ NAMES = [
     "DeltaFileError",
     "DeltaLibrary",
     "DiffPruningCallback",
+    "DriftCallback",
     "FullFineTuningCallback",
     "HRACallback",
     "HiRACallback",
