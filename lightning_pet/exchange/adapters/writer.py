@@ -16,7 +16,7 @@ from lightning_pet.exchange.adapters.reader import pool_of
 from lightning_pet.exchange.peft_hosts import Export
 from lightning_pet.exchange.peft_low_rank import taken
 from lightning_pet.insertion.low_rank_places import scale_of
-from lightning_pet.model.named_roles import NamedRoles, is_norm, roles_by_name
+from lightning_pet.model.named_roles import is_norm, roles_by_name
 from lightning_pet.model.naming import CHILD, by_delta, join, module_at
 from lightning_pet.model.structure import Target
 from lightning_pet.store.reader import Stored
@@ -245,15 +245,12 @@ def _lora(export: Export, left: dict[str, Tensor]) -> dict[str, Any]:
         raise export.fault(f"the adapters library has no init={own.get('init')!r}, and trains no biases. {_WAY_OUT}")
     roles: dict[str, list[Target]] = {}
     ranks, factors = set(), set()
-    named = {(one.module, one.parameter): one for one in roles_by_name(export.needed("", "has roles"))}
-    for place, parts in taken(export, left):
-        target = _with_role(place, named.get((place.module, place.parameter)))
+    for target, parts in _with_roles(export, left):
         if target.rows is not None or target.parameter != "weight" or target.cross:
             what = "is of cross-attention" if target.cross else "is a part of a fused weight"
             raise export.fault(f"{target.path} {what}, which is not written for the adapters library. {_WAY_OUT}")
         if target.role not in (*_MATRICES, "ffn.up", *(() if scales else ("ffn.down",))):
-            why = f"is {target.role or 'no projection of one role'}"
-            why = "rescales what a layer gets" if scales and target.role == "ffn.down" else why
+            why = "rescales what a layer gets" if scales else f"is {target.role or 'no projection of one role'}"
             raise export.fault(f"{target.path} {why}, which the adapters library does not adapt. {_WAY_OUT}")
         roles.setdefault(str(target.role), []).append(target)
         names = {"scale": "lora_B"} if scales else {"a": "lora_A", "b": "lora_B"}
@@ -292,11 +289,15 @@ def _lora(export: Export, left: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _with_role(target: Target, named: NamedRoles | None) -> Target:
-    """A place that was given by its name alone, as a folder of PEFT does, with the role that the name says."""
-    if target.role is not None or named is None or len(named.roles) != 1:
-        return target
-    return replace(target, role=named.roles[0], cross=named.cross)
+def _with_roles(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dict[str, Tensor]]]:
+    """As :func:`taken`; places that were given by name alone, as a folder of PEFT does, have the role it says."""
+    named = {(one.module, one.parameter): one for one in roles_by_name(export.needed("", "has roles"))}
+    for target, parts in taken(export, left):
+        own = named.get((target.module, target.parameter))
+        if target.role is None and own is not None and len(own.roles) == 1:
+            yield replace(target, role=own.roles[0], cross=own.cross), parts
+        else:
+            yield target, parts
 
 
 def _check_stacks(export: Export, roles: Mapping[str, Sequence[Target]]) -> None:
