@@ -333,3 +333,32 @@ def test_the_date_chat_writes_characters() -> None:
     tokenizer = character_tokenizer()
     ids = tokenizer("<|user|>4 March<|end|>")["input_ids"]
     assert (len(tokenizer), len(ids), tokenizer.decode(ids)) == (101, 9, "<|user|>4 March<|end|>")
+
+
+def test_conversations_that_end_with_a_question_are_answered(bytes_tokenizer: Any, tmp_path: Path) -> None:
+    bytes_tokenizer.chat_template = TEMPLATE
+    lines = [{"messages": [USER, PARIS, MORE]}, {"messages": [USER, PARIS, MORE, ROME]}, {"messages": [SYSTEM, USER]}]
+    others = [
+        ({"prompt": "a"}, "a"),
+        ({"text": "b c"}, "b c"),
+        ({"instruction": "d"}, None),
+        ({"conversations": [{"from": "human", "value": "e"}]}, None),
+    ]
+    train = write(tmp_path / "train.jsonl", *[{"messages": [USER, PARIS]}] * 3)
+    module = SimpleNamespace(tokenizer=bytes_tokenizer)
+    data = ChatData(train, predict=write(tmp_path / "ask.jsonl", *lines))
+    data.encode_splits(module, ["predict"])
+    (found,) = data.loader("predict")
+    asked = [row[mask.bool()] for row, mask in zip(found["prompt_ids"], found["prompt_mask"], strict=True)]
+    assert torch.equal(asked[0], asked[1])  # what stands there as an answer is not shown
+    for row, line in zip(asked, [lines[0], lines[0], lines[2]], strict=True):
+        assert row.tolist() == ChatEncoder(bytes_tokenizer, 99).prompt(line["messages"])
+    for line, text in others:
+        data = ChatData(train, predict=write(tmp_path / "one.jsonl", line))
+        data.encode_splits(module, ["predict"])
+        (found,) = data.loader("predict")
+        if text is not None:
+            assert bytes_tokenizer.decode(found["prompt_ids"][0]) == text
+    short = ChatData(train, predict=write(tmp_path / "ask.jsonl", *lines), max_length=8)
+    with pytest.raises(ArgumentError, match="line 1: the last question alone is longer than max_length=8"):
+        short.encode_splits(module, ["predict"])

@@ -163,4 +163,4 @@ def _labels(tokens: Tokens) -> list[int]:
 
 
 def _filled(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int64)

@@ -32,7 +32,8 @@ class ChatData(TableDataModule):
         val: file with the validation split; ``None`` takes that of the folder or repository, else cuts
             ``val_fraction`` off the training split.
         test: file with the test split.
-        predict: file with conversations to answer.
+        predict: file with conversations to answer, one answer per line: they end with a question, or with an answer
+            that is left out.
         format: ``"chat"`` (``messages``), ``"completion"`` (``prompt``, ``completion``), ``"sharegpt"``
             (``conversations``), ``"alpaca"`` (``instruction``, ``input``, ``output``) or ``"text"``; ``"auto"`` goes by
             the keys of the first line.
@@ -84,7 +85,10 @@ class ChatData(TableDataModule):
         """Read and check all splits; cut a validation split off if there is none."""
         rows = read_files(self.train, val=self.val, test=self.test, predict=self.predict)
         kinds = (Conversation, Text)
-        tables = {split: read_conversations(table, self.form, kinds) for split, table in rows.items()}
+        tables = {
+            split: read_conversations(table, self.form, kinds, answered=split != "predict")
+            for split, table in rows.items()
+        }
         return with_validation(tables, self.val_fraction, self.seed)
 
     def bind(self, module: Any) -> Hashable:
@@ -98,15 +102,20 @@ class ChatData(TableDataModule):
         return self._packs
 
     def encode(self, table: Table, tokenizer: Any, targets: bool) -> list[Any]:
-        """Turn conversations into tokens, and mark those that are trained."""
+        """Turn conversations into tokens, and mark those that are trained; without targets one prompt for each."""
         encoder, problems = ChatEncoder(tokenizer, self.max_length), Problems(table.source)
         examples: list[Tokens] = []
         for line, example in zip(table.columns["line"], table.columns["example"], strict=True):
             try:
-                examples += encoder.text(example) if isinstance(example, Text) else encoder.conversation(example)
+                if not targets:
+                    examples.append(encoder.asked(example))
+                else:
+                    examples += encoder.text(example) if isinstance(example, Text) else encoder.conversation(example)
             except LineError as error:
                 problems.add(line, str(error))
         problems.check()
+        if not targets:
+            return examples
         if not any(sum(tokens.trained[1:]) for tokens in examples):
             raise ArgumentError(
                 f"{table.source}: nothing is trained: none of its {len(table)} answers fits into "

@@ -6,7 +6,7 @@ right wherever what precedes an answer is what the model will be given when it h
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -39,7 +39,9 @@ class Tokens:
 
     @property
     def prompt(self) -> int:
-        """Number of tokens before the last trained run."""
+        """Number of tokens before the last trained run; all of them where nothing is trained."""
+        if not any(self.trained):
+            return len(self.ids)
         end = len(self.trained) - self.trained[::-1].index(True)
         begin = end
         while begin and self.trained[begin - 1]:
@@ -112,18 +114,34 @@ class ChatEncoder:
             return fitting
         return [found for found in (self._shortened(example, turn) for turn in _trained(example)) if found is not None]
 
+    def asked(self, example: Conversation | Text) -> Tokens:
+        """What the model is given to write the last answer of a conversation, or the next; nothing is trained.
+
+        Raises:
+            LineError: the last question does not fit, or the template refuses or drops a turn.
+        """
+        if isinstance(example, Text):
+            begin, given = self._begin(), self._ids(example.prompt or example.completion)
+            room = max(self.max_length - len(begin), 1)
+            self.cut += len(given) > room
+            ids = [*begin, *given[-room:]]
+            return Tokens(tuple(ids), (False,) * len(ids))
+        self._check_seen(example)
+        messages = example.messages[: -1 if example.messages[-1]["role"] == "assistant" else None]
+        for tried, kept in enumerate(_later(messages, len(messages))):
+            ids = self.prompt(kept, example.tools)
+            if len(ids) <= self.max_length:
+                self.cut += tried > 0
+                return Tokens(tuple(ids), (False,) * len(ids))
+        raise LineError(f"the last question alone is longer than max_length={self.max_length} tokens")
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """What the model is given to write the next answer."""
         return self._ids(self._render(messages, tools, ask=True))
 
     def _shortened(self, example: Conversation, turn: int) -> Tokens | None:
         """The answer of a turn after as many earlier turns as fit."""
-        messages = example.messages
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        starts = [n for n, message in enumerate(messages[:turn]) if message["role"] == "user"]
-        for tried, start in enumerate(starts or [0]):
-            begin = start if tried else 0
-            kept = (*(system if begin else ()), *messages[begin : turn + 1])
+        for tried, kept in enumerate(_later(example.messages, turn)):
             trained = (*(False for _ in kept[:-1]), True)
             found = self._turn(replace(example, messages=kept, trained=trained), len(kept) - 1)
             if len(found.ids) <= self.max_length:
@@ -220,6 +238,15 @@ class ChatEncoder:
                     "Use a model whose template knows it, or write it into the text of another message"
                 )
             self._seen.add(kind)
+
+
+def _later(messages: Sequence[Message], turn: int) -> Iterator[tuple[Message, ...]]:
+    """The messages up to a turn: all of them, then those from each later question on, behind the system's message."""
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    starts = [n for n, message in enumerate(messages[:turn]) if message["role"] == "user"]
+    for tried, start in enumerate(starts or [0]):
+        begin = start if tried else 0
+        yield (*(system if begin else ()), *messages[begin : turn + 1])
 
 
 def _trained(example: Conversation) -> list[int]:

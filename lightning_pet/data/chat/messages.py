@@ -115,10 +115,10 @@ def _text(content: Any, where: str) -> str:
 # --- chat ------------------------------------------------------------------------------------------
 
 
-def chat(line: Mapping[str, Any]) -> Conversation:
+def chat(line: Mapping[str, Any], answered: bool = True) -> Conversation:
     """``{"messages": [...]}`` with every role, tools, several turns, and weights of 0 or 1."""
     found = _fields(dict(line), "the line", _TOP, ["messages"])
-    return _conversation(found)
+    return _conversation(found, answered)
 
 
 def _conversation(found: Mapping[str, Any], ends_with_answer: bool = True) -> Conversation:
@@ -245,7 +245,7 @@ def _tools(found: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
 # --- preferences -----------------------------------------------------------------------------------
 
 
-def preference(line: Mapping[str, Any]) -> Preference:
+def preference(line: Mapping[str, Any], answered: bool = True) -> Preference:
     """``{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}``."""
     found = {_OLD.get(key, key): value for key, value in line.items()}
     names = ("input", "preferred_output", "non_preferred_output")
@@ -274,33 +274,38 @@ def _answer(value: Any, name: str, context: Conversation) -> Conversation:
 # --- other people's forms --------------------------------------------------------------------------
 
 
-def completion(line: Mapping[str, Any]) -> Text:
+def completion(line: Mapping[str, Any], answered: bool = True) -> Text:
     """``{"prompt": "...", "completion": "..."}``, without a template."""
-    found = _fields(dict(line), "the line", ("prompt", "completion"), ("prompt", "completion"))
+    names = ("prompt", "completion")
+    found = _fields(dict(line), "the line", names, names if answered else names[:1])
+    if not answered:
+        return Text(_string(found["prompt"], "prompt"), "")
     if not _string(found["completion"], "completion"):
         raise LineError("completion is empty, so nothing is trained")
     return Text(_string(found["prompt"], "prompt"), found["completion"])
 
 
-def text(line: Mapping[str, Any]) -> Text:
+def text(line: Mapping[str, Any], answered: bool = True) -> Text:
     """``{"text": "..."}`` (or ``content``, ``document``): every word is trained."""
     name = next((name for name in ("text", "content", "document") if name in line), None)
     if name is None:
         raise LineError(f"there is no 'text', only {list(line)}")
     if not _string(line[name], name):
         raise LineError(f"{name} is empty, so nothing is trained")
-    return Text("", line[name])
+    return Text("", line[name]) if answered else Text(line[name], "")
 
 
-def alpaca(line: Mapping[str, Any]) -> Conversation:
+def alpaca(line: Mapping[str, Any], answered: bool = True) -> Conversation:
     """``{"instruction": "...", "input": "...", "output": "..."}``, with ``system`` where there is one."""
-    for name in ("instruction", "output"):
+    for name in ("instruction", "output") if answered else ("instruction",):
         if name not in line:
             raise LineError(f"there is no {name!r}, only {list(line)}")
     asked = [_string(line["instruction"], "instruction"), _string(line.get("input") or "", "input")]
     given = [("system", _string(line.get("system") or "", "system"))] if line.get("system") else []
-    turns = [*given, ("user", "\n\n".join(filter(None, asked))), ("assistant", _string(line["output"], "output"))]
-    return _conversation({"messages": [{"role": role, "content": content} for role, content in turns]})
+    turns = [*given, ("user", "\n\n".join(filter(None, asked)))]
+    if answered:
+        turns.append(("assistant", _string(line["output"], "output")))
+    return _conversation({"messages": [{"role": role, "content": content} for role, content in turns]}, answered)
 
 
 _SHAREGPT: Final = {
@@ -314,7 +319,7 @@ _SHAREGPT: Final = {
 }
 
 
-def sharegpt(line: Mapping[str, Any]) -> Conversation:
+def sharegpt(line: Mapping[str, Any], answered: bool = True) -> Conversation:
     """``{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}``."""
     turns = line.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -326,10 +331,10 @@ def sharegpt(line: Mapping[str, Any]) -> Conversation:
             known = ", ".join(_SHAREGPT)
             raise LineError(f"turn {number} is {_shown(turn)}, expected 'from' (one of {known}) and 'value' (a text)")
         messages.append({"role": _SHAREGPT[sender], "content": turn["value"]})
-    return _conversation({"messages": messages})
+    return _conversation({"messages": messages}, answered)
 
 
-_MAKERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Example]]] = {
+_MAKERS: Final[Mapping[str, Callable[[Mapping[str, Any], bool], Example]]] = {
     "chat": chat,
     "completion": completion,
     "sharegpt": sharegpt,
@@ -347,6 +352,7 @@ _MARKS: Final[tuple[tuple[str, str], ...]] = (
     ("text", "text"),
     ("content", "text"),
     ("document", "text"),
+    ("prompt", "completion"),
 )
 """Keys by which a form is known, in this order."""
 
@@ -366,14 +372,15 @@ def form_of(line: Mapping[str, Any]) -> str:
     )
 
 
-def read_line(line: Mapping[str, Any], form: str) -> Example:
+def read_line(line: Mapping[str, Any], form: str, answered: bool = True) -> Example:
     """One line in the common form.
 
     Args:
         line: the object.
         form: one of ``Format`` but ``auto``.
+        answered: whether it has to hold an answer to learn; without one, it is there to be answered.
 
     Raises:
         LineError: what is wrong with it.
     """
-    return _MAKERS[form](line)
+    return _MAKERS[form](line, answered)

@@ -46,13 +46,14 @@ class Problems:
             )
 
 
-def read_conversations(table: Table, form: Format, kinds: tuple[type, ...]) -> Table:
+def read_conversations(table: Table, form: Format, kinds: tuple[type, ...], answered: bool = True) -> Table:
     """The examples of a table, checked.
 
     Args:
         table: rows as they were read; its columns are ``line`` and ``object``.
         form: of the lines; ``auto`` goes by the keys of the first one.
         kinds: classes of examples that may be in it.
+        answered: whether each line has to hold an answer to learn.
 
     Returns:
         A table with the columns ``line`` and ``example``.
@@ -68,7 +69,7 @@ def read_conversations(table: Table, form: Format, kinds: tuple[type, ...]) -> T
             if isinstance(row, LineError):
                 raise row
             form = form_of(row) if form == "auto" else form  # type: ignore[assignment]
-            example = read_line(row, form)
+            example = read_line(row, form, answered)
         except LineError as error:
             problems.add(number, str(error))
             continue
