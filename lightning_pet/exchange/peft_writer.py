@@ -72,9 +72,7 @@ def to_peft(stored: Stored, root: nn.Module | None) -> Export:
     export = Export(stored, root)
     method = export.record.method
     if method not in _WRITERS:
-        raise export.fault(
-            f"PEFT has no counterpart of {method}. Merge it (to='transformers'), or approximate it (to='lora')."
-        )
+        raise export.fault(f"PEFT has no counterpart of {method}. {_WAY_OUT}")
     if export.record.config.get("use_gating"):
         raise export.fault(f"PEFT has no gates, and {method} has them (use_gating=True). Keep it in a file of its own.")
     left = dict(stored.tensors)
@@ -330,4 +328,4 @@ def for_server(export: Export, server: str) -> None:
         raise export.fault(f"llama.cpp does not read a delta on an output layer that is tied. {_WAY_OUT}")
 
 
-_WAY_OUT: Final = "Merge it (to='transformers'), or approximate it (to='lora') if it only changes weights."
+_WAY_OUT: Final = "Where only weights change, merge it (to='transformers') or make it a LoRA (to='lora'); else keep it in a file of ours."
