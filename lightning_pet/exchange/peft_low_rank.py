@@ -5,6 +5,7 @@ of their ranks' sum, and zeros fill all up to one rank, so that ``lora_alpha = r
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -312,6 +313,15 @@ def targets_of(export: Export, paths: Sequence[str]) -> dict[str, Any]:
         return {"target_modules": short, "exclude_modules": None}
     also = [other for other in known if other not in paths and any(other.endswith(f".{path}") for path in paths)]
     return {"target_modules": list(paths), "exclude_modules": also or None}
+
+
+def names_of(export: Export, paths: Sequence[str]) -> list[str] | str:
+    """Names of exactly these modules for what has no exceptions in PEFT: an expression where a list needs them."""
+    found = targets_of(export, paths)
+    if found["exclude_modules"]:
+        return "|".join(map(re.escape, paths))
+    names: list[str] = found["target_modules"]
+    return names
 
 
 def _is_ours(path: str) -> bool:

@@ -19,7 +19,7 @@ from lightning_pet.exchange.peft_hosts import (
     whole_of,
 )
 from lightning_pet.exchange.peft_layers import of_rank, without_tables
-from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, kind_at, padded, taken, targets_of, wide
+from lightning_pet.exchange.peft_low_rank import PROJECTIONS, Layer, kind_at, names_of, padded, taken, targets_of, wide
 from lightning_pet.model.layer_kinds import embed_scale, matrix_of, transposed
 from lightning_pet.model.structure import Target
 from lightning_pet.store.strict_json import fault, shown
@@ -258,7 +258,8 @@ def write_shira(export: Export, left: dict[str, Tensor]) -> None:
         "mask_type": "random",
         "random_seed": None,
         "init_weights": True,
-        **said_of_hosts(export, found),
+        "fan_in_fan_out": said_of_hosts(export, found)["fan_in_fan_out"],
+        "target_modules": names_of(export, sorted(found)),
     }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import CONFIG, PREFIX, Base, Folder, unused
 from lightning_pet.exchange.peft_hosts import Export, Read, heads_of, no_such, path_of, record_of
-from lightning_pet.exchange.peft_low_rank import targets_of
+from lightning_pet.exchange.peft_low_rank import names_of
 from lightning_pet.exchange.peft_ties import holders_of, says_tied, table_of
 from lightning_pet.model.naming import by_delta, join, named_modules
 from lightning_pet.model.structure import Target
@@ -172,7 +172,7 @@ def write_tokens(export: Export, left: dict[str, Tensor]) -> None:
         "peft_type": "TRAINABLE_TOKENS",
         "token_indices": list(lists.pop()),
         "init_weights": True,
-        **targets_of(export, sorted(found)),
+        "target_modules": names_of(export, sorted(found)),
     }
 
 

@@ -1,6 +1,5 @@
 """VeRA as HF PEFT writes it: two vectors per layer, and what all layers share at the root, or only the key of that."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_pet.exchange.folder import CONFIG, PREFIX, Base, Folder
 from lightning_pet.exchange.peft_hosts import Export, Read, Values, path_of, placed, split_hosts, whole_of
-from lightning_pet.exchange.peft_low_rank import kind_at, targets_of
+from lightning_pet.exchange.peft_low_rank import kind_at, names_of
 from lightning_pet.layers.rows import spread
 from lightning_pet.layers.vera import Projections
 from lightning_pet.model.layer_kinds import matrix_of
@@ -132,14 +131,5 @@ def write_vera(export: Export, left: dict[str, Tensor]) -> None:
         "bias": "none",
         "init_weights": True,
         "fan_in_fan_out": all(kind_at(export, target) == "conv1d_hf" for target in layers.values()),
-        "target_modules": _named(export, sorted(layers)),
+        "target_modules": names_of(export, sorted(layers)),
     }
-
-
-def _named(export: Export, paths: list[str]) -> list[str] | str:
-    """Names of exactly these modules; as an expression where a list would need exceptions, which VeRA's has not."""
-    found = targets_of(export, paths)
-    if found["exclude_modules"]:
-        return "|".join(map(re.escape, paths))
-    names: list[str] = found["target_modules"]
-    return names

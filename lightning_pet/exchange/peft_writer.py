@@ -86,6 +86,8 @@ def to_peft(stored: Stored, root: nn.Module | None) -> Export:
     if left:
         raise export.fault(f"nothing in PEFT holds {', '.join(sorted(left)[:4])}. Merge it (to='transformers').")
     export.config |= _said_of_the_base(export)
+    if method == TOKENS and not export.config["modules_to_save"]:
+        del export.config["modules_to_save"]  # PEFT's own class has no such option, and warns
     return export
 
 

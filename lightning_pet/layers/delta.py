@@ -235,7 +235,7 @@ class Delta(Part):
             NotMergeableError: if no weight does.
         """
         raise NotMergeableError(
-            f"{type(self).__name__} cannot be added into a base weight exactly; keep it attached instead of merging."
+            f"no weight gives the outputs of this delta ({type(self).__name__}): keep it attached instead of merging."
         )
 
     def merge_(self, weight: Tensor) -> None:

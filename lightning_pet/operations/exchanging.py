@@ -193,7 +193,7 @@ def _as_lora(
         load_delta(model, stored.path, name=delta)
     own = root_of(model)[1]
     try:
-        exact = None if stored.methods[0].method == "lora" else as_low_rank(own, delta)
+        exact = as_low_rank(own, delta)
         if exact is not None and (rank is None or rank >= exact.methods[0].config["r"]):
             return exact, 0.0
         if rank is None:

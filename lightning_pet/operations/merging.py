@@ -272,7 +272,10 @@ class _Planner:
             unit.target = target
             unit.made.append(delta)
         elif base is None:
-            delta.merged(torch.empty(0))  # raises: there is no weight to merge into
+            try:
+                delta.merged(torch.empty(0))  # raises: there is no weight to merge into
+            except NotMergeableError as error:
+                raise NotMergeableError(f"{method} on {target.path}: {error}") from None
             raise NotMergeableError(f"{target.path} has no weight that the delta could be added to.")
         else:
             _check_host(target, host, delta)

@@ -95,7 +95,8 @@ def described(path: str | os.PathLike[str], manifest: Manifest, norms: Mapping[s
         ``methods`` (name, options, places, parameters), ``tensors`` (shape and norm by name), ``bytes``,
         ``base`` (fingerprint digests).
     """
-    sizes = {record.name: math.prod(record.shape) for record in manifest.tensors}
+    # Integers say where numbers are (entries of a weight, rows of a table); they are none themselves.
+    sizes = {record.name: math.prod(record.shape) for record in manifest.tensors if not _is_index(record)}
     base = manifest.base
     return {
         "path": str(path),
@@ -109,6 +110,10 @@ def described(path: str | os.PathLike[str], manifest: Manifest, norms: Mapping[s
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def _is_index(record: TensorRecord) -> bool:
+    return record.dtype in TYPES and TYPES[record.dtype][0].startswith(("int", "uint"))
 
 
 def _tensor(record: TensorRecord, norms: Mapping[str, float]) -> dict[str, Any]:
@@ -161,7 +166,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     heads = [name for name in summary["tensors"] if ".pet." not in f".{name}"]
     if heads:
         console.print(f"trained as they are: {', '.join(heads)}", soft_wrap=True)
-    largest = sorted(summary["tensors"].items(), key=lambda item: -item[1]["norm"])[:5]
+    numbers = [item for item in summary["tensors"].items() if not item[1]["dtype"].startswith(("int", "uint"))]
+    largest = sorted(numbers, key=lambda item: -item[1]["norm"])[:5]
     console.print("largest norms: " + ", ".join(f"{name} {info['norm']:.3g}" for name, info in largest), soft_wrap=True)
     if summary["base"]:
         console.print(f"base: structure {summary['base']['structure'][:12]}, sample {summary['base']['sample'][:12]}")

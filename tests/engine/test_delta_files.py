@@ -16,6 +16,7 @@ from models import Data, Module, Net, classes, digest, fit, is_pristine, lora, t
 from torch import nn
 
 from lightning_pet.callbacks.lora import LoRACallback
+from lightning_pet.callbacks.shira import SHiRACallback
 from lightning_pet.errors import ArgumentError, BaseMismatchError, DeltaFileError, PETError
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.operations.apply import apply
@@ -151,6 +152,16 @@ def test_inspecting(trained, capsys):
     saved, other = inspect_delta(folder / "c.ckpt"), inspect_delta(folder / "d.pet.safetensors")
     assert (saved.methods, saved.tensors, saved.base) == (other.methods, other.tensors, other.base)
     assert saved.step == 10
+
+
+def test_places_of_numbers_are_no_numbers(tmp_path, capsys):
+    net = Net()
+    apply(net, SHiRACallback(r=2, target_modules=["fc1"], modules_to_save=[]))
+    save_delta(net, tmp_path / "d.pet.safetensors")
+    summary = summarize(tmp_path / "d.pet.safetensors")
+    assert summary["parameters"] == summary["methods"][0]["parameters"] == Adapted(net).plan().trainable
+    print_summary(summary)
+    assert ".indices" not in capsys.readouterr().out
 
 
 def test_numbers_of_methods_with_similar_names(tmp_path):

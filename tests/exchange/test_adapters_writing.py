@@ -96,6 +96,15 @@ def test_ours_read_again(case: str, tmp_path: Path) -> None:
     assert (output_of(model) - output_of(base)).abs().max() > 1e-3
 
 
+def test_places_that_peft_has_named_have_roles(tmp_path: Path) -> None:
+    model = trained(made(bert, torch.float32), LoRACallback(r=2))
+    export_delta(model, tmp_path / "peft")
+    load_delta(other := made(bert, torch.float32), tmp_path / "peft")
+    export_delta(other, tmp_path / "folder", to="adapters")
+    load_delta(back := made(bert, torch.float32), tmp_path / "folder")
+    torch.testing.assert_close(output_of(back.eval()), output_of(model), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("build", "method", "words"),
     [

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,6 +242,8 @@ def test_any_change_of_weights_as_lora(tmp_path: Path) -> None:
 
 
 def test_a_change_that_is_of_low_rank_is_written_without_asking_for_one(tmp_path: Path) -> None:
+    export_delta(model := trained(made(bert), LoRACallback(r=2)), tmp_path / "itself", to="lora")
+    torch.testing.assert_close(in_peft(made(bert), tmp_path / "itself", output_of(model)), output_of(model))
     for build, targets in ((bert, ["attention.q", "attention.v"]), (Convolutions, ["first", "linear"])):
         base, folder = made(build), tmp_path / build.__name__
         model = trained(base, AdaLoRACallback(init_r=4, target_r=2, total_step=10, target_modules=targets))
@@ -333,6 +336,14 @@ def test_two_methods_are_refused(tmp_path: Path) -> None:
         export_delta(model, tmp_path / "folder")
 
 
+@pytest.mark.parametrize("method", [SHiRACallback(r=2, target_modules=["query"]), TrainableTokensCallback([5, 6])])
+def test_configurations_have_no_option_that_peft_does_not_know(method: PETCallback, tmp_path: Path) -> None:
+    export_delta(trained(made(llama if method.method == "trainable_tokens" else bert), method), tmp_path / "folder")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*nexpected keyword")
+        assert peft.PeftConfig.from_pretrained(str(tmp_path / "folder")).target_modules
+
+
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     model = trained(made(bert), LoRACallback(r=2))
     (tmp_path / "there").mkdir()
@@ -342,7 +353,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="to='onnx'"):
         export_delta(model, tmp_path / "x", to="onnx")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="needs a rank"):
-        export_delta(model, tmp_path / "x", to="lora")
+        export_delta(trained(made(bert), IA3Callback()), tmp_path / "x", to="lora")
+    with pytest.raises(ArgumentError, match="needs a rank"):
+        export_delta(trained(made(bert), LNTuningCallback()), tmp_path / "x", to="lora")
     with pytest.raises(ArgumentError, match="give both paths"):
         export_delta(model, tmp_path / "x", to="transformers")
 

@@ -6,6 +6,7 @@ layer, by the kind of the sub-layer. Which layers have one follows from its conf
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -244,12 +245,12 @@ def _lora(export: Export, left: dict[str, Tensor]) -> dict[str, Any]:
         raise export.fault(f"the adapters library has no init={own.get('init')!r}, and trains no biases. {_WAY_OUT}")
     roles: dict[str, list[Target]] = {}
     ranks, factors = set(), set()
-    for target, parts in taken(export, left):
+    for target, parts in _with_roles(export, left):
         if target.rows is not None or target.parameter != "weight" or target.cross:
             what = "is of cross-attention" if target.cross else "is a part of a fused weight"
             raise export.fault(f"{target.path} {what}, which is not written for the adapters library. {_WAY_OUT}")
         if target.role not in (*_MATRICES, "ffn.up", *(() if scales else ("ffn.down",))):
-            why = "rescales what a layer gets" if scales else f"is {target.role}"
+            why = "rescales what a layer gets" if scales else f"is {target.role or 'no projection of one role'}"
             raise export.fault(f"{target.path} {why}, which the adapters library does not adapt. {_WAY_OUT}")
         roles.setdefault(str(target.role), []).append(target)
         names = {"scale": "lora_B"} if scales else {"a": "lora_A", "b": "lora_B"}
@@ -286,6 +287,17 @@ def _lora(export: Export, left: dict[str, Tensor]) -> dict[str, Any]:
         "vera_d": None,
         "dtype": None,
     }
+
+
+def _with_roles(export: Export, left: dict[str, Tensor]) -> Iterator[tuple[Target, dict[str, Tensor]]]:
+    """As :func:`taken`; places that were given by name alone, as a folder of PEFT does, have the role it says."""
+    named = {(one.module, one.parameter): one for one in roles_by_name(export.needed("", "has roles"))}
+    for target, parts in taken(export, left):
+        own = named.get((target.module, target.parameter))
+        if target.role is None and own is not None and len(own.roles) == 1:
+            yield replace(target, role=own.roles[0], cross=own.cross), parts
+        else:
+            yield target, parts
 
 
 def _check_stacks(export: Export, roles: Mapping[str, Sequence[Target]]) -> None:

@@ -48,6 +48,8 @@ def as_low_rank(root: nn.Module, name: str) -> Stored | None:
         key = "_".join(part for part in ("lora", _NAME, suffix_of(target)) if part)
         path = delta_path(target.module, key)
         tensors |= {join(path, "a"): a.contiguous(), join(path, "b"): b.contiguous()}
+    if not ranks:
+        return None  # nothing but values that train as they are
     (own,) = stored.methods
     heads = tuple(target for target in own.targets if target not in ranks and not is_shared(target))
     method = MethodRecord("lora", _NAME, _config(ranks, own.config), (*ranks, *heads))
