@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_pet.data.chat.batches import Collator, Packs, StepSampler, packed, trained_tokens
 from lightning_pet.data.chat.data import ChatData
@@ -305,6 +306,28 @@ def test_every_batch_knows_the_tokens_of_its_step(world: int, window: int) -> No
     used = [row for mine in seen for row, _ in mine]
     assert set(used) == set(range(23))
     assert len(used) == -(-23 // world) * world
+
+
+def test_the_tokens_of_a_step_are_known_before_the_trainer_has_begun() -> None:
+    """Processes that form batches read ahead of the schedule of accumulation, and of the number of batches."""
+    rows = rows_of([int(n) for n in torch.randint(2, 9, (20,), generator=torch.Generator().manual_seed(0))])
+    trainer = SimpleNamespace(
+        world_size=1,
+        global_rank=0,
+        accumulate_grad_batches=1,
+        num_training_batches=float("inf"),
+        limit_train_batches=3,
+        callbacks=[GradientAccumulationScheduler({0: 2, 1: 4})],
+    )
+    for epoch, windows in ((0, [2, 1]), (1, [3])):
+        sampler = StepSampler(rows, 4, trainer, seed=3)
+        sampler.set_epoch(epoch)
+        found, begin = list(sampler), 0
+        for batches in windows:
+            step = found[begin * 4 : (begin + batches) * 4]
+            total = sum(trained_tokens(rows[row]) for row, _ in step)
+            assert step[0][1] * (2, 4)[epoch] == pytest.approx(total)
+            begin += batches
 
 
 def test_the_order_is_that_of_the_epoch() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -100,11 +101,23 @@ class StepSampler(DistributedSampler[Any]):
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         return [[group[rank :: self.num_replicas] for rank in range(self.num_replicas)] for group in groups]
 
+    def _window(self) -> int:
+        """Batches of a step in this epoch: processes that read ahead ask before a schedule has set it."""
+        for callback in getattr(self.trainer, "callbacks", ()):
+            if isinstance(callback, GradientAccumulationScheduler):
+                return callback.get_accumulate_grad_batches(self.epoch)
+        return getattr(self.trainer, "accumulate_grad_batches", 1) or 1
+
+    def _used(self, batches: int) -> int:
+        """Batches of an epoch that are trained: the Trainer counts them only after others have read ahead."""
+        limit = getattr(self.trainer, "limit_train_batches", None)
+        if limit is None:
+            return batches
+        return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
     def __iter__(self) -> Iterator[Any]:
         batches = self.batches()
-        window = getattr(self.trainer, "accumulate_grad_batches", 1) or 1
-        limit = getattr(self.trainer, "num_training_batches", len(batches))
-        used = batches[: int(min(limit, len(batches)))]
+        window, used = self._window(), batches[: self._used(len(batches))]
         for begin in range(0, len(batches), window):
             step = used[begin : begin + window] or batches[begin : begin + window]
             trained = sum(self.tokens[row] for batch in step for rows in batch for row in rows)
