@@ -328,4 +328,4 @@ def for_server(export: Export, server: str) -> None:
         raise export.fault(f"llama.cpp does not read a delta on an output layer that is tied. {_WAY_OUT}")
 
 
-_WAY_OUT: Final = "Where only weights change, merge it (to='transformers') or make it a LoRA (to='lora'); else keep it here."
+_WAY_OUT: Final = "If only weights change, merge it (to='transformers') or make it a LoRA (to='lora'); or keep it."
