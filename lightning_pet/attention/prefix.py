@@ -194,7 +194,7 @@ class GatedPrefix(AttentionPrefix):
         gate = {name: tensor for name, tensor in tensors.items() if name in _GATE}
         rest = {name: tensor for name, tensor in tensors.items() if name not in _GATE}
         own = {name: tensor for name, tensor in self.state_dict().items() if name in _GATE}
-        problems = [problem for problem in super().misfits(rest) if not problem.startswith(_GATE)]
+        problems = [problem for problem in super().misfits(rest) if problem.partition(" ")[0] not in _GATE]
         return [*problems, *wrong_names(own.keys(), gate.keys()), *wrong_shapes(own, gate), *wrong_kinds(own, gate)]
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,8 @@ from lightning_pet.layers.rotation import BlockRotatedWeight, BlockRotation
 from lightning_pet.model.structure import Target
 from lightning_pet.targets.patterns import value_at
 
+_MOST_TERMS = 100
+
 
 class OFTCallback(OnLayersCallback):
     r"""Orthogonal fine-tuning: :math:`y = W (x R) + b` with a block-diagonal rotation R.
@@ -96,8 +98,8 @@ class OFTCallback(OnLayersCallback):
                 f"oft_block_size={self.oft_block_size}, r={self.r}: their product is the number of inputs of each "
                 "layer, so give one of the two and set the other to 0."
             )
-        wanted = "two terms at least: with one, no number has an effect."
-        whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 2, wanted)
+        wanted = f"2 to {_MOST_TERMS} terms: with one no number has an effect, and so many are the exact inverse."
+        whole("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 2, wanted, _MOST_TERMS + 1)
         positive("eps", self.eps)
 
     def build(self, root: nn.Module, target: Target) -> Delta:

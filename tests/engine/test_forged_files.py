@@ -34,7 +34,7 @@ PLACES = {
 CHOSEN = [
     label
     for label in METHODS
-    if label not in ("LoRA+", "Gradual unfreezing", "Adapter, robust drop", "LoRA with BitFit")
+    if label not in ("LoRA+", "LoRA, EVA", "Gradual unfreezing", "Adapter, robust drop", "LoRA with BitFit")
 ]
 
 

@@ -110,7 +110,7 @@ def test_sizes_by_place() -> None:
         ({"oft_block_size": 1}, "two rows at least"),
         ({"oft_block_size": 4, "r": 4}, "give one of the two"),
         ({"oft_block_size": 0}, "give one of the two"),
-        ({"num_cayley_neumann_terms": 1}, "two terms at least"),
+        ({"num_cayley_neumann_terms": 1}, "2 to 100 terms"),
         ({"eps": 0.0}, "positive"),
         ({"target_modules": []}, "empty"),
         ({"budget": 0.1}, "no width"),
