@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable, refuse_lost
-from lightning_pet.insertion.choice import activate, let_train, place, refuse_in_use, remove, remove_all, using, using_rows
+from lightning_pet.insertion.choice import (
+    activate,
+    let_train,
+    place,
+    refuse_in_use,
+    remove,
+    remove_all,
+    using,
+    using_rows,
+)
 from lightning_pet.insertion.commit import check_sum, copy_in
 from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.insertion.row_guard import check_rows, guarded
