@@ -13,6 +13,7 @@ import argparse
 import logging
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def shortened(said: str) -> str:
     said = re.sub(r"(hits )'[^']+' \(\w+\)", r"\1…", re.sub(r"target pattern '[^']+'", "target pattern …", said))
     said = re.sub(r"^[\w.]*[._][\w.]*(?=[: ])", "…", said, count=1)
     said = re.sub(r"\b\w+For\w+|\b\w+LMHeadModel|\bPlain\b", "the model", said)
-    return re.split(r"(?<=[.;]) ", said)[0][:150].replace("|", "\\|")
+    first: str = re.split(r"(?<=[.;]) ", said)[0]
+    return textwrap.shorten(first, 150, placeholder=" …").replace("|", "\\|")
 
 
 def measured(case: Case, place: Place) -> Cell:

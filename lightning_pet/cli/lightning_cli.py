@@ -1,12 +1,13 @@
 """The Trainer verbs of the command line: LightningCLI with a short way to name methods."""
 
 import hashlib
+import json
 import math
 import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -142,6 +143,38 @@ class PetCLI(LightningCLI):
         monitor = getattr(self.trainer.checkpoint_callback, "monitor", None)
         metric = data.metric if isinstance(data, ReferencePoints) else monitor
         show_result(self.trainer, metric, self.reference_points)
+
+    def after_predict(self) -> None:
+        """Write what ``predict_step`` returned, one JSON line per row, and say where."""
+        trainer = self.trainer
+        several = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = Path(trainer.log_dir or trainer.default_root_dir) / f"predictions{several}.jsonl"
+        loaders = trainer.predict_loop.predictions
+        several_loaders = len(trainer.num_predict_batches) > 1
+        batches = [batch for loader in loaders for batch in loader] if several_loaders else loaders
+        rows = [row for batch in batches for row in _rows(batch)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        rank_zero_info(f"predictions: {path} ({len(rows)} lines)")
+
+
+def _rows(batch: Any) -> list[Any]:
+    """What was returned for a batch, by row where it has rows."""
+    if isinstance(batch, torch.Tensor):
+        found = batch.detach().cpu().tolist()
+        return found if isinstance(found, list) else [found]
+    if isinstance(batch, list | tuple):
+        return [_plain(row) for row in batch]
+    return [_plain(batch)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class _Recorder(pl.Callback):

@@ -125,7 +125,16 @@ def test_yaml_validate_test_predict_and_resume(trained: tuple[Path, str], tmp_pa
         "         f'--trainer.max_epochs={epochs}'])\n"
     )
     done = run([str(script), str(config), str(trained[0])], tmp_path, forked=True)
-    for text in ("val/loss", "test/loss", "verb fit", "`Trainer.fit` stopped: `max_epochs=2` reached"):
+    predicted = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert len(predicted) > 1
+    assert all(json.loads(line) is not None for line in predicted)
+    for text in (
+        "val/loss",
+        "test/loss",
+        "predictions.jsonl",
+        "verb fit",
+        "`Trainer.fit` stopped: `max_epochs=2` reached",
+    ):
         assert text in done.stdout + done.stderr
     assert "no checkpoint below" in done.stderr
     (first,) = [line for line in done.stderr.splitlines() if "going on from" in line]

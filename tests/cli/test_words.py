@@ -51,7 +51,8 @@ def test_the_suggestion_is_the_last_line(arguments: list[str], last: str, capsys
 def test_without_a_near_name_all_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     last = refused(capsys, *NET, "--pet+=Xyz")[-1]
     assert last.startswith("Known are AdaLoRACallback, ")
-    assert "PromptTuningCallback, and classes of yours" in last
+    assert "VeRACallback, and classes of yours" in last
+    assert "OnLayersCallback" not in last  # a base
     assert not refused(capsys, *NET, "--pet+=my_module.Xyz")[-1].startswith("Known")
 
 
