@@ -326,7 +326,7 @@ def test_threads_generate_behind_a_prompt(build: Callable[[], Any]) -> None:
 
 
 def test_a_compiled_model_serves_threads_with_and_without_deltas() -> None:
-    """Guards look at the thread that calls; three graphs are enough for any number of threads."""
+    """Guards look at the thread that calls; four graphs are enough for any number of threads."""
     model, run = mlp()
     adapted = apply(model, [LoRACallback(r=2, target_modules=["0"], modules_to_save=["2"])])
     perturb(adapted)
@@ -360,5 +360,6 @@ def test_a_compiled_model_serves_threads_with_and_without_deltas() -> None:
         return right
 
     assert all(in_threads(work, [True, False, True, False]))
-    # The third: this thread has the deltas, while another has switched them off and the head is read through its class.
-    assert len(graphs) <= made + 1
+    # Two more: with the deltas and without, while another thread has switched them off or on, and the head is read
+    # through its class.
+    assert len(graphs) <= made + 2
