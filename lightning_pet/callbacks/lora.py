@@ -95,7 +95,7 @@ class LoRACallback(OnLayersCallback):
     shards = True
     width: ClassVar[str | None] = "r"
     figures = ("norm", "rank")
-    gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha", "use_rslora"})
+    gives_meaning: ClassVar[frozenset[str]] = frozenset({"alpha", "alpha_pattern", "use_rslora"})
     by_pattern: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     may_change: ClassVar[frozenset[str]] = OnLayersCallback.may_change | {
         "dropout",

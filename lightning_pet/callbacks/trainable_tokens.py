@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_pet.arguments import at_least
+from lightning_pet.arguments import whole
 from lightning_pet.callbacks.base import PETCallback
 from lightning_pet.errors import ArgumentError, TargetError
 from lightning_pet.insertion.low_rank_places import is_called
@@ -66,7 +66,7 @@ class TrainableTokensCallback(PETCallback):
         if token_indices is not None and added_from is not None:
             raise ArgumentError("token_indices and added_from both say which rows train: give one of the two.")
         if added_from is not None:
-            at_least("added_from", added_from, 1, "the number of rows before the resize, e.g. 32000.")
+            whole("added_from", added_from, 1, "the number of rows before the resize, e.g. 32000.")
         elif isinstance(token_indices, Mapping):
             self.token_indices = {name: _checked(name, own) for name, own in token_indices.items()}
         elif token_indices is not None:

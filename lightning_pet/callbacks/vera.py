@@ -74,7 +74,8 @@ class VeRACallback(OnLayersCallback):
     def _validate(self) -> None:
         whole("r", self.r, wanted="the rank must be a positive integer, e.g. r=256.")
         positive("d_initial", self.d_initial, "must be positive; at 0 neither vector would ever learn.")
-        whole("projection_prng_key", self.projection_prng_key, 0, "a seed: an integer of at least 0.")
+        wanted = "a seed: an integer of at least 0, and less than 2**64."
+        whole("projection_prng_key", self.projection_prng_key, 0, wanted, below=2**64)
         share("dropout", self.dropout, "a probability in [0, 1), e.g. 0.05.", ends="[)")
 
     @staticmethod

@@ -24,7 +24,7 @@ from lightning_pet.exchange.peft_hosts import Read, shared_with, without_copies
 from lightning_pet.exchange.peft_refused import way_out
 from lightning_pet.exchange.peft_ties import OPTION, is_kept_tied, kept_tied
 from lightning_pet.insertion.method import METHODS
-from lightning_pet.model.naming import CHILD, is_below, named_parameters
+from lightning_pet.model.naming import CHILD, is_below, named_modules, named_parameters
 from lightning_pet.store.manifest import MethodRecord
 from lightning_pet.store.reader import Stored
 from lightning_pet.store.strict_json import fault, shown
@@ -129,6 +129,8 @@ def read_peft(folder: Folder, base: Base | None) -> Stored:
         )
     _check_options(folder, kind)
     _check_types(folder)
+    if base is not None:
+        _check_saved(folder, base.root)
     folder = kept_tied(folder, base)
     read = _READERS[kind](folder if base is None else without_copies(folder, base.root), base)
     stored = Stored(folder.path, read.methods, read.tensors, None, notes=_notes(folder))
@@ -173,6 +175,26 @@ def _check_types(folder: Folder) -> None:
             wanted = "none, all or lora_only"
         if wanted:
             raise fault(str(folder.path / CONFIG), f"found {option}={shown(value)}, expected {wanted}.")
+
+
+def _check_saved(folder: Folder, root: nn.Module) -> None:
+    """What a folder says that it holds of the base's modules is in it: with the base's own instead, numbers are wrong.
+
+    Raises:
+        DeltaFileError: (``mismatch``) naming a module of ``modules_to_save`` without a tensor.
+    """
+    for name in () if folder.config.get(OPTION) else folder.config.get("modules_to_save") or ():
+        if any(f"{name}." in key for key in folder.tensors):  # PEFT goes by the end of a path, too
+            continue
+        for path, module in named_modules(root).items():
+            if f".{path}".endswith(f".{name}") and any(True for _ in module.parameters()):
+                raise fault(
+                    str(folder.path),
+                    f"modules_to_save names {name!r}, which is {path} of this {type(root).__name__}, and found no "
+                    f"tensor of it. Copy the whole folder again, or take the name out of {CONFIG} if the base's own is "
+                    "meant.",
+                    "mismatch",
+                )
 
 
 def _is_number(value: object) -> bool:

@@ -396,7 +396,8 @@ def undo(root: nn.Module, keys: Collection[str] | None = None) -> None:
     record = record_of(root)
     if record is None:
         return
-    before = {*record.trained_names, *changed_buffers(root)}
+    own = record.originals.keys() & record.held_by(record.active)  # whether they train at present or not
+    before = {*record.trained_names, *own, *changed_buffers(root)}
     take_out(root, keys)
     after = record_of(root)
     kept = {*after.trained_names, *after.held_by(after.active)} if after else set()

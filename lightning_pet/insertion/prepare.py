@@ -359,6 +359,12 @@ def _check_weight(delta: Delta, host: nn.Module, target: Target) -> None:
             f"that form. Set {target.module or 'model'}.sparse = False, which the frozen table does not need, or leave "
             "it out with exclude_modules."
         )
+    if delta.path == "weight" and getattr(host, "max_norm", None) is not None:  # which rows it has changed is chance
+        raise TargetError(
+            f"{target.path}: a table with max_norm changes while it is looked up, and a delta on its weight would read "
+            f"other values before than after. Set {target.module or 'model'}.max_norm = None, use LoRA, or leave it "
+            "out with exclude_modules."
+        )
     if target.parameter == "weight" and is_made(host) and (delta.path == "weight" or delta.starts_from_weight):
         raise TargetError(
             f"{target.path} is made from other parameters for each call (weight norm and the like), so a delta can "

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.exchange.source import read_source
 from lightning_pet.insertion.checks import check_acting, check_intact, check_restorable, refuse_lost
-from lightning_pet.insertion.choice import activate, place, refuse_in_use, remove, remove_all, using, using_rows
+from lightning_pet.insertion.choice import (
+    activate,
+    let_train,
+    place,
+    refuse_in_use,
+    remove,
+    remove_all,
+    using,
+    using_rows,
+)
 from lightning_pet.insertion.commit import check_sum, copy_in
 from lightning_pet.insertion.prepare import is_shared
 from lightning_pet.insertion.row_guard import check_rows, guarded
@@ -111,6 +120,7 @@ def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) ->
     record = record_at(root)
     before = record.active if not record.together else ()  # of those that train together none acts by itself
     staying = [name for name in record.names if name not in deltas]
+    awake = [name for name in record.names if name not in record.waiting]
     place(root, deltas)  # what others have in place of the base's values is no part of the sum
     done = False
     try:
@@ -119,10 +129,12 @@ def merge(root: nn.Module, deltas: tuple[str, ...], dequantize: bool = False) ->
             checked.write()
             if staying:
                 _become_base(root, record, tuple(name for name in before if name not in deltas))
+                let_train(root, [name for name in awake if name in staying])
             done = True
     except BaseException:
         if not done:
             place(root, before)
+            let_train(root, awake)
         raise
     if staying:
         rank_zero_warn(

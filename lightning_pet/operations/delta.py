@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -237,12 +237,13 @@ def start_from(
             f"{_other_options(stored, method, adapted.root)}.",
             "mismatch",
         )
-    _say_meaning(stored, method)
+    mine = next(applied for applied in record.applied if applied.key == key_of(method))
+    _say_meaning(stored, method, mine.config)
+    _say_left(stored, method, found.keys() - deltas.keys())
     for prefix, delta in deltas.items():
         delta.unpack(found.get(prefix, {}))
     renew(adapted.root)
-    mine = next(applied.trained for applied in record.applied if applied.key == key_of(method))
-    if absent := [name for name in mine if name not in stored.tensors]:
+    if absent := [name for name in mine.trained if name not in stored.tensors]:
         rank_zero_warn(f"{path} does not hold {', '.join(absent[:4])}; they start with the values of the model.")
     _start_own_values(adapted.root, view, stored)
     values = {name: stored.tensors[name] for name in _same_heads(adapted.root, view, stored)}
@@ -271,16 +272,28 @@ def _short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _say_meaning(stored: Stored, method: Method) -> None:
+def _say_meaning(stored: Stored, method: Method, now: Mapping[str, Any]) -> None:
     """A scale, for one, is in no tensor: with another the run starts from another function than the file has."""
     then = next(m.config for m in stored.methods if (m.method, m.name) == (method.method, method.name))
-    now = method.config()
     differing = [o for o in sorted(METHODS[method.method].gives_meaning & then.keys()) if then[o] != now.get(o)]
     if differing:
         shown = ", ".join(f"{option}={then[option]!r} there and {now.get(option)!r} here" for option in differing)
         rank_zero_warn(
             f"start_from={str(stored.path)!r}: {method.method}:{method.name} was trained with {shown}. Its tensors are "
             "taken over, but the run starts from other outputs than the file has; give its options to start from those."
+        )
+
+
+def _say_left(stored: Stored, method: Method, left: Set[str]) -> None:
+    """Places that the file has and this run has not: what was trained there is no part of where it starts."""
+    keys = sorted((f"{m.method}_{m.name}" for m in stored.methods), key=len, reverse=True)
+    own = f"{method.method}_{method.name}"
+    ends = {path: path.rpartition(".")[2] for path in left}
+    mine = sorted(path for path, end in ends.items() if next((k for k in keys if end.startswith(k)), "") == own)
+    if mine:
+        rank_zero_warn(
+            f"start_from={str(stored.path)!r}: {', '.join(mine[:4])}{' and more' * (len(mine) > 4)} are not taken "
+            "over, because this run has no delta there; it starts from other outputs than the file has."
         )
 
 

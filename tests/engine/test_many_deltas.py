@@ -18,6 +18,7 @@ from lightning_pet import (
     BitFitCallback,
     DeltaFileError,
     LoRACallback,
+    NotMergeableError,
     PETError,
     TargetError,
     apply,
@@ -327,6 +328,34 @@ def test_merging_one_leaves_the_others(files):
     assert torch.allclose(output(net), files["b"][1], atol=1e-6)  # its head is the base's
     adapted["a"].remove()
     assert torch.allclose(output(net), files["b"][1], atol=1e-6)
+
+
+@pytest.mark.parametrize("active", [("a",), ("a", "plain"), ()])
+def test_a_merge_of_one_leaves_what_trains_and_the_way_back_of_the_others(files, active):
+    net, adapted = loaded(files, "plain", "a")
+    adapted["plain"].merge_()
+    adapted.remove()
+    merged = output(net)  # "plain" in the base, and nothing of "a"
+    net, adapted = loaded(files, "plain", "a")
+    adapted.activate(*active)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad and delta_of(name) != "plain"}
+    adapted["plain"].merge_()
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == trained
+    adapted.remove()
+    assert torch.equal(output(net), merged)
+
+
+def test_a_merge_that_is_refused_leaves_what_trains(files):
+    net, adapted = loaded(files, "plain", "a")
+    adapted.activate("plain", "a")
+    trained = {name: p.requires_grad for name, p in net.named_parameters()}
+    net.a.weight.data[0, 0] = torch.finfo(torch.float32).max
+    with torch.no_grad():
+        for tensor in adapted["plain"].state_dict().values():
+            tensor.fill_(1e30)
+    with pytest.raises(NotMergeableError):
+        adapted["plain"].merge_()
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == trained
 
 
 def test_a_file_may_say_what_it_is_called(files, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -239,6 +240,20 @@ def test_start_from_goes_for_the_method_that_is_new(tmp_path, reference):
     fit(module, lora(name="old"), lora(start_from=str(tmp_path / "d.pet.safetensors"), base_check="off"), max_steps=0)
     assert torch.equal(module.net.fc1.pet["lora_default"].a, reference.net.fc1.pet["lora_default"].a)
     assert torch.equal(module.net.fc1.pet["lora_old"].a, old)
+
+
+def test_what_a_start_leaves_in_the_file_is_said(tmp_path, recwarn):
+    net = Net()
+    apply(net, [lora(target_modules=["fc1", "fc2"], alpha_pattern={"fc1": 3.0})])
+    save_delta(net, tmp_path / "d.pet.safetensors")
+    apply(Net(), [lora(target_modules=["fc1"], start_from=str(tmp_path / "d.pet.safetensors"))])
+    texts = "".join(str(one.message) for one in recwarn)
+    assert "fc2.pet.lora_default are not taken over" in texts
+    assert "alpha_pattern={'fc1': 3.0} there and None here" in texts
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        options = {"target_modules": ["fc1", "fc2"], "alpha_pattern": {"fc1": 3.0}}
+        apply(Net(), [lora(**options, start_from=str(tmp_path / "d.pet.safetensors"))])
 
 
 def test_start_from_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path, reference):

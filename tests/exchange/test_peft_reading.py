@@ -365,6 +365,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "an alpha of text": (lambda f: edit(f, alpha_pattern={"query": "3"}), "schema", "alpha_pattern"),
     "a number as module": (lambda f: edit(f, modules_to_save=5), "schema", "modules_to_save=5"),
     "a module without name": (lambda f: edit(f, modules_to_save=[""]), "schema", "modules_to_save"),
+    "a lost head": (lambda f: edit(f, modules_to_save=["pooler"]), "mismatch", "names 'pooler', which is bert.pooler"),
     "a vector as matrix": (lambda f: retouch(f, flattened), "mismatch", "lora_A"),
     "surplus": (lambda f: retouch(f, surplus), "mismatch", "bert.other.weight"),
     "half a delta": (lambda f: retouch(f, half), "mismatch", "has no B"),

@@ -16,6 +16,7 @@ from lightning_pet import (
     AdaLoRACallback,
     ArgumentError,
     DeadSiteError,
+    HiRACallback,
     IA3Callback,
     IntrinsicDimensionCallback,
     LoRACallback,
@@ -90,6 +91,8 @@ def test_a_table_that_renormalises_itself() -> None:
     adapted = apply(model, [LoRACallback(r=2, target_modules=["0"])])
     perturb(adapted)
     unchanged_by_a_refused_merge(model, adapted, "max_norm=1.0")
+    with pytest.raises(TargetError, match="max_norm"):  # it would read rows as they were before, or after
+        apply(nn.Sequential(nn.Embedding(11, 6, max_norm=1.0)), [HiRACallback(r=2, target_modules=["0"])])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
