@@ -16,7 +16,7 @@ from lightning_pet.layers.combining import Factors
 from lightning_pet.layers.low_rank_base import check_rank
 from lightning_pet.layers.low_rank_product import compute_dtype, is_plain
 from lightning_pet.layers.transforms import apply_node, is_transformed
-from lightning_pet.layers.weight_change import Drops, Form, OnWeight, WeightChange, draw_
+from lightning_pet.layers.weight_change import Drops, Form, OnLinear, OnWeight, WeightChange, draw_
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 """A1 [..., out, r], B1 [..., r, in], A2, B2."""
@@ -108,7 +108,7 @@ class Hadamard(WeightChange):
         return abs(self.scale) * float(sizes[0] * sizes[1])
 
 
-class HadamardLinear(Hadamard):
+class HadamardLinear(OnLinear, Hadamard):
     """LoHa on a linear layer.
 
     Args:
@@ -125,21 +125,6 @@ class HadamardLinear(Hadamard):
     """
 
     fuses_linear: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        *,
-        scale: float,
-        transposed: bool = False,
-        rows: Sequence[Sequence[int]] | None = None,
-        **options: Any,
-    ) -> None:
-        ranges = None if rows is None else tuple((int(start), int(stop)) for start, stop in rows)
-        form = Form(out_features, in_features, transposed=transposed, rows=ranges)
-        super().__init__(form, r, scale=scale, **options)
 
     def forward(
         self, x: Tensor, output: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None

@@ -5,10 +5,9 @@ where that has fewer numbers: the sizes decide. On linear layers the product is 
 [m, n], and goes through W2 along n and through W1 along m.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from lightning_pet.errors import ArgumentError
 from lightning_pet.layers.combining import Factors
 from lightning_pet.layers.low_rank_base import check_rank
 from lightning_pet.layers.low_rank_product import compute_dtype
-from lightning_pet.layers.weight_change import Drops, Form, OnWeight, WeightChange, draw_
+from lightning_pet.layers.weight_change import Drops, Form, OnLinear, OnWeight, WeightChange, draw_
 
 Init = Literal["default", "lycoris"]
 
@@ -188,7 +187,7 @@ class Kronecker(WeightChange):
         return abs(self.scale) * float(self.first(dtype).abs().max() * size)
 
 
-class KroneckerLinear(Kronecker):
+class KroneckerLinear(OnLinear, Kronecker):
     """LoKr on a linear layer.
 
     Args:
@@ -203,21 +202,6 @@ class KroneckerLinear(Kronecker):
     Raises:
         ArgumentError: if an argument is out of range.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        *,
-        scale: float,
-        transposed: bool = False,
-        rows: Sequence[Sequence[int]] | None = None,
-        **options: Any,
-    ) -> None:
-        ranges = None if rows is None else tuple((int(start), int(stop)) for start, stop in rows)
-        form = Form(out_features, in_features, transposed=transposed, rows=ranges)
-        super().__init__(form, r, scale=scale, **options)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """``output + s · x (W1 ⊗ W2)ᵀ``.

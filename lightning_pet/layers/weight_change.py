@@ -1,8 +1,9 @@
 """What deltas share that add a change made of small factors to a weight, where no plain B A expresses it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -161,6 +162,26 @@ class WeightChange(Delta):
         """Shapes of the factors and the scale."""
         shapes = [f"{name}={tuple(p.shape)}" for name, p in self._parameters.items() if p is not None]
         return ", ".join([*shapes, f"scale={self.scale:g}"])
+
+
+class OnLinear(WeightChange):
+    """Mixed in where the change acts on a linear layer that is called."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        scale: float,
+        transposed: bool = False,
+        rows: Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ) -> None:
+        own = None if rows is None else tuple((int(start), int(stop)) for start, stop in rows)
+        form = Form(out_features, in_features, transposed=transposed, rows=own)
+        # Of the method's class, which takes a rank.
+        super().__init__(form, r, scale=scale, **options)  # type: ignore[misc]
 
 
 class OnWeight(WeightChange):
