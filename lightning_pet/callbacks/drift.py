@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from lightning_pet.arguments import at_least, checked, positive
 from lightning_pet.errors import ArgumentError, PETError
 from lightning_pet.model.adaptation import adapted_root
+from lightning_pet.model.tokens import IGNORED
+from lightning_pet.model.undisturbed import evaluating
 from lightning_pet.operations.adapted import Adapted
 from lightning_pet.strategies import private
 
-_IGNORED = -100
 _CHUNK = 1 << 24
 """Logits of which a float32 copy is made at a time."""
 
@@ -197,15 +198,10 @@ class DriftCallback(Callback):
                 "its logits are unknown. Call the model as a whole, or leave the callback out."
             )
         args, kwargs = call
-        modes = [(part, part.training) for part in root.modules()]
-        root.eval()
-        try:
+        with evaluating(root):
             with torch.no_grad(), self._adapted.disabled():
                 base = _logits(root(*args, **kwargs), root)
             tuned = _logits(root(*args, **kwargs), root)
-        finally:
-            for part, mode in modes:
-                part.training = mode
         if base.shape != tuned.shape:
             raise ArgumentError(
                 f"DriftCallback: the base's logits have the shape {tuple(base.shape)}, the tuned model's "
@@ -243,7 +239,7 @@ def _counted(root: nn.Module, logits: Tensor, call: Mapping[str, Any], batch: Ma
     seq2seq = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     labels = given("labels")
     if labels is not None and not labels.is_floating_point():
-        keep = labels != _IGNORED
+        keep = labels != IGNORED
         if not seq2seq and getattr(root, "loss_type", "") in (None, "ForCausalLM"):  # transformers' rule for labels
             keep = F.pad(keep[:, 1:], (0, 1))
         return keep

@@ -16,12 +16,35 @@ from lightning_pet.modules.pretrained import load_tokenizer
 # --- batches of texts of similar length -----------------------------------------------------------
 
 
+CHUNK = 16
+"""Batches that are sorted by length together."""
+
+
+def order_by_length(lengths: torch.Tensor, batch_size: int, generator: torch.Generator) -> list[int]:
+    """A random order of examples in which those of one batch have similar lengths.
+
+    Chunks of 16 random batches are sorted by length, cut into batches, and the batches shuffled.
+
+    Args:
+        lengths: of each example, (examples,).
+        batch_size: size of the batches that are cut from the order.
+        generator: source of randomness.
+    """
+    order = torch.randperm(len(lengths), generator=generator)
+    chunks = torch.split(order, CHUNK * batch_size)
+    by_length = (chunk[lengths[chunk].argsort(stable=True)] for chunk in chunks)
+    batches = [batch for chunk in by_length for batch in torch.split(chunk, batch_size)]
+    whole = [batch for batch in batches if len(batch) == batch_size]
+    rest = [batch for batch in batches if len(batch) < batch_size]  # at most one; it must come last
+    shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+    return [int(example) for batch in (*shuffled, *rest) for example in batch]
+
+
 class SimilarLengths(Sampler[int]):
     """Shuffle examples so that those of one batch have similar lengths, which spares padding.
 
-    Chunks of 16 random batches are sorted by length, cut into batches, and the batches shuffled. The order
-    depends on torch's global random state when the iteration starts, as that of torch's own
-    ``RandomSampler`` does, so a run that restores this state repeats the order.
+    In the order of :func:`order_by_length`, which depends on torch's global random state when the iteration starts, as
+    that of torch's own ``RandomSampler`` does, so a run that restores this state repeats it.
 
     Args:
         lengths: length of each example.
@@ -32,8 +55,6 @@ class SimilarLengths(Sampler[int]):
         [0, 1, 2]
     """
 
-    CHUNK = 16
-
     def __init__(self, lengths: Sequence[int], batch_size: int) -> None:
         self.lengths = torch.tensor(lengths)
         self.batch_size = batch_size
@@ -43,16 +64,7 @@ class SimilarLengths(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator)
-        chunks = torch.split(order, self.CHUNK * self.batch_size)
-        by_length = (chunk[self.lengths[chunk].argsort(stable=True)] for chunk in chunks)
-        batches = [batch for chunk in by_length for batch in torch.split(chunk, self.batch_size)]
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        rest = [batch for batch in batches if len(batch) < self.batch_size]  # at most one; it must come last
-        shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
-        for batch in (*shuffled, *rest):
-            yield from batch.tolist()
+        yield from order_by_length(self.lengths, self.batch_size, torch.Generator().manual_seed(seed))
 
 
 # --- the data modules -----------------------------------------------------------------------------

@@ -2,19 +2,17 @@
 
 from datetime import date
 from random import Random
-from typing import Any, Literal
-
-from torch.utils.data import DataLoader
+from typing import Literal
 
 from lightning_pet.data.chat.data import ChatData
 from lightning_pet.data.chat.messages import Conversation, Preference
 from lightning_pet.data.chat.preferences import PreferenceData
+from lightning_pet.data.dates import InThreeKinds, check_dates, kinds_of
 from lightning_pet.data.tables import Table
-from lightning_pet.errors import ArgumentError
 from lightning_pet.modules.date_model import DateKind, draw_days, write_date
 
 
-class DateChat(ChatData):
+class DateChat(InThreeKinds, ChatData):
     """Dates of one numeric order and long forms, for ``CausalLMModule(model="builtin:date_chat")``.
 
     The base model has met both orders, so it cannot know which one ``3/4/2021`` is written in. Long forms are among
@@ -59,11 +57,8 @@ class DateChat(ChatData):
             seed=seed,
             num_workers=num_workers,
         )
-        if order not in ("us", "eu"):
-            raise ArgumentError(f"order={order!r}: expected 'us' (month first) or 'eu' (day first)")
-        if train_size < 1 or val_size < 1:
-            raise ArgumentError(f"train_size={train_size} and val_size={val_size} must be at least 1")
-        self.eval_names: tuple[DateKind, ...] = ("us", "eu", "long") if order == "us" else ("eu", "us", "long")
+        check_dates(order, train_size, val_size)
+        self.eval_names = kinds_of(order)
         self.train_size, self.val_size = train_size, val_size
 
     def read(self) -> dict[str, Table]:
@@ -83,19 +78,6 @@ class DateChat(ChatData):
             day = next(days)
             examples.append(_said(write_date(day, kind, random), day))
         return Table(f"dates[{split} {kinds[0]}]", {"line": list(range(1, len(kinds) + 1)), "example": examples})
-
-    def encode_splits(self, module: Any, splits: Any) -> None:
-        """Encode some splits; those of evaluation in all three kinds."""
-        evaluated = any(split in ("val", "test") for split in splits)
-        super().encode_splits(module, [*splits, *(self.eval_names if evaluated else ())])
-
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for each of ``eval_names``."""
-        return [self.loader(kind) for kind in self.eval_names]
-
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader for each of ``eval_names``."""
-        return self.val_dataloader()
 
 
 def _said(asked: str, answer: date) -> Conversation:
@@ -138,10 +120,7 @@ class DatePairs(PreferenceData):
         super().__init__(
             "", max_length=128, batch_size=batch_size, generate=val_size, seed=seed, num_workers=num_workers
         )
-        if order not in ("us", "eu"):
-            raise ArgumentError(f"order={order!r}: expected 'us' (month first) or 'eu' (day first)")
-        if train_size < 1 or val_size < 1:
-            raise ArgumentError(f"train_size={train_size} and val_size={val_size} must be at least 1")
+        check_dates(order, train_size, val_size)
         self.order, self.train_size, self.val_size = order, train_size, val_size
 
     def read(self) -> dict[str, Table]:

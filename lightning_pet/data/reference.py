@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.model.adaptation import adapted_root
+from lightning_pet.model.undisturbed import evaluating
 
 
 @runtime_checkable
@@ -47,11 +48,5 @@ def untouched(module: nn.Module) -> Iterator[None]:
             f"{type(module).__name__} is adapted already; reference points describe it before tuning, "
             f"so call reference_points before fit"
         )
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with evaluating(module), torch.random.fork_rng(devices=[]), torch.no_grad():
+        yield

@@ -9,11 +9,11 @@ import torch
 from lightning_pet.data.base import Example, TableDataModule, check_columns, with_validation
 from lightning_pet.data.tables import Table, read_splits
 from lightning_pet.errors import ArgumentError
+from lightning_pet.model.tokens import IGNORED
 
 # --- possible answers beside each source: read from a table, and padded to a batch ----------------
 
 
-_IGNORED = -100
 KEYS = ("choices", "choice")
 """What a batch holds besides: (batch, choices, tokens) labels with -100 as padding, and the index of the right one."""
 
@@ -75,7 +75,7 @@ class ChoiceCollator:
 
 def _padded(rows: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
     tokens = max(len(ids) for row in rows for ids in row)
-    padded = torch.full((len(rows), max(map(len, rows)), tokens), _IGNORED)
+    padded = torch.full((len(rows), max(map(len, rows)), tokens), IGNORED)
     for i, row in enumerate(rows):
         for j, ids in enumerate(row):
             padded[i, j, : len(ids)] = torch.tensor(ids)

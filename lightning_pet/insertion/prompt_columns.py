@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_pet.errors import ArgumentError, TargetError
+from lightning_pet.model.tokens import IGNORED
 
 CACHES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state")
 MASKS = ("attention_mask",)
 POSITIONS = ("position_ids", "cache_position")
 OTHERS_LENGTH = ("encoder_hidden_states", "encoder_attention_mask", *CACHES)
-IGNORED = -100
-"""Label of positions that no loss counts."""
 
 
 class Columns:

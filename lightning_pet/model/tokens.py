@@ -8,6 +8,9 @@ import torch
 
 from lightning_pet.errors import ArgumentError
 
+IGNORED = -100
+"""Label of a position without a target, as transformers and torch's cross-entropy have it."""
+
 COMMON = 5000
 """Vocabularies list their tokens by frequency, or in the order of merges, which is nearly the same."""
 

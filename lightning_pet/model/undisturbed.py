@@ -12,6 +12,19 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_pet.errors import TargetError
 
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the block a module is in evaluation mode; at its end each of its parts is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 # --- no fast path: where torch runs a transformer layer past its parts, or bitsandbytes past autograd ---
 
 

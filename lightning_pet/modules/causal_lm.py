@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.model.tokens import IGNORED
+from lightning_pet.model.undisturbed import evaluating
 from lightning_pet.modules.evaluation import EvaluatedModule
 from lightning_pet.modules.optimization import Schedule, adamw, with_schedule
 from lightning_pet.modules.pretrained import load_model, load_tokenizer
-from lightning_pet.modules.token_loss import IGNORED, TokenLoss, token_loss
+from lightning_pet.modules.token_loss import TokenLoss, token_loss
 
 _NOT_OF_THE_MODEL = ("tokens_per_batch", "prompt_ids", "prompt_mask", "answers")
 """Parts of a batch that the model itself does not take."""
@@ -127,16 +129,11 @@ class CausalLMModule(EvaluatedModule):
         Measured on two examples, alone and in one row: models that read positions as they are given and masks that
         follow from them agree to rounding; others let an example see the one before it.
         """
-        modes = [(part, part.training) for part in self.modules()]
-        self.eval()
         try:
-            with torch.random.fork_rng(devices=[]):
+            with evaluating(self), torch.random.fork_rng(devices=[]):
                 return self._gap()
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             return f"{type(self.model).__name__} takes no positions ({error})"
-        finally:
-            for part, mode in modes:
-                part.training = mode
 
     def _gap(self) -> str:
         generator = torch.Generator().manual_seed(0)

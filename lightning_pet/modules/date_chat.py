@@ -13,13 +13,12 @@ from random import Random
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
+from lightning_pet.model.tokens import IGNORED
 from lightning_pet.modules.cache import cached_folder
-from lightning_pet.modules.date_model import DateKind, draw_days, quiet_transformers, write_date
-from lightning_pet.modules.token_loss import IGNORED, token_loss
+from lightning_pet.modules.date_model import DateKind, draw_days, save_trained, train_on, write_date
+from lightning_pet.modules.token_loss import token_loss
 
 PAD, USER, ASSISTANT, SYSTEM, END, UNKNOWN = "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|unk|>"
 
@@ -80,17 +79,7 @@ def _build(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RECIPE["seed"])
         model = LlamaForCausalLM(LlamaConfig(**_CONFIG, **ends))
-    threads = torch.get_num_threads()
-    # So small a model gains little from more threads, and waits for them for minutes where cores are shared.
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            _pretrain(model, tokenizer)
-    finally:
-        torch.set_num_threads(threads)
-    with quiet_transformers():
-        model.eval().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    save_trained(folder, model, tokenizer, lambda: _pretrain(model, tokenizer))
 
 
 def _batches(tokenizer: Any) -> Iterator[dict[str, Tensor]]:
@@ -116,10 +105,5 @@ def _batches(tokenizer: Any) -> Iterator[dict[str, Tensor]]:
 def _pretrain(model: nn.Module, tokenizer: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RECIPE["lr"], betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RECIPE["lr"], total_steps=_RECIPE["steps"] + 5)
-    steps = track(_batches(tokenizer), "Training the date chat (once)", _RECIPE["steps"], console=Console(stderr=True))
-    for batch in steps:
-        torch.autograd.backward(token_loss(model, batch).mean)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    title, steps = "Training the date chat (once)", _RECIPE["steps"]
+    train_on(_batches(tokenizer), model, lambda batch: token_loss(model, batch).mean, optimizer, schedule, title, steps)

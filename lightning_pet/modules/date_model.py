@@ -6,7 +6,7 @@ meant: a small delta decides. One base, several deltas with different, verifiabl
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
@@ -124,17 +124,57 @@ def _build(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RECIPE["seed"])
         model = T5ForConditionalGeneration(T5Config(**_CONFIG))
+    save_trained(folder, model, tokenizer, lambda: _pretrain(model, tokenizer))
+
+
+def save_trained(folder: Path, model: Any, tokenizer: Any, train: Callable[[], None]) -> None:
+    """Train a small model, and write it with its tokenizer.
+
+    Args:
+        folder: to write into.
+        model: of transformers.
+        tokenizer: its tokenizer.
+        train: trains it.
+    """
     threads = torch.get_num_threads()
     # So small a model gains little from more threads, and waits for them for minutes where cores are shared.
     torch.set_num_threads(1)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            _pretrain(model, tokenizer)
+            train()
     finally:
         torch.set_num_threads(threads)
     with quiet_transformers():
         model.eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def train_on(
+    batches: Iterable[dict[str, Tensor]],
+    model: nn.Module,
+    loss: Callable[[dict[str, Tensor]], Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    title: str,
+    steps: int,
+) -> None:
+    """Take one optimizer step per batch, with gradients of at most length 1, under a progress bar.
+
+    Args:
+        batches: as many as ``steps``.
+        model: whose gradients are clipped.
+        loss: of a batch.
+        optimizer: steps.
+        schedule: steps with it.
+        title: of the progress bar.
+        steps: number of batches.
+    """
+    for batch in track(batches, title, steps, console=Console(stderr=True)):
+        torch.autograd.backward(loss(batch))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
 
 def _batches(tokenizer: Any) -> Iterator[dict[str, Tensor]]:
@@ -155,10 +195,5 @@ def _pretrain(model: nn.Module, tokenizer: Any) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _RECIPE["lr"], total_steps=_RECIPE["steps"] + 5, pct_start=_RECIPE["warmup"]
     )
-    steps = track(_batches(tokenizer), "Training the date model (once)", _RECIPE["steps"], console=Console(stderr=True))
-    for batch in steps:
-        model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    title, steps = "Training the date model (once)", _RECIPE["steps"]
+    train_on(_batches(tokenizer), model, lambda batch: model(**batch).loss, optimizer, schedule, title, steps)

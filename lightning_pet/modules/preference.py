@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from lightning_pet.errors import ArgumentError
 from lightning_pet.model.adaptation import adapted_root
+from lightning_pet.model.undisturbed import evaluating
 from lightning_pet.modules.causal_lm import CausalLMModule
 from lightning_pet.modules.optimization import Schedule
 from lightning_pet.modules.preference_loss import (
@@ -152,19 +153,18 @@ class PreferenceModule(CausalLMModule):
                 "before the first step, which needs the pairs of a PreferenceData: give it as datamodule."
             )
         rank_zero_info("Log-probabilities of the reference are computed once, before the first step.")
-        modes = [(part, part.training) for part in self.modules()]
-        self.eval()
-        for split in ("train", "val"):
-            pairs = data._examples[split]
-            found = torch.zeros(len(pairs), 2)
-            for begin in range(0, len(pairs), data.batch_size):
-                chosen = pairs[begin : begin + data.batch_size]
-                batch = move_data_to_device(data.loader(split).collate_fn(chosen), self.device)
-                answers = self._answers(batch)
-                found[begin : begin + len(chosen)] = torch.stack([answers.chosen, answers.rejected], 1).cpu()
-            self._cached[split] = found
-        for part, mode in modes:
-            part.training = mode
+        with evaluating(self):
+            self._cached = {split: self._computed(data, split) for split in ("train", "val")}
+
+    def _computed(self, data: Any, split: str) -> Tensor:
+        """Log-probabilities of both answers of each pair, (pairs, 2)."""
+        pairs, collate = data._examples[split], data.loader(split).collate_fn
+        found = torch.zeros(len(pairs), 2)
+        for begin in range(0, len(pairs), data.batch_size):
+            chosen = pairs[begin : begin + data.batch_size]
+            answers = self._answers(move_data_to_device(collate(chosen), self.device))
+            found[begin : begin + len(chosen)] = torch.stack([answers.chosen, answers.rejected], 1).cpu()
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed run compares with the same reference."""

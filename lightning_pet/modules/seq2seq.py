@@ -10,13 +10,11 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
 
 from lightning_pet.errors import ArgumentError
+from lightning_pet.model.tokens import IGNORED
 from lightning_pet.modules import t_few
 from lightning_pet.modules.evaluation import EvaluatedModule
 from lightning_pet.modules.optimization import Schedule, adamw, with_schedule
 from lightning_pet.modules.pretrained import load_model, load_tokenizer
-
-IGNORED = t_few.IGNORED
-"""Label of positions without a target (the padding that transformers' collators write)."""
 
 CHOICES = ("choices", "choice")
 """Parts of a batch that the model itself does not take: possible answers, and which one is right."""

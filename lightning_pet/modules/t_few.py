@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+from lightning_pet.model.tokens import IGNORED
+
 FLOOR = 1e-2
 """Added to 1 − p in the unlikelihood loss, as in the authors' code: it bounds the gradient where p is near 1."""
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED: Final = -100
+from lightning_pet.model.tokens import IGNORED
+
 MAX_LOGITS: Final = 1 << 28
 """Logits above which they are made in chunks: one GiB in float32."""
 CHUNK_LOGITS: Final = 1 << 25

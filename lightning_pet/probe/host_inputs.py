@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_pet.errors import DeadSiteError, PETError, TargetError
 from lightning_pet.layers.input_directions import Directions, share_ranks
+from lightning_pet.model.tokens import IGNORED
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _masks(root: nn.Module, kwargs: Mapping[str, Any]) -> list[Tensor]:
     padding, labels = kwargs.get("attention_mask"), kwargs.get("labels")
     masks = [padding.bool()] if isinstance(padding, Tensor) and padding.dim() == 2 else []
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        counted = labels != -100
+        counted = labels != IGNORED
         together = masks and masks[0].shape == counted.shape
         if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
             return [] if together else [*masks, counted]  # whose sequence it is cannot be told by its length

@@ -1,17 +1,16 @@
 """Batches of token sequences: order, token counts of an optimizer step, padding and packing."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from lightning_pet.data.chat.encoding import IGNORED, Tokens
-
-CHUNK: Final = 16
-"""Batches that are sorted by length together."""
+from lightning_pet.data.base import order_by_length
+from lightning_pet.data.chat.encoding import Tokens
+from lightning_pet.model.tokens import IGNORED
 
 
 def trained_tokens(pack: Sequence[Tokens]) -> int:
@@ -83,15 +82,7 @@ class StepSampler(DistributedSampler[Any]):
     def order(self) -> list[int]:
         """Rows of this epoch, those of all processes, batch after batch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        shuffled = torch.randperm(len(self.lengths), generator=generator)
-        size = self.batch_size * self.num_replicas
-        chunks = torch.split(shuffled, CHUNK * size)
-        by_length = [chunk[self.lengths[chunk].argsort(stable=True)] for chunk in chunks]
-        groups = [group for chunk in by_length for group in torch.split(chunk, size)]
-        whole = [group for group in groups if len(group) == size]
-        rest = [group for group in groups if len(group) < size]  # at most one; it must come last
-        mixed = [whole[place] for place in torch.randperm(len(whole), generator=generator).tolist()]
-        return [int(row) for group in (*mixed, *rest) for row in group]
+        return order_by_length(self.lengths, self.batch_size * self.num_replicas, generator)
 
     def batches(self) -> list[list[list[int]]]:
         """Rows by batch, then by process; all processes have as many, by repeating the first ones at the end."""

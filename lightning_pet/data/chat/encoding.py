@@ -12,9 +12,7 @@ from typing import Any, Final
 
 from lightning_pet.data.chat.messages import Conversation, LineError, Message, Text
 from lightning_pet.errors import ArgumentError
-
-IGNORED: Final = -100
-"""Label of a token that is not trained."""
+from lightning_pet.model.tokens import IGNORED
 
 _SENTINEL: Final = "zqx7 sentinel"
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
